@@ -1,0 +1,72 @@
+"""Robust transfer learning in JAX: adversarially trained source networks, transferred to small target sets.
+
+import advtransfer as at
+
+model = at.load_model("runs/quickstart/sources/l2_0.5/model")
+logits = at.logits_fn(model)(images)                        # images [N, H, W, 3] in [0, 1]
+twins = at.pgd(at.logits_fn(model), images, labels, at.L2(eps=0.5))
+"""
+
+from advtransfer import config, models, report, stages, study
+from advtransfer.attacks import L2, Linf, Unconstrained, make_attack, pgd
+from advtransfer.data import (
+    Augmentation,
+    Batch,
+    Dataset,
+    Split,
+    load_dataset,
+    render_glyphs,
+    subset_indices,
+)
+from advtransfer.evaluate import evaluate, predict
+from advtransfer.models import (
+    Model,
+    ModelSpec,
+    create_module,
+    init_variables,
+    load_model,
+    logits_fn,
+    save_model,
+)
+from advtransfer.source import train_source
+from advtransfer.train import TrainState, fit, make_train_step
+from advtransfer.transfer import Recipe, fine_tune, fine_tune_many, reset_head
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "L2",
+    "Augmentation",
+    "Batch",
+    "Dataset",
+    "Linf",
+    "Model",
+    "ModelSpec",
+    "Recipe",
+    "Split",
+    "TrainState",
+    "Unconstrained",
+    "config",
+    "create_module",
+    "evaluate",
+    "fine_tune",
+    "fine_tune_many",
+    "fit",
+    "init_variables",
+    "load_dataset",
+    "load_model",
+    "logits_fn",
+    "make_attack",
+    "make_train_step",
+    "models",
+    "pgd",
+    "predict",
+    "render_glyphs",
+    "report",
+    "reset_head",
+    "save_model",
+    "stages",
+    "study",
+    "subset_indices",
+    "train_source",
+]

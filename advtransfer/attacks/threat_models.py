@@ -1,0 +1,99 @@
+"""Threat models: the set of images that an adversary may show, and how to move inside it.
+
+Each is a small pytree with three functions on batches [N, ...] of images in [0, 1]:
+`project(images, centers)` to the nearest allowed image, `step(images, gradients, step_size)` along the
+steepest ascent for its norm, `random_start(keys, centers)` to a random allowed image. `eps` is in pixel
+units.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+# Keeps the ℓ2 step finite at a zero gradient, which then moves nothing (Engstrom et al., robustness, 2019).
+_TINY = 1e-10
+
+
+class ThreatModel(Protocol):
+    """What `pgd` asks of a threat model."""
+
+    def project(self, images: jax.Array, centers: jax.Array) -> jax.Array: ...
+
+    def step(self, images: jax.Array, gradients: jax.Array, step_size: jax.Array | float) -> jax.Array: ...
+
+    def random_start(self, keys: jax.Array, centers: jax.Array) -> jax.Array: ...
+
+
+class Linf(NamedTuple):
+    """Every pixel value within `eps` of the original (Madry et al., 2018, §2)."""
+
+    eps: float | jax.Array
+
+    def project(self, images, centers):
+        return jnp.clip(jnp.clip(images, centers - self.eps, centers + self.eps), 0.0, 1.0)
+
+    def step(self, images, gradients, step_size):
+        return images + step_size * jnp.sign(gradients)
+
+    def random_start(self, keys, centers):
+        """Uniform in the ball (Madry et al., 2018, §5), then clipped to [0, 1]."""
+        noise = jax.vmap(lambda key: jax.random.uniform(key, centers.shape[1:], minval=-1.0, maxval=1.0))(
+            keys
+        )
+        return self.project(centers + self.eps * noise, centers)
+
+
+class L2(NamedTuple):
+    """Euclidean distance to the original at most `eps`."""
+
+    eps: float | jax.Array
+
+    def project(self, images, centers):
+        # Clipping after the ball is safe: the box is convex and holds the centre, so the distance can
+        # only shrink.
+        offsets = images - centers
+        norms = _norms(offsets)
+        scales = jnp.minimum(1.0, self.eps / jnp.maximum(norms, _TINY))
+        return jnp.clip(centers + offsets * scales, 0.0, 1.0)
+
+    def step(self, images, gradients, step_size):
+        return images + step_size * gradients / (_norms(gradients) + _TINY)
+
+    def random_start(self, keys, centers):
+        """Uniform in the ball: a normalised Gaussian direction, a radius eps·U^(1/d) (Muller, 1959)."""
+
+        def noise(key, shape):
+            key_direction, key_radius = jax.random.split(key)
+            direction = jax.random.normal(key_direction, shape)
+            radius = jax.random.uniform(key_radius) ** (1.0 / direction.size)
+            return direction * (radius / (jnp.linalg.norm(direction.ravel()) + _TINY))
+
+        offsets = jax.vmap(lambda key: noise(key, centers.shape[1:]))(keys)
+        return self.project(centers + self.eps * offsets, centers)
+
+
+class Unconstrained(NamedTuple):
+    """Any image in [0, 1]; steps follow each example's own raw gradient, so `step_size` carries its units."""
+
+    def project(self, images, centers):
+        del centers
+        return jnp.clip(images, 0.0, 1.0)
+
+    def step(self, images, gradients, step_size):
+        return images + step_size * gradients
+
+    def random_start(self, keys, centers):
+        """Uniform in the box."""
+        return jax.vmap(lambda key: jax.random.uniform(key, centers.shape[1:]))(keys)
+
+
+THREAT_MODELS = {"l2": L2, "linf": Linf}
+
+
+def _norms(x: jax.Array) -> jax.Array:
+    """ℓ2 norm of each example, shaped to broadcast against the batch."""
+    axes = tuple(range(1, x.ndim))
+    return jnp.sqrt(jnp.sum(jnp.square(x), axis=axes, keepdims=True))

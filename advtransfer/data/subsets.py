@@ -1,0 +1,85 @@
+"""Which images a small target set consists of."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+
+def subset_indices(
+    labels: np.ndarray,
+    num_images: int,
+    *,
+    dataset: str,
+    seed: int,
+    stratified: bool = True,
+    nested: bool = True,
+) -> np.ndarray:
+    """Draws `num_images` different images, the same ones for every source network.
+
+    The draw depends on (dataset, num_images, seed) and on nothing else, on every machine.
+
+    Args:
+      labels: integers [N], the labels of the images to draw from.
+      num_images: how many to draw, 1 to N.
+      dataset: name of the dataset, part of the seed.
+      seed: which of the many subsets.
+      stratified: every class has its share of the subset to within one image; otherwise all
+        subsets of the size are equally likely.
+      nested: the subset of size n is the first n of one order, so that it contains every smaller
+        subset of the same seed; otherwise subsets of different sizes are drawn independently.
+
+    Returns:
+      int32 [num_images], indices into `labels`, each at most once.
+
+    Raises:
+      ValueError: `num_images` is below 1 or above N.
+    """
+    labels = np.asarray(labels)
+    if not 1 <= num_images <= len(labels):
+        raise ValueError(
+            f"cannot draw {num_images} images from {dataset}: choose 1 to {len(labels)}, "
+            "the number of its training images"
+        )
+    identity = f"{dataset}|{seed}" if nested else f"{dataset}|{seed}|{num_images}"
+    # Python's own hash of a string differs from process to process.
+    digest = hashlib.sha256(identity.encode()).digest()
+    rng = np.random.default_rng(int.from_bytes(digest[:16], "big"))
+    if stratified:
+        return stratified_order(labels, num_images, rng)
+    return rng.permutation(len(labels))[:num_images].astype(np.int32)
+
+
+def stratified_order(labels: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
+    """First `length` places of a random order in which every prefix is stratified.
+
+    After n places a class that makes up a share p of the labels has had n * p of them to within
+    one, whatever the shares are. Rounding n * p class by class would not add up to n, so the next
+    class is the one whose turn is most urgent (R. Tijdeman, "The chairman assignment problem",
+    Discrete Mathematics 32, 1980, section 2). Equally urgent classes come in random order.
+
+    Args:
+      labels: integers [N].
+      length: number of places, at most N.
+      rng: decides within the classes and between equally urgent classes.
+
+    Returns:
+      int32 [length], indices into `labels`, each at most once.
+    """
+    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    members = [rng.permutation(np.flatnonzero(classes == c)) for c in range(len(counts))]
+    if len(counts) == 1:
+        return members[0][:length].astype(np.int32)
+    # Whole numbers, in units of 1 / (total * scale) of an image, so that equal means equal.
+    total, scale = len(labels), 2 * len(counts) - 2
+    taken = np.zeros(len(counts), np.int64)
+    order = np.empty(length, np.int32)
+    for place in range(length):
+        owed = scale * ((place + 1) * counts - total * taken)
+        places_left = np.where(owed >= total, (total * (scale - 1) - owed) / counts, np.inf)
+        urgent = np.flatnonzero(places_left == places_left.min())
+        chosen = urgent[rng.integers(len(urgent))]
+        order[place] = members[chosen][taken[chosen]]
+        taken[chosen] += 1
+    return order

@@ -1,0 +1,195 @@
+"""Images on the device: pure functions of float32 [N, H, W, 3] in [0, 1].
+
+Random transforms take one key per image and consist of a draw and a deterministic core
+(`random_crop` draws the offsets of `crop_at`, ...), so what becomes of an image does not depend on
+the batch or the device that it is in.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
+_ORDERS = np.array(list(itertools.permutations(range(3))), np.int32)
+
+
+class Augmentation(NamedTuple):
+    """What is done to training images, in this order; the default leaves them alone."""
+
+    crop_padding: int = 0  # pixels; see `random_crop`
+    flip: bool = False  # see `random_flip`
+    jitter: float = 0.0  # of brightness, contrast and saturation; see `color_jitter`
+    rotation: float = 0.0  # degrees; see `random_rotation`
+
+
+def augment(keys: jax.Array, images: jax.Array, augmentation: Augmentation) -> jax.Array:
+    """Crops, flips, jitters and rotates, as Utrera et al. (ICLR 2021) do for colour targets.
+
+    Each transform has its own key, so that switching one off does not change the others.
+    `augmentation` is a constant under jit: what it leaves out is not compiled.
+    """
+    crop_keys, flip_keys, jitter_keys, rotation_keys = _split(keys, 4)
+    crop_padding, flip, jitter, rotation = augmentation
+    if crop_padding:
+        images = random_crop(crop_keys, images, padding=crop_padding)
+    if flip:
+        images = random_flip(flip_keys, images)
+    if jitter:
+        images = color_jitter(
+            jitter_keys, images, brightness=jitter, contrast=jitter, saturation=jitter
+        )
+    if rotation:
+        images = random_rotation(rotation_keys, images, degrees=rotation)
+    return images
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """Turns uint8 [0, 255] into float32 [0, 1]."""
+    chex.assert_type(images, jnp.uint8)
+    return images.astype(jnp.float32) / jnp.float32(255)
+
+
+def resize(images: jax.Array, size: int) -> jax.Array:
+    """Resizes to [N, size, size, C], bilinear, with antialias when shrinking, as Pillow does."""
+    chex.assert_rank(images, 4)
+    if images.shape[1:3] == (size, size):
+        return images
+    shape = (images.shape[0], size, size, images.shape[3])
+    return jax.image.resize(images, shape, method="linear", antialias=True)
+
+
+def random_crop(keys: jax.Array, images: jax.Array, *, padding: int = 4) -> jax.Array:
+    """Pads with `padding` black pixels on each side and cuts the size out at a random place."""
+    _check(keys, images)
+    draw = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, 2 * padding + 1))
+    return crop_at(images, draw(keys), padding=padding)
+
+
+def crop_at(images: jax.Array, offsets: jax.Array, *, padding: int) -> jax.Array:
+    """Cuts [H, W] out of the padded images, from (row, column) = `offsets`, integers [N, 2]."""
+    padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+
+    def crop(image: jax.Array, offset: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), images.shape[1:])
+
+    return jax.vmap(crop)(padded, offsets)
+
+
+def random_flip(keys: jax.Array, images: jax.Array) -> jax.Array:
+    """Mirrors each image left to right with probability 1/2."""
+    _check(keys, images)
+    return flip_where(images, jax.vmap(jax.random.bernoulli)(keys))
+
+
+def flip_where(images: jax.Array, flipped: jax.Array) -> jax.Array:
+    """Mirrors the images whose entry in `flipped`, bool [N], is true."""
+    return jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+
+
+def color_jitter(
+    keys: jax.Array,
+    images: jax.Array,
+    *,
+    brightness: float = 0.0,
+    contrast: float = 0.0,
+    saturation: float = 0.0,
+) -> jax.Array:
+    """Changes brightness, contrast and saturation, in random order, as torchvision does.
+
+    Factors are uniform in [max(0, 1 - x), 1 + x]; values are clipped to [0, 1] after each change.
+    """
+    _check(keys, images)
+    order_keys, factor_keys = _split(keys, 2)
+    spans = jnp.array([brightness, contrast, saturation], jnp.float32)
+    low, high = jnp.maximum(0, 1 - spans), 1 + spans
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (3,), jnp.float32, low, high))
+    which = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(_ORDERS)))(order_keys)
+    return adjust_colors(images, uniform(factor_keys), jnp.asarray(_ORDERS)[which])
+
+
+def adjust_colors(images: jax.Array, factors: jax.Array, order: jax.Array) -> jax.Array:
+    """Changes brightness (0), contrast (1) and saturation (2), in the order given for each image.
+
+    A change blends the image with black (brightness), with its mean grey (contrast) or with its
+    grey self (saturation): factor 0 leaves only that, 1 the image, more than 1 exaggerates.
+
+    Args:
+      images: float32 [N, H, W, 3].
+      factors: float32 [N, 3], indexed by the change.
+      order: int32 [N, 3], a permutation of the changes for each image.
+    """
+
+    def change(images: jax.Array, which: jax.Array) -> jax.Array:
+        # The three differ only in the image that they blend with, so one blend serves them all.
+        grey = _grey(images)
+        flat = jnp.mean(grey, axis=(1, 2), keepdims=True)
+        which_one = which[:, None, None, None]
+        base = jnp.where(which_one == 2, grey, jnp.where(which_one == 1, flat, 0))
+        factor = jnp.take_along_axis(factors, which[:, None], axis=1)[:, 0]
+        return _blend(images, base, factor)
+
+    for step in range(3):
+        images = change(images, order[:, step])
+    return images
+
+
+def random_rotation(keys: jax.Array, images: jax.Array, *, degrees: float) -> jax.Array:
+    """Turns each image by an angle uniform in [-degrees, degrees].
+
+    Bilinear, where torchvision's default is nearest: at the ±2° of Utrera et al. (ICLR 2021),
+    nearest leaves most pixels of a small image in place and moves the others by a whole pixel.
+    """
+    _check(keys, images)
+    draw = jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32, -degrees, degrees))
+    return rotate_by(images, draw(keys))
+
+
+def rotate_by(images: jax.Array, degrees: jax.Array) -> jax.Array:
+    """Turns counter-clockwise about the centre by `degrees`, float32 [N]; black comes in."""
+    height, width = images.shape[1:3]
+    angle = jnp.deg2rad(degrees)[:, None, None]
+    y = (jnp.arange(height, dtype=jnp.float32) - (height - 1) / 2)[None, :, None]
+    x = (jnp.arange(width, dtype=jnp.float32) - (width - 1) / 2)[None, None, :]
+    from_x = jnp.cos(angle) * x - jnp.sin(angle) * y + (width - 1) / 2
+    from_y = jnp.sin(angle) * x + jnp.cos(angle) * y + (height - 1) / 2
+    left, top = jnp.floor(from_x), jnp.floor(from_y)
+
+    out = jnp.zeros(images.shape, jnp.float32)
+    for down, right in itertools.product((0, 1), repeat=2):
+        row, column = top + down, left + right
+        weight = (1 - jnp.abs(from_y - row)) * (1 - jnp.abs(from_x - column))
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        weight = jnp.where(inside, weight, 0)
+        row = jnp.clip(row, 0, height - 1).astype(jnp.int32)
+        column = jnp.clip(column, 0, width - 1).astype(jnp.int32)
+        taps = jax.vmap(lambda image, row, column: image[row, column])(images, row, column)
+        out = out + weight[..., None] * taps
+    return out
+
+
+def _blend(images: jax.Array, base: jax.Array, factors: jax.Array) -> jax.Array:
+    factor = factors[:, None, None, None]
+    return jnp.clip(factor * images + (1 - factor) * base, 0, 1)
+
+
+def _grey(images: jax.Array) -> jax.Array:
+    """Luma, float32 [N, H, W, 1]."""
+    red, green, blue = (images[..., channel, None] for channel in range(3))
+    return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+
+
+def _split(keys: jax.Array, num: int) -> tuple[jax.Array, ...]:
+    """`num` independent keys for each image: a tuple of key arrays [N]."""
+    split = jax.vmap(lambda key: jax.random.split(key, num), out_axes=1)(keys)
+    return tuple(split[i] for i in range(num))
+
+
+def _check(keys: jax.Array, images: jax.Array) -> None:
+    chex.assert_rank([keys, images], [1, 4])
+    chex.assert_equal(keys.shape[0], images.shape[0])

@@ -1,0 +1,35 @@
+"""Models: the ResNet family, how its convolutions are lowered, and a model's folder on disk."""
+
+from advtransfer.models.bundle import (
+    Model,
+    ModelSpec,
+    digest,
+    load_model,
+    load_spec,
+    logits_fn,
+    save_model,
+)
+from advtransfer.models.resnet import (
+    ARCHITECTURES,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ResNet,
+    create_module,
+    init_variables,
+)
+
+__all__ = [
+    "ARCHITECTURES",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Model",
+    "ModelSpec",
+    "ResNet",
+    "create_module",
+    "digest",
+    "init_variables",
+    "load_model",
+    "load_spec",
+    "logits_fn",
+    "save_model",
+]

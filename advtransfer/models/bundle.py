@@ -1,0 +1,201 @@
+"""A model on disk: a folder with `model.json` and an Orbax tree of variables, and nothing else to know."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.tree_util import Partial
+
+from advtransfer.models.resnet import ResNet, create_module, init_variables
+
+_SPEC_FILE, _VARIABLES = "model.json", "variables"
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """What a model is, beside its weights."""
+
+    architecture: str  # a key of ARCHITECTURES
+    num_classes: int
+    image_size: int  # pixels; what it was trained at
+    mean: tuple[float, ...]  # of the normalisation inside the network
+    std: tuple[float, ...]
+    norm: str = "none"  # threat model of its adversarial training: none | l2 | linf
+    eps: float = 0.0  # its radius, pixel units
+    class_names: tuple[str, ...] = ()
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)  # where it comes from
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)  # of what wrote it
+
+
+class Model(NamedTuple):
+    """A network with its weights."""
+
+    module: ResNet
+    variables: dict[str, Any]  # {"params", "batch_stats"}, float32
+    spec: ModelSpec
+
+
+def logits_fn(model: Model) -> Partial:
+    """images [N, H, W, 3] in [0, 1] -> float32 logits [N, classes], in evaluation mode.
+
+    The result is a pytree whose leaves are the weights, so a jitted function takes it as an argument.
+    """
+    return Partial(_apply, _Static(model.module), model.variables)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A module as part of a pytree's structure: equal modules share a compiled program."""
+
+    module: ResNet
+
+
+def _apply(static: _Static, variables: Any, images: jax.Array) -> jax.Array:
+    return static.module.apply(variables, images)
+
+
+def digest(variables: Any) -> str:
+    """SHA-256 of the weights: of every leaf's path, shape and float32 bytes, in the order of their paths."""
+    sha = hashlib.sha256()
+    for path, leaf in sorted(_named_leaves(variables).items()):
+        array = np.ascontiguousarray(leaf, np.float32)
+        sha.update(f"{path}{array.shape}".encode())
+        sha.update(array)
+    return sha.hexdigest()
+
+
+def save_model(model: Model, folder: str | Path, *, overwrite: bool = False) -> None:
+    """Writes a model folder, whole or not at all: it is made beside `folder`, then renamed.
+
+    Package versions and the SHA-256 of the weights are recorded; `spec.provenance` is the caller's.
+
+    Raises:
+      ValueError: `folder` exists and `overwrite` is not set, or it holds something else than a model.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not overwrite:
+        raise ValueError(f"{folder} exists already: choose another folder, or pass overwrite=True")
+    if folder.exists() and not (folder / _SPEC_FILE).is_file():
+        raise ValueError(f"{folder} is no model folder and is not overwritten: choose another")
+    new, old = (folder.with_name(f".{folder.name}.{word}{os.getpid()}") for word in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    variables = jax.tree.map(lambda x: np.asarray(x, np.float32), model.variables)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(new / _VARIABLES, variables)
+    spec = dataclasses.asdict(dataclasses.replace(model.spec, versions=_versions()))
+    text = json.dumps({"format": _FORMAT, **spec, "sha256": digest(variables)}, indent=2)
+    (new / _SPEC_FILE).write_text(text + "\n")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_spec(folder: str | Path) -> ModelSpec:
+    """What a model folder holds, without its weights.
+
+    Raises:
+      ValueError: no model folder, or a `model.json` that cannot be read.
+    """
+    return _read(Path(folder))[0]
+
+
+def load_model(folder: str | Path, *, dtype: Any = None) -> Model:
+    """Reads a model folder.
+
+    Args:
+      folder: what `save_model` wrote.
+      dtype: the type that the network computes in; None: float32.
+
+    Raises:
+      ValueError: no model folder; an unknown architecture; weights that cannot be read, do not fit the
+        architecture (every missing, unexpected and wrongly shaped name is listed) or are not those written.
+    """
+    folder = Path(folder).absolute()
+    spec, sha256 = _read(folder)
+    module = create_module(
+        spec.architecture,
+        num_classes=spec.num_classes,
+        mean=spec.mean,
+        std=spec.std,
+        dtype=dtype or jnp.float32,
+    )
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            variables = checkpointer.restore(folder / _VARIABLES, _stored_shapes(folder))
+    except Exception as error:  # Orbax, TensorStore and the file system each raise their own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"the weights in {folder} cannot be read ({reason})") from error
+    expected = jax.eval_shape(lambda: init_variables(module, jax.random.key(0), spec.image_size))
+    _check_fit(variables, expected, folder)
+    if digest(variables) != sha256:
+        raise ValueError(f"the weights in {folder} are damaged: their SHA-256 is not model.json's")
+    return Model(module, jax.tree.map(jnp.asarray, variables), spec)
+
+
+def _read(folder: Path) -> tuple[ModelSpec, str]:
+    path = folder / _SPEC_FILE
+    if not path.is_file():
+        raise ValueError(f"{str(folder)!r} is no model folder: it has no {_SPEC_FILE}")
+    try:
+        fields = json.loads(path.read_text())
+        if fields.pop("format") != _FORMAT:
+            raise ValueError("it was written by another version of advtransfer")
+        sha256 = fields.pop("sha256")
+        for name in ("mean", "std", "class_names"):
+            fields[name] = tuple(fields[name])
+        return ModelSpec(**fields), sha256
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no model description: {error}") from error
+
+
+def _stored_shapes(folder: Path) -> Any:
+    """The stored tree as shapes that restore to host arrays."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = checkpointer.metadata(folder / _VARIABLES).item_metadata.tree
+    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), stored)
+
+
+def _check_fit(variables: Any, expected: Any, folder: Path) -> None:
+    have = {name: x.shape for name, x in _named_leaves(variables).items()}
+    want = {name: x.shape for name, x in _named_leaves(expected).items()}
+    problems = [f"missing {name}" for name in want if name not in have]
+    problems += [f"unexpected {name}" for name in have if name not in want]
+    problems += [
+        f"{name} has shape {have[name]}, not {want[name]}"
+        for name in want
+        if name in have and have[name] != want[name]
+    ]
+    if problems:
+        raise ValueError(f"the weights in {folder} do not fit: {'; '.join(problems)}")
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    return {
+        "/".join(str(entry.key) for entry in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("advtransfer", "jax", "flax", "orbax-checkpoint"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # run from a checkout, not installed
+            continue
+    return found

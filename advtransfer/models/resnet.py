@@ -1,0 +1,357 @@
+"""The ResNet family: pixels in, logits out, addressable by residual block.
+
+The networks are torchvision's (He et al. 2016, arXiv:1512.03385, in the "v1.5" form whose
+bottlenecks stride on the 3×3; Zagoruyko & Komodakis 2016, arXiv:1605.07146; Xie et al. 2017,
+arXiv:1611.05431) and their parameter paths mirror torchvision's names, so a checkpoint of one is a
+checkpoint of the other: `layer4.2.conv3.weight` is `layer4_2/conv3/kernel`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from functools import partial
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from advtransfer import parallel
+from advtransfer.models.conv import conv2d, max_pool
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# torchvision: kaiming_normal_(mode="fan_out") for convolutions, and Linear's own default, uniform
+# in ±1/sqrt(fan_in), for the head's kernel and bias.
+_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+_head_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
+
+
+def _per_channel(vector: jax.Array) -> jax.Array:
+    return vector.reshape(1, 1, 1, -1)
+
+
+class Conv(nn.Module):
+    """A k×k convolution without bias, padded by (k - 1) / 2 on every side whatever its stride."""
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    groups: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+        """Convolves x [N, H, W, C]; `scale` [features] multiplies the output channels."""
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
+        kernel = self.param("kernel", _conv_init, shape, jnp.float32)
+        if scale is not None:
+            kernel = kernel * _per_channel(scale)
+        return conv2d(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            stride=self.stride,
+            padding=self.kernel_size // 2,
+            groups=self.groups,
+        )
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over N, H, W in PyTorch's sense (Ioffe & Szegedy 2015, arXiv:1502.03167).
+
+    Statistics are taken and kept in float32. The batch is normalised with its biased variance; the
+    running average (momentum 0.9) takes the unbiased one, n / (n - 1), which is what PyTorch
+    stores. With `axis_name`, mean, variance and n are those of the batch over all devices.
+    """
+
+    axis_name: str | None = None
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        features = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, features, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
+        x32 = x.astype(jnp.float32)
+        if train:
+            axis_name = None if self.is_initializing() else self.axis_name
+            count = parallel.total(jnp.float32(x.size // x.shape[-1]), axis_name)
+            mean, square = parallel.mean(
+                (jnp.mean(x32, (0, 1, 2)), jnp.mean(jnp.square(x32), (0, 1, 2))), axis_name
+            )
+            var = jnp.maximum(square - jnp.square(mean), 0.0)
+            if not self.is_initializing():
+                unbiased = var * (count / jnp.maximum(count - 1.0, 1.0))
+                running_mean.value += (1.0 - self.momentum) * (mean - running_mean.value)
+                running_var.value += (1.0 - self.momentum) * (unbiased - running_var.value)
+        else:
+            mean, var = running_mean.value, running_var.value
+        scale = scale * jax.lax.rsqrt(var + self.epsilon)
+        return (x32 * _per_channel(scale) + _per_channel(bias - mean * scale)).astype(x.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """One residual block: two 3×3 convolutions, or (`bottleneck`) 1×1, 3×3, 1×1.
+
+    `planes` is torchvision's name for the stage's width before the bottleneck's fourfold expansion.
+    """
+
+    planes: int
+    stride: int
+    bottleneck: bool
+    groups: int
+    base_width: int
+    dtype: jnp.dtype
+    axis_name: str | None
+    momentum: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        def conv_bn(x, suffix, prefix, features, kernel_size, **kwargs):
+            x = Conv(features, kernel_size, dtype=self.dtype, name=f"{prefix}conv{suffix}", **kwargs)(x)
+            norm = BatchNorm(self.axis_name, momentum=self.momentum, name=f"{prefix}bn{suffix}")
+            return norm(x, train)
+
+        if self.bottleneck:
+            width = self.planes * self.base_width // 64 * self.groups
+            features = 4 * self.planes
+            y = nn.relu(conv_bn(x, 1, "", width, 1))
+            y = nn.relu(conv_bn(y, 2, "", width, 3, stride=self.stride, groups=self.groups))
+            y = conv_bn(y, 3, "", features, 1)
+        else:
+            features = self.planes
+            y = nn.relu(conv_bn(x, 1, "", features, 3, stride=self.stride))
+            y = conv_bn(y, 2, "", features, 3)
+        if self.stride != 1 or x.shape[-1] != features:
+            x = conv_bn(x, "", "downsample_", features, 1, stride=self.stride)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    """A residual network; see `create_module` for the named ones."""
+
+    stage_sizes: tuple[int, ...]
+    bottleneck: bool
+    num_classes: int
+    cifar_stem: bool = False
+    width: int = 64
+    groups: int = 1
+    base_width: int = 64
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    dtype: jnp.dtype = jnp.float32
+    axis_name: str | None = None
+    momentum: float = 0.9  # of the running statistics; 0: those of the last batch
+
+    @property
+    def num_blocks(self) -> int:
+        """B, the number of residual blocks."""
+        return sum(self.stage_sizes)
+
+    @property
+    def num_features(self) -> int:
+        """C, the size of the pooled representation that the head reads."""
+        expansion = 4 if self.bottleneck else 1
+        return self.width * 2 ** (len(self.stage_sizes) - 1) * expansion
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        """The blocks' parameter paths in order: "layer1_0", ..., "layer4_2"."""
+        return tuple(
+            f"layer{stage}_{i}"
+            for stage, size in enumerate(self.stage_sizes, start=1)
+            for i in range(size)
+        )
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        train: bool = False,
+        start: int | None = None,
+        stop: int | None = None,
+    ) -> jax.Array:
+        """Runs the network, or the part of it between two seams.
+
+        Seam b < B is the activation that enters block b, [N, h, w, c] in the compute type; seam B is
+        the pooled representation, float32 [N, C]. `apply(v, apply(v, x, stop=b), start=b)` is
+        `apply(v, x)`.
+
+        Args:
+            x: images [N, H, W, 3] in [0, 1] if `start` is None, otherwise what stands at seam `start`.
+            train: normalise with the batch's statistics and update the running ones (pass
+                `mutable=["batch_stats"]`; the whole collection comes back, with the entries of
+                blocks that did not run as they were).
+            start: the seam to start from. None: the images.
+            stop: the seam to stop at. None: the logits.
+
+        Returns:
+            float32 logits [N, num_classes], or the activation at seam `stop`.
+
+        Raises:
+            ValueError: a seam outside 0 ... B, or `start` after `stop`.
+        """
+        num_blocks = self.num_blocks
+        first = -1 if start is None else start
+        last = num_blocks + 1 if stop is None else stop
+        if start is not None and not 0 <= start <= num_blocks:
+            raise ValueError(f"start is {start}; this network has the seams 0 to {num_blocks}")
+        if stop is not None and not 0 <= stop <= num_blocks:
+            raise ValueError(f"stop is {stop}; this network has the seams 0 to {num_blocks}")
+        if first > last:
+            raise ValueError(f"start is {start}, after stop, which is {stop}")
+        chex.assert_rank(x, 2 if start == num_blocks else 4)
+
+        if first < 0:
+            x = self._stem(x, train)
+        for index, (stage, i) in enumerate(
+            (stage, i) for stage, size in enumerate(self.stage_sizes) for i in range(size)
+        ):
+            if first <= index < last:
+                x = ResidualBlock(
+                    planes=self.width * 2**stage,
+                    stride=2 if stage > 0 and i == 0 else 1,
+                    bottleneck=self.bottleneck,
+                    groups=self.groups,
+                    base_width=self.base_width,
+                    dtype=self.dtype,
+                    axis_name=self.axis_name,
+                    momentum=self.momentum,
+                    name=f"layer{stage + 1}_{i}",
+                )(x, train)
+        if first < num_blocks <= last:
+            x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+        if last > num_blocks:
+            x = self._head(x)
+        return x
+
+    def _stem(self, images: jax.Array, train: bool) -> jax.Array:
+        mean, std = (np.asarray(v, np.float32).reshape(1, 1, 1, -1) for v in (self.mean, self.std))
+        x = (images.astype(jnp.float32) - mean) / std
+        kernel_size, stride = (3, 1) if self.cifar_stem else (7, 2)
+        x = Conv(self.width, kernel_size, stride, dtype=self.dtype, name="conv1")(x)
+        x = nn.relu(BatchNorm(self.axis_name, momentum=self.momentum, name="bn1")(x, train))
+        return x if self.cifar_stem else max_pool(x)
+
+    def _head(self, features: jax.Array) -> jax.Array:
+        bound = features.shape[-1] ** -0.5
+        return nn.Dense(
+            self.num_classes,
+            kernel_init=_head_init,
+            bias_init=lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound),
+            name="fc",
+        )(features.astype(jnp.float32))
+
+
+def _family(cifar_stem: bool) -> dict[str, dict[str, Any]]:
+    basic = {"bottleneck": False, "cifar_stem": cifar_stem}
+    bottleneck = {"bottleneck": True, "cifar_stem": cifar_stem}
+    networks = {
+        "resnet18": {"stage_sizes": (2, 2, 2, 2), **basic},
+        "resnet34": {"stage_sizes": (3, 4, 6, 3), **basic},
+        "resnet50": {"stage_sizes": (3, 4, 6, 3), **bottleneck},
+        "resnet101": {"stage_sizes": (3, 4, 23, 3), **bottleneck},
+        "resnet152": {"stage_sizes": (3, 8, 36, 3), **bottleneck},
+        "wide_resnet50_2": {"stage_sizes": (3, 4, 6, 3), "base_width": 128, **bottleneck},
+        "wide_resnet50_4": {"stage_sizes": (3, 4, 6, 3), "base_width": 256, **bottleneck},
+        "wide_resnet101_2": {"stage_sizes": (3, 4, 23, 3), "base_width": 128, **bottleneck},
+        "resnext50_32x4d": {
+            "stage_sizes": (3, 4, 6, 3),
+            "base_width": 4,
+            "groups": 32,
+            **bottleneck,
+        },
+    }
+    return {name + ("_cifar" if cifar_stem else ""): spec for name, spec in networks.items()}
+
+
+# Name -> the fields of `ResNet` that make it. A `_cifar` network has a 3×3 stem of stride 1 and no
+# max-pool, for images of some 16 to 64 pixels.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    **_family(cifar_stem=False),
+    **_family(cifar_stem=True),
+    "resnet_tiny": {
+        "stage_sizes": (1, 1, 1, 1),
+        "bottleneck": False,
+        "cifar_stem": True,
+        "width": 16,
+    },
+}
+
+
+def create_module(
+    architecture: str,
+    *,
+    num_classes: int = 1000,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    dtype: jnp.dtype = jnp.float32,
+    axis_name: str | None = None,
+) -> ResNet:
+    """Makes a network of the family, without weights.
+
+    Args:
+        architecture: a key of `ARCHITECTURES`.
+        num_classes: size of the logits.
+        mean: per channel, subtracted from the [0, 1] images inside the network.
+        std: per channel, what the difference is divided by.
+        dtype: the type that the blocks compute in. Parameters, statistics, pooled features and
+            logits are float32 whatever it is.
+        axis_name: device axis over which BatchNorm's batch statistics are averaged in training.
+            None: every device normalises with its own.
+
+    Returns:
+        A Flax module: `module.apply(variables, images) -> logits`; see `ResNet.__call__`.
+
+    Raises:
+        ValueError: an unknown architecture (the nearest names are in the message).
+    """
+    if architecture not in ARCHITECTURES:
+        near = difflib.get_close_matches(architecture, ARCHITECTURES, n=3, cutoff=0.4)
+        raise ValueError(
+            f"unknown architecture {architecture!r}; nearest: {', '.join(near or ARCHITECTURES)}"
+        )
+    return ResNet(
+        **ARCHITECTURES[architecture],
+        num_classes=num_classes,
+        mean=tuple(float(v) for v in mean),
+        std=tuple(float(v) for v in std),
+        dtype=dtype,
+        axis_name=axis_name,
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 2))
+def init_variables(module: ResNet, key: jax.Array, image_size: int = 32) -> dict[str, Any]:
+    """Draws fresh variables, {"params": ..., "batch_stats": ...}, all float32.
+
+    The distributions are `module.init`'s. All convolutions share one draw, because every random
+    generator in a program takes XLA some 0.2 s to compile, and Flax asks for one per kernel.
+
+    Args:
+        module: the network.
+        key: PRNG key.
+        image_size: height and width of the images traced through the network; the variables' shapes
+            and values do not depend on it.
+    """
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, len(module.mean)), jnp.float32)
+    variables = module.lazy_init(key, images)
+    sizes = [leaf.size for leaf in jax.tree.leaves(variables) if leaf.ndim == 4]
+    # Behind a barrier, or XLA would repeat the generator inside every kernel that reads from it.
+    draws = jax.lax.optimization_barrier(jax.random.normal(key, (sum(sizes),), jnp.float32))
+    parts = iter(jnp.split(draws, np.cumsum(sizes)[:-1]))
+
+    def redraw(leaf: jax.Array) -> jax.Array:
+        if leaf.ndim != 4:
+            return leaf
+        fan_out = leaf.shape[0] * leaf.shape[1] * leaf.shape[3]
+        return next(parts).reshape(leaf.shape) * np.float32(np.sqrt(2.0 / fan_out))
+
+    return jax.tree.map(redraw, variables)

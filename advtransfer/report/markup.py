@@ -1,0 +1,73 @@
+"""Pieces of HTML that the report's sections share."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+
+
+def table(
+    heads: Sequence[str],
+    groups: Sequence[Sequence[Sequence[str]]],
+    caption: str,
+    *,
+    numbers: str = "",
+    classes: str = "",
+) -> str:
+    """A table in a box that scrolls by itself.
+
+    `heads` and `caption` are text, the cells ready-made HTML; each group of rows is one tbody.
+    """
+    head = "".join(th(escape(text), "col") for text in heads)
+    body = "".join(map(_body, groups))
+    content = f"<table{attribute('class', classes)}><thead><tr>{head}</tr></thead>{body}</table>"
+    return scrolling(content, caption, numbers=numbers)
+
+
+def scrolling(content: str, caption: str, *, numbers: str = "", kind: str = "table") -> str:
+    """Wide content with its caption; the box takes the focus, so that a keyboard can scroll it."""
+    label = escape(caption)
+    link = f" {numbers_link(numbers)}" if numbers else ""
+    return (
+        f"<figure class={kind}><figcaption>{label}{link}</figcaption>"
+        f'<div class=scroll tabindex=0 role=region aria-label="{label}">{content}</div></figure>'
+    )
+
+
+def th(content: str, scope: str) -> str:
+    return f"<th scope={scope}>{content}</th>"
+
+
+def image(content: bytes, kind: str, alt: str, classes: str = "") -> str:
+    """An image that travels inside the page; `kind` is the part after image/ of its media type."""
+    data = base64.b64encode(content).decode()
+    source = attribute("src", f"data:image/{kind};base64,{data}")
+    return f"<img{attribute('class', classes)}{source}{attribute('alt', alt)}>"
+
+
+def attribute(name: str, value: str) -> str:
+    """An attribute with the space before it; nothing at all where the value is empty."""
+    return f' {name}="{escape(value)}"' if value else ""
+
+
+def numbers_link(name: str) -> str:
+    return f"Numbers: <a href='figures/{name}.csv'>figures/{name}.csv</a>."
+
+
+def span(values: Sequence[int]) -> str:
+    """Sorted numbers as "20" or "10–800"."""
+    if not values:
+        return "no"
+    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,}–{values[-1]:,}"
+
+
+def listing(values: Sequence[int]) -> str:
+    """Numbers as "10, 20 and 50"."""
+    texts = [f"{value:,}" for value in values]
+    return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))
+
+
+def _body(rows: Sequence[Sequence[str]]) -> str:
+    joined = "".join(f"<tr>{''.join(cells)}</tr>" for cells in rows)
+    return f"<tbody>{joined}</tbody>"

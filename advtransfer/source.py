@@ -1,0 +1,254 @@
+"""Source networks: trained naturally or adversarially on one dataset, measured, and kept as model folders."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from advtransfer import parallel
+from advtransfer.attacks import make_attack
+from advtransfer.checkpoint import Checkpoints
+from advtransfer.config import names_key
+from advtransfer.data import Augmentation, Dataset, load_dataset, make_batch
+from advtransfer.evaluate import evaluate
+from advtransfer.models import (
+    Model,
+    ModelSpec,
+    create_module,
+    init_variables,
+    load_model,
+    logits_fn,
+    save_model,
+)
+from advtransfer.optim import make_schedule, sgd
+from advtransfer.progress import RunLog, progress_bar
+from advtransfer.train import TrainState, fit, init_state, make_train_step, module_apply
+
+
+def compute_dtype(name: str) -> Any:
+    """config.dtype as a type: bfloat16 where accelerators have units for it, float32 on CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def load_source_data(config: ConfigDict) -> Dataset:
+    """The dataset of config.source, at its resolution."""
+    with names_key("source.dataset"):
+        return load_dataset(
+            config.source.dataset,
+            image_size=config.source.image_size,
+            cache_dir=config.cache_dir or None,
+        )
+
+
+def check_source(config: ConfigDict, dataset: Dataset) -> None:
+    """Raises a ConfigError for an architecture or a batch size that cannot be."""
+    with names_key("source.batch_size"):
+        if config.source.batch_size > len(dataset.train.labels):
+            raise ValueError(
+                f"{config.source.batch_size} is larger than the {len(dataset.train.labels)} training images"
+            )
+        parallel.split(np.empty(config.source.batch_size))
+    create_source_module(config, dataset)
+
+
+def num_steps(config: ConfigDict, dataset: Dataset) -> int:
+    """Steps of the whole training; an epoch drops the images that fill no batch."""
+    return config.source.num_epochs * (len(dataset.train.labels) // config.source.batch_size)
+
+
+class Run(NamedTuple):
+    """A source training, ready to start: its fresh state and what takes it further."""
+
+    module: Any
+    state: TrainState
+    run_step: Any  # (state, step) -> (state, metrics)
+    schedule: Any
+
+
+def prepare(config: ConfigDict, dataset: Dataset) -> Run:
+    """Builds the training run that config.source describes, from nothing but the config and the data.
+
+    Raises:
+      ConfigError: as `check_source`.
+    """
+    check_source(config, dataset)
+    recipe = config.source
+    module = create_source_module(config, dataset)
+    schedule = make_schedule(recipe.schedule, recipe.learning_rate, num_steps(config, dataset))
+    tx = sgd(
+        schedule,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov,
+        weight_decay=recipe.weight_decay,
+    )
+    train_step = make_train_step(
+        module_apply(module),
+        tx,
+        attack=make_attack(
+            recipe.norm,
+            recipe.eps,
+            num_steps=recipe.attack_steps,
+            step_ratio=recipe.attack_step_ratio,
+            random_start=recipe.attack_random_start,
+            use_best=False,
+        ),
+        attack_in_train_mode=recipe.attack_batch_norm == "batch",
+        label_smoothing=recipe.label_smoothing,
+        axis_name=parallel.AXIS,
+    )
+    init_key, batch_key = jax.random.split(jax.random.key(config.seed))
+    state = init_state(init_variables(module, init_key, recipe.image_size), tx)
+    run_step = _make_run_step(config, dataset, train_step, batch_key)
+    return Run(module, parallel.replicate(state), run_step, schedule)
+
+
+def _make_run_step(config: ConfigDict, dataset: Dataset, train_step, key: jax.Array):
+    """(state, step) -> (state, metrics) on all devices, with batches that key and step alone decide."""
+    batch_size = config.source.batch_size
+    num_images = len(dataset.train.labels)
+    augmentation = Augmentation(**config.source.augmentation)
+    order_key, example_key = jax.random.split(key)
+    images, labels = jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels)
+    shared = parallel.replicate((images, labels, example_key))
+    positions = parallel.split(np.arange(batch_size))
+
+    def step_on_device(state, images, labels, key, indices, positions):
+        step_key = jax.random.fold_in(key, state.step)
+        keys = jax.vmap(lambda position: jax.random.fold_in(step_key, position))(positions)
+        return train_step(state, make_batch(images, labels, indices, keys, augmentation))
+
+    step_on_devices = parallel.data_parallel(step_on_device, num_shared=4, num_split=2, donate=(0,))
+
+    @functools.lru_cache(maxsize=1)
+    def epoch_order(epoch):
+        return np.asarray(jax.random.permutation(jax.random.fold_in(order_key, epoch), num_images))
+
+    def run_step(state, step):
+        epoch, i = divmod(step, num_images // batch_size)
+        indices = epoch_order(epoch)[i * batch_size : (i + 1) * batch_size]
+        return step_on_devices(state, *shared, parallel.split(indices), positions)
+
+    return run_step
+
+
+def create_source_module(config: ConfigDict, dataset: Dataset) -> Any:
+    """The untrained network of config.source."""
+    with names_key("source.architecture"):
+        return create_module(
+            config.source.architecture,
+            num_classes=len(dataset.class_names),
+            mean=config.source.mean,
+            std=config.source.std,
+            dtype=compute_dtype(config.dtype),
+            axis_name=parallel.AXIS if config.source.sync_batch_norm else None,
+        )
+
+
+def train_source(config: ConfigDict, folder: str | Path, *, name: str = "source") -> Model:
+    """Trains the network that config.source describes, or goes on where an earlier run stopped.
+
+    Writes `folder`/checkpoints, log.jsonl, TensorBoard events, and at the end `folder`/model. A finished
+    model is loaded and returned as it is.
+
+    Raises:
+      ConfigError: as `prepare`.
+      DivergedError, Preempted: as `train.fit`.
+    """
+    folder = Path(folder)
+    if (folder / "model" / "model.json").exists():
+        return load_model(folder / "model", dtype=compute_dtype(config.dtype))
+    dataset = load_source_data(config)
+    run = prepare(config, dataset)
+    with Checkpoints(folder / "checkpoints", keep=config.source.keep) as checkpoints:
+        restored = checkpoints.restore(run.state)
+        state = run.state if restored is None else parallel.replicate(restored)
+        first_step = int(state.step)
+        with RunLog(folder, first_step=first_step) as log:
+            state = fit(
+                state,
+                run.run_step,
+                num_steps=num_steps(config, dataset),
+                schedule=run.schedule,
+                checkpoints=checkpoints,
+                save_every=config.source.save_every,
+                log_every=config.source.log_every,
+                log=log,
+                steps=lambda steps: progress_bar(steps, f"train {name}", "steps", done=first_step),
+            )
+    model = _to_model(config, dataset, run.module, state)
+    save_model(model, folder / "model")
+    shutil.rmtree(folder / "checkpoints")
+    return model
+
+
+def _to_model(config: ConfigDict, dataset: Dataset, module: Any, state: TrainState) -> Model:
+    spec = ModelSpec(
+        architecture=config.source.architecture,
+        num_classes=len(dataset.class_names),
+        image_size=config.source.image_size,
+        mean=module.mean,
+        std=module.std,
+        norm=config.source.norm,
+        eps=config.source.eps,
+        class_names=dataset.class_names,
+        provenance={"seed": config.seed, "recipe": config.source.to_dict()},
+    )
+    return Model(module.clone(axis_name=None), jax.device_get(state.variables), spec)
+
+
+def measure(model: Model, dataset: Dataset, config: ConfigDict, *, name: str) -> dict[str, Any]:
+    """Natural and adversarial accuracy and loss of a model, under the attack of config.evaluate.
+
+    Returns:
+      {"natural_accuracy", "natural_loss", "num_images", "attack"} and, when there is an attack,
+      {"adversarial_accuracy", "adversarial_loss"}; "attack" is a sentence's worth of its settings.
+    """
+    recipe = config.evaluate
+    split = getattr(dataset, recipe.split)
+    if recipe.num_images:
+        split = type(split)(*(array[: recipe.num_images] for array in split))
+    attacks = {"natural": None}
+    if recipe.norm != "none":
+        attacks["adversarial"] = evaluation_attack(config)
+    results: dict[str, Any] = {"num_images": len(split.labels), "attack": _describe(recipe)}
+    for kind, attack in attacks.items():
+        found = evaluate(
+            logits_fn(model),
+            split,
+            batch_size=recipe.batch_size,
+            attack=attack,
+            key=jax.random.key(config.seed),
+            steps=lambda steps, kind=kind: progress_bar(steps, f"{kind} {name}", "batches"),
+        )
+        results |= {f"{kind}_{metric}": value for metric, value in found.items()}
+    return results
+
+
+def evaluation_attack(config: ConfigDict):
+    """The attack of config.evaluate, or None."""
+    recipe = config.evaluate
+    return make_attack(
+        recipe.norm,
+        recipe.eps,
+        num_steps=recipe.num_steps,
+        step_ratio=recipe.step_ratio,
+        num_restarts=recipe.num_restarts,
+        random_start=recipe.num_restarts > 1,
+    )
+
+
+def _describe(recipe: ConfigDict) -> str:
+    if recipe.norm == "none":
+        return "none"
+    norm = {"l2": "ℓ2", "linf": "ℓ∞"}[recipe.norm]
+    restarts = f", {recipe.num_restarts} restarts" if recipe.num_restarts > 1 else ""
+    return f"{norm} PGD-{recipe.num_steps}, ε = {recipe.eps:.3g}{restarts}"

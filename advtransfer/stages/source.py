@@ -1,0 +1,74 @@
+"""stage=source: trains the network of config.source and measures it.
+
+Leaves in the workdir: `log.jsonl` and TensorBoard events, `checkpoints/` while it trains, `model/`,
+`evaluation.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from advtransfer.data import Dataset
+from advtransfer.models import Model
+from advtransfer.source import check_source, load_source_data, measure, num_steps, train_source
+from advtransfer.stages.workdir import check_workdir, open_workdir, write_json
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    dataset = load_source_data(config)
+    check_source(config, dataset)
+    open_workdir(config, workdir)
+    name = source_name(config)
+    model = train_source(config, workdir, name=name)
+    evaluation = measure_once(config, model, dataset, workdir, name=name)
+    print(f"{workdir / 'model'}: {describe(evaluation)}")
+
+
+def plan(config: ConfigDict, workdir: Path) -> str:
+    dataset = load_source_data(config)
+    check_source(config, dataset)
+    check_workdir(config, workdir)
+    return training_plan(config, dataset, workdir)
+
+
+def source_name(config: ConfigDict) -> str:
+    """ "natural", or "l2:0.5"."""
+    norm = config.source.norm
+    return "natural" if norm == "none" else f"{norm}:{config.source.eps:g}"
+
+
+def training_plan(config: ConfigDict, dataset: Dataset, folder: Path) -> str:
+    """One line: what training this source in `folder` takes."""
+    recipe = config.source
+    line = f"source {source_name(config)}: "
+    if (folder / "model" / "model.json").exists():
+        return line + "done"
+    attack = "" if recipe.norm == "none" else f" against PGD-{recipe.attack_steps}"
+    return line + (
+        f"train {recipe.architecture}, {num_steps(config, dataset):,} steps of "
+        f"{recipe.batch_size} images{attack}"
+    )
+
+
+def measure_once(
+    config: ConfigDict, model: Model, dataset: Dataset, folder: Path, *, name: str
+) -> dict[str, Any]:
+    """`measure`, kept in `folder`/evaluation.json."""
+    path = folder / "evaluation.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    evaluation = measure(model, dataset, config, name=name)
+    write_json(path, evaluation)
+    return evaluation
+
+
+def describe(evaluation: dict[str, Any]) -> str:
+    """An evaluation as half a sentence."""
+    text = f"natural accuracy {evaluation['natural_accuracy']:.1%}"
+    if "adversarial_accuracy" in evaluation:
+        text += f", adversarial accuracy {evaluation['adversarial_accuracy']:.1%} ({evaluation['attack']})"
+    return f"{text}, {evaluation['num_images']:,} images"

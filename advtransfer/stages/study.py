@@ -1,0 +1,191 @@
+"""stage=study: trains the sources that are not there yet, runs the grid, writes the report.
+
+Leaves in the workdir: `sources/NAME/` as stage=source does, `rows/` with a file per finished group,
+`rows.csv`, `summary.csv`, `figures/`, `report.html`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from advtransfer.config import names_key
+from advtransfer.data import Dataset, check_dataset_name, load_dataset, subset_indices, to_float
+from advtransfer.evaluate import predict
+from advtransfer.models import Model, create_module, digest, load_model, load_spec, logits_fn
+from advtransfer.progress import progress_bar
+from advtransfer.report import Evidence, headline, write_report, write_rows
+from advtransfer.source import (
+    check_source,
+    compute_dtype,
+    evaluation_attack,
+    load_source_data,
+    train_source,
+)
+from advtransfer.stages.source import measure_once, training_plan
+from advtransfer.stages.workdir import check_workdir, open_workdir, versions
+from advtransfer.study import Source, finished_rows, group, make_trials, num_steps, run_trials
+from advtransfer.transfer import first_unfrozen_block
+
+
+class Asked(NamedTuple):
+    """A source that config.study.sources names."""
+
+    name: str
+    norm: str
+    eps: float
+    config: ConfigDict | None  # of its training; None for a model folder from elsewhere
+    folder: Path  # where it is trained, or the model folder
+    architecture: str
+    image_size: int
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    asked = check(config, workdir)
+    open_workdir(config, workdir)
+    models = {source.name: _get_model(config, source) for source in asked}
+    dataset = load_source_data(config)
+    trained = [source for source in asked if source.config is not None]
+    evaluations = [
+        {"name": source.name, "norm": source.norm, "eps": source.eps}
+        | measure_once(config, models[source.name], dataset, source.folder, name=source.name)
+        for source in trained
+    ]
+    sources = [Source(s.name, s.norm, s.eps, digest(models[s.name].variables)) for s in asked]
+    targets = {size: _load_target(config, size) for size in {s.image_size for s in asked}}
+    rows = run_trials(
+        make_trials(config, sources),
+        models,
+        lambda model: targets[model.spec.image_size],
+        workdir / "rows",
+        group_size=config.study.group_size,
+        progress=lambda groups: progress_bar(groups, "fine-tune", "groups"),
+    )
+    write_rows(rows, workdir / "rows.csv")
+    twins = {source.name: models[source.name] for source in trained}
+    pictures, captions = _pictures(config, twins, dataset, next(iter(targets.values())))
+    evidence = Evidence(
+        sources=evaluations,
+        pictures=pictures,
+        captions=captions,
+        config=config.to_dict(),
+        versions=versions(),
+        command=config.report.command,
+        remarks=config.report.remarks,
+    )
+    path = write_report(rows, workdir, evidence=evidence, title=config.report.title)
+    print(*headline(rows), f"report: {path}", sep="\n")
+
+
+def plan(config: ConfigDict, workdir: Path) -> str:
+    asked = check(config, workdir)
+    dataset = load_source_data(config)
+    lines = [
+        training_plan(source.config, dataset, source.folder)
+        if source.config is not None
+        else f"source {source.name}: {source.folder}"
+        for source in asked
+    ]
+    trials = make_trials(config, [Source(s.name, s.norm, s.eps, "") for s in asked])
+    finished = len(finished_rows(workdir / "rows"))
+    steps = sum(num_steps(trial) for trial in trials)
+    num_groups = len(group(trials, size=config.study.group_size))
+    return "\n".join(
+        [
+            *lines,
+            f"fine-tune {len(trials):,} models in {num_groups:,} groups, "
+            f"{steps:,} steps of {config.transfer.batch_size} images; {finished:,} trials are finished",
+        ]
+    )
+
+
+def check(config: ConfigDict, workdir: Path) -> list[Asked]:
+    """The sources, after everything that the config names has been looked up.
+
+    Raises:
+      ConfigError: naming the key.
+    """
+    with names_key("study.sources"):
+        asked = [_ask(config, text.strip(), workdir) for text in config.study.sources.split(",")]
+        names = [source.name for source in asked]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{config.study.sources!r} names a source twice")
+    for source in asked:
+        if source.config is not None:
+            check_source(source.config, load_source_data(config))
+        with names_key("study.num_unfrozen_blocks"):
+            module = create_module(source.architecture, num_classes=1)
+            for k in config.study.num_unfrozen_blocks:
+                first_unfrozen_block(module, k)
+    with names_key("transfer.target"):
+        check_dataset_name(config.transfer.target)
+        labels = _load_target(config, asked[0].image_size).train.labels
+    with names_key("study.num_train_images"):
+        for n in config.study.num_train_images:
+            subset_indices(labels, n, dataset=config.transfer.target, seed=0)
+    check_workdir(config, workdir)
+    return asked
+
+
+def _ask(config: ConfigDict, text: str, workdir: Path) -> Asked:
+    """ "natural", "l2:0.5" (both trained here, by the one recipe of config.source), or a model folder."""
+    norm, colon, eps = text.partition(":")
+    if text != "natural" and not (colon and norm in ("l2", "linf")):
+        spec = load_spec(text)
+        return Asked(
+            Path(text).name,
+            spec.norm,
+            spec.eps,
+            None,
+            Path(text),
+            spec.architecture,
+            spec.image_size,
+        )
+    try:
+        radius = float(eps) if colon else 0.0
+    except ValueError:
+        radius = -1.0
+    if colon and radius <= 0:
+        raise ValueError(f"{text!r}: write NORM:EPS with a positive number, such as l2:0.5")
+    own = config.copy_and_resolve_references()
+    own.source.norm, own.source.eps = (norm, radius) if colon else ("none", 0.0)
+    folder = workdir / "sources" / text.replace(":", "_")
+    return Asked(text, own.source.norm, radius, own, folder, own.source.architecture, own.source.image_size)
+
+
+def _get_model(config: ConfigDict, source: Asked) -> Model:
+    if source.config is None:
+        return load_model(source.folder, dtype=compute_dtype(config.dtype))
+    return train_source(source.config, source.folder, name=source.name)
+
+
+def _load_target(config: ConfigDict, image_size: int) -> Dataset:
+    return load_dataset(config.transfer.target, image_size=image_size, cache_dir=config.cache_dir or None)
+
+
+def _pictures(
+    config: ConfigDict, models: dict[str, Model], dataset: Dataset, target: Dataset
+) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    """Source images with their adversarial twins, and target images, with what stands under them."""
+    number = config.report.num_pictures
+    pictures = {"target_images": target.train.images[:number] / np.float32(255)}
+    captions = {"target_labels": [target.class_names[i] for i in target.train.labels[:number]]}
+    attack = evaluation_attack(config)
+    if not models or attack is None or not number:
+        return pictures, captions
+    names = dataset.class_names
+    labels = dataset.test.labels[:number]
+    images = to_float(np.asarray(dataset.test.images[:number]))
+    pictures["source_images"] = np.asarray(images)
+    captions["source_labels"] = [names[i] for i in labels]
+    for source, model in models.items():
+        network = logits_fn(model)
+        twins = attack(network, images, labels)
+        pictures[f"adversarial/{source}"] = np.asarray(twins)
+        for kind, shown in (("natural", images), ("adversarial", twins)):
+            classes = np.argmax(predict(network, shown), axis=-1)
+            captions[f"{kind}_predictions/{source}"] = [names[i] for i in classes]
+    return pictures, captions

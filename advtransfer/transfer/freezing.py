@@ -1,0 +1,82 @@
+"""What is frozen, and the constant part of the network that freezing leaves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from advtransfer import optim, parallel
+from advtransfer.data import Augmentation, to_float
+
+
+def first_unfrozen_block(module: Any, num_unfrozen_blocks: int) -> int | None:
+    """The seam below which nothing is trained: block B - k; None when everything is (k = -1).
+
+    Raises:
+      ValueError: k is below -1 or above the network's number of blocks.
+    """
+    if num_unfrozen_blocks == -1:
+        return None
+    if not 0 <= num_unfrozen_blocks <= module.num_blocks:
+        raise ValueError(
+            f"cannot unfreeze {num_unfrozen_blocks} blocks: this network has {module.num_blocks} "
+            "(-1 unfreezes everything)"
+        )
+    return module.num_blocks - num_unfrozen_blocks
+
+
+def frozen_mask(module: Any, params: Any, num_unfrozen_blocks: int) -> Any:
+    """True for every parameter outside the head and the last k residual blocks (Utrera et al., 2021, §3)."""
+    start = first_unfrozen_block(module, num_unfrozen_blocks)
+    blocks = [f"{name}/" for name in module.block_names]
+    stem = ["conv1/", "bn1/"]
+    if start is None:
+        return optim.freeze_mask(params, trainable=[*stem, *blocks, "fc/"], frozen=[])
+    return optim.freeze_mask(params, trainable=[*blocks[start:], "fc/"], frozen=[*stem, *blocks[:start]])
+
+
+def prefix_is_constant(num_unfrozen_blocks: int, frozen_batch_norm: str, augmentation: Augmentation) -> bool:
+    """Whether the activations at the first trained block are a fixed function of the image."""
+    return num_unfrozen_blocks != -1 and frozen_batch_norm != "update" and augmentation == Augmentation()
+
+
+def activations(
+    module: Any, variables: Any, images: np.ndarray, start: int, *, batch_size: int = 256
+) -> jax.Array:
+    """What enters block `start` in evaluation mode, for uint8 images [N, H, W, 3]: [N, h, w, c] or [N, C]."""
+    batch_size = min(batch_size, len(images))
+    batches = [
+        _enter(module, variables, parallel.pad(images[i : i + batch_size], batch_size)[0], start)
+        for i in range(0, len(images), batch_size)
+    ]
+    return jnp.concatenate(batches)[: len(images)]
+
+
+def target_batch_stats(module: Any, variables: Any, images: np.ndarray, *, batch_size: int = 256) -> Any:
+    """BatchNorm statistics re-estimated on a target set, uint8 [N, H, W, 3]: averages of the batches' own.
+
+    The set is cut into equal batches of at most `batch_size`, as equal as N allows; each counts by its size.
+    """
+    pieces = np.array_split(np.arange(len(images)), -(-len(images) // batch_size))
+    plain = module.clone(momentum=0.0)  # the statistics of the last batch, not a running average
+    totals = None
+    for piece in pieces:
+        stats = _batch_statistics(plain, variables, images[piece])
+        weight = len(piece) / len(images)
+        weighted = jax.tree.map(lambda x, weight=weight: weight * x, stats)
+        totals = weighted if totals is None else jax.tree.map(jnp.add, totals, weighted)
+    return totals
+
+
+@jax.jit(static_argnames=("module", "start"))
+def _enter(module, variables, images, start):
+    return module.apply(variables, to_float(images), stop=start)
+
+
+@jax.jit(static_argnames=("module",))
+def _batch_statistics(module, variables, images):
+    _, changed = module.apply(variables, to_float(images), train=True, mutable=["batch_stats"])
+    return changed["batch_stats"]

@@ -1,0 +1,45 @@
+"""Packaging of advtransfer; the tested versions are in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "advtransfer/__init__.py").read_text())[1]
+
+setup(
+    name="advtransfer",
+    version=VERSION,
+    description="Robust transfer learning in JAX",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["advtransfer", "advtransfer.*"]),
+    package_data={"advtransfer": ["py.typed"], "advtransfer.report": ["template.html"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "chex>=0.1.90",
+        "flax>=0.12",
+        "importlib_resources>=6",  # tensorflow-datasets reads prepared sets through it
+        "jax>=0.10",
+        "matplotlib>=3.9",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.30",
+        "pillow>=11",
+        "scikit-learn>=1.6",
+        "scipy>=1.14",
+        "tensorboardX>=2.6.2",
+        "tensorflow-datasets>=4.9.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "test": ["pytest>=8", "pyarrow>=18", "ruff>=0.14"],
+        "bench": ["torch==2.13.0"],
+    },
+)

@@ -1,0 +1,267 @@
+"""Attacks against closed forms on linear models, and the promises that hold on any network."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advtransfer.attacks import L2, Linf, Unconstrained, cross_entropy, pgd
+
+SHAPE = (5, 4, 4, 3)
+MODELS = {"l2": L2(0.7), "linf": Linf(0.05), "unconstrained": Unconstrained()}
+
+
+def _images(seed=0, low=0.0, high=1.0):
+    return jnp.asarray(np.random.default_rng(seed).uniform(low, high, SHAPE), jnp.float32)
+
+
+def _weights(num_classes=3, seed=1):
+    size = int(np.prod(SHAPE[1:]))
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(size, num_classes)), jnp.float32)
+
+
+def _linear(weights):
+    return lambda x: x.reshape(len(x), -1) @ weights
+
+
+def _network(weights):
+    """Not linear, so that the attack has to look for its way."""
+    return lambda x: jnp.tanh((x.reshape(len(x), -1) - 0.5) @ weights) * 3.0
+
+
+LABELS = jnp.array([0, 1, 2, 1, 0])
+
+
+def _margin(logits, labels):
+    """A loss that is linear on a linear two-class model: the other logit minus the label's."""
+    return (
+        jnp.take_along_axis(logits, 1 - labels[:, None], 1)[:, 0]
+        - (jnp.take_along_axis(logits, labels[:, None], 1)[:, 0])
+    )
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_on_a_linear_model_the_attack_is_the_closed_form(norm):
+    """The maximum of a linear loss over the ball, for images so far inside the box that it does not bind."""
+    images, weights = _images(low=0.4, high=0.6), _weights(num_classes=2)
+    labels = jnp.array([0, 1, 0, 1, 1])
+    direction = np.asarray(weights[:, 1] - weights[:, 0])
+    direction = np.where(np.asarray(labels)[:, None] == 0, direction, -direction).reshape(SHAPE)
+    if norm == "linf":
+        threat, best = Linf(0.1), np.asarray(images) + 0.1 * np.sign(direction)
+    else:
+        unit = direction / np.linalg.norm(direction[0])
+        threat, best = L2(0.3), np.asarray(images) + 0.3 * unit
+    found = pgd(
+        _linear(weights), images, labels, threat, num_steps=10, step_size=0.05, loss_fn=_margin
+    )
+    np.testing.assert_allclose(found, best, atol=1e-5)
+    targeted = pgd(
+        _linear(weights),
+        images,
+        1 - labels,
+        threat,
+        num_steps=10,
+        step_size=0.05,
+        loss_fn=_margin,
+        targeted=True,
+    )
+    np.testing.assert_allclose(targeted, best, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", MODELS)
+def test_a_zero_gradient_leaves_the_image_alone(norm):
+    images = _images()
+    flat = lambda x: jnp.zeros((len(x), 3)) + 0.0 * x.sum()  # noqa: E731
+    found = pgd(flat, images, LABELS, MODELS[norm], num_steps=5, step_size=0.1)
+    chex.assert_trees_all_equal(found, images)
+
+
+@pytest.mark.parametrize("norm", MODELS)
+@pytest.mark.parametrize("options", [{}, {"use_best": False}, {"early_finish": True}])
+@pytest.mark.parametrize("num_restarts", [0, 3])
+def test_every_output_is_in_the_ball_and_in_the_box(norm, options, num_restarts):
+    images = _images()  # many pixels close to 0 or 1
+    if num_restarts:
+        options = options | {
+            "random_start": True,
+            "key": jax.random.key(3),
+            "num_restarts": num_restarts,
+        }
+    found = pgd(
+        _network(_weights()), images, LABELS, MODELS[norm], num_steps=7, step_size=0.4, **options
+    )
+    offsets = np.asarray(found - images)
+    assert found.dtype == jnp.float32
+    assert found.min() >= 0.0 and found.max() <= 1.0
+    if norm == "l2":
+        assert np.linalg.norm(offsets.reshape(5, -1), axis=1).max() <= 0.7 + 1e-6
+    if norm == "linf":
+        assert np.abs(offsets).max() <= 0.05 + 1e-6
+    assert np.abs(offsets).max() > 1e-3
+
+
+def _losses(logits_fn, images):
+    return np.asarray(cross_entropy(logits_fn(images), LABELS))
+
+
+def test_use_best_never_returns_less_than_it_has_seen():
+    """Against every iterate, stepped by hand; steps this long overshoot, so the last is not the best."""
+    images, network, threat = _images(), _network(_weights()), L2(0.7)
+    iterates, x = [images], images
+    for _ in range(6):
+        gradient = jax.grad(lambda x: cross_entropy(network(x), LABELS).sum())(x)
+        x = threat.project(threat.step(x, gradient, 1.3), images)
+        iterates.append(x)
+    losses = np.stack([_losses(network, x) for x in iterates])
+    best = pgd(network, images, LABELS, threat, num_steps=6, step_size=1.3)
+    last = pgd(network, images, LABELS, threat, num_steps=6, step_size=1.3, use_best=False)
+    np.testing.assert_allclose(_losses(network, best), losses.max(0), rtol=1e-5)
+    np.testing.assert_allclose(last, iterates[-1], atol=1e-5)
+    assert (losses.max(0) > losses[-1] + 1e-3).any()
+
+
+def test_restarts_keep_the_worst_loss_of_every_example():
+    """One run with three restarts equals the best, example by example, of three runs."""
+    images, network, key = _images(), _network(_weights()), jax.random.key(8)
+    options = {"num_steps": 2, "step_size": 0.1, "random_start": True}
+    keys = jax.random.split(key, len(images))
+    single = [
+        _losses(
+            network,
+            pgd(
+                network,
+                L2(0.7).random_start(
+                    jax.vmap(lambda k, r=restart: jax.random.fold_in(k, r))(keys), images
+                ),
+                LABELS,
+                _Around(images, L2(0.7)),
+                num_steps=2,
+                step_size=0.1,
+            ),
+        )
+        for restart in range(3)
+    ]
+    together = pgd(network, images, LABELS, L2(0.7), key=key, num_restarts=3, **options)
+    np.testing.assert_allclose(_losses(network, together), np.max(single, 0), rtol=1e-5)
+    assert len({int(i) for i in np.argmax(single, 0)}) > 1, "every example chose the same restart"
+
+
+class _Around(tuple):
+    """A threat model around other centres than the images that the attack starts from."""
+
+    def __new__(cls, centers, threat):
+        return super().__new__(cls, (centers, threat))
+
+    def project(self, images, centers):
+        return self[1].project(images, self[0])
+
+    def step(self, images, gradients, step_size):
+        return self[1].step(images, gradients, step_size)
+
+
+jax.tree_util.register_pytree_node(_Around, lambda a: (tuple(a), None), lambda _, a: _Around(*a))
+
+
+def test_targeted_descends_towards_the_target():
+    images, network = _images(), _network(_weights())
+    found = pgd(network, images, LABELS, L2(0.7), targeted=True, step_size=0.1)
+    assert (_losses(network, found) < _losses(network, images)).all()
+
+
+def test_early_finish_stops_at_the_first_error_and_fools_as_many():
+    images, network = _images(), _network(_weights())
+    labels = jnp.argmax(network(images), -1)
+    full = pgd(network, images, labels, L2(0.7), step_size=0.05)
+    early = pgd(network, images, labels, L2(0.7), step_size=0.05, early_finish=True)
+    fooled = np.asarray(jnp.argmax(network(full), -1) != labels)
+    assert fooled.any()
+    np.testing.assert_array_equal(jnp.argmax(network(early), -1) != labels, fooled)
+    length = lambda x: np.linalg.norm(np.asarray(x - images).reshape(5, -1), axis=1)  # noqa: E731
+    assert (length(early) <= length(full) + 1e-5).all()
+    assert (length(early)[fooled] < length(full)[fooled] - 0.04).all()
+
+
+def test_an_example_does_not_depend_on_its_batch():
+    images, network, keys = _images(), _network(_weights()), jax.random.split(jax.random.key(0), 5)
+    options = {"random_start": True, "num_restarts": 2}
+    together = pgd(network, images, LABELS, L2(0.7), key=keys, **options)
+    alone = pgd(network, images[2:3], LABELS[2:3], L2(0.7), key=keys[2:3], **options)
+    np.testing.assert_allclose(together[2:3], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+def test_random_start_is_uniform_in_the_ball(norm):
+    """Kolmogorov-Smirnov: radii are distributed as r^d (ℓ2), each coordinate is uniform (ℓ∞)."""
+    stats = pytest.importorskip("scipy.stats")
+    centers = jnp.full((4000, 1, 2, 1), 0.5)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    offsets = np.asarray(
+        (L2(0.3) if norm == "l2" else Linf(0.3)).random_start(keys, centers) - centers
+    ).reshape(4000, 2)
+    if norm == "l2":
+        radii = np.linalg.norm(offsets, axis=1) / 0.3
+        angles = np.arctan2(*offsets.T) / (2 * np.pi) + 0.5
+        samples = [radii**2, angles]
+    else:
+        samples = list((offsets / 0.6 + 0.5).T)
+    for sample in samples:
+        assert stats.kstest(sample, "uniform").pvalue > 0.01
+
+
+def test_updates_are_float32_when_the_network_computes_in_bfloat16():
+    """Steps of 1e-4 vanish in bfloat16 around 0.5; they must add up all the same."""
+    weights = _weights().astype(jnp.bfloat16)
+    network = lambda x: x.reshape(len(x), -1).astype(jnp.bfloat16) @ weights  # noqa: E731
+    images = jnp.full(SHAPE, 0.5)
+    found = pgd(network, images, LABELS, Linf(0.1), num_steps=5, step_size=1e-4, use_best=False)
+    moved = np.abs(np.asarray(found - images))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(moved[moved > 0], 5e-4, rtol=1e-2)
+
+
+def test_gradients_with_respect_to_the_images_only():
+    """The compiled attack holds no kernel gradient: its FLOPs are forward and input gradient."""
+    weights = [jnp.full((48, 256), 0.01), jnp.full((256, 256), 0.01), jnp.full((256, 3), 0.01)]
+
+    def network(weights, x):
+        x = x.reshape(len(x), -1)
+        for w in weights[:-1]:
+            x = jnp.tanh(x @ w)
+        return x @ weights[-1]
+
+    def attack(weights, images):
+        network_now = jax.tree_util.Partial(network, weights)
+        return pgd(network_now, images, LABELS, L2(0.5), num_steps=1, use_best=False)
+
+    cost = jax.jit(attack).lower(weights, _images()).compile().cost_analysis()
+    one_pass = 2 * 5 * (48 * 256 + 256 * 256 + 256 * 3)
+    assert cost["flops"] < 2.2 * one_pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"random_start": True}, "needs a key"),
+        ({"num_restarts": 2}, "random_start"),
+        ({"num_steps": -1}, "num_steps"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        pgd(_network(_weights()), _images(), LABELS, L2(0.5), **options)
+
+
+def test_one_network_is_compiled_once():
+    network = _network(_weights())
+    calls = []
+
+    def counting(x):
+        calls.append(1)
+        return network(x)
+
+    pgd(counting, _images(), LABELS, L2(0.5))
+    traced = len(calls)
+    pgd(counting, _images(1), LABELS, L2(0.3), step_size=0.1)
+    assert len(calls) == traced

@@ -1,0 +1,128 @@
+"""The rules of the house: which room may know which, and what is spelt in one place only."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from advtransfer import config as base
+from advtransfer.config import STAGES, flatten
+from advtransfer.stages import STAGES as STAGE_MODULES
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "advtransfer"
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# Room -> the rooms whose names may stand in its import statements. A room may always import itself.
+MAY_IMPORT = {
+    "config": set(),
+    "parallel": set(),
+    "optim": set(),
+    "attacks": set(),
+    "report": set(),
+    "checkpoint": {"parallel"},
+    "progress": {"parallel"},
+    "models": {"parallel"},
+    "data": {"config", "parallel"},
+    "train": {"parallel", "attacks", "optim", "checkpoint", "data", "models"},
+}
+MAY_IMPORT["evaluate"] = MAY_IMPORT["train"] | {"train"}
+MAY_IMPORT["source"] = MAY_IMPORT["evaluate"] | {"evaluate", "config", "progress"}
+MAY_IMPORT["transfer"] = MAY_IMPORT["evaluate"] | {"evaluate"}
+MAY_IMPORT["study"] = MAY_IMPORT["transfer"] | {"transfer"}
+MAY_IMPORT["stages"] = MAY_IMPORT["study"] | MAY_IMPORT["source"] | {"study", "source", "report"}
+
+COLLECTIVES = {
+    "pmap",
+    "psum",
+    "pmean",
+    "all_gather",
+    "axis_index",
+    "process_index",
+    "process_count",
+}
+
+
+def _room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imports(path):
+    """Dotted names of every module that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_arrows_run_downward(path):
+    room = _room(path)
+    if room == "__init__":
+        return
+    known = {p.stem if p.is_file() else p.name for p in PACKAGE.iterdir()}
+    for name in _imports(path):
+        parts = name.split(".")
+        if parts[0] != "advtransfer":
+            continue
+        other = parts[1]
+        assert other in known, f"{path.name} imports {name}: import a room, not the whole house"
+        assert other == room or other in MAY_IMPORT[room], f"{room} must not know {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_is_spelt_in_one_place_only(path):
+    names = {
+        node.attr if isinstance(node, ast.Attribute) else node.id
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute | ast.Name)
+    }
+    imported = {part for name in _imports(path) for part in name.split(".")}
+    if path.name != "parallel.py":
+        assert not (names | imported) & COLLECTIVES
+    assert "FLAGS" not in names and "absl" not in imported
+    if _room(path) == "report":
+        assert not imported & {"jax", "flax", "optax", "orbax"}
+
+
+def test_report_imports_no_jax_on_the_way():
+    for path in (PACKAGE / "report").glob("*.py"):
+        assert all(
+            name.startswith("advtransfer.report") or not name.startswith("advtransfer")
+            for name in _imports(path)
+        )
+
+
+def test_every_config_key_is_read_somewhere():
+    """As an attribute, a string, or a field of a tuple that is filled from the config by name."""
+    read = set()
+    for path in FILES:
+        if path.name == "config.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                read.add(node.value)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                read.add(node.target.id)
+    unread = [key for key in flatten(base.default()) if key.rpartition(".")[2] not in read]
+    assert not unread
+
+
+def test_files_and_functions_are_of_a_readable_size():
+    for path in FILES:
+        assert len(path.read_text().splitlines()) <= 350, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                docstring = ast.get_docstring(node, clean=False) or ""
+                length = node.end_lineno - node.lineno + 1 - len(docstring.splitlines())
+                assert length <= 60, f"{path.name}: {node.name} has {length} lines"
+    assert len((ROOT / "launch.py").read_text().splitlines()) <= 80
+    for path in (ROOT / "experiments").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 60, path
+
+
+def test_the_stages_of_the_config_are_those_that_run():
+    assert set(STAGES) == set(STAGE_MODULES)

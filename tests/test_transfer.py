@@ -1,0 +1,436 @@
+"""Transfer against truths: frozen bits, a NumPy softmax regression, one run against many, cached against recomputed."""
+
+import importlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advtransfer.data import Augmentation, Split, to_float
+from advtransfer.evaluate import evaluate
+from advtransfer.models import Model, ModelSpec, create_module, init_variables, logits_fn
+from advtransfer.optim import num_parameters
+from advtransfer.transfer import (
+    HEAD_INITS,
+    Recipe,
+    fine_tune,
+    fine_tune_many,
+    reset_head,
+    target_batch_stats,
+)
+from advtransfer.transfer.fine_tune import Task, make_fine_tune
+
+# The package's function of this name hides the module.
+fine_tune_module = importlib.import_module("advtransfer.transfer.fine_tune")
+
+CLASSES = ("a", "b", "c")
+NUM_TRAIN, NUM_TEST = 20, 30
+# 20 images in batches of 8 leave a last one of 4.
+RECIPE = Recipe(
+    num_epochs=3,
+    evaluate_epochs=(1, 3),
+    batch_size=8,
+    learning_rate=0.05,
+    schedule="constant",
+    weight_decay=0.01,
+)
+# (k, frozen_batch_norm); the network has three blocks.
+SETTINGS = [(0, "source"), (0, "update"), (1, "target"), (2, "update"), (2, "source"), (-1, "source")]
+
+
+def _model(seed=0):
+    """Three blocks of width 4, with BatchNorm parameters and statistics that are not those of a fresh network."""
+    module = create_module("resnet_tiny", num_classes=5).clone(width=4, stage_sizes=(1, 1, 1))
+    variables = init_variables(module, jax.random.key(seed), 8)
+    rng = np.random.default_rng(seed)
+
+    def perturb(path, x):
+        if x.ndim == 4:
+            return x
+        noise = (
+            rng.uniform(0.5, 1.5, x.shape) if path[-1].key in ("var", "scale") else rng.normal(size=x.shape)
+        )
+        return jnp.asarray(noise, jnp.float32)
+
+    variables = jax.tree_util.tree_map_with_path(perturb, variables)
+    return Model(module, variables, ModelSpec("resnet_tiny", 5, 8, module.mean, module.std))
+
+
+def _split(num_images, seed):
+    """Images whose brightness tells the class, more or less."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, len(CLASSES), num_images).astype(np.int32)
+    images = rng.integers(0, 140, (num_images, 8, 8, 3)) + 50 * labels[:, None, None, None]
+    return Split(images.astype(np.uint8), labels)
+
+
+MODEL, TRAIN, TEST = _model(), _split(NUM_TRAIN, 1), _split(NUM_TEST, 2)
+
+
+def _tune(k, recipe, train=TRAIN, key=None, model=MODEL):
+    key = jax.random.key(7) if key is None else key
+    return fine_tune(model, train, TEST, key=key, class_names=CLASSES, num_unfrozen_blocks=k, recipe=recipe)
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    """(k, frozen_batch_norm) -> (model, history), computed when first asked for."""
+    results = {}
+
+    def get(k, frozen_batch_norm):
+        if (k, frozen_batch_norm) not in results:
+            recipe = RECIPE._replace(frozen_batch_norm=frozen_batch_norm)
+            results[k, frozen_batch_norm] = _tune(k, recipe)
+        return results[k, frozen_batch_norm]
+
+    return get
+
+
+def _frozen_names(k):
+    """The layers outside the head and the last k blocks, spelt out."""
+    blocks = ["layer1_0", "layer2_0", "layer3_0"]
+    return set() if k == -1 else {"conv1", "bn1", *blocks[: 3 - k]}
+
+
+def _flat(tree):
+    return {
+        "/".join(entry.key for entry in path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _bits(x):
+    return np.ascontiguousarray(x, np.float32).view(np.uint32)
+
+
+# --- what moves, and what does not ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("k", "mode"), SETTINGS)
+def test_frozen_parameters_keep_their_bits_and_the_others_move(tuned, k, mode):
+    before, after = (_flat(model.variables["params"]) for model in (MODEL, tuned(k, mode)[0]))
+    assert before.keys() == after.keys()
+    for name in before:
+        layer = name.split("/")[0]
+        if layer in _frozen_names(k):
+            np.testing.assert_array_equal(_bits(after[name]), _bits(before[name]), err_msg=name)
+        elif layer != "fc":
+            assert np.abs(after[name] - before[name]).max() > 1e-5, name
+    assert after["fc/kernel"].shape == (16, 3)
+
+
+@pytest.mark.parametrize(("k", "mode"), SETTINGS)
+def test_frozen_statistics_stay_move_or_are_the_targets(tuned, k, mode):
+    before, after = (_flat(model.variables["batch_stats"]) for model in (MODEL, tuned(k, mode)[0]))
+    target = _flat(target_batch_stats(MODEL.module, MODEL.variables, TRAIN.images))
+    assert before.keys() == after.keys()
+    for name in before:
+        if name.split("/")[0] not in _frozen_names(k) or mode == "update":
+            assert np.abs(after[name] - before[name]).max() > 1e-5, name
+        else:
+            expected = {"source": before, "target": target}[mode]
+            np.testing.assert_array_equal(_bits(after[name]), _bits(expected[name]), err_msg=name)
+
+
+@pytest.mark.parametrize("batch_size", [256, 7])
+def test_target_statistics_are_the_training_images_own(batch_size):
+    """Mean and unbiased variance of what enters each BatchNorm, averaged over batches of 7, 7 and 6 images."""
+    found = _flat(target_batch_stats(MODEL.module, MODEL.variables, TRAIN.images, batch_size=batch_size))
+    images = TRAIN.images.astype(np.float32) / 255
+    batches = [images] if batch_size == 256 else [images[:7], images[7:14], images[14:]]
+
+    def own(batch):
+        """From a running average of momentum 0.9 back to what one batch has put in."""
+        _, moved = MODEL.module.apply(MODEL.variables, batch, train=True, mutable=["batch_stats"])
+        return jax.tree.map(
+            lambda new, old: (np.float64(new) - 0.9 * np.float64(old)) / 0.1,
+            moved["batch_stats"],
+            MODEL.variables["batch_stats"],
+        )
+
+    weights = [len(batch) / len(images) for batch in batches]
+    expected = _flat(
+        jax.tree.map(
+            lambda *x: sum(w * v for w, v in zip(weights, x, strict=True)),
+            *(own(batch) for batch in batches),
+        )
+    )
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=2e-5, err_msg=name)
+
+    # The first layer by hand, in float64.
+    kernel = np.float64(MODEL.variables["params"]["conv1"]["kernel"])
+    mean, var = 0.0, 0.0
+    for weight, batch in zip(weights, batches, strict=True):
+        x = (np.float64(batch) - MODEL.spec.mean) / MODEL.spec.std
+        padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+        y = np.einsum("nhwcij,ijco->nhwo", windows, kernel).reshape(-1, kernel.shape[-1])
+        mean, var = mean + weight * y.mean(0), var + weight * y.var(0, ddof=1)
+    np.testing.assert_allclose(found["bn1/mean"], mean, atol=1e-5)
+    np.testing.assert_allclose(found["bn1/var"], var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", [-1, 0, 2, 3])
+def test_the_optimiser_keeps_nothing_for_frozen_parameters(k):
+    """Its one buffer, the momentum, is as large as the trained parameters, and nothing is left but a counter."""
+    module = MODEL.module.clone(num_classes=3)
+    task = Task(*(jnp.asarray(x) for x in (*TRAIN, *TEST)))
+    recipe = RECIPE._replace(frozen_batch_norm="update", schedule="step")
+    state, _ = jax.eval_shape(
+        make_fine_tune(module, recipe, k), *MODEL.variables.values(), task, np.arange(20), jax.random.key(0)
+    )
+    buffers = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    trained = {name: x for name, x in state.params.items() if name not in _frozen_names(k)}
+    assert num_parameters(buffers) == num_parameters(trained)
+    assert len(jax.tree.leaves(state.opt_state)) <= len(buffers) + 2
+
+
+# --- the result -----------------------------------------------------------------------------------
+
+
+def _softmax_regression(features, labels, kernel, bias, orders, recipe):
+    """Minibatch SGD as PyTorch does it (decay into the gradient, then momentum), in float64."""
+    weights = np.vstack([kernel, bias[None]])
+    inputs = np.hstack([features, np.ones((len(features), 1))])
+    s, classes = recipe.label_smoothing, bias.shape[0]
+    targets = (1 - s) * np.eye(classes)[labels] + s / classes
+    buffer, step = np.zeros_like(weights), 0
+    num_steps = len(orders) * -(-len(labels) // recipe.batch_size)
+    for order in orders:
+        for i in range(0, len(order), recipe.batch_size):
+            chosen = order[i : i + recipe.batch_size]
+            scores = inputs[chosen] @ weights
+            exps = np.exp(scores - scores.max(1, keepdims=True))
+            probabilities = exps / exps.sum(1, keepdims=True)
+            gradient = inputs[chosen].T @ (probabilities - targets[chosen]) / len(chosen)
+            gradient += recipe.weight_decay * weights
+            buffer = recipe.momentum * buffer + gradient
+            thirds = sum(step >= round(num_steps * third / 3) for third in (1, 2))
+            weights = weights - recipe.learning_rate * 0.1**thirds * buffer
+            step += 1
+    return weights
+
+
+def _loss_and_accuracy(features, labels, weights):
+    scores = np.hstack([features, np.ones((len(features), 1))]) @ weights
+    scores -= scores.max(1, keepdims=True)
+    log_probs = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+    rows = np.arange(len(labels))
+    return -log_probs[rows, labels].mean(), (scores.argmax(1) == labels).mean()
+
+
+def test_with_nothing_unfrozen_it_is_softmax_regression():
+    recipe = RECIPE._replace(
+        num_epochs=5, evaluate_epochs=(5,), schedule="step", label_smoothing=0.1, weight_decay=0.05
+    )
+    key = jax.random.key(3)
+    model, history = _tune(0, recipe, key=key)
+
+    head_key, order_key, _ = jax.random.split(key, 3)
+    head = reset_head(MODEL.variables, head_key, num_classes=3)["params"]["fc"]
+    orders = [
+        np.asarray(jax.random.permutation(jax.random.fold_in(order_key, epoch), NUM_TRAIN))
+        for epoch in range(5)
+    ]
+    train_features, test_features = (
+        np.float64(MODEL.module.apply(MODEL.variables, to_float(jnp.asarray(images)), stop=3))
+        for images in (TRAIN.images, TEST.images)
+    )
+    start = np.float64(head["kernel"]), np.float64(head["bias"])
+    weights = _softmax_regression(train_features, TRAIN.labels, *start, orders, recipe)
+
+    found = model.variables["params"]["fc"]
+    assert np.abs(weights[:-1] - start[0]).max() > 0.05
+    np.testing.assert_allclose(found["kernel"], weights[:-1], atol=1e-4)
+    np.testing.assert_allclose(found["bias"], weights[-1], atol=1e-4)
+    for name, features, labels in (
+        ("train", train_features, TRAIN.labels),
+        ("test", test_features, TEST.labels),
+    ):
+        loss, accuracy = _loss_and_accuracy(features, labels, weights)
+        np.testing.assert_allclose(history[f"{name}_loss"], [loss], rtol=1e-4)
+        np.testing.assert_allclose(history[f"{name}_accuracy"], [accuracy], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("k", "mode"), [(0, "source"), (1, "target")])
+def test_the_cached_and_the_recomputed_prefix_give_the_same_weights(tuned, monkeypatch, k, mode):
+    cached, cached_history = tuned(k, mode)
+    programs = fine_tune_module._programs
+    with monkeypatch.context() as patch:
+        patch.setattr(fine_tune_module, "prefix_is_constant", lambda *_: False)
+        patch.setattr(fine_tune_module, "activations", lambda *_: pytest.fail("the cache was used"))
+        patch.setattr(fine_tune_module, "_programs", programs.__wrapped__)
+        recomputed, history = _tune(k, RECIPE._replace(frozen_batch_norm=mode))
+    chex.assert_trees_all_close(cached.variables, recomputed.variables, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(cached_history, history, rtol=1e-5, atol=1e-5)
+
+
+def test_augmented_images_are_new_in_every_epoch(monkeypatch):
+    """Random flips forbid the cache; on images that are their own mirror they change nothing."""
+    half = TRAIN.images[:, :, :4]
+    mirrored = Split(np.concatenate([half, half[:, :, ::-1]], axis=2), TRAIN.labels)
+    flipping = RECIPE._replace(augmentation=Augmentation(flip=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(fine_tune_module, "activations", lambda *_: pytest.fail("the cache was used"))
+        same, _ = _tune(0, flipping, train=mirrored)
+        moved, _ = _tune(0, flipping)
+    still, _ = _tune(0, RECIPE, train=mirrored)
+    chex.assert_trees_all_close(same.variables, still.variables, atol=1e-5)
+    unflipped, _ = _tune(0, RECIPE)
+    kernels = [model.variables["params"]["fc"]["kernel"] for model in (moved, unflipped)]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
+
+
+@pytest.mark.parametrize(("k", "mode"), [(0, "source"), (1, "target"), (2, "update")])
+def test_histories_are_what_evaluate_measures(tuned, k, mode):
+    """The last entry is the returned model's; the first one that of a training that ends there."""
+    recipe = RECIPE._replace(frozen_batch_norm=mode)
+    shorter, _ = _tune(k, recipe._replace(num_epochs=1, evaluate_epochs=(1,))) if k == 0 else (None, None)
+    model, history = tuned(k, mode)
+    for entry, measured in ((0, shorter), (1, model)):
+        for name, split in (("train", TRAIN), ("test", TEST)) if measured else ():
+            found = evaluate(logits_fn(measured), split, batch_size=16)
+            assert history[f"{name}_accuracy"][entry] == pytest.approx(found["accuracy"], abs=1e-6)
+            assert history[f"{name}_loss"][entry] == pytest.approx(found["loss"], rel=1e-5)
+    assert {x.shape for x in history.values()} == {(2,)}
+
+
+# --- many -----------------------------------------------------------------------------------------
+
+POOL = _split(50, 4)
+SUBSETS = np.stack([np.random.default_rng(i).permutation(50)[:NUM_TRAIN] for i in range(3)])
+KEYS = jax.random.split(jax.random.key(11), 3)
+
+
+@pytest.mark.parametrize(("k", "mode"), [(0, "source"), (1, "target"), (2, "update")])
+def test_a_trial_is_the_same_alone_and_in_a_group(k, mode):
+    """Three trials on two devices, so that one of them is run twice."""
+    recipe = RECIPE._replace(frozen_batch_norm=mode)
+    together = fine_tune_many(
+        MODEL,
+        POOL,
+        TEST,
+        subsets=SUBSETS,
+        keys=KEYS,
+        num_classes=3,
+        num_unfrozen_blocks=k,
+        recipe=recipe,
+    )
+    assert {x.shape for x in together.values()} == {(3, 2)}
+    for t, subset in enumerate(SUBSETS):
+        _, alone = _tune(k, recipe, train=Split(*(x[subset] for x in POOL)), key=KEYS[t])
+        for name in ("train_accuracy", "test_accuracy"):
+            np.testing.assert_array_equal(together[name][t], alone[name], err_msg=name)
+        for name in ("train_loss", "test_loss"):
+            np.testing.assert_allclose(together[name][t], alone[name], rtol=1e-5, atol=1e-5)
+    assert np.ptp(together["test_loss"], axis=0).min() > 1e-3  # trials do differ
+
+
+def test_a_group_holds_frozen_parameters_once():
+    """In the vectorised program no array is a stack of frozen kernels, one for each of 7 trials."""
+    module = MODEL.module.clone(num_classes=3)
+    task = Task(*(jnp.asarray(x) for x in (*TRAIN, *TEST)))
+    run = make_fine_tune(module, RECIPE._replace(frozen_batch_norm="update"), 1)
+    history = jax.vmap(lambda *args: run(*args)[1], in_axes=(None, None, None, 0, 0))
+    subsets, keys = np.tile(np.arange(NUM_TRAIN), (7, 1)), jax.random.split(jax.random.key(0), 7)
+    program = jax.make_jaxpr(history)(*MODEL.variables.values(), task, subsets, keys)
+    shapes = _carried_shapes(program.jaxpr)
+    params = MODEL.variables["params"]
+    assert (7, *params["layer3_0"]["conv2"]["kernel"].shape) in shapes
+    for layer in ("conv1", "layer1_0", "layer2_0"):
+        for kernel in (x for x in jax.tree.leaves(params[layer]) if x.ndim == 4):
+            assert (7, *kernel.shape) not in shapes, layer
+
+
+def _carried_shapes(jaxpr):
+    """Shapes of everything that goes into or comes out of the loops of a program, nested ones too."""
+    shapes = set()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            shapes |= {v.aval.shape for v in (*equation.invars, *equation.outvars)}
+        for inner in jax.tree.leaves(
+            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                shapes |= _carried_shapes(inner)
+    return shapes
+
+
+# --- the head -------------------------------------------------------------------------------------
+
+
+def test_heads_have_the_distributions_that_they_promise():
+    features, classes = 16, 4000
+    heads = {
+        init: reset_head(MODEL.variables, jax.random.key(0), num_classes=classes, init=init, scale=0.3)[
+            "params"
+        ]["fc"]
+        for init in HEAD_INITS
+    }
+    for head in heads.values():
+        assert head["kernel"].shape == (features, classes) and head["bias"].shape == (classes,)
+        assert {x.dtype for x in head.values()} == {jnp.dtype("float32")}
+    bound = features**-0.5  # torch.nn.Linear: kaiming_uniform(a=√5), which is 1/√fan_in
+    for x in heads["torch"].values():
+        assert -bound <= x.min() < -0.99 * bound and 0.99 * bound < x.max() <= bound
+        assert np.std(x) == pytest.approx(bound / np.sqrt(3), rel=0.03)
+        assert np.mean(x) == pytest.approx(0, abs=0.01)
+    assert np.std(heads["normal"]["kernel"]) == pytest.approx(0.3, rel=0.02)
+    assert np.mean(heads["normal"]["kernel"]) == pytest.approx(0, abs=0.01)
+    assert np.abs(heads["normal"]["kernel"]).max() > 3 * 0.3  # no bounded distribution
+    assert not heads["normal"]["bias"].any()
+    assert not heads["zeros"]["kernel"].any() and not heads["zeros"]["bias"].any()
+
+
+def test_a_new_head_leaves_everything_else_alone():
+    new = reset_head(MODEL.variables, jax.random.key(0), num_classes=7)
+    assert new["batch_stats"] is MODEL.variables["batch_stats"]
+    for name, layer in MODEL.variables["params"].items():
+        assert name == "fc" or new["params"][name] is layer
+    assert MODEL.variables["params"]["fc"]["kernel"].shape == (16, 5)
+
+
+@pytest.mark.parametrize("init", ["torch", "normal"])
+def test_two_sources_get_the_same_head_from_the_same_key(init):
+    heads = [
+        reset_head(model.variables, jax.random.key(seed), num_classes=3, init=init)["params"]["fc"]
+        for model, seed in ((MODEL, 0), (_model(seed=1), 0), (MODEL, 1))
+    ]
+    chex.assert_trees_all_equal(heads[0], heads[1])
+    assert np.abs(heads[0]["kernel"] - heads[2]["kernel"]).max() > 0.1
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("k", "change", "message"),
+    [
+        (4, {}, "cannot unfreeze 4 blocks: this network has 3"),
+        (-2, {}, "cannot unfreeze -2 blocks"),
+        (0, {"batch_size": 21}, "batch_size=21 is larger than the 20 training images"),
+        (0, {"evaluate_epochs": (3, 1)}, r"evaluate_epochs=\(3, 1\) must be .* in ascending order"),
+        (0, {"evaluate_epochs": (4,)}, r"evaluate_epochs=\(4,\) must be .* num_epochs=3"),
+        (0, {"frozen_batch_norm": "sources"}, "frozen_batch_norm='sources' must be one of update, source"),
+        (0, {"head_init": "zero"}, "unknown head init 'zero'; nearest: zeros"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(k, change, message):
+    with pytest.raises(ValueError, match=message) as single:
+        _tune(k, RECIPE._replace(**change))
+    with pytest.raises(ValueError, match=message) as many:
+        fine_tune_many(
+            MODEL,
+            POOL,
+            TEST,
+            subsets=SUBSETS,
+            keys=KEYS,
+            num_classes=3,
+            num_unfrozen_blocks=k,
+            recipe=RECIPE._replace(**change),
+        )
+    assert "\n" not in str(single.value) + str(many.value)
