@@ -21,11 +21,12 @@ NORMS = ("none", "l2", "linf")
 # Keys that change what is computed or shown beside the results, but not the results that a workdir holds.
 _FREE_KEYS = (
     "report.",
+    "rows",
     "study.",
     "cache_dir",
-    "source.save_every",
-    "source.keep",
-    "source.log_every",
+    "train.save_every",
+    "train.keep",
+    "train.log_every",
 )
 
 
@@ -40,7 +41,9 @@ def default() -> ConfigDict:
     config.seed = 0  # of initial weights, batch order, augmentation and attacks of the sources
     config.dtype = "auto"  # of networks' computation: float32 | bfloat16; auto: float32 on CPU only
     config.cache_dir = ""  # where drawn or decoded datasets are kept; "": the user's cache folder
-    config.source = _source()
+    config.source = ""  # stage=transfer: the model folder to start from
+    config.rows = ""  # stage=report: a file or folder of rows (CSV, Parquet, JSON lines)
+    config.train = _train()
     config.transfer = _transfer()
     config.study = _study()
     config.evaluate = _evaluate()
@@ -48,41 +51,40 @@ def default() -> ConfigDict:
     return config.lock()
 
 
-def _source() -> ConfigDict:
+def _train() -> ConfigDict:
     """How a source network is trained. Natural and robust twins share all of it but norm and eps."""
-    source = ConfigDict()
-    source.dataset = "builtin:glyphs"
-    source.architecture = "resnet_tiny"
-    source.image_size = 16  # pixels
-    source.mean = (0.5, 0.5, 0.5)  # per channel, of images in [0, 1]
-    source.std = (0.25, 0.25, 0.25)
-    source.norm = "none"  # threat model of adversarial training: none | l2 | linf
-    source.eps = 0.0  # its radius, pixel units
-    source.attack_steps = 3  # PGD-3 (Salman et al., 2020, appendix A)
-    source.attack_step_ratio = 2 / 3  # step size divided by eps (same place)
-    source.attack_random_start = False
-    source.attack_batch_norm = "running"  # statistics that the attack sees: running | batch
-    source.num_epochs = 8
-    source.batch_size = 128  # over all devices
-    source.learning_rate = 0.1
-    source.schedule = "step"  # constant | step | cosine | cyclic (optim.make_schedule)
-    source.momentum = 0.9
-    source.nesterov = False
-    source.weight_decay = 5e-4
-    source.label_smoothing = 0.0
-    source.augmentation = _augmentation()
-    source.sync_batch_norm = True  # BatchNorm statistics over all devices, not one by one
-    source.save_every = 200  # steps
-    source.keep = 2  # checkpoints
-    source.log_every = 50  # steps
-    return source
+    train = ConfigDict()
+    train.dataset = "builtin:glyphs"
+    train.architecture = "resnet_tiny"
+    train.image_size = 16  # pixels
+    train.mean = (0.5, 0.5, 0.5)  # per channel, of images in [0, 1]
+    train.std = (0.25, 0.25, 0.25)
+    train.norm = "none"  # threat model of adversarial training: none | l2 | linf
+    train.eps = 0.0  # its radius, pixel units
+    train.attack_steps = 3  # PGD-3 (Salman et al., 2020, appendix A)
+    train.attack_step_ratio = 2 / 3  # step size divided by eps (same place)
+    train.attack_random_start = False
+    train.attack_batch_norm = "running"  # statistics that the attack sees: running | batch
+    train.num_epochs = 8
+    train.batch_size = 128  # over all devices
+    train.learning_rate = 0.1
+    train.schedule = "cyclic"  # constant | step | cosine | cyclic (optim.make_schedule)
+    train.momentum = 0.9
+    train.nesterov = False
+    train.weight_decay = 5e-4
+    train.label_smoothing = 0.0
+    train.augmentation = _augmentation()
+    train.sync_batch_norm = True  # BatchNorm statistics over all devices, not one by one
+    train.save_every = 200  # steps
+    train.keep = 2  # checkpoints
+    train.log_every = 50  # steps
+    return train
 
 
 def _transfer() -> ConfigDict:
     """How a network is fine-tuned on a target set; the defaults are the paper's protocol."""
     transfer = ConfigDict()
     transfer.target = "builtin:digits"
-    transfer.source = ""  # stage=transfer: the model folder to start from
     transfer.num_train_images = 200  # stage=transfer
     transfer.num_unfrozen_blocks = 0  # stage=transfer; -1: everything
     transfer.stratified = True  # subsets hold every class's share to within one image
@@ -106,8 +108,8 @@ def _transfer() -> ConfigDict:
 def _study() -> ConfigDict:
     """The grid: every source × num_train_images × num_unfrozen_blocks × seed is one trial."""
     study = ConfigDict()
-    # Comma-separated: natural and NORM:EPS are trained by the recipe of config.source; else model folders.
-    study.sources = "natural,l2:0.5"
+    # Comma-separated: natural and NORM:EPS are trained by the recipe of config.train; else model folders.
+    study.sources = "natural,l2:0.25"
     study.num_train_images = (200, 400, 800)
     study.num_unfrozen_blocks = (0, 1)  # -1: everything
     study.num_seeds = 20
@@ -123,7 +125,7 @@ def _evaluate() -> ConfigDict:
     evaluate.dataset = "builtin:glyphs"  # stage=evaluate
     evaluate.split = "test"
     evaluate.norm = "l2"  # of the attack; none measures natural accuracy only
-    evaluate.eps = 0.5  # pixel units
+    evaluate.eps = 0.25  # pixel units
     evaluate.num_steps = 20
     evaluate.step_ratio = 0.125  # step size divided by eps: 2.5 / num_steps (Madry et al., 2018)
     evaluate.num_restarts = 1
@@ -135,7 +137,6 @@ def _evaluate() -> ConfigDict:
 def _report() -> ConfigDict:
     """What the report is made of, and what it says beside the rows."""
     report = ConfigDict()
-    report.rows = ""  # stage=report: a file or folder of rows (CSV, Parquet, JSON lines)
     report.title = "Do robust sources transfer better?"
     report.command = "python launch.py"  # what a reader types to get the report again
     report.remarks = ()  # sentences for the reader, such as how hyper-parameters were chosen
@@ -167,17 +168,17 @@ _CHECKS = {
     "stage": _one_of(*STAGES),
     "seed": _NOT_NEGATIVE,
     "dtype": _one_of("auto", "float32", "bfloat16"),
-    "source.image_size": _POSITIVE,
-    "source.mean": (lambda x: len(x) == 3, "must have three entries"),
-    "source.std": (lambda x: len(x) == 3 and min(x) > 0, "must have three positive entries"),
-    "source.norm": _one_of(*NORMS),
-    "source.eps": _NOT_NEGATIVE,
-    "source.attack_steps": _POSITIVE,
-    "source.attack_step_ratio": _POSITIVE,
-    "source.attack_batch_norm": _one_of("running", "batch"),
-    "source.save_every": _POSITIVE,
-    "source.keep": _POSITIVE,
-    "source.log_every": _POSITIVE,
+    "train.image_size": _POSITIVE,
+    "train.mean": (lambda x: len(x) == 3, "must have three entries"),
+    "train.std": (lambda x: len(x) == 3 and min(x) > 0, "must have three positive entries"),
+    "train.norm": _one_of(*NORMS),
+    "train.eps": _NOT_NEGATIVE,
+    "train.attack_steps": _POSITIVE,
+    "train.attack_step_ratio": _POSITIVE,
+    "train.attack_batch_norm": _one_of("running", "batch"),
+    "train.save_every": _POSITIVE,
+    "train.keep": _POSITIVE,
+    "train.log_every": _POSITIVE,
     "transfer.num_train_images": _POSITIVE,
     "transfer.num_unfrozen_blocks": (lambda x: x >= -1, "must be >= -1 (-1: everything)"),
     "transfer.head_init": _one_of("torch", "normal", "zeros"),
@@ -199,7 +200,7 @@ _CHECKS = {
     "report.num_pictures": _NOT_NEGATIVE,
 } | {
     f"{stage}.{key}": check
-    for stage in ("source", "transfer")
+    for stage in ("train", "transfer")
     for key, check in {
         "num_epochs": _POSITIVE,
         "batch_size": _POSITIVE,
@@ -228,10 +229,10 @@ def validate(config: ConfigDict) -> None:
     for key, (is_good, complaint) in _CHECKS.items():
         if not is_good(values[key]):
             raise ConfigError(f"config.{key}={values[key]!r} {complaint}")
-    if (config.source.norm == "none") != (config.source.eps == 0):
+    if (config.train.norm == "none") != (config.train.eps == 0):
         raise ConfigError(
-            f"config.source.eps={config.source.eps:g} does not go with config.source.norm="
-            f"{config.source.norm}: set a norm (l2, linf) and a positive eps, or neither"
+            f"config.train.eps={config.train.eps:g} does not go with config.train.norm="
+            f"{config.train.norm}: set a norm (l2, linf) and a positive eps, or neither"
         )
     epochs = config.transfer.evaluate_epochs
     if not epochs or min(epochs) < 1 or max(epochs) > config.transfer.num_epochs:
@@ -262,7 +263,7 @@ def names_key(key: str) -> Iterator[None]:
 
 
 def flatten(config: ConfigDict) -> dict[str, Any]:
-    """{"source.eps": 0.5, ...}."""
+    """{"train.eps": 0.5, ...}."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, ConfigDict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -63,9 +64,7 @@ def evaluate(
     Returns:
       {"loss", "accuracy"}.
     """
-    step = parallel.data_parallel(
-        make_evaluate_step(attack, axis_name=parallel.AXIS), num_shared=1, num_split=2
-    )
+    step = _evaluate_on_devices(attack)
     logits_fn = parallel.replicate(logits_fn)
     num_images = len(split.labels)
     keys = jax.random.split(jax.random.key(0) if key is None else key, num_images)
@@ -76,6 +75,14 @@ def evaluate(
         batch, mask = parallel.pad(batch, batch_size)
         totals.append(step(logits_fn, *parallel.split((batch, mask))))
     return means(jax.tree.map(lambda *x: np.sum(x), *jax.device_get(totals)))
+
+
+@functools.lru_cache(maxsize=32)
+def _evaluate_on_devices(attack: Attack | None) -> Callable[..., Metrics]:
+    """Compiled once for every attack (the same object) and shape, whatever the network's weights are."""
+    return parallel.data_parallel(
+        make_evaluate_step(attack, axis_name=parallel.AXIS), num_shared=1, num_split=2
+    )
 
 
 def predict(logits_fn: LogitsFn, images: np.ndarray | jax.Array, *, batch_size: int = 256) -> Any:

@@ -40,29 +40,29 @@ def compute_dtype(name: str) -> Any:
 
 
 def load_source_data(config: ConfigDict) -> Dataset:
-    """The dataset of config.source, at its resolution."""
-    with names_key("source.dataset"):
+    """The dataset of config.train, at its resolution."""
+    with names_key("train.dataset"):
         return load_dataset(
-            config.source.dataset,
-            image_size=config.source.image_size,
+            config.train.dataset,
+            image_size=config.train.image_size,
             cache_dir=config.cache_dir or None,
         )
 
 
 def check_source(config: ConfigDict, dataset: Dataset) -> None:
     """Raises a ConfigError for an architecture or a batch size that cannot be."""
-    with names_key("source.batch_size"):
-        if config.source.batch_size > len(dataset.train.labels):
+    with names_key("train.batch_size"):
+        if config.train.batch_size > len(dataset.train.labels):
             raise ValueError(
-                f"{config.source.batch_size} is larger than the {len(dataset.train.labels)} training images"
+                f"{config.train.batch_size} is larger than the {len(dataset.train.labels)} training images"
             )
-        parallel.split(np.empty(config.source.batch_size))
+        parallel.split(np.empty(config.train.batch_size))
     create_source_module(config, dataset)
 
 
 def num_steps(config: ConfigDict, dataset: Dataset) -> int:
     """Steps of the whole training; an epoch drops the images that fill no batch."""
-    return config.source.num_epochs * (len(dataset.train.labels) // config.source.batch_size)
+    return config.train.num_epochs * (len(dataset.train.labels) // config.train.batch_size)
 
 
 class Run(NamedTuple):
@@ -75,13 +75,13 @@ class Run(NamedTuple):
 
 
 def prepare(config: ConfigDict, dataset: Dataset) -> Run:
-    """Builds the training run that config.source describes, from nothing but the config and the data.
+    """Builds the training run that config.train describes, from nothing but the config and the data.
 
     Raises:
       ConfigError: as `check_source`.
     """
     check_source(config, dataset)
-    recipe = config.source
+    recipe = config.train
     module = create_source_module(config, dataset)
     schedule = make_schedule(recipe.schedule, recipe.learning_rate, num_steps(config, dataset))
     tx = sgd(
@@ -113,9 +113,9 @@ def prepare(config: ConfigDict, dataset: Dataset) -> Run:
 
 def _make_run_step(config: ConfigDict, dataset: Dataset, train_step, key: jax.Array):
     """(state, step) -> (state, metrics) on all devices, with batches that key and step alone decide."""
-    batch_size = config.source.batch_size
+    batch_size = config.train.batch_size
     num_images = len(dataset.train.labels)
-    augmentation = Augmentation(**config.source.augmentation)
+    augmentation = Augmentation(**config.train.augmentation)
     order_key, example_key = jax.random.split(key)
     images, labels = jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels)
     shared = parallel.replicate((images, labels, example_key))
@@ -141,20 +141,20 @@ def _make_run_step(config: ConfigDict, dataset: Dataset, train_step, key: jax.Ar
 
 
 def create_source_module(config: ConfigDict, dataset: Dataset) -> Any:
-    """The untrained network of config.source."""
-    with names_key("source.architecture"):
+    """The untrained network of config.train."""
+    with names_key("train.architecture"):
         return create_module(
-            config.source.architecture,
+            config.train.architecture,
             num_classes=len(dataset.class_names),
-            mean=config.source.mean,
-            std=config.source.std,
+            mean=config.train.mean,
+            std=config.train.std,
             dtype=compute_dtype(config.dtype),
-            axis_name=parallel.AXIS if config.source.sync_batch_norm else None,
+            axis_name=parallel.AXIS if config.train.sync_batch_norm else None,
         )
 
 
 def train_source(config: ConfigDict, folder: str | Path, *, name: str = "source") -> Model:
-    """Trains the network that config.source describes, or goes on where an earlier run stopped.
+    """Trains the network that config.train describes, or goes on where an earlier run stopped.
 
     Writes `folder`/checkpoints, log.jsonl, TensorBoard events, and at the end `folder`/model. A finished
     model is loaded and returned as it is.
@@ -168,7 +168,7 @@ def train_source(config: ConfigDict, folder: str | Path, *, name: str = "source"
         return load_model(folder / "model", dtype=compute_dtype(config.dtype))
     dataset = load_source_data(config)
     run = prepare(config, dataset)
-    with Checkpoints(folder / "checkpoints", keep=config.source.keep) as checkpoints:
+    with Checkpoints(folder / "checkpoints", keep=config.train.keep) as checkpoints:
         restored = checkpoints.restore(run.state)
         state = run.state if restored is None else parallel.replicate(restored)
         first_step = int(state.step)
@@ -179,8 +179,8 @@ def train_source(config: ConfigDict, folder: str | Path, *, name: str = "source"
                 num_steps=num_steps(config, dataset),
                 schedule=run.schedule,
                 checkpoints=checkpoints,
-                save_every=config.source.save_every,
-                log_every=config.source.log_every,
+                save_every=config.train.save_every,
+                log_every=config.train.log_every,
                 log=log,
                 steps=lambda steps: progress_bar(steps, f"train {name}", "steps", done=first_step),
             )
@@ -192,15 +192,15 @@ def train_source(config: ConfigDict, folder: str | Path, *, name: str = "source"
 
 def _to_model(config: ConfigDict, dataset: Dataset, module: Any, state: TrainState) -> Model:
     spec = ModelSpec(
-        architecture=config.source.architecture,
+        architecture=config.train.architecture,
         num_classes=len(dataset.class_names),
-        image_size=config.source.image_size,
+        image_size=config.train.image_size,
         mean=module.mean,
         std=module.std,
-        norm=config.source.norm,
-        eps=config.source.eps,
+        norm=config.train.norm,
+        eps=config.train.eps,
         class_names=dataset.class_names,
-        provenance={"seed": config.seed, "recipe": config.source.to_dict()},
+        provenance={"seed": config.seed, "recipe": config.train.to_dict()},
     )
     return Model(module.clone(axis_name=None), jax.device_get(state.variables), spec)
 

@@ -208,6 +208,8 @@ def fit(
         for step in steps(range(start, num_steps)):
             state, metrics = run_step(state, step)
             pending.append(metrics)
+            # Two steps in flight keep a device busy; more would only make the progress bar lie.
+            jax.block_until_ready(pending[-3:][0])
             done = step + 1
             save = done % save_every == 0 or done == num_steps or terminated.is_set()
             if save or done % log_every == 0:

@@ -54,12 +54,8 @@ def our_steps(case: Case, images: np.ndarray, labels: np.ndarray, dtype: Any):
 
     module = create_module(case.architecture, num_classes=1000, dtype=dtype)
     variables = init_variables(module, jax.random.key(0))
-    tx = optax.chain(
-        optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(LEARNING_RATE, momentum=MOMENTUM)
-    )
-    batch = Batch(
-        jnp.asarray(images), jnp.asarray(labels), jax.random.split(jax.random.key(1), len(labels))
-    )
+    tx = optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(LEARNING_RATE, momentum=MOMENTUM))
+    batch = Batch(jnp.asarray(images), jnp.asarray(labels), jax.random.split(jax.random.key(1), len(labels)))
 
     def attack(logits_fn, images, labels, key):
         return pgd(
@@ -76,9 +72,7 @@ def our_steps(case: Case, images: np.ndarray, labels: np.ndarray, dtype: Any):
         return cross_entropy(module.apply(variables, images), labels).sum()
 
     def training(attack):
-        step = jax.jit(
-            make_train_step(module_apply(module), tx, attack=attack), donate_argnums=0
-        )
+        step = jax.jit(make_train_step(module_apply(module), tx, attack=attack), donate_argnums=0)
         state = init_state(jax.tree.map(jnp.copy, variables), tx)
 
         def run():
@@ -91,9 +85,7 @@ def our_steps(case: Case, images: np.ndarray, labels: np.ndarray, dtype: Any):
     forward, attack_pass = jax.jit(module.apply), jax.jit(jax.value_and_grad(loss_fn))
     steps = {
         "forward": lambda: jax.block_until_ready(forward(variables, batch.images)),
-        "attack": lambda: jax.block_until_ready(
-            attack_pass(batch.images, variables, batch.labels)
-        ),
+        "attack": lambda: jax.block_until_ready(attack_pass(batch.images, variables, batch.labels)),
         "clean": training(None),
         "pgd3": training(attack),
     }
@@ -198,9 +190,7 @@ def measure(case: Case, sides: dict[str, dict[str, Callable]], step: str, repeat
     rate = {side: case.batch_size / statistics.median(t) for side, t in times.items()}
     cells = [case.architecture, f"{case.batch_size}×{case.image_size}²", step, f"{rate['ours']:.1f}"]
     if "peer" in sides:
-        low, middle, high = quartiles(
-            [b / a for a, b in zip(times["ours"], times["peer"], strict=True)]
-        )
+        low, middle, high = quartiles([b / a for a, b in zip(times["ours"], times["peer"], strict=True)])
         cells += [f"{rate['peer']:.1f}", f"{middle:.2f} [{low:.2f}, {high:.2f}]"]
     else:
         low, _, high = quartiles(times["ours"])
@@ -230,7 +220,9 @@ def main() -> None:
         import torch
 
         versions += f", PyTorch {torch.__version__}"
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {versions}, {dtype.__name__}")
+    load = f"load {os.getloadavg()[0]:.1f} before the start"
+    device = jax.devices()[0].device_kind
+    print(f"{device}, {os.cpu_count()} cores, {versions}, {dtype.__name__}, {load}")
     print("| network | batch | step | ours, images/s | peer, images/s | ratio |")
     print("|---|---|---|---|---|---|")
     for name in arguments.case or CASES:

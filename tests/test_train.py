@@ -37,13 +37,13 @@ def _dataset(num_images=64, size=8, num_classes=4):
 
 def _config(**source):
     config = base.default()
-    config.source.update(
+    config.train.update(
         image_size=8, batch_size=16, num_epochs=2, learning_rate=0.05, log_every=3, save_every=4
     )
-    config.source.norm, config.source.eps = "l2", 0.5
-    config.source.attack_random_start = True
-    config.source.augmentation.update(crop_padding=1, flip=True, jitter=0.2, rotation=5.0)
-    config.source.update(source)
+    config.train.norm, config.train.eps = "l2", 0.5
+    config.train.attack_random_start = True
+    config.train.augmentation.update(crop_padding=1, flip=True, jitter=0.2, rotation=5.0)
+    config.train.update(source)
     return config
 
 
@@ -174,9 +174,7 @@ def test_the_attack_leaves_running_statistics_alone_and_draws_its_own_numbers():
     state = init_state({"params": {"w": jnp.ones(())}, "batch_stats": {}}, tx)
     make_train_step(apply, tx, attack=attack)(state, batch)
     drawn = {
-        tuple(np.asarray(k))
-        for i in range(3)
-        for k in jax.random.key_data(jax.random.split(keys[i], 16))
+        tuple(np.asarray(k)) for i in range(3) for k in jax.random.key_data(jax.random.split(keys[i], 16))
     }
     assert not drawn & {tuple(np.asarray(k)) for k in seen[0]}
 
@@ -220,9 +218,7 @@ def test_batch_norm_per_device_is_another_training():
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused():
-    with pytest.raises(
-        ValueError, match="batch_size: a batch of 15 .* 2 devices: use a multiple of 2"
-    ):
+    with pytest.raises(ValueError, match="batch_size: a batch of 15 .* 2 devices: use a multiple of 2"):
         prepare(_config(batch_size=15), _dataset())
 
 

@@ -1,6 +1,7 @@
-"""Transfer against truths: frozen bits, a NumPy softmax regression, one run against many, cached against recomputed."""
+"""Transfer against truths: frozen bits, a NumPy softmax regression, one run against many, cached or not."""
 
 import importlib
+from functools import partial
 
 import chex
 import jax
@@ -32,29 +33,33 @@ RECIPE = Recipe(
     num_epochs=3,
     evaluate_epochs=(1, 3),
     batch_size=8,
-    learning_rate=0.05,
-    schedule="constant",
-    weight_decay=0.01,
+    learning_rate=0.1,
+    schedule="step",
+    weight_decay=0.05,
+    label_smoothing=0.1,
 )
-# (k, frozen_batch_norm); the network has three blocks.
-SETTINGS = [(0, "source"), (0, "update"), (1, "target"), (2, "update"), (2, "source"), (-1, "source")]
+# (k, frozen_batch_norm); the network has two blocks.
+SETTINGS = [(0, "source"), (1, "target"), (1, "update"), (2, "source"), (-1, "source")]
 
 
 def _model(seed=0):
-    """Three blocks of width 4, with BatchNorm parameters and statistics that are not those of a fresh network."""
-    module = create_module("resnet_tiny", num_classes=5).clone(width=4, stage_sizes=(1, 1, 1))
-    variables = init_variables(module, jax.random.key(seed), 8)
+    """Two blocks, 4 and 8 wide, with BatchNorm parameters and statistics that no fresh network has."""
+    module = create_module("resnet_tiny", num_classes=5).clone(width=4, stage_sizes=(1, 1))
+    shapes = jax.eval_shape(lambda: init_variables(module, jax.random.key(0), 8))
     rng = np.random.default_rng(seed)
 
-    def perturb(path, x):
+    def draw(path, x):
         if x.ndim == 4:
-            return x
-        noise = (
-            rng.uniform(0.5, 1.5, x.shape) if path[-1].key in ("var", "scale") else rng.normal(size=x.shape)
-        )
-        return jnp.asarray(noise, jnp.float32)
+            values = rng.normal(size=x.shape) * (2 / np.prod(x.shape[:3])) ** 0.5
+        else:
+            values = (
+                rng.uniform(0.5, 1.5, x.shape)
+                if path[-1].key in ("var", "scale")
+                else rng.normal(size=x.shape)
+            )
+        return jnp.asarray(values, jnp.float32)
 
-    variables = jax.tree_util.tree_map_with_path(perturb, variables)
+    variables = jax.tree_util.tree_map_with_path(draw, shapes)
     return Model(module, variables, ModelSpec("resnet_tiny", 5, 8, module.mean, module.std))
 
 
@@ -67,11 +72,12 @@ def _split(num_images, seed):
 
 
 MODEL, TRAIN, TEST = _model(), _split(NUM_TRAIN, 1), _split(NUM_TEST, 2)
+KEY = jax.random.key(7)
+VARIABLES = MODEL.variables["params"], MODEL.variables["batch_stats"]
 
 
-def _tune(k, recipe, train=TRAIN, key=None, model=MODEL):
-    key = jax.random.key(7) if key is None else key
-    return fine_tune(model, train, TEST, key=key, class_names=CLASSES, num_unfrozen_blocks=k, recipe=recipe)
+def _tune(k, recipe, train=TRAIN, key=KEY):
+    return fine_tune(MODEL, train, TEST, key=key, class_names=CLASSES, num_unfrozen_blocks=k, recipe=recipe)
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +96,8 @@ def tuned():
 
 def _frozen_names(k):
     """The layers outside the head and the last k blocks, spelt out."""
-    blocks = ["layer1_0", "layer2_0", "layer3_0"]
-    return set() if k == -1 else {"conv1", "bn1", *blocks[: 3 - k]}
+    blocks = ["layer1_0", "layer2_0"]
+    return set() if k == -1 else {"conv1", "bn1", *blocks[: 2 - k]}
 
 
 def _flat(tree):
@@ -118,7 +124,7 @@ def test_frozen_parameters_keep_their_bits_and_the_others_move(tuned, k, mode):
             np.testing.assert_array_equal(_bits(after[name]), _bits(before[name]), err_msg=name)
         elif layer != "fc":
             assert np.abs(after[name] - before[name]).max() > 1e-5, name
-    assert after["fc/kernel"].shape == (16, 3)
+    assert after["fc/kernel"].shape == (8, 3)
 
 
 @pytest.mark.parametrize(("k", "mode"), SETTINGS)
@@ -134,16 +140,16 @@ def test_frozen_statistics_stay_move_or_are_the_targets(tuned, k, mode):
             np.testing.assert_array_equal(_bits(after[name]), _bits(expected[name]), err_msg=name)
 
 
-@pytest.mark.parametrize("batch_size", [256, 7])
-def test_target_statistics_are_the_training_images_own(batch_size):
-    """Mean and unbiased variance of what enters each BatchNorm, averaged over batches of 7, 7 and 6 images."""
-    found = _flat(target_batch_stats(MODEL.module, MODEL.variables, TRAIN.images, batch_size=batch_size))
+def test_target_statistics_are_the_training_images_own():
+    """Mean and unbiased variance of what each BatchNorm sees, averaged over batches of 7, 7 and 6 images."""
+    found = _flat(target_batch_stats(MODEL.module, MODEL.variables, TRAIN.images, batch_size=7))
     images = TRAIN.images.astype(np.float32) / 255
-    batches = [images] if batch_size == 256 else [images[:7], images[7:14], images[14:]]
+    batches = [images[:7], images[7:14], images[14:]]
+    train_mode = jax.jit(partial(MODEL.module.apply, train=True, mutable=["batch_stats"]))
 
     def own(batch):
         """From a running average of momentum 0.9 back to what one batch has put in."""
-        _, moved = MODEL.module.apply(MODEL.variables, batch, train=True, mutable=["batch_stats"])
+        _, moved = train_mode(MODEL.variables, batch)
         return jax.tree.map(
             lambda new, old: (np.float64(new) - 0.9 * np.float64(old)) / 0.1,
             moved["batch_stats"],
@@ -173,14 +179,14 @@ def test_target_statistics_are_the_training_images_own(batch_size):
     np.testing.assert_allclose(found["bn1/var"], var, rtol=1e-5)
 
 
-@pytest.mark.parametrize("k", [-1, 0, 2, 3])
+@pytest.mark.parametrize("k", [-1, 0, 1, 2])
 def test_the_optimiser_keeps_nothing_for_frozen_parameters(k):
-    """Its one buffer, the momentum, is as large as the trained parameters, and nothing is left but a counter."""
+    """Its one buffer, the momentum, is as large as the trained parameters; beside it there are counters."""
     module = MODEL.module.clone(num_classes=3)
     task = Task(*(jnp.asarray(x) for x in (*TRAIN, *TEST)))
     recipe = RECIPE._replace(frozen_batch_norm="update", schedule="step")
     state, _ = jax.eval_shape(
-        make_fine_tune(module, recipe, k), *MODEL.variables.values(), task, np.arange(20), jax.random.key(0)
+        make_fine_tune(module, recipe, k), *VARIABLES, task, np.arange(20), jax.random.key(0)
     )
     buffers = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
     trained = {name: x for name, x in state.params.items() if name not in _frozen_names(k)}
@@ -222,25 +228,20 @@ def _loss_and_accuracy(features, labels, weights):
     return -log_probs[rows, labels].mean(), (scores.argmax(1) == labels).mean()
 
 
-def test_with_nothing_unfrozen_it_is_softmax_regression():
-    recipe = RECIPE._replace(
-        num_epochs=5, evaluate_epochs=(5,), schedule="step", label_smoothing=0.1, weight_decay=0.05
-    )
-    key = jax.random.key(3)
-    model, history = _tune(0, recipe, key=key)
-
-    head_key, order_key, _ = jax.random.split(key, 3)
+def test_with_nothing_unfrozen_it_is_softmax_regression(tuned):
+    model, history = tuned(0, "source")
+    head_key, order_key, _ = jax.random.split(KEY, 3)
     head = reset_head(MODEL.variables, head_key, num_classes=3)["params"]["fc"]
     orders = [
         np.asarray(jax.random.permutation(jax.random.fold_in(order_key, epoch), NUM_TRAIN))
-        for epoch in range(5)
+        for epoch in range(3)
     ]
     train_features, test_features = (
-        np.float64(MODEL.module.apply(MODEL.variables, to_float(jnp.asarray(images)), stop=3))
+        np.float64(MODEL.module.apply(MODEL.variables, to_float(jnp.asarray(images)), stop=2))
         for images in (TRAIN.images, TEST.images)
     )
     start = np.float64(head["kernel"]), np.float64(head["bias"])
-    weights = _softmax_regression(train_features, TRAIN.labels, *start, orders, recipe)
+    weights = _softmax_regression(train_features, TRAIN.labels, *start, orders, RECIPE)
 
     found = model.variables["params"]["fc"]
     assert np.abs(weights[:-1] - start[0]).max() > 0.05
@@ -251,25 +252,24 @@ def test_with_nothing_unfrozen_it_is_softmax_regression():
         ("test", test_features, TEST.labels),
     ):
         loss, accuracy = _loss_and_accuracy(features, labels, weights)
-        np.testing.assert_allclose(history[f"{name}_loss"], [loss], rtol=1e-4)
-        np.testing.assert_allclose(history[f"{name}_accuracy"], [accuracy], rtol=1e-6)
+        np.testing.assert_allclose(history[f"{name}_loss"][-1], loss, rtol=1e-4)
+        np.testing.assert_allclose(history[f"{name}_accuracy"][-1], accuracy, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("k", "mode"), [(0, "source"), (1, "target")])
-def test_the_cached_and_the_recomputed_prefix_give_the_same_weights(tuned, monkeypatch, k, mode):
-    cached, cached_history = tuned(k, mode)
+def test_the_cached_and_the_recomputed_prefix_give_the_same_weights(tuned, monkeypatch):
+    cached, cached_history = tuned(1, "target")
     programs = fine_tune_module._programs
     with monkeypatch.context() as patch:
         patch.setattr(fine_tune_module, "prefix_is_constant", lambda *_: False)
         patch.setattr(fine_tune_module, "activations", lambda *_: pytest.fail("the cache was used"))
         patch.setattr(fine_tune_module, "_programs", programs.__wrapped__)
-        recomputed, history = _tune(k, RECIPE._replace(frozen_batch_norm=mode))
+        recomputed, history = _tune(1, RECIPE._replace(frozen_batch_norm="target"))
     chex.assert_trees_all_close(cached.variables, recomputed.variables, rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_close(cached_history, history, rtol=1e-5, atol=1e-5)
 
 
-def test_augmented_images_are_new_in_every_epoch(monkeypatch):
-    """Random flips forbid the cache; on images that are their own mirror they change nothing."""
+def test_random_augmentation_is_applied_and_never_cached(monkeypatch):
+    """Flips change a training, but not on images that are their own mirror."""
     half = TRAIN.images[:, :, :4]
     mirrored = Split(np.concatenate([half, half[:, :, ::-1]], axis=2), TRAIN.labels)
     flipping = RECIPE._replace(augmentation=Augmentation(flip=True))
@@ -284,11 +284,13 @@ def test_augmented_images_are_new_in_every_epoch(monkeypatch):
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
 
 
-@pytest.mark.parametrize(("k", "mode"), [(0, "source"), (1, "target"), (2, "update")])
+@pytest.mark.parametrize(("k", "mode"), [(0, "source"), (1, "update")])
 def test_histories_are_what_evaluate_measures(tuned, k, mode):
     """The last entry is the returned model's; the first one that of a training that ends there."""
     recipe = RECIPE._replace(frozen_batch_norm=mode)
-    shorter, _ = _tune(k, recipe._replace(num_epochs=1, evaluate_epochs=(1,))) if k == 0 else (None, None)
+    # The learning rate of the first of three epochs is that of a constant schedule.
+    first_epoch = recipe._replace(num_epochs=1, evaluate_epochs=(1,), schedule="constant")
+    shorter = _tune(k, first_epoch)[0] if k == 0 else None
     model, history = tuned(k, mode)
     for entry, measured in ((0, shorter), (1, model)):
         for name, split in (("train", TRAIN), ("test", TEST)) if measured else ():
@@ -305,7 +307,7 @@ SUBSETS = np.stack([np.random.default_rng(i).permutation(50)[:NUM_TRAIN] for i i
 KEYS = jax.random.split(jax.random.key(11), 3)
 
 
-@pytest.mark.parametrize(("k", "mode"), [(0, "source"), (1, "target"), (2, "update")])
+@pytest.mark.parametrize(("k", "mode"), [(0, "source"), (1, "target")])
 def test_a_trial_is_the_same_alone_and_in_a_group(k, mode):
     """Three trials on two devices, so that one of them is run twice."""
     recipe = RECIPE._replace(frozen_batch_norm=mode)
@@ -323,7 +325,10 @@ def test_a_trial_is_the_same_alone_and_in_a_group(k, mode):
     for t, subset in enumerate(SUBSETS):
         _, alone = _tune(k, recipe, train=Split(*(x[subset] for x in POOL)), key=KEYS[t])
         for name in ("train_accuracy", "test_accuracy"):
-            np.testing.assert_array_equal(together[name][t], alone[name], err_msg=name)
+            num_images = {"train": NUM_TRAIN, "test": NUM_TEST}[name.split("_")[0]]
+            counts = [np.asarray(x) * num_images for x in (together[name][t], alone[name])]
+            np.testing.assert_allclose(counts[0], np.rint(counts[0]), atol=1e-4)
+            np.testing.assert_array_equal(*np.rint(counts), err_msg=name)
         for name in ("train_loss", "test_loss"):
             np.testing.assert_allclose(together[name][t], alone[name], rtol=1e-5, atol=1e-5)
     assert np.ptp(together["test_loss"], axis=0).min() > 1e-3  # trials do differ
@@ -336,11 +341,11 @@ def test_a_group_holds_frozen_parameters_once():
     run = make_fine_tune(module, RECIPE._replace(frozen_batch_norm="update"), 1)
     history = jax.vmap(lambda *args: run(*args)[1], in_axes=(None, None, None, 0, 0))
     subsets, keys = np.tile(np.arange(NUM_TRAIN), (7, 1)), jax.random.split(jax.random.key(0), 7)
-    program = jax.make_jaxpr(history)(*MODEL.variables.values(), task, subsets, keys)
+    program = jax.make_jaxpr(history)(*VARIABLES, task, subsets, keys)
     shapes = _carried_shapes(program.jaxpr)
     params = MODEL.variables["params"]
-    assert (7, *params["layer3_0"]["conv2"]["kernel"].shape) in shapes
-    for layer in ("conv1", "layer1_0", "layer2_0"):
+    assert (7, *params["layer2_0"]["conv2"]["kernel"].shape) in shapes
+    for layer in ("conv1", "layer1_0"):
         for kernel in (x for x in jax.tree.leaves(params[layer]) if x.ndim == 4):
             assert (7, *kernel.shape) not in shapes, layer
 
@@ -364,7 +369,7 @@ def _carried_shapes(jaxpr):
 
 
 def test_heads_have_the_distributions_that_they_promise():
-    features, classes = 16, 4000
+    features, classes = 8, 8000
     heads = {
         init: reset_head(MODEL.variables, jax.random.key(0), num_classes=classes, init=init, scale=0.3)[
             "params"
@@ -391,7 +396,7 @@ def test_a_new_head_leaves_everything_else_alone():
     assert new["batch_stats"] is MODEL.variables["batch_stats"]
     for name, layer in MODEL.variables["params"].items():
         assert name == "fc" or new["params"][name] is layer
-    assert MODEL.variables["params"]["fc"]["kernel"].shape == (16, 5)
+    assert MODEL.variables["params"]["fc"]["kernel"].shape == (8, 5)
 
 
 @pytest.mark.parametrize("init", ["torch", "normal"])
@@ -410,7 +415,7 @@ def test_two_sources_get_the_same_head_from_the_same_key(init):
 @pytest.mark.parametrize(
     ("k", "change", "message"),
     [
-        (4, {}, "cannot unfreeze 4 blocks: this network has 3"),
+        (3, {}, "cannot unfreeze 3 blocks: this network has 2"),
         (-2, {}, "cannot unfreeze -2 blocks"),
         (0, {"batch_size": 21}, "batch_size=21 is larger than the 20 training images"),
         (0, {"evaluate_epochs": (3, 1)}, r"evaluate_epochs=\(3, 1\) must be .* in ascending order"),

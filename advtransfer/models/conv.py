@@ -1,4 +1,14 @@
-"""How convolutions and max-pools are lowered: XLA's own kernels, except on CPU where others win."""
+"""How convolutions and max-pools are lowered: XLA's own on accelerators, what measured best on CPU.
+
+XLA:CPU runs a matrix product at the machine's peak, its convolutions at anything between that and a
+fiftieth of it: 1×1 kernels at a half, small maps at a few percent, and results of fewer than 128
+channels on one core. So on CPU some convolutions are written as matrix products, each direction
+(value, gradient to the input, gradient to the kernel) as suits it; `lax.platform_dependent` leaves
+no trace of them on other platforms. benchmarks/RESULTS.md has the figures.
+
+The gradients are `jax.custom_vjp`: grad, grad of grad and forward over reverse work, `jax.jvp` alone
+does not.
+"""
 
 from __future__ import annotations
 
@@ -12,66 +22,128 @@ from jax import lax
 def conv2d(
     x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0, groups: int = 1
 ) -> jax.Array:
+    """`lax.conv_general_dilated` for square kernels, NHWC.
+
+    Args:
+        x: [N, H, W, C].
+        kernel: [k, k, C / groups, O], of x's type.
+        stride: of both axes.
+        padding: zeros on each of the four sides; (k - 1) / 2 for odd k keeps H and W at stride 1.
+        groups: of channels; grouped convolutions are XLA's own everywhere.
+
+    Returns:
+        [N, (H + 2 padding - k) / stride + 1, ..., O], of x's type.
+    """
     if groups > 1:
-        return _xla(x, kernel, stride, padding, groups)
+        return _native(x, kernel, stride, padding, groups)
     return _conv2d(x, kernel, stride, padding)
 
 
-def _xla(x, kernel, stride, padding, groups=1):
+def _native(x, kernel, stride, padding, groups=1):
     return lax.conv_general_dilated(
         x,
         kernel,
         window_strides=(stride, stride),
-        padding=[(padding, padding)] * 2,
+        padding=((padding, padding), (padding, padding)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
     )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv2d(x, kernel, stride, padding):
-    return lax.platform_dependent(
-        x,
-        kernel,
-        cpu=partial(_cpu_forward, stride=stride, padding=padding),
-        default=partial(_xla, stride=stride, padding=padding),
+def _value(x, kernel, stride, padding):
+    def cpu(x, kernel):
+        return _cpu_value(x, kernel, stride, padding)
+
+    def default(x, kernel):
+        return _native(x, kernel, stride, padding)
+
+    return lax.platform_dependent(x, kernel, cpu=cpu, default=default)
+
+
+_conv2d = jax.custom_vjp(_value, nondiff_argnums=(2, 3))
+
+
+def _conv2d_forward(x, kernel, stride, padding):
+    return _value(x, kernel, stride, padding), (x, kernel)
+
+
+def _conv2d_backward(stride, padding, operands, g):
+    def native(argument):
+        def gradient(x, kernel, g):
+            return jax.vjp(partial(_native, stride=stride, padding=padding), x, kernel)[1](g)[argument]
+
+        return gradient
+
+    def cpu(gradient):
+        return lambda x, kernel, g: gradient(x, kernel, g, stride, padding)
+
+    return (
+        lax.platform_dependent(*operands, g, cpu=cpu(_cpu_input_gradient), default=native(0)),
+        lax.platform_dependent(*operands, g, cpu=cpu(_cpu_kernel_gradient), default=native(1)),
     )
 
 
-def _conv2d_fwd(x, kernel, stride, padding):
-    return _conv2d(x, kernel, stride, padding), (x, kernel)
+_conv2d.defvjp(_conv2d_forward, _conv2d_backward)
 
 
-def _conv2d_bwd(stride, padding, residuals, g):
-    def xla(x, kernel, g):
-        return jax.vjp(partial(_xla, stride=stride, padding=padding), x, kernel)[1](g)
-
-    def cpu(x, kernel, g):
-        return (
-            _cpu_input_grad(x, kernel, g, stride, padding),
-            _cpu_kernel_grad(x, kernel, g, stride, padding),
-        )
-
-    return lax.platform_dependent(*residuals, g, cpu=cpu, default=xla)
-
-
-_conv2d.defvjp(_conv2d_fwd, _conv2d_bwd)
+def _cpu_value(x, kernel, stride, padding):
+    size, channels = kernel.shape[0], kernel.shape[3]
+    if size == 1 and padding == 0:
+        return _product(x[:, ::stride, ::stride], kernel[0, 0])
+    if _is_tiny(x, kernel, padding):
+        matrix = _tiny_matrix(kernel, x.shape[1:3], stride)
+        y = _product(x.reshape(x.shape[0], -1), matrix.reshape(-1, matrix[0, 0, 0].size))
+        return y.reshape(x.shape[0], *matrix.shape[3:])
+    if _is_small(x, kernel, stride):
+        return _product(_taps(x, size, stride, padding), kernel.reshape(-1, channels))
+    return _native(x, kernel, stride, padding)
 
 
-def _matmul(x, kernel):
-    return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+def _cpu_input_gradient(x, kernel, g, stride, padding):
+    size, channels = kernel.shape[:2], kernel.shape[2]
+    small = size == (1, 1) or _is_tiny(x, kernel, padding) or _is_small(x, kernel, stride)
+    even = x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0
+    if not small and stride == 2 and channels < 128 and even and size[0] == 2 * padding + 1:
+        return _input_gradient_by_phases(x, kernel, g, padding)
+    convolve = _cpu_value if small else _native
+    return jax.vjp(lambda x: convolve(x, kernel, stride, padding), x)[1](g)[0]
 
 
-def _matmul_t(g, kernel):
-    return lax.dot_general(g, kernel, (((g.ndim - 1,), (1,)), ((), ())))
+def _cpu_kernel_gradient(x, kernel, g, stride, padding):
+    size = kernel.shape[0]
+    if size == 1 and padding == 0:
+        return _outer(x[:, ::stride, ::stride], g).reshape(kernel.shape)
+    if _is_tiny(x, kernel, padding):
+        matrix, vjp = jax.vjp(lambda k: _tiny_matrix(k, x.shape[1:3], stride), kernel)
+        x, g = (a.reshape(a.shape[0], -1) for a in (x, g))
+        return vjp(_outer(x, g).reshape(matrix.shape))[0]
+    if stride > 1 and _is_small(x, kernel, stride):
+        return _outer(_taps(x, size, stride, padding), g).reshape(kernel.shape)
+    return jax.vjp(lambda k: _native(x, k, stride, padding), kernel)[1](g)[0]
+
+
+def _product(x, matrix):
+    """x [..., K] times matrix [K, O]."""
+    return lax.dot_general(x, matrix, (((x.ndim - 1,), (0,)), ((), ())))
 
 
 def _outer(x, g):
+    """x [..., K] and g [..., O] summed over the leading axes to [K, O].
+
+    XLA transposes one operand, and repeats in that copy all the sums and ReLUs that it came from. In
+    this form, of two axes, it takes the narrower one: a training step of ResNet-50 is a third faster.
+    """
     x, g = (a.reshape(-1, a.shape[-1]) for a in (x, g))
-    return lax.dot_general(x, g, (((0,), (0,)), ((), ())))
+    return lax.dot_general(g, x, (((0,), (0,)), ((), ()))).T
+
+
+def _is_small(x, kernel, stride):
+    """Whether a 3×3 convolution is faster as `_taps` times a matrix."""
+    return kernel.shape[0] == 3 and -(-max(x.shape[1:3]) // stride) <= (7 if stride == 1 else 14)
 
 
 def _taps(x, size, stride, padding):
+    """The `size`² shifted copies of x that a kernel meets, side by side: [N, H', W', size² C]."""
     rows, columns = ((n + 2 * padding - size) // stride for n in x.shape[1:3])
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     return jnp.concatenate(
@@ -84,102 +156,112 @@ def _taps(x, size, stride, padding):
     )
 
 
-def _dense_kernel(kernel, size, stride):
-    """3x3 on <=2x2 map"""
-    out = (size + stride - 1) // stride
-    return jnp.stack(
-        [
-            jnp.stack(
-                [
-                    kernel[1 - i * stride : 1 - i * stride + size, 1 - j * stride : 1 - j * stride + size]
-                    for j in range(out)
-                ],
-                axis=3,
-            )
-            for i in range(out)
-        ],
-        axis=3,
-    )
+def _is_tiny(x, kernel, padding):
+    """Whether every pixel of x is under the 3×3 kernel wherever that stands: maps of 1² and 2²."""
+    return kernel.shape[0] == 3 and padding == 1 and max(x.shape[1:3]) <= 2
 
 
-def _dense(x, kernel, stride):
-    n, h, _, c = x.shape
-    m = _dense_kernel(kernel, h, stride)
-    out, o = m.shape[3], m.shape[5]
-    return _matmul(x.reshape(n, -1), m.reshape(h * h * c, -1)).reshape(n, out, out, o)
+def _tiny_matrix(kernel, image_shape, stride):
+    """The dense layer that a convolution is on a tiny map: [H, W, C, H', W', O]."""
+    (h, w), rows = image_shape, []
+    for i in range(0, h, stride):
+        columns = [kernel[1 - i : 1 - i + h, 1 - j : 1 - j + w] for j in range(0, w, stride)]
+        rows.append(jnp.stack(columns, axis=3))
+    return jnp.stack(rows, axis=3)
 
 
-def _is_dense(x, kernel):
-    return kernel.shape[:2] == (3, 3) and x.shape[1] == x.shape[2] <= 2
+def _input_gradient_by_phases(x, kernel, g, padding):
+    """The input gradient at stride 2, as one convolution at stride 1 with four times the channels.
 
-
-def _cpu_forward(x, kernel, stride, padding):
-    size = kernel.shape[0]
-    if size == 1:
-        return _matmul(x[:, ::stride, ::stride], kernel[0, 0])
-    if _is_dense(x, kernel):
-        return _dense(x, kernel, stride)
-    if size == 3 and ((x.shape[1] <= 8 and stride == 2) or x.shape[1] <= 7 or (stride == 2 and x.shape[1] <= 28)):
-        return _matmul(_taps(x, size, stride, padding), kernel.reshape(-1, kernel.shape[-1]))
-    return _xla(x, kernel, stride, padding)
-
-
-def _cpu_input_grad(x, kernel, g, stride, padding):
-    size = kernel.shape[0]
-    if size == 1:
-        dx = _matmul_t(g, kernel[0, 0])
-        if stride == 1:
-            return dx
-        return lax.pad(dx, jnp.zeros((), dx.dtype), [(0, 0, 0)] + [(0, n - 1 - (o - 1) * stride, stride - 1) for n, o in zip(x.shape[1:3], g.shape[1:3])] + [(0, 0, 0)])
-    if _is_dense(x, kernel):
-        return jax.vjp(lambda x: _dense(x, kernel, stride), x)[1](g)[0]
-    if size == 7 and stride == 2 and x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0:
-        return _phases(x, kernel, g, padding)
-    if size == 3 and (x.shape[1] <= 14 or (stride == 2 and x.shape[1] <= 28)):
-        return jax.vjp(lambda x: _matmul(_taps(x, size, stride, padding), kernel.reshape(-1, kernel.shape[-1])), x)[1](g)[0]
-    return jax.vjp(lambda x: _xla(x, kernel, stride, padding), x)[1](g)[0]
-
-
-def _phases(x, kernel, g, padding):
+    Pixels of equal parity r in each axis meet the same taps: dx[2a + r] = Σ_t g[a + t] kernel[r +
+    padding - 2t], and one kernel [T, T, O, (2, 2, C)], T = padding + 1, makes the four phases at once.
+    """
     n, h, w, c = x.shape
-    size = kernel.shape[0]
-    # dx[2a + r] = sum_t g[a + t] kernel[r + padding - 2t]
-    first = -((size - 1 - padding) // 2)
-    last = (1 + padding) // 2
-    taps = last - first + 1
-    # flip: index u = r + padding - 2 t
-    low = 2 * last - padding  # pad so that u >= 0 for r=0,t=last
-    high = (1 + padding - 2 * first) - (size - 1)
-    k = jnp.pad(kernel, ((low, high), (low, high), (0, 0), (0, 0)))
-    k = jnp.flip(k.reshape(taps, 2, taps, 2, *k.shape[2:]), (0, 2))
-    k = k.transpose(0, 2, 5, 1, 3, 4).reshape(taps, taps, g.shape[-1], 4 * c)
-    y = lax.conv_general_dilated(
-        g, k, (1, 1), [(-first, last)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    taps, first = padding + 1, -(padding // 2)
+    last = first + padding
+    # The taps u = r + padding - 2t run over 2T values; those outside the kernel are zeros.
+    low = 2 * last - padding
+    edge = (low, 2 * taps - low - kernel.shape[0])
+    k = jnp.pad(kernel, (edge, edge, (0, 0), (0, 0)))
+    k = jnp.flip(k.reshape(taps, 2, taps, 2, c, -1), (0, 2)).transpose(0, 2, 5, 1, 3, 4)
+    phases = lax.conv_general_dilated(
+        g,
+        k.reshape(taps, taps, -1, 4 * c),
+        window_strides=(1, 1),
+        padding=((-first, last), (-first, last)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    return y.reshape(n, h // 2, w // 2, 2, 2, c).transpose(0, 1, 3, 2, 4, 5).reshape(n, h, w, c)
+    phases = phases.reshape(n, h // 2, w // 2, 2, 2, c)
+    return phases.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
 
 
-def _cpu_kernel_grad(x, kernel, g, stride, padding):
-    size = kernel.shape[0]
-    if size == 1:
-        return _outer(x[:, ::stride, ::stride], g)[None, None]
-    if _is_dense(x, kernel):
-        m, vjp = jax.vjp(lambda k: _dense_kernel(k, x.shape[1], stride), kernel)
-        return vjp(_outer(x.reshape(x.shape[0], -1), g.reshape(x.shape[0], -1)).reshape(m.shape))[0]
-    if size == 3 and (x.shape[1] <= 7 or (stride == 2 and x.shape[1] <= 28)):
-        return _outer(_taps(x, size, stride, padding), g).reshape(kernel.shape)
-    return jax.vjp(lambda k: _xla(x, k, stride, padding), kernel)[1](g)[0]
+def _max_pool_value(x):
+    return lax.platform_dependent(x, cpu=lambda x: _winners(x)[0], default=_native_max_pool)
 
 
+@jax.custom_vjp
 def max_pool(x: jax.Array) -> jax.Array:
+    """Maximum over 3×3 windows, stride 2, one pixel of padding: [N, H, W, C] to half of H and W.
+
+    Of equal values the first of the window in row order takes the gradient, as in PyTorch.
+    """
+    return _max_pool_value(x)
+
+
+def _native_max_pool(x):
+    return lax.reduce_window(
+        x,
+        -jnp.inf,
+        lax.max,
+        window_dimensions=(1, 3, 3, 1),
+        window_strides=(1, 2, 2, 1),
+        padding=((0, 0), (1, 1), (1, 1), (0, 0)),
+    )
+
+
+def _winners(x):
+    """The maxima and, int8, which of the nine taps of its window each one is."""
     rows, columns = ((n - 1) // 2 for n in x.shape[1:3])
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-    slices = [
-        x[:, i : i + rows * 2 + 1 : 2, j : j + columns * 2 + 1 : 2]
-        for i in range(3)
-        for j in range(3)
-    ]
-    y = slices[0]
-    for s in slices[1:]:
-        y = jnp.maximum(y, s)
-    return y
+    best = x[:, : rows * 2 + 1 : 2, : columns * 2 + 1 : 2]
+    winner = jnp.zeros(best.shape, jnp.int8)
+    for tap in range(1, 9):
+        i, j = divmod(tap, 3)
+        value = x[:, i : i + rows * 2 + 1 : 2, j : j + columns * 2 + 1 : 2]
+        winner = jnp.where(value > best, jnp.int8(tap), winner)
+        best = jnp.maximum(best, value)
+    return best, winner
+
+
+def _cpu_max_pool_gradient(x, g):
+    """Gathers by parity of the pixel; XLA's select-and-scatter takes nine times as long."""
+    n, h, w, c = x.shape
+    rows, columns = g.shape[1:3]
+    edge = ((0, 0), (0, 1), (0, 1), (0, 0))
+    winner = jnp.pad(_winners(x)[1], edge, constant_values=-1)
+    g = jnp.pad(g, edge)
+
+    def windows(parity):
+        """Offset and row of the tap of the windows that hold a pixel of this parity."""
+        return [(0, 1)] if parity == 0 else [(0, 2), (1, 0)]
+
+    def phase(row_parity, column_parity):
+        total = jnp.zeros((n, rows, columns, c), g.dtype)
+        for a, i in windows(row_parity):
+            for b, j in windows(column_parity):
+                there = (slice(None), slice(a, a + rows), slice(b, b + columns))
+                total += jnp.where(winner[there] == 3 * i + j, g[there], 0)
+        return total
+
+    phases = [jnp.stack([phase(i, j) for j in (0, 1)], axis=3) for i in (0, 1)]
+    return jnp.stack(phases, axis=2).reshape(n, 2 * rows, 2 * columns, c)[:, :h, :w]
+
+
+def _max_pool_backward(x, g):
+    def default(x, g):
+        return jax.vjp(_native_max_pool, x)[1](g)[0]
+
+    return (lax.platform_dependent(x, g, cpu=_cpu_max_pool_gradient, default=default),)
+
+
+max_pool.defvjp(lambda x: (_max_pool_value(x), x), _max_pool_backward)

@@ -9,6 +9,7 @@ checkpoint of the other: `layer4.2.conv3.weight` is `layer4_2/conv3/kernel`.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -48,52 +49,68 @@ class Conv(nn.Module):
         """Convolves x [N, H, W, C]; `scale` [features] multiplies the output channels."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", _conv_init, shape, jnp.float32)
-        if scale is not None:
+        # A scale is cheapest where there are fewest numbers: in the kernel, or after it.
+        positions = x.shape[0] * (x.shape[1] // self.stride) * (x.shape[2] // self.stride)
+        fold = scale is not None and kernel.size < positions * self.features
+        if fold:
             kernel = kernel * _per_channel(scale)
-        return conv2d(
+        y = conv2d(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
             stride=self.stride,
             padding=self.kernel_size // 2,
             groups=self.groups,
         )
+        return y if scale is None or fold else (y * _per_channel(scale)).astype(self.dtype)
 
 
 class BatchNorm(nn.Module):
     """Batch normalisation over N, H, W in PyTorch's sense (Ioffe & Szegedy 2015, arXiv:1502.03167).
+
+    It is given the convolution it follows, as a function of the scale of its output channels: in
+    evaluation mode the two are one affine map, and the scale goes where it costs least.
 
     Statistics are taken and kept in float32. The batch is normalised with its biased variance; the
     running average (momentum 0.9) takes the unbiased one, n / (n - 1), which is what PyTorch
     stores. With `axis_name`, mean, variance and n are those of the batch over all devices.
     """
 
+    features: int
     axis_name: str | None = None
-    epsilon: float = 1e-5
     momentum: float = 0.9
+    epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        features = (x.shape[-1],)
+    def __call__(self, convolve: Callable[[jax.Array | None], jax.Array], train: bool) -> jax.Array:
+        features = (self.features,)
         scale = self.param("scale", nn.initializers.ones, features, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
-        running_var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
-        x32 = x.astype(jnp.float32)
-        if train:
-            axis_name = None if self.is_initializing() else self.axis_name
-            count = parallel.total(jnp.float32(x.size // x.shape[-1]), axis_name)
-            mean, square = parallel.mean(
-                (jnp.mean(x32, (0, 1, 2)), jnp.mean(jnp.square(x32), (0, 1, 2))), axis_name
-            )
-            var = jnp.maximum(square - jnp.square(mean), 0.0)
-            if not self.is_initializing():
-                unbiased = var * (count / jnp.maximum(count - 1.0, 1.0))
-                running_mean.value += (1.0 - self.momentum) * (mean - running_mean.value)
-                running_var.value += (1.0 - self.momentum) * (unbiased - running_var.value)
-        else:
-            mean, var = running_mean.value, running_var.value
-        scale = scale * jax.lax.rsqrt(var + self.epsilon)
-        return (x32 * _per_channel(scale) + _per_channel(bias - mean * scale)).astype(x.dtype)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
+        if not train:
+            scale = scale * jax.lax.rsqrt(var.value + self.epsilon)
+            x = convolve(scale)
+            return (x + _per_channel(bias - mean.value * scale)).astype(x.dtype)
+
+        x = convolve(None)
+        axis_name = None if self.is_initializing() else self.axis_name
+        batch_mean, batch_var, count = batch_statistics(x, axis_name)
+        if not self.is_initializing():
+            unbiased = batch_var * (count / jnp.maximum(count - 1.0, 1.0))
+            mean.value += (1.0 - self.momentum) * (batch_mean - mean.value)
+            var.value += (1.0 - self.momentum) * (unbiased - var.value)
+        scale = scale * jax.lax.rsqrt(batch_var + self.epsilon)
+        x32 = x.astype(jnp.float32) - _per_channel(batch_mean)
+        return (x32 * _per_channel(scale) + _per_channel(bias)).astype(x.dtype)
+
+
+def batch_statistics(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Mean [C], biased variance [C] and number of x [N, H, W, C] over all but channels, float32."""
+    x = x.astype(jnp.float32)
+    count = parallel.total(jnp.float32(x.size // x.shape[-1]), axis_name)
+    mean = parallel.mean(jnp.mean(x, (0, 1, 2)), axis_name)
+    var = parallel.mean(jnp.mean(jnp.square(x - _per_channel(mean)), (0, 1, 2)), axis_name)
+    return mean, var, count
 
 
 class ResidualBlock(nn.Module):
@@ -113,23 +130,23 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        def conv_bn(x, suffix, prefix, features, kernel_size, **kwargs):
-            x = Conv(features, kernel_size, dtype=self.dtype, name=f"{prefix}conv{suffix}", **kwargs)(x)
-            norm = BatchNorm(self.axis_name, momentum=self.momentum, name=f"{prefix}bn{suffix}")
-            return norm(x, train)
+        def conv_bn(x, name, features, kernel_size, **options):
+            conv = Conv(features, kernel_size, dtype=self.dtype, name=name.format("conv"), **options)
+            norm = BatchNorm(features, self.axis_name, self.momentum, name=name.format("bn"))
+            return norm(partial(conv, x), train)
 
         if self.bottleneck:
             width = self.planes * self.base_width // 64 * self.groups
             features = 4 * self.planes
-            y = nn.relu(conv_bn(x, 1, "", width, 1))
-            y = nn.relu(conv_bn(y, 2, "", width, 3, stride=self.stride, groups=self.groups))
-            y = conv_bn(y, 3, "", features, 1)
+            y = nn.relu(conv_bn(x, "{}1", width, 1))
+            y = nn.relu(conv_bn(y, "{}2", width, 3, stride=self.stride, groups=self.groups))
+            y = conv_bn(y, "{}3", features, 1)
         else:
             features = self.planes
-            y = nn.relu(conv_bn(x, 1, "", features, 3, stride=self.stride))
-            y = conv_bn(y, 2, "", features, 3)
+            y = nn.relu(conv_bn(x, "{}1", features, 3, stride=self.stride))
+            y = conv_bn(y, "{}2", features, 3)
         if self.stride != 1 or x.shape[-1] != features:
-            x = conv_bn(x, "", "downsample_", features, 1, stride=self.stride)
+            x = conv_bn(x, "downsample_{}", features, 1, stride=self.stride)
         return nn.relu(x + y)
 
 
@@ -164,9 +181,7 @@ class ResNet(nn.Module):
     def block_names(self) -> tuple[str, ...]:
         """The blocks' parameter paths in order: "layer1_0", ..., "layer4_2"."""
         return tuple(
-            f"layer{stage}_{i}"
-            for stage, size in enumerate(self.stage_sizes, start=1)
-            for i in range(size)
+            f"layer{stage}_{i}" for stage, size in enumerate(self.stage_sizes, start=1) for i in range(size)
         )
 
     @nn.compact
@@ -236,8 +251,9 @@ class ResNet(nn.Module):
         mean, std = (np.asarray(v, np.float32).reshape(1, 1, 1, -1) for v in (self.mean, self.std))
         x = (images.astype(jnp.float32) - mean) / std
         kernel_size, stride = (3, 1) if self.cifar_stem else (7, 2)
-        x = Conv(self.width, kernel_size, stride, dtype=self.dtype, name="conv1")(x)
-        x = nn.relu(BatchNorm(self.axis_name, momentum=self.momentum, name="bn1")(x, train))
+        conv = Conv(self.width, kernel_size, stride, dtype=self.dtype, name="conv1")
+        norm = BatchNorm(self.width, self.axis_name, self.momentum, name="bn1")
+        x = nn.relu(norm(partial(conv, x), train))
         return x if self.cifar_stem else max_pool(x)
 
     def _head(self, features: jax.Array) -> jax.Array:

@@ -22,11 +22,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
 def plan(config: ConfigDict, workdir: Path) -> str:
     rows = _read(config)
     check_workdir(config, workdir)
-    return f"report on {len(rows):,} rows of {config.report.rows} in {workdir}"
+    return f"report on {len(rows):,} rows of {config.rows} in {workdir}"
 
 
 def _read(config: ConfigDict) -> list[dict]:
-    with names_key("report.rows"):
-        if not config.report.rows:
+    with names_key("rows"):
+        if not config.rows:
             raise ValueError("name a file or folder of rows (CSV, Parquet or JSON lines)")
-        return read_rows(config.report.rows)
+        return read_rows(config.rows)

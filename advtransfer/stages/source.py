@@ -1,4 +1,4 @@
-"""stage=source: trains the network of config.source and measures it.
+"""stage=source: trains the network of config.train and measures it.
 
 Leaves in the workdir: `log.jsonl` and TensorBoard events, `checkpoints/` while it trains, `model/`,
 `evaluation.json`.
@@ -37,13 +37,13 @@ def plan(config: ConfigDict, workdir: Path) -> str:
 
 def source_name(config: ConfigDict) -> str:
     """ "natural", or "l2:0.5"."""
-    norm = config.source.norm
-    return "natural" if norm == "none" else f"{norm}:{config.source.eps:g}"
+    norm = config.train.norm
+    return "natural" if norm == "none" else f"{norm}:{config.train.eps:g}"
 
 
 def training_plan(config: ConfigDict, dataset: Dataset, folder: Path) -> str:
     """One line: what training this source in `folder` takes."""
-    recipe = config.source
+    recipe = config.train
     line = f"source {source_name(config)}: "
     if (folder / "model" / "model.json").exists():
         return line + "done"

@@ -131,7 +131,7 @@ def check(config: ConfigDict, workdir: Path) -> list[Asked]:
 
 
 def _ask(config: ConfigDict, text: str, workdir: Path) -> Asked:
-    """ "natural", "l2:0.5" (both trained here, by the one recipe of config.source), or a model folder."""
+    """ "natural", "l2:0.5" (both trained here, by the one recipe of config.train), or a model folder."""
     norm, colon, eps = text.partition(":")
     if text != "natural" and not (colon and norm in ("l2", "linf")):
         spec = load_spec(text)
@@ -151,9 +151,9 @@ def _ask(config: ConfigDict, text: str, workdir: Path) -> Asked:
     if colon and radius <= 0:
         raise ValueError(f"{text!r}: write NORM:EPS with a positive number, such as l2:0.5")
     own = config.copy_and_resolve_references()
-    own.source.norm, own.source.eps = (norm, radius) if colon else ("none", 0.0)
+    own.train.norm, own.train.eps = (norm, radius) if colon else ("none", 0.0)
     folder = workdir / "sources" / text.replace(":", "_")
-    return Asked(text, own.source.norm, radius, own, folder, own.source.architecture, own.source.image_size)
+    return Asked(text, own.train.norm, radius, own, folder, own.train.architecture, own.train.image_size)
 
 
 def _get_model(config: ConfigDict, source: Asked) -> Model:

@@ -20,8 +20,8 @@ from advtransfer.transfer import fine_tune, first_unfrozen_block
 def run(config: ConfigDict, workdir: Path) -> None:
     spec, dataset = _check(config, workdir)
     open_workdir(config, workdir)
-    source = load_model(config.transfer.source, dtype=compute_dtype(config.dtype))
-    name = Path(config.transfer.source).name
+    source = load_model(config.source, dtype=compute_dtype(config.dtype))
+    name = Path(config.source).name
     trial = _trial(config, Source(name, spec.norm, spec.eps, digest(source.variables)))
     subset = trial.subset(dataset.train.labels)
     started = time.monotonic()
@@ -42,7 +42,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def plan(config: ConfigDict, workdir: Path) -> str:
     spec, _ = _check(config, workdir)
-    trial = _trial(config, Source(config.transfer.source, spec.norm, spec.eps, ""))
+    trial = _trial(config, Source(config.source, spec.norm, spec.eps, ""))
     k = trial.num_unfrozen_blocks
     return (
         f"fine-tune {'all' if k == -1 else k} blocks of {spec.architecture} on "
@@ -67,8 +67,8 @@ def _trial(config: ConfigDict, source: Source) -> Trial:
 
 def _check(config: ConfigDict, workdir: Path) -> tuple[ModelSpec, Dataset]:
     recipe = config.transfer
-    with names_key("transfer.source"):
-        spec = load_spec(recipe.source)
+    with names_key("source"):
+        spec = load_spec(config.source)
     with names_key("transfer.num_unfrozen_blocks"):
         first_unfrozen_block(create_module(spec.architecture), recipe.num_unfrozen_blocks)
     with names_key("transfer.target"):

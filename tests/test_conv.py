@@ -1,0 +1,177 @@
+"""Every lowering of a convolution or max-pool gives what `lax` gives: values and gradients."""
+
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from advtransfer.models.conv import conv2d, max_pool
+
+
+def reference(x, kernel, *, stride, groups=1):
+    padding = kernel.shape[0] // 2
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        [(padding, padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def ours(x, kernel, *, stride, groups=1):
+    return conv2d(x, kernel, stride=stride, padding=kernel.shape[0] // 2, groups=groups)
+
+
+def value_and_gradients(convolve, x, kernel, g):
+    y, vjp = jax.vjp(convolve, x, kernel)
+    return y, *vjp(g)
+
+
+def operands(size, kernel_size, stride, channels=(6, 10), batch=2, lead=(), groups=1):
+    rng = np.random.default_rng(0)
+    out = (size + stride - 1) // stride
+    shapes = (
+        (*lead, batch, size, size, channels[0]),
+        (*lead, kernel_size, kernel_size, channels[0] // groups, channels[1]),
+        (*lead, batch, out, out, channels[1]),
+    )
+    return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+
+def assert_close(got, want):
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.max(jnp.abs(b))))
+
+
+def resnet50_shapes(image_size):
+    """(input size, kernel size, stride) of every convolution of ResNet-50."""
+    shapes = [(image_size, 7, 2)]
+    size = image_size // 4
+    for stage in range(4):
+        if stage:
+            shapes += [(size, 1, 1), (size, 1, 2), (size, 3, 2)]
+            size //= 2
+        shapes += [(size, 1, 1), (size, 3, 1)]
+    return shapes
+
+
+CIFAR_STEM = [(32, 3, 1), (16, 3, 1), (32, 3, 2), (16, 3, 2)]
+ODD = [(5, 3, 1), (5, 3, 2), (3, 3, 2), (9, 1, 2), (33, 7, 2), (2, 7, 2), (1, 1, 2), (1, 3, 2)]
+SHAPES = sorted({*resnet50_shapes(32), *resnet50_shapes(224), *CIFAR_STEM, *ODD})
+
+
+@pytest.mark.parametrize(("size", "kernel_size", "stride"), SHAPES)
+def test_values_and_both_gradients(size, kernel_size, stride):
+    arrays = operands(size, kernel_size, stride)
+
+    @jax.jit
+    def both(*arrays):
+        return tuple(value_and_gradients(partial(f, stride=stride), *arrays) for f in (ours, reference))
+
+    assert_close(*both(*arrays))
+
+
+SOME = [(8, 1, 1), (8, 1, 2), (4, 3, 1), (2, 3, 1), (2, 3, 2), (1, 3, 1), (16, 3, 2), (16, 7, 2)]
+
+
+@pytest.mark.parametrize(("size", "kernel_size", "stride"), SOME)
+def test_vmapped_images_and_kernels(size, kernel_size, stride):
+    arrays = operands(size, kernel_size, stride, lead=(3,))
+    got = jax.jit(jax.vmap(partial(value_and_gradients, partial(ours, stride=stride))))(*arrays)
+    loop = jax.jit(partial(value_and_gradients, partial(reference, stride=stride)))
+    want = [loop(*(a[i] for a in arrays)) for i in range(3)]
+    assert_close(got, [jnp.stack(parts) for parts in zip(*want, strict=True)])
+
+
+@pytest.mark.parametrize(("size", "kernel_size", "stride"), [(8, 1, 2), (2, 3, 1), (8, 3, 1)])
+def test_under_pmap(size, kernel_size, stride):
+    arrays = operands(size, kernel_size, stride, lead=(2,))
+    got = jax.pmap(partial(value_and_gradients, partial(ours, stride=stride)))(*arrays)
+    want = jax.vmap(partial(value_and_gradients, partial(reference, stride=stride)))(*arrays)
+    assert_close(jax.device_get(got), want)
+
+
+def test_without_jit_and_grouped():
+    for shape, groups in (((4, 3, 1), 1), ((4, 3, 2), 2)):
+        arrays = operands(*shape, groups=groups)
+        options = {"stride": shape[2], "groups": groups}
+        assert_close(
+            value_and_gradients(partial(ours, **options), *arrays),
+            value_and_gradients(partial(reference, **options), *arrays),
+        )
+
+
+@pytest.mark.parametrize(("size", "kernel_size", "stride"), [(4, 1, 2), (2, 3, 1), (8, 3, 2)])
+def test_second_derivatives(size, kernel_size, stride):
+    x, kernel, _ = operands(size, kernel_size, stride)
+
+    def curvature(convolve):
+        def loss(x, kernel):
+            return jnp.sum(jnp.sin(convolve(x, kernel, stride=stride)))
+
+        def slope(x, kernel):
+            return sum(jnp.sum(jnp.square(g)) for g in jax.grad(loss, (0, 1))(x, kernel))
+
+        hvp = jax.jvp(jax.grad(loss, (0, 1)), (x, kernel), (x, kernel))[1]
+        return *jax.grad(slope, (0, 1))(x, kernel), *hvp
+
+    got, want = (jax.jit(partial(curvature, f))() for f in (ours, reference))
+    assert_close(got, want)
+
+
+def test_bfloat16():
+    arrays = [a.astype(jnp.bfloat16) for a in operands(4, 3, 1)]
+    got = value_and_gradients(partial(ours, stride=1), *arrays)
+    chex.assert_type(got, jnp.bfloat16)
+    exact = value_and_gradients(partial(reference, stride=1), *(a.astype(jnp.float32) for a in arrays))
+    for a, b in zip(got, exact, strict=True):
+        error = jnp.max(jnp.abs(a.astype(jnp.float32) - b))
+        assert error < 0.02 * jnp.max(jnp.abs(b))
+
+
+def test_each_platform_holds_only_its_own_lowering():
+    x, kernel, g = operands(4, 1, 1)
+    step = jax.jit(partial(value_and_gradients, partial(ours, stride=1)))
+    assert "convolution" not in step.lower(x, kernel, g).compile().as_text()
+    for platform in ("cuda", "tpu"):
+        text = step.trace(x, kernel, g).lower(lowering_platforms=(platform,)).as_text()
+        assert "stablehlo.convolution" in text
+        assert "dot_general" not in text
+    pool = jax.jit(max_pool).trace(x)
+    assert "reduce_window" in pool.lower(lowering_platforms=("tpu",)).as_text()
+    assert "reduce_window" not in pool.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def torch_max_pool(x, g):
+    """Values and gradient of PyTorch's max_pool2d(3, 2, 1): of equals, the first in a window wins."""
+    n, h, w, c = x.shape
+    y, dx = np.empty(g.shape, x.dtype), np.zeros_like(x)
+    for i, j in np.ndindex(g.shape[1:3]):
+        rows = range(max(2 * i - 1, 0), min(2 * i + 2, h))
+        columns = range(max(2 * j - 1, 0), min(2 * j + 2, w))
+        window = x[:, rows.start : rows.stop, columns.start : columns.stop].reshape(n, -1, c)
+        first = np.argmax(window, axis=1)
+        y[:, i, j] = window.max(axis=1)
+        for a, b in np.ndindex(n, c):
+            row, column = divmod(first[a, b], len(columns))
+            dx[a, rows.start + row, columns.start + column, b] += g[a, i, j, b]
+    return y, dx
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (1, 2)])
+def test_max_pool_with_ties(size):
+    rng = np.random.default_rng(0)
+    x = np.maximum(rng.integers(-3, 4, (2, *size, 3)), 0).astype(np.float32)
+    g = rng.normal(size=(2, (size[0] + 1) // 2, (size[1] + 1) // 2, 3)).astype(np.float32)
+    y, vjp = jax.vjp(max_pool, x)
+    want, want_dx = torch_max_pool(x, g)
+    np.testing.assert_array_equal(y, want)
+    np.testing.assert_allclose(vjp(g)[0], want_dx, atol=1e-6)
+    stacked = jax.vmap(lambda x, g: jax.vjp(max_pool, x)[1](g)[0])(x[None], g[None])[0]
+    np.testing.assert_allclose(stacked, want_dx, atol=1e-6)

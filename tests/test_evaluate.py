@@ -1,0 +1,129 @@
+"""Evaluation against a plain count, whatever the batch and the devices, with and without an attack."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advtransfer import parallel
+from advtransfer.attacks import L2, pgd
+from advtransfer.data import Batch, Split, to_float
+from advtransfer.evaluate import evaluate, make_evaluate_step, predict
+from advtransfer.models import Model, ModelSpec, create_module, init_variables, logits_fn
+from advtransfer.train import means
+
+NUM_IMAGES = 13
+
+
+def _model():
+    module = create_module("resnet_tiny", num_classes=4).clone(width=4, stage_sizes=(1, 1))
+    shapes = jax.eval_shape(lambda: init_variables(module, jax.random.key(0), 8))
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda x: rng.uniform(-0.8, 0.8, x.shape).astype(np.float32), shapes)
+    variables["batch_stats"] = jax.tree.map(lambda x: np.abs(x) + 0.5, variables["batch_stats"])
+    return Model(module, variables, ModelSpec("resnet_tiny", 4, 8, module.mean, module.std))
+
+
+def _split():
+    rng = np.random.default_rng(1)
+    images = rng.integers(0, 256, (NUM_IMAGES, 8, 8, 3), dtype=np.uint8)
+    return Split(images, rng.integers(0, 4, NUM_IMAGES).astype(np.int32))
+
+
+MODEL = _model()
+SPLIT = _split()
+NETWORK = logits_fn(MODEL)
+RANDOM_ATTACK = functools.partial(
+    pgd, threat_model=L2(0.4), num_steps=2, step_size=0.1, random_start=True, num_restarts=2
+)
+
+
+@jax.jit
+def _logits(images):
+    return MODEL.module.apply(MODEL.variables, images)
+
+
+def _count(images, labels):
+    """Mean loss and accuracy, in float64 from the logits on."""
+    logits = np.float64(_logits(images))
+    logits -= logits.max(1, keepdims=True)
+    log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    rows = np.arange(len(labels))
+    return {"loss": -log_probs[rows, labels].mean(), "accuracy": (logits.argmax(1) == labels).mean()}
+
+
+@pytest.mark.parametrize("batch_size", [4, 26])
+def test_every_example_counts_once(batch_size):
+    """13 images divide neither by the batch nor by the two devices; the padding counts for nothing."""
+    found = evaluate(NETWORK, SPLIT, batch_size=batch_size)
+    expected = _count(SPLIT.images / np.float32(255), SPLIT.labels)
+    assert found["accuracy"] == pytest.approx(expected["accuracy"], abs=1e-7)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert 0 < found["accuracy"] < 1
+
+
+def test_sums_and_counts_leave_masked_examples_out():
+    images, labels = to_float(jnp.asarray(SPLIT.images)), jnp.asarray(SPLIT.labels)
+    mask = np.arange(NUM_IMAGES) % 2 == 0
+    batch = Batch(images, labels, jax.random.split(jax.random.key(0), NUM_IMAGES))
+    metrics = make_evaluate_step()(NETWORK, batch, jnp.asarray(mask, jnp.float32))
+    expected = _count(np.asarray(images)[mask], SPLIT.labels[mask])
+    assert float(metrics["loss"][1]) == float(metrics["accuracy"][1]) == 7
+    assert float(metrics["accuracy"][0]) == round(7 * expected["accuracy"])
+    assert means(metrics)["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("attack", [None, RANDOM_ATTACK], ids=["natural", "random"])
+def test_the_batch_size_changes_nothing(attack):
+    """Also with random restarts, whose keys belong to the examples and not to the batches."""
+    key = jax.random.key(5)
+    small, large = (evaluate(NETWORK, SPLIT, batch_size=size, attack=attack, key=key) for size in (4, 26))
+    assert small["accuracy"] == pytest.approx(large["accuracy"], abs=1e-7)
+    assert small["loss"] == pytest.approx(large["loss"], abs=1e-6)
+
+
+def test_one_device_measures_what_two_do(monkeypatch):
+    options = {"batch_size": 4, "attack": RANDOM_ATTACK, "key": jax.random.key(5)}
+    two = evaluate(NETWORK, SPLIT, **options)
+    first = jax.local_devices()[:1]
+    monkeypatch.setattr(parallel.jax, "local_devices", lambda: first)
+    monkeypatch.setattr(parallel.jax, "local_device_count", lambda: 1)
+    one = evaluate(NETWORK, SPLIT, **options)
+    assert one["accuracy"] == pytest.approx(two["accuracy"], abs=1e-7)
+    assert one["loss"] == pytest.approx(two["loss"], abs=1e-6)
+
+
+def test_with_an_attack_it_measures_the_attacked_images():
+    """The same attack by hand on all images at once, with the keys that evaluation promises."""
+    key = jax.random.key(5)
+    images, labels = to_float(jnp.asarray(SPLIT.images)), jnp.asarray(SPLIT.labels)
+    attacked = RANDOM_ATTACK(NETWORK, images, labels, key=jax.random.split(key, NUM_IMAGES))
+    expected = _count(np.asarray(attacked), SPLIT.labels)
+    found = evaluate(NETWORK, SPLIT, batch_size=4, attack=RANDOM_ATTACK, key=key)
+    assert found["accuracy"] == pytest.approx(expected["accuracy"], abs=1e-7)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert found["loss"] > evaluate(NETWORK, SPLIT, batch_size=4)["loss"] + 0.05
+
+
+def test_the_key_decides_the_random_starts():
+    measure = functools.partial(evaluate, NETWORK, SPLIT, batch_size=26, attack=RANDOM_ATTACK)
+    losses = [measure(key=jax.random.key(seed))["loss"] for seed in (0, 1)]
+    assert abs(losses[0] - losses[1]) > 1e-5
+    assert measure()["loss"] == losses[0]
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="batch of 5 examples .* 2 devices: use a multiple of 2") as error:
+        evaluate(NETWORK, SPLIT, batch_size=5)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("batch_size", [4, 256])
+def test_predict_is_the_networks_logits(batch_size):
+    images = SPLIT.images / np.float32(255)
+    found = predict(NETWORK, images, batch_size=batch_size)
+    expected = _logits(images)
+    assert found.shape == (NUM_IMAGES, 4)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

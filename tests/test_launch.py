@@ -1,0 +1,158 @@
+"""The command line: bad input is one clear line, exit code 2, and nothing written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from advtransfer import config as base
+from advtransfer import stages
+from advtransfer.config import ConfigError, validate
+
+ROOT = Path(__file__).parent.parent
+
+
+def launch(*arguments, **kwargs):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--config.train.epss=1", ["epss", 'Did you mean "eps"']),
+        ("--config.train.num_epochs=many", ["--config.train.num_epochs", "many"]),
+        ("--config=experiments/nope.py", ["experiments/nope.py", "No such file"]),
+        ("--workdr=x", ["workdr"]),
+        ("workdir", ["workdir", "--NAME=VALUE"]),
+        ("--config.train.eps=-1", ["config.train.eps=-1.0", "must not be negative"]),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(argument, words, tmp_path):
+    workdir = tmp_path / "results"
+    done = launch(f"--workdir={workdir}", argument, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_says_what_would_run_and_writes_nothing(tmp_path):
+    done = launch("--plan", "--config.study.num_seeds=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    natural, robust, trials = done.stdout.splitlines()
+    assert natural.startswith("source natural: train resnet_tiny, ")
+    assert robust.startswith("source l2:") and "PGD-3" in robust
+    config = _config("quickstart")
+    grid = len(config.study.num_train_images) * len(config.study.num_unfrozen_blocks) * 2
+    assert f"fine-tune {grid * 3} models in {grid} groups" in trials
+    assert list(tmp_path.iterdir()) == []
+
+
+def _config(name="quickstart"):
+    scope = {}
+    exec((ROOT / "experiments" / f"{name}.py").read_text(), scope)
+    return scope["get_config"]()
+
+
+def _set(config, changes):
+    for key, value in changes.items():
+        room, _, leaf = key.rpartition(".")
+        (config[room] if room else config)[leaf] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train.norm": "l2", "train.eps": -0.5}, "config.train.eps=-0.5 must not be negative"),
+        ({"train.eps": 0.5}, "config.train.eps=0.5 does not go with config.train.norm=none"),
+        ({"train.norm": "l1"}, "config.train.norm='l1' must be one of none, l2, linf"),
+        ({"stage": "sauce"}, "config.stage='sauce' must be one of"),
+        ({"study.num_unfrozen_blocks": (0, 5)}, "config.study.num_unfrozen_blocks: .* has 4"),
+        ({"study.num_unfrozen_blocks": (-2,)}, "config.study.num_unfrozen_blocks=.*-1"),
+        ({"study.num_train_images": (50, 801)}, "config.study.num_train_images: .*801.* 1 to 800"),
+        ({"transfer.batch_size": 21}, "config.transfer.batch_size=21 is larger .* lower it to 20"),
+        ({"transfer.evaluate_epochs": (1, 999)}, "config.transfer.evaluate_epochs"),
+        ({"transfer.target": "builtin:digit"}, "config.transfer.target: .*did you mean builtin:digits"),
+        ({"transfer.head_init": "xavier"}, "config.transfer.head_init='xavier' must be one of"),
+        ({"train.dataset": "builtin:glyph"}, "config.train.dataset: .*did you mean builtin:glyphs"),
+        ({"train.dataset": "http:glyphs"}, "config.train.dataset: .*prefix 'http'"),
+        ({"train.architecture": "resnet51"}, "config.train.architecture: .*nearest: resnet50"),
+        ({"train.batch_size": 10_000}, "config.train.batch_size: 10000 is larger than the 8192"),
+        ({"train.batch_size": 127}, "config.train.batch_size: .*2 devices"),
+        ({"train.momentum": 1.0}, r"config.train.momentum=1.0 must be in \[0, 1\)"),
+        ({"study.sources": "natural,natural"}, "config.study.sources: .*twice"),
+        ({"study.sources": "natural,l2:"}, "config.study.sources: 'l2:'.*l2:0.5"),
+        ({"study.sources": "no/such"}, "config.study.sources: 'no/such' is no model folder"),
+        ({"stage": "evaluate"}, "config.evaluate.model: .*is no model folder"),
+        ({"stage": "transfer"}, "config.source: .*is no model folder"),
+        ({"stage": "report"}, "config.rows: name a file or folder"),
+        ({"stage": "report", "rows": "no/such"}, "config.rows: no/such"),
+    ],
+)
+def test_an_impossible_value_names_its_key_and_writes_nothing(changes, words, tmp_path):
+    config = _set(_config(), changes)
+    for act in (stages.plan, stages.run):
+        with pytest.raises(ConfigError, match=words) as caught:
+            act(config, tmp_path / "results")
+        assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_that_does_not_exist_is_named_with_the_nearest():
+    config = base.default()
+    with config.unlocked():
+        config.train.learning_rat = 0.1
+    with pytest.raises(ConfigError, match="config.train.learning_rat is no key: did you mean"):
+        validate(config)
+
+
+def test_a_workdir_of_another_config_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text(base.to_json(_config()))
+    other = _set(_config(), {"train.learning_rate": 0.07})
+    with pytest.raises(ConfigError, match=r"train.learning_rate: .* 0.07 now.*another --workdir"):
+        stages.run(other, tmp_path)
+    wider = _set(_config(), {"study.num_seeds": 1, "report.title": "x", "train.log_every": 7})
+    assert "fine-tune" in stages.plan(wider, tmp_path)
+    (tmp_path / "config.json").write_text("{torn")
+    with pytest.raises(ConfigError, match="config.json is not a configuration"):
+        stages.plan(_config(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_workdir_under_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        stages.plan(_config(), tmp_path / "file" / "results")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda p: p.stem)
+def test_every_experiment_is_valid_and_says_how_to_run_it(path):
+    validate(_config(path.stem))
+    docstring = path.read_text().split('"""')[1]
+    assert "python launch.py" in docstring
+
+
+def test_the_library_works_without_flags():
+    """As in a notebook: nothing parses a command line."""
+    code = (
+        "import advtransfer as at, jax, numpy as np\n"
+        "m = at.create_module('resnet_tiny', num_classes=3)\n"
+        "v = at.init_variables(m, jax.random.key(0), 16)\n"
+        "x = np.zeros((2, 16, 16, 3), np.float32)\n"
+        "assert m.apply(v, x).shape == (2, 3)\n"
+        "from absl import flags\n"
+        "assert not flags.FLAGS.is_parsed()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)

@@ -1,0 +1,90 @@
+"""Splitting work over two virtual devices, against NumPy."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advtransfer import parallel
+
+
+def _tree(num_examples):
+    rng = np.random.default_rng(num_examples)
+    return {
+        "x": rng.normal(size=(num_examples, 3)).astype(np.float32),
+        "y": rng.integers(0, 9, num_examples).astype(np.int32),
+    }
+
+
+def test_split_gives_every_device_its_share_in_order():
+    tree = _tree(6)
+    shares = parallel.split(tree)
+    chex.assert_trees_all_equal(shares, jax.tree.map(lambda x: np.stack([x[:3], x[3:]]), tree))
+    chex.assert_trees_all_equal(parallel.join(shares), tree)
+    with pytest.raises(ValueError, match="a batch of 5 examples .* over 2 devices: use a multiple of 2"):
+        parallel.split(_tree(5))
+
+
+@pytest.mark.parametrize("size", [5, 8])
+def test_pad_repeats_the_last_example_and_masks_it(size):
+    tree = _tree(5) | {"key": jax.random.split(jax.random.key(0), 5)}
+    padded, mask = parallel.pad(tree, size)
+    np.testing.assert_array_equal(mask, [1.0] * 5 + [0.0] * (size - 5))
+    assert mask.dtype == np.float32
+    for name in ("x", "y"):
+        expected = np.concatenate([tree[name]] + [tree[name][-1:]] * (size - 5))
+        np.testing.assert_array_equal(padded[name], expected)
+        assert padded[name].dtype == tree[name].dtype
+    keys, last = jax.random.key_data(padded["key"]), jax.random.key_data(tree["key"])[-1]
+    assert len(keys) == size and (np.asarray(keys[4:]) == np.asarray(last)).all()
+
+
+def test_collectives_combine_devices_and_do_nothing_without_them():
+    tree = {"x": jnp.arange(6.0)}
+    assert parallel.mean(tree, None) is tree and parallel.total(tree, None) is tree
+    assert parallel.axis_size(None) == 1
+
+    def combine(offset, x):
+        x = x + offset
+        sums = jnp.sum(x["x"]) if isinstance(x, dict) else jnp.sum(x)
+        return (
+            parallel.mean(sums, parallel.AXIS),
+            parallel.total(sums, parallel.AXIS),
+            parallel.axis_size(parallel.AXIS),
+        )
+
+    on_devices = parallel.data_parallel(combine, num_shared=1, num_split=1)
+    mean, total, size = on_devices(jnp.float32(1), parallel.split(np.arange(6, dtype=np.float32)))
+    assert (float(mean), float(total), int(size)) == ((6 + 15) / 2, 6 + 15, 2)
+
+
+def test_data_parallel_gradients_are_those_of_the_whole_batch():
+    """Least squares: the mean of the devices' gradients is 2 Xᵀ(Xw - y) / N."""
+    tree, w = _tree(8), np.array([0.3, -1.0, 2.0], np.float32)
+
+    def gradient(w, batch):
+        loss = lambda w: jnp.mean(jnp.square(batch["x"] @ w - batch["y"]))  # noqa: E731
+        return parallel.mean(jax.grad(loss)(w), parallel.AXIS)
+
+    on_devices = parallel.data_parallel(gradient, num_shared=1, num_split=1)
+    found = on_devices(parallel.replicate(w), parallel.split(tree))
+    x, y = np.float64(tree["x"]), tree["y"]
+    assert found.shape == (3,)
+    np.testing.assert_allclose(found, 2 * x.T @ (x @ w - y) / 8, rtol=1e-5)
+
+
+def test_map_parallel_keeps_the_results_of_independent_work_apart():
+    x = _tree(4)["x"]
+    double = parallel.map_parallel(lambda factor, x: factor * x, num_shared=1, num_split=1)
+    found = double(parallel.replicate(np.float32(2)), parallel.split(x))
+    assert found.shape == (2, 2, 3)
+    np.testing.assert_array_equal(parallel.join(found), 2 * x)
+    assert len(found.sharding.device_set) == 2
+
+
+def test_replicated_arrays_lie_on_every_device_whole():
+    tree = parallel.replicate(_tree(4))
+    chex.assert_trees_all_equal(jax.device_get(tree), _tree(4))
+    for leaf in jax.tree.leaves(tree):
+        assert leaf.sharding.is_fully_replicated and len(leaf.sharding.device_set) == 2

@@ -1,0 +1,439 @@
+"""The study: who a trial is, which trials run together, and that a killed study loses and repeats nothing."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from advtransfer import config as base
+from advtransfer import study
+from advtransfer.data import Augmentation, Dataset, Split, subset_indices
+from advtransfer.models import Model, ModelSpec, create_module, init_variables
+from advtransfer.study import Source, Trial, group, make_trials, num_steps, run_trials
+from advtransfer.transfer import Recipe, fine_tune_many
+
+RECIPE = Recipe(num_epochs=2, evaluate_epochs=(1, 2), batch_size=5, schedule="constant")
+SOURCES = (Source("natural", "none", 0.0, "d0"), Source("robust", "l2", 0.5, "d1"))
+METRICS = ("train_accuracy", "train_loss", "test_accuracy", "test_loss")
+
+
+def _trial(**fields):
+    trial = Trial(
+        source=SOURCES[0],
+        target="random",
+        split="test",
+        num_train_images=6,
+        num_unfrozen_blocks=0,
+        seed=0,
+        stratified=True,
+        nested=True,
+        recipe=RECIPE,
+    )
+    return trial._replace(**fields)
+
+
+def _grid(num_seeds=3):
+    """Four groups: two sources at two sizes."""
+    return [
+        _trial(source=source, num_train_images=n, seed=seed)
+        for n in (6, 12)
+        for source in SOURCES
+        for seed in range(num_seeds)
+    ]
+
+
+def _dataset():
+    rng = np.random.default_rng(0)
+
+    def split(n):
+        images = rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
+        return Split(images, rng.integers(0, 3, n).astype(np.int32))
+
+    return Dataset("random", ("a", "b", "c"), split(40), split(10), split(20))
+
+
+def _models():
+    module = create_module("resnet_tiny", num_classes=5).clone(width=4, stage_sizes=(1,))
+    spec = ModelSpec("resnet_tiny", 5, 8, module.mean, module.std)
+    shapes = jax.eval_shape(lambda: init_variables(module, jax.random.key(0), 8))
+
+    def weights(seed):
+        rng = np.random.default_rng(seed)
+        return jax.tree.map(lambda x: rng.uniform(0.0, 1.0, x.shape).astype(np.float32), shapes)
+
+    return {source.name: Model(module, weights(seed), spec) for seed, source in enumerate(SOURCES)}
+
+
+DATASET = _dataset()
+
+
+def _run(folder, *, trials=None, **options):
+    return run_trials(_grid() if trials is None else trials, _models(), lambda _: DATASET, folder, **options)
+
+
+def run_and_stay(folder):
+    """What a test kills: the same study, whose last group never starts."""
+
+    def progress(groups):
+        yield from groups[:-1]
+        time.sleep(600)
+
+    (Path(folder) / "identities.txt").write_text("\n".join(t.identity() for t in _grid()))
+    _run(Path(folder) / "rows", progress=progress)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return _run(tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Replaces the training of groups; the list of groups that would have been trained."""
+    groups = []
+
+    def run_group(members, model, dataset):
+        del model, dataset
+        groups.append(members)
+        return [
+            row
+            for trial in members
+            for row in study.history_rows(trial, {name: np.array([0.25, 0.5]) for name in METRICS}, 1.0)
+        ]
+
+    monkeypatch.setattr(study, "run_group", run_group)
+    return groups
+
+
+def _without_seconds(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+# --- who a trial is -------------------------------------------------------------------------------
+
+
+def test_identity_is_the_hash_of_everything_but_the_sources_name():
+    expected = {
+        "source": {"norm": "none", "eps": 0.0, "digest": "d0"},
+        "target": "random",
+        "split": "test",
+        "num_train_images": 6,
+        "num_unfrozen_blocks": 0,
+        "seed": 0,
+        "stratified": True,
+        "nested": True,
+        "recipe": {
+            "num_epochs": 2,
+            "evaluate_epochs": [1, 2],
+            "batch_size": 5,
+            "learning_rate": 0.1,
+            "schedule": "constant",
+            "momentum": 0.9,
+            "nesterov": False,
+            "weight_decay": 5e-4,
+            "label_smoothing": 0.0,
+            "head_init": "torch",
+            "head_scale": 1.0,
+            "frozen_batch_norm": "source",
+            "augmentation": {"crop_padding": 0, "flip": False, "jitter": 0.0, "rotation": 0.0},
+        },
+    }
+    digest = hashlib.sha256(json.dumps(expected, sort_keys=True).encode()).hexdigest()
+    assert _trial().identity() == digest
+    expected["source"]["name"] = "natural"
+    assert json.loads(_trial().config()) == expected
+
+
+def _changed(record):
+    """The record with each of its fields changed in turn, those of records inside it too."""
+    for name, value in record._asdict().items():
+        if hasattr(value, "_fields"):
+            others = _changed(value)
+        elif isinstance(value, bool):
+            others = [("", not value)]
+        elif isinstance(value, tuple):
+            others = [("", value[1:])]
+        else:
+            others = [("", value + ("x" if isinstance(value, str) else 1))]
+        for path, other in others:
+            yield f"/{name}{path}", record._replace(**{name: other})
+
+
+def test_identity_depends_on_every_field():
+    trial = _trial()
+    changes = dict(_changed(trial))
+    num_fields = sum(len(record._fields) for record in (Trial, Source, Recipe, Augmentation)) - 3
+    assert len(changes) == num_fields
+    identities = {path: changed.identity() for path, changed in changes.items()}
+    assert identities.pop("/source/name") == trial.identity()
+    assert len({trial.identity(), *identities.values()}) == num_fields
+
+
+def test_the_grid_is_the_configs():
+    config = base.default()
+    config.study.update(
+        num_train_images=(20, 50), num_unfrozen_blocks=(0, 1, -1), num_seeds=2, split="validation"
+    )
+    config.transfer.update(num_epochs=9, evaluate_epochs=(9, 3, 9), batch_size=20)
+    trials = make_trials(config, SOURCES)
+    assert len(set(trials)) == len(trials) == 2 * 3 * 2 * 2
+    assert [(t.source.name, t.seed) for t in trials[:4]] == [
+        ("natural", 0),
+        ("natural", 1),
+        ("robust", 0),
+        ("robust", 1),
+    ]
+    assert {t.num_train_images for t in trials} == {20, 50}
+    assert {t.num_unfrozen_blocks for t in trials} == {0, 1, -1}
+    assert {(t.split, t.target, t.recipe.evaluate_epochs) for t in trials} == {
+        ("validation", "builtin:digits", (3, 9))
+    }
+    assert num_steps(trials[0]) == 9 and num_steps(trials[4]) == 9 * 3
+
+
+def test_groups_hold_trials_that_differ_in_their_seed_only():
+    trials = _grid(num_seeds=5)
+    groups = group(trials)
+    assert [[t.seed for t in members] for members in groups] == [[0, 1, 2, 3, 4]] * 4
+    assert [t for members in groups for t in members] == trials
+    for members in groups:
+        assert len({(t.source, t.num_train_images) for t in members}) == 1
+    assert [len(members) for members in group(trials, size=2)] == [2, 2, 1] * 4
+    assert [t for members in group(trials, size=2) for t in members] == trials
+    shuffled = [trials[i] for i in np.random.default_rng(0).permutation(len(trials))]
+    assert sorted(map(len, group(shuffled))) == [5, 5, 5, 5]
+
+
+# --- what a trial is fed --------------------------------------------------------------------------
+
+
+def test_every_source_sees_the_same_images_and_keys(monkeypatch):
+    calls = {}
+
+    def spy(model, train, test, *, subsets, keys, **options):
+        calls[id(model), subsets.shape[1]] = subsets, jax.random.key_data(keys)
+        assert train is DATASET.train and test is DATASET.validation and options["num_classes"] == 3
+        return {name: np.zeros((len(subsets), 2)) for name in METRICS}
+
+    monkeypatch.setattr(study, "fine_tune_many", spy)
+    models = _models()
+    for members in group(t._replace(split="validation") for t in _grid()):
+        study.run_group(members, models[members[0].source.name], DATASET)
+    natural, robust = id(models["natural"]), id(models["robust"])
+    for n in (6, 12):
+        for one, other in zip(calls[natural, n], calls[robust, n], strict=True):
+            np.testing.assert_array_equal(one, other)
+        subsets, keys = calls[natural, n]
+        for seed in range(3):
+            expected = subset_indices(DATASET.train.labels, n, dataset="random", seed=seed)
+            np.testing.assert_array_equal(subsets[seed], expected)
+        assert len(np.unique(subsets, axis=0)) == len(np.unique(keys, axis=0)) == 3
+    np.testing.assert_array_equal(calls[natural, 6][0], calls[natural, 12][0][:, :6])
+
+
+def test_rows_say_what_was_run_and_measured(undisturbed):
+    trials = _grid()
+    assert len(undisturbed) == 2 * len(trials)
+    models = _models()
+    for members, rows in zip(group(trials), np.reshape(undisturbed, (4, 3, 2)), strict=True):
+        first = members[0]
+        history = fine_tune_many(
+            models[first.source.name],
+            DATASET.train,
+            DATASET.test,
+            subsets=np.stack([trial.subset(DATASET.train.labels) for trial in members]),
+            keys=jax.numpy.stack([trial.key() for trial in members]),
+            num_classes=3,
+            num_unfrozen_blocks=0,
+            recipe=RECIPE,
+        )
+        for t, trial in enumerate(members):
+            for e, row in enumerate(rows[t]):
+                assert row.pop("seconds") > 0
+                assert row == {
+                    "source": trial.source.name,
+                    "source_norm": trial.source.norm,
+                    "source_eps": trial.source.eps,
+                    "target": "random",
+                    "num_train_images": trial.num_train_images,
+                    "num_unfrozen_blocks": 0,
+                    "seed": t,
+                    "epoch": e + 1,
+                    **{name: float(history[name][t, e]) for name in METRICS},
+                    "trial_id": trial.identity(),
+                    "config": trial.config(),
+                }
+                row["seconds"] = 1.0
+    by_source = [[row["test_loss"] for row in undisturbed if row["source"] == s.name] for s in SOURCES]
+    assert np.abs(np.subtract(*by_source)).max() > 1e-3
+
+
+# --- what is run again ----------------------------------------------------------------------------
+
+
+def test_finished_groups_are_never_run_again(tmp_path, ran):
+    rows = _run(tmp_path)
+    assert len(ran) == 4
+    ran.clear()
+    assert _run(tmp_path, group_size=2) == rows
+    assert not ran
+
+
+def test_more_seeds_run_only_the_new_ones(tmp_path, ran):
+    _run(tmp_path)
+    ran.clear()
+    rows = _run(tmp_path, trials=_grid(num_seeds=5))
+    assert [[t.seed for t in members] for members in ran] == [[3, 4]] * 4
+    assert [(r["source"], r["seed"], r["epoch"]) for r in rows[:10]] == [
+        ("natural", seed, epoch) for seed in range(5) for epoch in (1, 2)
+    ]
+    assert len(rows) == 2 * 4 * 5
+
+
+def test_the_same_weights_under_two_names_are_one_trial(tmp_path, ran):
+    """Rows come back under the name that is asked for, once each."""
+    twin = SOURCES[0]._replace(name="twin")
+    trials = [_trial(source=source, seed=seed) for source in (SOURCES[0], twin) for seed in range(2)]
+    models = _models() | {"twin": _models()["natural"]}
+    for _ in range(2):
+        rows = run_trials(trials, models, lambda _: DATASET, tmp_path)
+        assert [r["source"] for r in rows] == ["natural"] * 4 + ["twin"] * 4
+        assert [json.loads(r["config"])["source"]["name"] for r in rows] == [r["source"] for r in rows]
+    assert len(ran) == 1
+
+
+def test_a_trial_that_stands_in_two_files_counts_once(tmp_path, ran):
+    """As two processes leave it that split the same trials differently."""
+    rows = _run(tmp_path)
+    other = tmp_path / "other"
+    _run(other, trials=_grid(num_seeds=2))
+    for path in other.glob("*.jsonl"):
+        path.rename(tmp_path / path.name)
+    assert len(list(tmp_path.glob("*.jsonl"))) == 8
+    assert _run(tmp_path) == rows
+
+
+def test_an_exception_in_a_group_loses_nothing_that_was_finished(tmp_path, ran, monkeypatch):
+    finishing = study.run_group
+
+    def failing(members, *args):
+        if len(ran) == 1:
+            raise RuntimeError("out of memory")
+        return finishing(members, *args)
+
+    monkeypatch.setattr(study, "run_group", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        _run(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(study, "run_group", finishing)
+    rows = _run(tmp_path)
+    assert ran == group(_grid())
+    assert [r["trial_id"] for r in rows[::2]] == [t.identity() for t in _grid()]
+
+
+def test_a_group_appears_under_its_name_only_when_it_is_whole(tmp_path, ran, monkeypatch):
+    """A process that dies before the rename has finished nothing, although every row is on the disk."""
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no rename"):
+        patch.setattr(study.os, "replace", _raise(OSError("no rename")))
+        _run(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert not study.finished_rows(tmp_path)
+    ran.clear()
+    assert len(_run(tmp_path)) == 24
+    assert len(ran) == 4
+
+
+def _raise(error):
+    def raiser(*args):
+        raise error
+
+    return raiser
+
+
+def test_a_killed_study_goes_on_where_it_was(tmp_path, undisturbed, monkeypatch):
+    """SIGKILL to a real process in the middle of the study; its trials have the same identities as here."""
+    root = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{root}:{root.parent}", "PYTHONHASHSEED": "1"}
+    command = "import conftest, sys, test_study; test_study.run_and_stay(sys.argv[1])"
+    process = subprocess.Popen([sys.executable, "-c", command, str(tmp_path)], env=environment)
+    rows_folder = tmp_path / "rows"
+    try:
+        deadline = time.monotonic() + 120
+        while not list(rows_folder.glob("*.jsonl")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert (tmp_path / "identities.txt").read_text().split() == [t.identity() for t in _grid()]
+    finished = {path: path.read_bytes() for path in rows_folder.glob("*.jsonl")}
+    assert 1 <= len(finished) <= 3
+    partial = rows_folder / "0123.partial7"
+    partial.write_text('{"source": "natu')  # as a kill during a write leaves it
+
+    groups, run_group = [], study.run_group
+    monkeypatch.setattr(study, "run_group", lambda *args: groups.append(args[0]) or run_group(*args))
+    rows = _run(rows_folder)
+    assert groups == group(_grid())[len(finished) :]
+    assert all(path.read_bytes() == content for path, content in finished.items())
+    assert _without_seconds(rows) == _without_seconds(undisturbed)
+    assert partial.read_text() == '{"source": "natu'
+
+
+# --- damaged files --------------------------------------------------------------------------------
+
+
+def _torn(text):
+    return text[: len(text) // 2]
+
+
+def _without_last_line(text):
+    return "".join(text.splitlines(keepends=True)[:-1])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _torn,
+        _without_last_line,
+        lambda text: text.replace('"trial_id"', '"trial"'),
+        lambda text: "[1, 2]\n",
+        lambda text: "\x00" * len(text),
+    ],
+)
+def test_a_damaged_file_is_set_aside_and_its_group_run_again(tmp_path, ran, caplog, damage):
+    rows = _run(tmp_path)
+    victim = sorted(tmp_path.iterdir())[1]
+    text = damage(victim.read_text())
+    victim.write_text(text)
+    ran.clear()
+
+    finished = study.finished_rows(tmp_path)  # as --plan reads it: nothing is written
+    assert len(finished) == 9 and victim.read_text() == text
+
+    assert _run(tmp_path) == rows
+    assert len(ran) == 1
+    assert victim.with_suffix(".corrupt").read_text() == text
+    assert len(list(tmp_path.glob("*.jsonl"))) == 4
+    assert f"{victim} is damaged" in caplog.text
+
+    ran.clear()
+    caplog.clear()
+    assert _run(tmp_path) == rows
+    assert not ran and not caplog.text
+
+
+def test_an_empty_file_is_no_finished_group(tmp_path, ran):
+    rows = _run(tmp_path)
+    sorted(tmp_path.iterdir())[0].write_text("")
+    ran.clear()
+    assert _run(tmp_path) == rows
+    assert len(ran) == 1
