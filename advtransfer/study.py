@@ -39,7 +39,7 @@ class Source(NamedTuple):
     name: str
     norm: str
     eps: float
-    digest: str  # SHA-256 of its weights
+    identity: str  # SHA-256 of its weights, architecture and normalisation
 
 
 class Trial(NamedTuple):

@@ -1,12 +1,14 @@
-"""Images per second of the four steps that adversarial transfer is made of, ours beside plain PyTorch.
+"""Images per second of the four steps that adversarial transfer is made of, ours beside PyTorch.
 
     python -m benchmarks.steps --platform=cpu --peer=torch
 
-Per case (network, batch, resolution): the forward pass, one attack pass (loss and its gradient with
-respect to the images, evaluation mode), a clean training step, and a PGD-3 training step (ℓ2, evaluation mode,
-SGD with momentum and weight decay). Both sides take the same weights and images in one process, in turn, so that
-a noisy machine slows both; `ratio` is ours / peer in images per second, taken per turn: median [quartiles].
-The peer is eager PyTorch in channels_last with as many threads as there are cores, no torch.compile.
+Per case (network, batch, resolution): the forward pass; one attack pass (loss and its gradient with
+respect to the images, evaluation mode); a clean training step; a PGD-3 training step (ℓ2, attack in
+evaluation mode). Training is SGD with momentum and weight decay. Both sides take the same weights
+and images in one process, in turn; `ratio` is ours / peer in images per second, taken per turn:
+median [quartiles]. The peer is eager PyTorch in channels_last with as many threads as there are
+cores, no torch.compile. Run it on an idle machine: a busy core costs PyTorch's threads, which wait
+for each other at every operation, far more than XLA's.
 """
 
 from __future__ import annotations

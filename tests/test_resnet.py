@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from advtransfer.models import ARCHITECTURES, ResNet, create_module, init_variables
-from advtransfer.models.resnet import BatchNorm
+from advtransfer.models.layers import BatchNorm
 
 BOTTLENECK = ResNet(stage_sizes=(2, 1), bottleneck=True, num_classes=5, width=8, groups=2, base_width=32)
 BASIC = create_module("resnet_tiny", num_classes=5, mean=(0.5,), std=(0.25,))
@@ -102,7 +102,7 @@ def numpy_resnet(module, variables, images):
     x = (images - np.array(module.mean)) / np.array(module.std)
     x = np.maximum(conv_bn(x, params, stats, "conv1", "bn1", 1 if module.cifar_stem else 2), 0)
     if not module.cifar_stem:
-        n, h, w, c = x.shape
+        h, w = x.shape[1:3]
         windows = np.pad(x, ((0, 0), (1, 0), (1, 0), (0, 0)))  # nothing is below zero here
         cuts = [windows[:, i : i + h : 2, j : j + w : 2] for i in range(3) for j in range(3)]
         cuts = [np.pad(v, ((0, 0), (0, h // 2 - v.shape[1]), (0, w // 2 - v.shape[2]), (0, 0))) for v in cuts]

@@ -122,7 +122,7 @@ def _without_seconds(rows):
 
 def test_identity_is_the_hash_of_everything_but_the_sources_name():
     expected = {
-        "source": {"norm": "none", "eps": 0.0, "digest": "d0"},
+        "source": {"norm": "none", "eps": 0.0, "identity": "d0"},
         "target": "random",
         "split": "test",
         "num_train_images": 6,

@@ -194,8 +194,11 @@ def _per_example(flags: jax.Array, images: jax.Array) -> jax.Array:
     return flags.reshape(-1, *(1,) * (images.ndim - 1))
 
 
+@functools.lru_cache(maxsize=64)
 def make_attack(norm: str, eps: float, *, num_steps: int, step_ratio: float, **options):
     """`pgd` with everything chosen but (logits_fn, images, labels, key): what training and evaluation call.
+
+    The same arguments give the same object, so that what was compiled for it serves again.
 
     Args:
       norm: a key of `THREAT_MODELS`, or "none".

@@ -77,6 +77,13 @@ def digest(variables: Any) -> str:
     return sha.hexdigest()
 
 
+def identity(model: Model) -> str:
+    """SHA-256 of everything that decides a model's outputs: its weights, architecture and normalisation."""
+    spec = model.spec
+    parts = (spec.architecture, spec.image_size, spec.mean, spec.std, digest(model.variables))
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
 def save_model(model: Model, folder: str | Path, *, overwrite: bool = False) -> None:
     """Writes a model folder, whole or not at all: it is made beside `folder`, then renamed.
 

@@ -9,7 +9,6 @@ checkpoint of the other: `layer4.2.conv3.weight` is `layer4_2/conv3/kernel`.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,98 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advtransfer import parallel
-from advtransfer.models.conv import conv2d, max_pool
+from advtransfer.models.conv import max_pool
+from advtransfer.models.layers import BatchNorm, Conv
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# torchvision: kaiming_normal_(mode="fan_out") for convolutions, and Linear's own default, uniform
-# in ±1/sqrt(fan_in), for the head's kernel and bias.
-_conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# PyTorch's default for a Linear: uniform in ±1/sqrt(fan_in), kernel and bias alike.
 _head_init = nn.initializers.variance_scaling(1.0 / 3.0, "fan_in", "uniform")
-
-
-def _per_channel(vector: jax.Array) -> jax.Array:
-    return vector.reshape(1, 1, 1, -1)
-
-
-class Conv(nn.Module):
-    """A k×k convolution without bias, padded by (k - 1) / 2 on every side whatever its stride."""
-
-    features: int
-    kernel_size: int
-    stride: int = 1
-    groups: int = 1
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
-        """Convolves x [N, H, W, C]; `scale` [features] multiplies the output channels."""
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", _conv_init, shape, jnp.float32)
-        # A scale is cheapest where there are fewest numbers: in the kernel, or after it.
-        positions = x.shape[0] * (x.shape[1] // self.stride) * (x.shape[2] // self.stride)
-        fold = scale is not None and kernel.size < positions * self.features
-        if fold:
-            kernel = kernel * _per_channel(scale)
-        y = conv2d(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            stride=self.stride,
-            padding=self.kernel_size // 2,
-            groups=self.groups,
-        )
-        return y if scale is None or fold else (y * _per_channel(scale)).astype(self.dtype)
-
-
-class BatchNorm(nn.Module):
-    """Batch normalisation over N, H, W in PyTorch's sense (Ioffe & Szegedy 2015, arXiv:1502.03167).
-
-    It is given the convolution it follows, as a function of the scale of its output channels: in
-    evaluation mode the two are one affine map, and the scale goes where it costs least.
-
-    Statistics are taken and kept in float32. The batch is normalised with its biased variance; the
-    running average (momentum 0.9) takes the unbiased one, n / (n - 1), which is what PyTorch
-    stores. With `axis_name`, mean, variance and n are those of the batch over all devices.
-    """
-
-    features: int
-    axis_name: str | None = None
-    momentum: float = 0.9
-    epsilon: float = 1e-5
-
-    @nn.compact
-    def __call__(self, convolve: Callable[[jax.Array | None], jax.Array], train: bool) -> jax.Array:
-        features = (self.features,)
-        scale = self.param("scale", nn.initializers.ones, features, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
-        mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
-        var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
-        if not train:
-            scale = scale * jax.lax.rsqrt(var.value + self.epsilon)
-            x = convolve(scale)
-            return (x + _per_channel(bias - mean.value * scale)).astype(x.dtype)
-
-        x = convolve(None)
-        axis_name = None if self.is_initializing() else self.axis_name
-        batch_mean, batch_var, count = batch_statistics(x, axis_name)
-        if not self.is_initializing():
-            unbiased = batch_var * (count / jnp.maximum(count - 1.0, 1.0))
-            mean.value += (1.0 - self.momentum) * (batch_mean - mean.value)
-            var.value += (1.0 - self.momentum) * (unbiased - var.value)
-        scale = scale * jax.lax.rsqrt(batch_var + self.epsilon)
-        x32 = x.astype(jnp.float32) - _per_channel(batch_mean)
-        return (x32 * _per_channel(scale) + _per_channel(bias)).astype(x.dtype)
-
-
-def batch_statistics(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Mean [C], biased variance [C] and number of x [N, H, W, C] over all but channels, float32."""
-    x = x.astype(jnp.float32)
-    count = parallel.total(jnp.float32(x.size // x.shape[-1]), axis_name)
-    mean = parallel.mean(jnp.mean(x, (0, 1, 2)), axis_name)
-    var = parallel.mean(jnp.mean(jnp.square(x - _per_channel(mean)), (0, 1, 2)), axis_name)
-    return mean, var, count
 
 
 class ResidualBlock(nn.Module):

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from advtransfer.config import names_key
 from advtransfer.data import Dataset, check_dataset_name, load_dataset, subset_indices, to_float
 from advtransfer.evaluate import predict
-from advtransfer.models import Model, create_module, digest, load_model, load_spec, logits_fn
+from advtransfer.models import Model, create_module, identity, load_model, load_spec, logits_fn
 from advtransfer.progress import progress_bar
 from advtransfer.report import Evidence, headline, write_report, write_rows
 from advtransfer.source import (
@@ -54,7 +54,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         | measure_once(config, models[source.name], dataset, source.folder, name=source.name)
         for source in trained
     ]
-    sources = [Source(s.name, s.norm, s.eps, digest(models[s.name].variables)) for s in asked]
+    sources = [Source(s.name, s.norm, s.eps, identity(models[s.name])) for s in asked]
     targets = {size: _load_target(config, size) for size in {s.image_size for s in asked}}
     rows = run_trials(
         make_trials(config, sources),

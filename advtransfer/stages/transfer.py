@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from advtransfer.config import names_key
 from advtransfer.data import Dataset, Split, load_dataset, subset_indices
-from advtransfer.models import ModelSpec, create_module, digest, load_model, load_spec, save_model
+from advtransfer.models import ModelSpec, create_module, identity, load_model, load_spec, save_model
 from advtransfer.report import write_rows
 from advtransfer.source import compute_dtype
 from advtransfer.stages.workdir import check_workdir, open_workdir
@@ -22,7 +22,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     open_workdir(config, workdir)
     source = load_model(config.source, dtype=compute_dtype(config.dtype))
     name = Path(config.source).name
-    trial = _trial(config, Source(name, spec.norm, spec.eps, digest(source.variables)))
+    trial = _trial(config, Source(name, spec.norm, spec.eps, identity(source)))
     subset = trial.subset(dataset.train.labels)
     started = time.monotonic()
     model, history = fine_tune(
