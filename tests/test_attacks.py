@@ -53,9 +53,7 @@ def test_on_a_linear_model_the_attack_is_the_closed_form(norm):
     else:
         unit = direction / np.linalg.norm(direction[0])
         threat, best = L2(0.3), np.asarray(images) + 0.3 * unit
-    found = pgd(
-        _linear(weights), images, labels, threat, num_steps=10, step_size=0.05, loss_fn=_margin
-    )
+    found = pgd(_linear(weights), images, labels, threat, num_steps=10, step_size=0.05, loss_fn=_margin)
     np.testing.assert_allclose(found, best, atol=1e-5)
     targeted = pgd(
         _linear(weights),
@@ -89,9 +87,7 @@ def test_every_output_is_in_the_ball_and_in_the_box(norm, options, num_restarts)
             "key": jax.random.key(3),
             "num_restarts": num_restarts,
         }
-    found = pgd(
-        _network(_weights()), images, LABELS, MODELS[norm], num_steps=7, step_size=0.4, **options
-    )
+    found = pgd(_network(_weights()), images, LABELS, MODELS[norm], num_steps=7, step_size=0.4, **options)
     offsets = np.asarray(found - images)
     assert found.dtype == jnp.float32
     assert found.min() >= 0.0 and found.max() <= 1.0
@@ -132,9 +128,7 @@ def test_restarts_keep_the_worst_loss_of_every_example():
             network,
             pgd(
                 network,
-                L2(0.7).random_start(
-                    jax.vmap(lambda k, r=restart: jax.random.fold_in(k, r))(keys), images
-                ),
+                L2(0.7).random_start(jax.vmap(lambda k, r=restart: jax.random.fold_in(k, r))(keys), images),
                 LABELS,
                 _Around(images, L2(0.7)),
                 num_steps=2,

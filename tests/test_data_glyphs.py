@@ -26,8 +26,7 @@ def texture_energies(images):
 def test_same_generator_same_pictures_and_any_size_shows_the_same_scene():
     classes = np.arange(NUM_CLASSES)
     first, second = (
-        render_glyphs(classes, classes, image_size=32, rng=np.random.default_rng(3))
-        for _ in range(2)
+        render_glyphs(classes, classes, image_size=32, rng=np.random.default_rng(3)) for _ in range(2)
     )
     np.testing.assert_array_equal(first, second)
     small = render_glyphs(classes, classes, image_size=16, rng=np.random.default_rng(3))
@@ -73,9 +72,7 @@ def test_gratings_have_the_frequency_and_orientation_of_their_class():
     row = np.where(row > padded // 2, row - padded, row) * size / padded
     column = column * size / padded
     mirrored = np.where(np.cos(angle) < -1e-6, -1, 1)  # half of the plane is redundant
-    near = np.hypot(
-        column - mirrored * cycles * np.cos(angle), row - mirrored * cycles * np.sin(angle)
-    )
+    near = np.hypot(column - mirrored * cycles * np.cos(angle), row - mirrored * cycles * np.sin(angle))
     also = np.hypot(column, row + mirrored * cycles * np.sin(angle))
     assert np.minimum(near, np.where(column == 0, also, np.inf)).max() < 0.3
     assert len({(round(float(a), 4), float(c)) for a, c in zip(angle, cycles, strict=True)}) == 23
@@ -108,9 +105,7 @@ def test_share_of_agreeing_cues(monkeypatch):
     agree = asked["letters"] == asked["textures"]
     assert abs(agree.mean() - 0.9) < 4 * np.sqrt(0.9 * 0.1 / 50_000)
     # What disagrees is spread over all other classes.
-    offsets = np.bincount(
-        (asked["textures"] - asked["letters"])[~agree] % NUM_CLASSES, minlength=23
-    )
+    offsets = np.bincount((asked["textures"] - asked["letters"])[~agree] % NUM_CLASSES, minlength=23)
     assert offsets[0] == 0 and offsets[1:].min() > 150
 
 

@@ -12,9 +12,7 @@ from advtransfer.data import subset_indices
 from advtransfer.data.subsets import stratified_order
 
 BALANCED = np.repeat(np.arange(10), 30)
-UNBALANCED = np.random.default_rng(0).permutation(
-    np.repeat([0, 1, 2, 3, 4, 7], [400, 90, 31, 8, 1, 150])
-)
+UNBALANCED = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3, 4, 7], [400, 90, 31, 8, 1, 150]))
 LABELS = {"balanced": BALANCED, "unbalanced": UNBALANCED, "single": np.zeros(20, int)}
 
 
@@ -70,9 +68,7 @@ def test_each_image_is_drawn_equally_often(stratified):
     draws = [draw(BALANCED, 60, seed, stratified=stratified) for seed in range(500)]
     assert all(len(set(one)) == 60 for one in draws)
     expected = 500 * 60 / 300
-    chi_square = (
-        (np.bincount(np.concatenate(draws), minlength=300) - expected) ** 2
-    ).sum() / expected
+    chi_square = ((np.bincount(np.concatenate(draws), minlength=300) - expected) ** 2).sum() / expected
     # At most 299 degrees of freedom, mean 299 * (1 - 60 / 300) = 239, standard deviation 20.
     assert 140 < chi_square < 340
 
@@ -112,8 +108,6 @@ def test_same_in_a_process_with_another_hash_seed():
 
 @pytest.mark.parametrize("num_images", [0, -1, 301])
 def test_impossible_sizes(num_images):
-    with pytest.raises(
-        ValueError, match=rf"cannot draw {num_images} images.*choose 1 to 300"
-    ) as error:
+    with pytest.raises(ValueError, match=rf"cannot draw {num_images} images.*choose 1 to 300") as error:
         draw(BALANCED, num_images)
     assert "\n" not in str(error.value)

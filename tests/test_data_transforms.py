@@ -30,9 +30,7 @@ def images():
 RANDOM = {
     "crop": functools.partial(transforms.random_crop, padding=3),
     "flip": transforms.random_flip,
-    "jitter": functools.partial(
-        transforms.color_jitter, brightness=0.4, contrast=0.4, saturation=0.4
-    ),
+    "jitter": functools.partial(transforms.color_jitter, brightness=0.4, contrast=0.4, saturation=0.4),
     "rotation": functools.partial(transforms.random_rotation, degrees=20.0),
     "augment": functools.partial(augment, augmentation=PAPER),
 }
@@ -71,9 +69,7 @@ def test_resize_is_pillows_bilinear(size, images):
         return np.asarray(Image.fromarray(channel).resize((size, size), Image.Resampling.BILINEAR))
 
     expected = [[pillow(image[..., c]) for c in range(3)] for image in images]
-    chex.assert_trees_all_close(
-        resize(images, size), np.moveaxis(np.array(expected), 1, -1), atol=1e-5
-    )
+    chex.assert_trees_all_close(resize(images, size), np.moveaxis(np.array(expected), 1, -1), atol=1e-5)
 
 
 def test_crop_at_every_offset(images):
@@ -128,9 +124,7 @@ def test_colour_changes_in_every_order(order, images):
     out = transforms.adjust_colors(
         images, jnp.array(factors, jnp.float32), jnp.tile(jnp.array(order), (len(images), 1))
     )
-    expected = [
-        plain_adjust(x.astype(float), f, order) for x, f in zip(images, factors, strict=True)
-    ]
+    expected = [plain_adjust(x.astype(float), f, order) for x, f in zip(images, factors, strict=True)]
     chex.assert_trees_all_close(out, np.array(expected, np.float32), atol=2e-6)
 
 
@@ -154,18 +148,14 @@ def test_jitter_draws_factors_and_orders_uniformly():
     """Grey images of one colour show the brightness factor alone."""
     num = 4000
     images = np.full((num, 1, 1, 3), 0.5, np.float32)
-    out = transforms.color_jitter(
-        keys_for(num), images, brightness=0.3, contrast=0.5, saturation=0.5
-    )
+    out = transforms.color_jitter(keys_for(num), images, brightness=0.3, contrast=0.5, saturation=0.5)
     factors = np.sort(np.asarray(out)[:, 0, 0, 0] / 0.5)
     distance = np.abs(factors - np.linspace(0.7, 1.3, num)).max() / 0.6
     assert distance < 1.63 / np.sqrt(num)  # Kolmogorov-Smirnov at 1 %
 
 
 def test_jitter_takes_all_six_orders(monkeypatch):
-    assert sorted(map(tuple, transforms._ORDERS.tolist())) == sorted(
-        itertools.permutations(range(3))
-    )
+    assert sorted(map(tuple, transforms._ORDERS.tolist())) == sorted(itertools.permutations(range(3)))
     num = 6000
     recorded = {}
 
@@ -198,9 +188,7 @@ def test_rotation_is_scipys_bilinear(images):
         return np.stack(channels, axis=-1)
 
     expected = np.stack([plain(*pair) for pair in zip(images, degrees, strict=True)])
-    chex.assert_trees_all_close(
-        transforms.rotate_by(images, jnp.asarray(degrees)), expected, atol=1e-5
-    )
+    chex.assert_trees_all_close(transforms.rotate_by(images, jnp.asarray(degrees)), expected, atol=1e-5)
 
 
 def test_rotation_angles_are_uniform():

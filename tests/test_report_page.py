@@ -177,8 +177,7 @@ def test_numbers_stand_beside_the_figures(written):
     expected = [
         row["test_accuracy"]
         for row in rows
-        if (row["source"], row["target"], row["num_train_images"], row["epoch"])
-        == ("l2", "digits", 50, 5)
+        if (row["source"], row["target"], row["num_train_images"], row["epoch"]) == ("l2", "digits", 50, 5)
         and row["num_unfrozen_blocks"] == -1
     ]
     cell = by_cell["l2", "digits", "50", "-1"]
@@ -235,9 +234,7 @@ def test_refused_in_one_line(tmp_path):
 
 
 def test_a_hundred_thousand_rows(tmp_path):
-    rows = grid(
-        SOURCES, sizes=(10, 100, 1000, 3000), blocks=(0, 1, 3, -1), seeds=200, epochs=range(1, 17)
-    )
+    rows = grid(SOURCES, sizes=(10, 100, 1000, 3000), blocks=(0, 1, 3, -1), seeds=200, epochs=range(1, 17))
     assert len(rows) == 102_400
     start = time.perf_counter()
     write_report(rows, tmp_path)

@@ -49,9 +49,7 @@ def find(summary, source, **where):
 def study():
     """Two robust sources, two targets, three n, two k, seven seeds; and the truth as arrays."""
     rng = np.random.default_rng(0)
-    grid = list(
-        itertools.product((NATURAL, L2, LINF), ("digits", "svhn"), (10, 100, 1000), (0, -1))
-    )
+    grid = list(itertools.product((NATURAL, L2, LINF), ("digits", "svhn"), (10, 100, 1000), (0, -1)))
     truth = {cell: rng.uniform(0.3, 0.9, 7) for cell in grid}
     rows = [
         row
@@ -103,9 +101,7 @@ def test_pooling_averages_within_a_seed_first(study):
 def test_by_hand():
     # Three seeds 0.1 apart: s = 0.1, t(0.975, 2) = 4.302653.
     mean, half = mean_and_ci95([0.4, 0.5, 0.6])
-    assert mean == pytest.approx(0.5) and half == pytest.approx(
-        4.302653 * 0.1 / math.sqrt(3), rel=1e-6
-    )
+    assert mean == pytest.approx(0.5) and half == pytest.approx(4.302653 * 0.1 / math.sqrt(3), rel=1e-6)
     assert mean_and_ci95([0.4])[0] == 0.4 and math.isnan(mean_and_ci95([0.4])[1])
     assert all(map(math.isnan, mean_and_ci95([])))
 
@@ -116,9 +112,7 @@ def test_unequal_seeds_are_paired_where_both_exist():
     assert row["num_seeds"] == 3
     assert row["mean"] == pytest.approx(1.6 / 3)
     assert row["delta"] == pytest.approx((0.1 - 0.1) / 2)
-    assert row["delta_ci95"] == pytest.approx(
-        stats.t.ppf(0.975, 1) * np.std([0.1, -0.1], ddof=1) / 2**0.5
-    )
+    assert row["delta_ci95"] == pytest.approx(stats.t.ppf(0.975, 1) * np.std([0.1, -0.1], ddof=1) / 2**0.5)
     apart = find(summarise(rows_of({0: 0.5}) + rows_of({1: 0.7}, source=L2)), "rob")
     assert math.isnan(apart["delta"]) and math.isnan(apart["delta_ci95"])
 
@@ -157,19 +151,13 @@ def test_several_trials_of_one_seed_count_once():
 
 
 def test_one_name_for_two_networks_is_told_apart():
-    rows = (
-        rows_of([0.5])
-        + rows_of([0.6], source=("r", "l2", 1.0))
-        + rows_of([0.7], source=("r", "l2", 3.0))
-    )
+    rows = rows_of([0.5]) + rows_of([0.6], source=("r", "l2", 1.0)) + rows_of([0.7], source=("r", "l2", 3.0))
     assert [row["source"] for row in summarise(rows)] == ["nat", "r, ℓ2 (ε = 1)", "r, ℓ2 (ε = 3)"]
 
 
 def test_missing_cells_are_told():
     rows = rows_of([0.5, 0.6]) + rows_of([0.6, 0.7], source=L2) + rows_of([0.7, 0.8], n=20)
-    assert any(
-        "1 cell of the grid (source × n × k) of 4 have no rows" in n for n in notes(collect(rows))
-    )
+    assert any("1 cell of the grid (source × n × k) of 4 have no rows" in n for n in notes(collect(rows)))
     assert math.isnan(find(summarise(rows), "nat", num_train_images=20)["delta"])
 
 
@@ -212,9 +200,7 @@ def test_headline_with_one_seed_and_with_many_images_only():
 
 def test_headline_names_every_robust_source():
     base = np.array([0.5, 0.4, 0.6, 0.55, 0.45])
-    rows = (
-        rows_of(base) + rows_of(base + 0.1 + NOISE, source=L2) + rows_of(base + NOISE, source=LINF)
-    )
+    rows = rows_of(base) + rows_of(base + 0.1 + NOISE, source=L2) + rows_of(base + NOISE, source=LINF)
     [sentence] = headline(rows)
     assert "ℓ2 (ε = 0.5) is ahead by +10.0 points" in sentence
     assert "no difference can be told for ℓ∞ (ε = 4/255)" in sentence

@@ -64,9 +64,7 @@ def load_dataset(
     """
     check_dataset_name(name)
     if image_size is not None and image_size < 1:
-        raise ValueError(
-            f"image_size of {name} must be a positive number of pixels, got {image_size}"
-        )
+        raise ValueError(f"image_size of {name} must be a positive number of pixels, got {image_size}")
     if seed < 0:
         raise ValueError(f"seed of {name} must not be negative, got {seed}")
     return Dataset(name, *DATASETS[name](image_size, seed, cache_dir))
@@ -125,9 +123,7 @@ def _load_glyphs(image_size: int | None, seed: int, cache_dir: str | PathLike | 
 
     identity = {"size": image_size, "seed": seed, "splits": _GLYPHS_SPLITS, **glyphs.versions()}
     arrays = cached_arrays("glyphs", identity, draw, cache_dir=cache_dir)
-    parts = (
-        Split(arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in _GLYPHS_SPLITS
-    )
+    parts = (Split(arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in _GLYPHS_SPLITS)
     return tuple(glyphs.LETTERS), *parts
 
 
@@ -136,9 +132,7 @@ def _resize(images: np.ndarray, size: int | None) -> np.ndarray:
     if size is None or images.shape[1:3] == (size, size):
         return images
     bilinear = Image.Resampling.BILINEAR
-    return np.stack(
-        [np.asarray(Image.fromarray(im).resize((size, size), bilinear)) for im in images]
-    )
+    return np.stack([np.asarray(Image.fromarray(im).resize((size, size), bilinear)) for im in images])
 
 
 DATASETS: dict[str, Callable[..., Parts]] = {

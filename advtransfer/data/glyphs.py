@@ -79,13 +79,9 @@ def render_glyphs(
     """
     letters, textures = np.asarray(letters), np.asarray(textures)
     if image_size < MIN_SIZE:
-        raise ValueError(
-            f"glyphs need {MIN_SIZE} pixels or more a side, got image_size {image_size}"
-        )
+        raise ValueError(f"glyphs need {MIN_SIZE} pixels or more a side, got image_size {image_size}")
     for name, classes in (("letters", letters), ("textures", textures)):
-        if classes.shape != (len(letters),) or not np.all(
-            (classes >= 0) & (classes < len(LETTERS))
-        ):
+        if classes.shape != (len(letters),) or not np.all((classes >= 0) & (classes < len(LETTERS))):
             raise ValueError(f"{name} must be [N] classes from 0 to {len(LETTERS) - 1}")
 
     num_images = len(letters)
@@ -148,9 +144,7 @@ def _draw_colours(num_images: int, rng: np.random.Generator) -> tuple[np.ndarray
     return candidates[np.arange(num_images), contrast.argmax(axis=1)], paper
 
 
-def _gratings(
-    textures: np.ndarray, amplitude: np.ndarray, phase: np.ndarray, image_size: int
-) -> np.ndarray:
+def _gratings(textures: np.ndarray, amplitude: np.ndarray, phase: np.ndarray, image_size: int) -> np.ndarray:
     """Sinusoids, float32 [N, image_size, image_size]."""
     angle, cycles = texture_of(textures)
     centre = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
@@ -192,9 +186,9 @@ def _warp(masters: list[Image.Image], transforms: np.ndarray, image_size: int) -
     data = np.concatenate([linear, offset[..., None]], axis=-1).reshape(-1, 6).tolist()
     warped = [
         np.asarray(
-            master.transform(
-                (side, side), Image.Transform.AFFINE, six, Image.Resampling.BILINEAR
-            ).reduce(_OVERSAMPLING)
+            master.transform((side, side), Image.Transform.AFFINE, six, Image.Resampling.BILINEAR).reduce(
+                _OVERSAMPLING
+            )
         )
         for master, six in zip(masters, data, strict=True)
     ]

@@ -41,9 +41,7 @@ def augment(keys: jax.Array, images: jax.Array, augmentation: Augmentation) -> j
     if flip:
         images = random_flip(flip_keys, images)
     if jitter:
-        images = color_jitter(
-            jitter_keys, images, brightness=jitter, contrast=jitter, saturation=jitter
-        )
+        images = color_jitter(jitter_keys, images, brightness=jitter, contrast=jitter, saturation=jitter)
     if rotation:
         images = random_rotation(rotation_keys, images, degrees=rotation)
     return images

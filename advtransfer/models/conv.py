@@ -6,6 +6,10 @@ channels on one core. So on CPU some convolutions are written as matrix products
 (value, gradient to the input, gradient to the kernel) as suits it; `lax.platform_dependent` leaves
 no trace of them on other platforms. benchmarks/RESULTS.md has the figures.
 
+Gradients that stay convolutions are written in the plain form, NHWC by HWIO to NHWC. XLA:CPU brings
+other forms into it only outside of loops; inside (a PGD attack, a scan over training steps) it runs
+them 20 to 200 times slower (https://github.com/jax-ml/jax/issues/12868).
+
 The gradients are `jax.custom_vjp`: grad, grad of grad and forward over reverse work, `jax.jvp` alone
 does not.
 """
@@ -106,8 +110,6 @@ def _cpu_input_gradient(x, kernel, g, stride, padding):
     if not small and stride == 2 and even and size == 2 * padding + 1:
         return _input_gradient_by_phases(x, kernel, g, padding)
     if not small and stride == 1 and size == 2 * padding + 1:
-        # XLA's own form of the same, [k, k, C, O] and reversed by a flag, is twenty times slower
-        # inside a loop, where it does not reach the fast kernels.
         return _native(g, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), 1, padding)
     convolve = _cpu_value if small else _native
     return jax.vjp(lambda x: convolve(x, kernel, stride, padding), x)[1](g)[0]
@@ -121,9 +123,9 @@ def _cpu_kernel_gradient(x, kernel, g, stride, padding):
         matrix, vjp = jax.vjp(lambda k: _tiny_matrix(k, x.shape[1:3], stride), kernel)
         x, g = (a.reshape(a.shape[0], -1) for a in (x, g))
         return vjp(_outer(x, g).reshape(matrix.shape))[0]
-    if stride > 1 and _is_small(x, kernel, stride):
+    if _is_small(x, kernel, stride):
         return _outer(_taps(x, size, stride, padding), g).reshape(kernel.shape)
-    return jax.vjp(lambda k: _native(x, k, stride, padding), kernel)[1](g)[0]
+    return _kernel_gradient_as_convolution(x, kernel, g, stride, padding)
 
 
 def _product(x, matrix):
@@ -197,6 +199,22 @@ def _input_gradient_by_phases(x, kernel, g, padding):
     )
     phases = phases.reshape(n, h // 2, w // 2, 2, 2, c)
     return phases.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
+
+
+def _kernel_gradient_as_convolution(x, kernel, g, stride, padding):
+    """The kernel gradient, channels as batch: x [C, H, W, N] convolved with g [H', W', N, O]."""
+    size = kernel.shape[0]
+    # What the forward pass leaves over on the far side when the stride does not divide is cut off.
+    far = [size + stride * (out - 1) - n - padding for n, out in zip(x.shape[1:3], g.shape[1:3], strict=True)]
+    gradient = lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0),
+        g.transpose(1, 2, 0, 3),
+        window_strides=(1, 1),
+        padding=tuple((padding, edge) for edge in far),
+        rhs_dilation=(stride, stride),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return gradient.transpose(1, 2, 0, 3)
 
 
 def _max_pool_value(x):

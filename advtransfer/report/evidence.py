@@ -68,9 +68,7 @@ def sources_section(material: Material, known: Mapping[str, Source], evidence: E
         columns = ("source", "natural_accuracy", "adversarial_accuracy")
         records = [dict(zip(columns, row, strict=True)) for row in measured]
         material.files["figures/source_accuracy.csv"] = csv_text(records, columns)
-        told = "; ".join(
-            f"{a}: natural {_percent(b)}, adversarial {_percent(c)}" for a, b, c in measured
-        )
+        told = "; ".join(f"{a}: natural {_percent(b)}, adversarial {_percent(c)}" for a, b, c in measured)
         caption = (
             "What robustness costs and buys on the sources’ own task. Circle: accuracy on clean "
             "test images; diamond: on their adversarial twins, by the attack named in the table."
@@ -80,9 +78,7 @@ def sources_section(material: Material, known: Mapping[str, Source], evidence: E
             f"<figcaption>{caption} {numbers_link('source_accuracy')}</figcaption></figure>"
         )
     else:
-        parts.append(
-            "<p class=caveat>The sources’ own accuracies were not measured in this run.</p>"
-        )
+        parts.append("<p class=caveat>The sources’ own accuracies were not measured in this run.</p>")
     rows = [_source_row(source, entries.get(name, {})) for name, source in known.items()]
     heads = [
         "Source",
@@ -131,8 +127,7 @@ def _twins(material: Material, evidence: Evidence) -> str:
     for name, images in twins.items():
         if images.shape != clean.shape:
             raise ValueError(
-                f"pictures[{prefix + name!r}] has shape {images.shape}, but source_images has "
-                f"{clean.shape}"
+                f"pictures[{prefix + name!r}] has shape {images.shape}, but source_images has {clean.shape}"
             )
     gain = figures.difference_gain((images, clean) for images in twins.values())
     labels = _texts(evidence, "source_labels", len(clean))

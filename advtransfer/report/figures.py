@@ -115,9 +115,7 @@ def line_panel(
             low, high = 100 * (mean - np.nan_to_num(ci95)), 100 * (mean + np.nan_to_num(ci95))
             colour = line.style.colour
             axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0, zorder=1)
-            axes.plot(
-                x, 100 * mean, color=colour, linestyle=line.style.line, zorder=3, **_dot(line.style)
-            )
+            axes.plot(x, 100 * mean, color=colour, linestyle=line.style.line, zorder=3, **_dot(line.style))
             if np.isfinite(mean).any():
                 ends.append((100 * mean[np.isfinite(mean)][-1], line.style))
         axes.set_ylim(100 * yrange[0], 100 * yrange[1])

@@ -90,8 +90,7 @@ def _opening(material: Material, title: str) -> str:
         parts.append(f"<p class=caveat>{_ONE_SEED if single else _INTERVAL}</p>")
     if material.results.accuracies:
         facts = "".join(
-            f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>"
-            for name, value in _facts(material.results)
+            f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in _facts(material.results)
         )
         parts.append(f"<dl class=facts>{facts}</dl>")
     return "\n".join(parts)
@@ -121,9 +120,7 @@ def _limits(results: Results, evidence: Evidence, *, num_repeats: int) -> str:
     """What the reader must know before trusting the numbers: choices made, what is incomplete."""
     said = [*map(str, evidence.remarks), *notes(results)]
     if num_repeats:
-        said.append(
-            f"{count(num_repeats, 'duplicate row')} dropped: same trial and epoch, last one kept."
-        )
+        said.append(f"{count(num_repeats, 'duplicate row')} dropped: same trial and epoch, last one kept.")
     if results.accuracies:
         said.append(
             "Intervals are Student’s t at 95 % over seeds, each on its own; they are not corrected "
@@ -144,9 +141,7 @@ def _reproduction(evidence: Evidence) -> str:
         parts.append(f"<p>Made with {escape(listed)}.</p>")
     if evidence.config:
         text = json.dumps(dict(evidence.config), indent=2, sort_keys=True, default=str)
-        parts.append(
-            f"<details><summary>Full configuration</summary><pre>{escape(text)}</pre></details>"
-        )
+        parts.append(f"<details><summary>Full configuration</summary><pre>{escape(text)}</pre></details>")
     if len(parts) == 1:
         parts.append("<p class=caveat>No command, versions or configuration were handed over.</p>")
     parts.append(

@@ -43,9 +43,7 @@ def transfer_section(material: Material, target: str) -> str:
 
 
 def _pooled_table(material: Material, target: str) -> str:
-    pooled = {
-        (p.num_unfrozen_blocks, p.source.name): p for p in material.pooled if p.target == target
-    }
+    pooled = {(p.num_unfrozen_blocks, p.source.name): p for p in material.pooled if p.target == target}
     if not pooled:
         return ""
     names = [n for n in material.results.robust(target) if any(n == name for _, name in pooled)]
@@ -57,8 +55,7 @@ def _pooled_table(material: Material, target: str) -> str:
     sizes = sorted({n for p in pooled.values() for n in p.sizes})
     columns = ("target", "num_unfrozen_blocks", "source", "delta", "ci95", "num_seeds", "sizes")
     records = [
-        p._asdict() | {"source": p.source.name, "sizes": " ".join(map(str, p.sizes))}
-        for p in pooled.values()
+        p._asdict() | {"source": p.source.name, "sizes": " ".join(map(str, p.sizes))} for p in pooled.values()
     ]
     _numbers(material, "pooled_delta", records, columns)
     fewer = any(len(p.sizes) < len(sizes) for p in pooled.values())
@@ -90,10 +87,7 @@ def _accuracy_figure(material: Material, target: str, band: str) -> str:
     return _line_figure(
         material,
         target,
-        [
-            row | {"x": row["num_train_images"], "y": row["mean"], "half": row["ci95"]}
-            for row in rows
-        ],
+        [row | {"x": row["num_train_images"], "y": row["mean"], "half": row["ci95"]} for row in rows],
         heading="Accuracy against the number of labelled images",
         name="accuracy_vs_n",
         xlabel="labelled target images, n (logarithmic)",
@@ -105,19 +99,14 @@ def _accuracy_figure(material: Material, target: str, band: str) -> str:
 
 def _delta_figure(material: Material, target: str, band: str) -> str:
     columns = ("source", "target", "num_train_images", "num_unfrozen_blocks", "delta", "delta_ci95")
-    rows = [
-        row for row in material.summary if row["target"] == target and not math.isnan(row["delta"])
-    ]
+    rows = [row for row in material.summary if row["target"] == target and not math.isnan(row["delta"])]
     if not rows:
         return ""
     _numbers(material, "delta_vs_n", rows, columns)
     return _line_figure(
         material,
         target,
-        [
-            row | {"x": row["num_train_images"], "y": row["delta"], "half": row["delta_ci95"]}
-            for row in rows
-        ],
+        [row | {"x": row["num_train_images"], "y": row["delta"], "half": row["delta_ci95"]} for row in rows],
         heading="Difference to the natural source",
         name="delta_vs_n",
         xlabel="labelled target images, n (logarithmic)",
@@ -143,10 +132,7 @@ def _epoch_figure(material: Material, target: str, band: str) -> str:
     return _line_figure(
         material,
         target,
-        [
-            point | {"x": point["epoch"], "y": point["mean"], "half": point["ci95"]}
-            for point in curve
-        ],
+        [point | {"x": point["epoch"], "y": point["mean"], "half": point["ci95"]} for point in curve],
         heading=f"Accuracy against epoch, n = {chosen:,}",
         name="accuracy_vs_epoch",
         xlabel="epoch",
@@ -204,9 +190,7 @@ def _describe(title: str, xlabel: str, ylabel: str, series: Sequence[figures.Ser
     """What a reader who cannot see the panel needs from it: both ends of every line."""
     told = []
     for style, x, mean, _ in series:
-        known = [
-            f"{100 * y:.1f} at {at:,}" for at, y in zip(x, mean, strict=True) if not math.isnan(y)
-        ]
+        known = [f"{100 * y:.1f} at {at:,}" for at, y in zip(x, mean, strict=True) if not math.isnan(y)]
         told.append(f"{style.label} {' to '.join(dict.fromkeys((known[0], known[-1])))}")
     return f"{title}: {ylabel} against {xlabel}. {'; '.join(told)}."
 
@@ -232,8 +216,7 @@ def _accuracy_table(material: Material, target: str) -> str:
             rows.append([th(f"{size:,}", "row"), *cells, *leads])
         groups.append(rows)
     labels = [
-        material.styles[name].label.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
-        for name in names
+        material.styles[name].label.replace(" = ", "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}") for name in names
     ]
     leads = [f"{label} − natural" for label in labels[len(names) - len(robust) :]]
     caption = (

@@ -41,9 +41,7 @@ class Source(NamedTuple):
         if self.norm == "none":
             return "natural"
         symbol = {"l2": "ℓ2", "linf": "ℓ∞"}.get(self.norm, self.norm)
-        return (
-            symbol if math.isnan(self.eps) else f"{symbol} (ε = {format_eps(self.norm, self.eps)})"
-        )
+        return symbol if math.isnan(self.eps) else f"{symbol} (ε = {format_eps(self.norm, self.eps)})"
 
 
 class Cell(NamedTuple):
@@ -209,9 +207,7 @@ def pooled_deltas(results: Results, *, max_images: int = FEW_IMAGES) -> list[Poo
                 per_seed = [np.mean([d[seed] for d in pairs.values()]) for seed in sorted(seeds)]
                 delta, ci95 = mean_and_ci95(per_seed)
                 source = results.sources[name]
-                pooled.append(
-                    Pooled(source, target, blocks, tuple(pairs), delta, ci95, len(per_seed))
-                )
+                pooled.append(Pooled(source, target, blocks, tuple(pairs), delta, ci95, len(per_seed)))
     return pooled
 
 

@@ -9,9 +9,7 @@ from typing import Any
 from advtransfer.report.summary import FEW_IMAGES, Pooled, Results, collect, pooled_deltas
 
 
-def headline(
-    rows: Iterable[Mapping[str, Any]] | Results, *, max_images: int = FEW_IMAGES
-) -> list[str]:
+def headline(rows: Iterable[Mapping[str, Any]] | Results, *, max_images: int = FEW_IMAGES) -> list[str]:
     """What the rows say about robust sources and few target images: one sentence per target.
 
     It speaks of the fewest unfrozen blocks, a choice made before seeing the results, and of every
@@ -67,9 +65,7 @@ def why_no_delta(results: Results, target: str) -> str:
     if len(natural) > 1:
         names = ", ".join(natural)
         return f"there is no single baseline among {len(natural)} natural sources ({names})"
-    return (
-        "the robust and the natural source share no measured seed, so no difference can be paired"
-    )
+    return "the robust and the natural source share no measured seed, so no difference can be paired"
 
 
 def notes(results: Results) -> list[str]:
@@ -101,9 +97,7 @@ def notes(results: Results) -> list[str]:
         said.append("A single seed has no interval; cells with one seed show the value alone.")
     lengths = ({max(e) for e in seeds.values()} for seeds in results.accuracies.values())
     if any(len(last) > 1 for last in lengths):
-        said.append(
-            "Trials of one cell end at different epochs; each counts with its own last one."
-        )
+        said.append("Trials of one cell end at different epochs; each counts with its own last one.")
     if results.repeated:
         said.append(
             "Some trials share source, target, n, k and seed with another "
