@@ -65,7 +65,6 @@ def full_evidence(text=EVIL):
                 "adversarial_accuracy": 0.7,
                 "num_images": 1024,
                 "attack": text,
-                "seconds": 80.4,
             },
         ],
         pictures={

@@ -27,7 +27,7 @@ class Evidence(NamedTuple):
     Attributes:
       sources: one dict per source network: its `name` (as in the rows) and any of `norm`, `eps`,
         `natural_accuracy` and `adversarial_accuracy` (in [0, 1]), `num_images` (measured on),
-        `attack` (in words), `seconds` (of training).
+        `attack` (in words).
       pictures: `source_images` [M, H, W, 3] in [0, 1]; `adversarial/NAME` [M, H, W, 3], their twins
         against the source NAME; `target_images` [L, h, w, 3]. The first eight of each are shown.
       captions: lists of str that go with them: `source_labels`, `natural_predictions/NAME`,
@@ -80,28 +80,18 @@ def sources_section(material: Material, known: Mapping[str, Source], evidence: E
     else:
         parts.append("<p class=caveat>The sources’ own accuracies were not measured in this run.</p>")
     rows = [_source_row(source, entries.get(name, {})) for name, source in known.items()]
-    heads = [
-        "Source",
-        "Trained against",
-        "Natural, %",
-        "Adversarial, %",
-        "Images",
-        "Attack",
-        "Training",
-    ]
+    heads = ["Source", "Trained against", "Natural, %", "Adversarial, %", "Images", "Attack"]
     parts.append(table(heads, [rows], "The source networks.", classes="words"))
     return "\n".join(parts)
 
 
 def _source_row(source: Source, entry: Mapping[str, Any]) -> list[str]:
     threat = "nothing" if source.norm == "none" else source.constraint
-    seconds = _number(entry.get("seconds"))
     texts = [
         threat,
         *(_percent(_number(entry.get(f"{kind}_accuracy"))) for kind in _KINDS),
         f"{entry['num_images']:,}" if entry.get("num_images") else "–",
         str(entry.get("attack") or "–"),
-        "–" if math.isnan(seconds) else f"{seconds:,.0f} s",
     ]
     return [th(escape(source.name), "row"), *(f"<td>{escape(text)}</td>" for text in texts)]
 

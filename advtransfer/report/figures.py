@@ -129,7 +129,7 @@ def dumbbell_panel(rows: Sequence[tuple[str, float, float]], *, title: str) -> b
     with _defaults():
         figure, axes = _panel(title, "Test accuracy, %", width=4.7, height=1.35 + 0.4 * len(rows))
         longest = max(len(_short(label)) for label, _, _ in rows)
-        _place(axes, left=0.15 + 0.075 * longest, right=0.4, top=0.85, bottom=0.4)
+        _place(axes, left=0.15 + 0.075 * longest, right=0.6, top=0.85, bottom=0.4)
         for place, (_, natural, adversarial) in enumerate(rows):
             ends = [100 * natural, 100 * adversarial]
             axes.plot(ends, [place] * 2, color="#b6bfca", linewidth=3, zorder=1)
@@ -150,7 +150,7 @@ def dumbbell_panel(rows: Sequence[tuple[str, float, float]], *, title: str) -> b
                 beside = {"xytext": (8 * side, 0), "ha": "left" if side > 0 else "right"}
                 axes.annotate(f"{value:.1f}", **near, **beside)
                 if place == 0:
-                    above = {"xytext": (4 * side, 15), "ha": "right" if side > 0 else "left"}
+                    above = {"xytext": (-4 * side, 15), "ha": "left" if side > 0 else "right"}
                     axes.annotate(word, **near, **above, color=MUTED)
         axes.set_xlim(-11, 111)  # room for the numbers beside accuracies near 0 and 100
         axes.set_xticks(range(0, 101, 20))
