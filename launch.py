@@ -1,19 +1,21 @@
 """Command line of advtransfer: `python launch.py --config=experiments/NAME.py[:ARG] --workdir=DIR`.
 
 Without arguments it runs experiments/quickstart.py. Any key can be set: `--config.train.num_epochs=4`.
-`--plan` says what would run, and stops. Exit codes: 0 done, or stopped by SIGTERM and resumable; 1 diverged;
-2 the command or the config is wrong, and nothing was written.
+`--plan` says what would run, and stops. Exit codes: 0 done, or training stopped by SIGTERM and
+resumable; 1 diverged; 2 the command, the config or the workdir is wrong, and nothing was written.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from advtransfer import stages
+from advtransfer.checkpoint import UnreadableCheckpoints
 from advtransfer.config import ConfigError
 from advtransfer.train import DivergedError, Preempted
 
@@ -29,15 +31,16 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         _stop(2, f"unknown argument {argv[1]!r}: every option is --NAME=VALUE")
     logging.set_verbosity(logging.WARNING)
-    config = _config()
+    config = _CONFIG.value
     experiment = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
     workdir = _WORKDIR.value or str(Path("runs") / experiment.stem)
+    config.report.command = config.report.command or shlex.join(["python", "launch.py", *sys.argv[1:]])
     try:
         if _PLAN.value:
             print(stages.plan(config, workdir))
         else:
             stages.run(config, workdir)
-    except ConfigError as error:
+    except (ConfigError, UnreadableCheckpoints) as error:
         _stop(2, str(error))
     except Preempted as stopped:
         _stop(0, f"{stopped}; resume with the same command")
@@ -51,20 +54,19 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if not any(argument.split("=")[0].lstrip("-") == "config" for argument in argv[1:]):
         argv = [argv[0], f"--config={_QUICKSTART}", *argv[1:]]
     try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        _stop(2, str(error))
-    except (AttributeError, KeyError) as error:
-        cause = error.args[0]
-        _stop(2, f"unknown key in --config.KEY: {getattr(cause, 'args', [cause])[0]}")
+        argv = flags.FLAGS(argv)
+        _CONFIG.value.lock()  # a file that could not be loaded says so when it is first used
+        return argv
+    except Exception as error:  # absl's, ml_collections', or the experiment's own
+        _stop(2, f"--config: {_cause(error)}" if not isinstance(error, flags.Error) else _cause(error))
 
 
-def _config() -> ConfigDict:
-    """The config with its overrides; a file that could not be loaded says so when it is first used."""
-    try:
-        return _CONFIG.value.lock()
-    except OSError as error:
-        _stop(2, str(error))
+def _cause(error: Exception) -> str:
+    """What went wrong, out of exceptions in exceptions and tracebacks in messages."""
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    text = f"no such key: {error.args[0]}" if isinstance(error, KeyError) else str(error).strip()
+    return text.splitlines()[-1] if "Traceback" in text or "Attempted" in text else text
 
 
 def _stop(code: int, message: str) -> None:

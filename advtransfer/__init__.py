@@ -2,9 +2,9 @@
 
 import advtransfer as at
 
-model = at.load_model("runs/quickstart/sources/l2_0.5/model")
+model = at.load_model("runs/quickstart/sources/l2_0.25/model")
 logits = at.logits_fn(model)(images)                        # images [N, H, W, 3] in [0, 1]
-twins = at.pgd(at.logits_fn(model), images, labels, at.L2(eps=0.5))
+twins = at.pgd(at.logits_fn(model), images, labels, at.L2(eps=0.25))
 """
 
 from advtransfer import config, models, report, stages, study

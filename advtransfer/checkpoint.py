@@ -10,6 +10,10 @@ import jax
 import orbax.checkpoint as ocp
 
 
+class UnreadableCheckpoints(ValueError):
+    """There are checkpoints, and not one of them can be read."""
+
+
 class Checkpoints:
     """The checkpoints of one training run: numbered states in one folder, the last `keep` of them.
 
@@ -43,25 +47,30 @@ class Checkpoints:
     def restore(self, template: Any) -> Any | None:
         """The newest state that can be read, with the structure, shapes and types of `template`.
 
-        A checkpoint that cannot be read is reported and the one before it used.
+        A checkpoint that cannot be read is reported, the one before it used, and the unreadable one deleted,
+        so that training can save that step again.
 
         Returns:
           The state as host arrays, or None when no checkpoint exists.
 
         Raises:
-          ValueError: checkpoints exist and none can be read.
+          UnreadableCheckpoints: checkpoints exist and none can be read; they are left as they are.
         """
         shapes = jax.eval_shape(lambda: template)
         problem = None
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                return self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+                state = self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
             except Exception as error:  # Orbax, TensorStore and the file system each raise their own
                 problem = f"{type(error).__name__}: {error}".splitlines()[0]
                 logging.warning("checkpoint %d in %s is unreadable (%s)", step, self.folder, problem)
+            else:
+                for unreadable in steps[: steps.index(step)]:
+                    self._manager.delete(unreadable)
+                return state
         if steps:
-            raise ValueError(
+            raise UnreadableCheckpoints(
                 f"none of the checkpoints in {self.folder} can be read ({problem}): delete the folder"
             )
         return None

@@ -82,7 +82,7 @@ def _train() -> ConfigDict:
 
 
 def _transfer() -> ConfigDict:
-    """How a network is fine-tuned on a target set; the defaults are the paper's protocol."""
+    """How a network is fine-tuned on a target set; rate, schedule, decay and epochs are the paper's."""
     transfer = ConfigDict()
     transfer.target = "builtin:digits"
     transfer.num_train_images = 200  # stage=transfer
@@ -138,7 +138,7 @@ def _report() -> ConfigDict:
     """What the report is made of, and what it says beside the rows."""
     report = ConfigDict()
     report.title = "Do robust sources transfer better?"
-    report.command = "python launch.py"  # what a reader types to get the report again
+    report.command = ""  # what a reader types to get the report again; launch.py fills it in
     report.remarks = ()  # sentences for the reader, such as how hyper-parameters were chosen
     report.num_pictures = 8  # source images shown with their adversarial twins, at most 8
     return report
@@ -226,6 +226,9 @@ def validate(config: ConfigDict) -> None:
     for key in values.keys() - flatten(default()).keys():
         near = difflib.get_close_matches(key, flatten(default()), n=2)
         raise ConfigError(f"config.{key} is no key{_did_you_mean(near)}")
+    for key, example in flatten(default()).items():
+        if isinstance(example, tuple):
+            _check_elements(key, values[key], type(example[0]) if example else str)
     for key, (is_good, complaint) in _CHECKS.items():
         if not is_good(values[key]):
             raise ConfigError(f"config.{key}={values[key]!r} {complaint}")
@@ -249,6 +252,14 @@ def validate(config: ConfigDict) -> None:
             f"config.transfer.batch_size={config.transfer.batch_size} is larger than the smallest subset of "
             f"{smallest} images: lower it to {smallest} or drop that subset"
         )
+
+
+def _check_elements(key: str, values: tuple, kind: type) -> None:
+    """A tuple's elements are of the kind of its default's; whole numbers will do for floats."""
+    allowed = (int, float) if kind is float else kind
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, allowed):
+            raise ConfigError(f"config.{key}={tuple(values)}: {value!r} is no {kind.__name__}")
 
 
 @contextmanager

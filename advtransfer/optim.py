@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 SCHEDULES = ("constant", "step", "cosine", "cyclic")
@@ -91,8 +90,3 @@ def apply_updates(params: Any, updates: Any, mask: Any | None) -> Any:
     if mask is None:
         return optax.apply_updates(params, updates)
     return jax.tree.map(lambda p, u, frozen: p if frozen else (p + u).astype(p.dtype), params, updates, mask)
-
-
-def num_parameters(params: Any) -> int:
-    """Number of scalars in a tree of arrays or shapes."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

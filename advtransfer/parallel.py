@@ -37,11 +37,6 @@ def total(tree: Any, axis_name: str | None) -> Any:
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
-def axis_size(axis_name: str | None) -> int | jax.Array:
-    """Number of devices of `axis_name`; 1 when it is None."""
-    return 1 if axis_name is None else jax.lax.psum(1, axis_name)
-
-
 def data_parallel(
     function: Callable[..., Any],
     *,

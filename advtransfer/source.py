@@ -31,6 +31,9 @@ from advtransfer.optim import make_schedule, sgd
 from advtransfer.progress import RunLog, progress_bar
 from advtransfer.train import TrainState, fit, init_state, make_train_step, module_apply
 
+# Folded into the seed for evaluation, which shares it with training.
+_EVALUATION_STREAM = 0xE7A1
+
 
 def compute_dtype(name: str) -> Any:
     """config.dtype as a type: bfloat16 where accelerators have units for it, float32 on CPU."""
@@ -57,12 +60,27 @@ def check_source(config: ConfigDict, dataset: Dataset) -> None:
                 f"{config.train.batch_size} is larger than the {len(dataset.train.labels)} training images"
             )
         parallel.split(np.empty(config.train.batch_size))
+    check_evaluation(config)
     create_source_module(config, dataset)
+
+
+def check_evaluation(config: ConfigDict) -> None:
+    """Raises a ConfigError for an evaluation batch that the devices do not divide."""
+    with names_key("evaluate.batch_size"):
+        parallel.split(np.empty(config.evaluate.batch_size))
 
 
 def num_steps(config: ConfigDict, dataset: Dataset) -> int:
     """Steps of the whole training; an epoch drops the images that fill no batch."""
     return config.train.num_epochs * (len(dataset.train.labels) // config.train.batch_size)
+
+
+def state_bytes(config: ConfigDict, dataset: Dataset) -> int:
+    """Bytes of a training state: parameters, momentum and BatchNorm statistics."""
+    module = create_source_module(config, dataset)
+    tx = sgd(config.train.learning_rate, momentum=config.train.momentum)
+    state = jax.eval_shape(lambda: init_state(init_variables(module, jax.random.key(0)), tx))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 class Run(NamedTuple):
@@ -226,11 +244,16 @@ def measure(model: Model, dataset: Dataset, config: ConfigDict, *, name: str) ->
             split,
             batch_size=recipe.batch_size,
             attack=attack,
-            key=jax.random.key(config.seed),
+            key=evaluation_key(config),
             steps=lambda steps, kind=kind: progress_bar(steps, f"{kind} {name}", "batches"),
         )
         results |= {f"{kind}_{metric}": value for metric, value in found.items()}
     return results
+
+
+def evaluation_key(config: ConfigDict) -> jax.Array:
+    """Of the attack's random starts; apart from every key that training draws from."""
+    return jax.random.fold_in(jax.random.key(config.seed), _EVALUATION_STREAM)
 
 
 def evaluation_attack(config: ConfigDict):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -161,18 +162,24 @@ def history_rows(trial: Trial, history: dict[str, np.ndarray], seconds: float) -
             "source": trial.source.name,
             "source_norm": trial.source.norm,
             "source_eps": trial.source.eps,
-            "target": trial.target,
+            # Validation accuracy must never pass for test accuracy, wherever the rows travel.
+            "target": trial.target if trial.split == "test" else f"{trial.target}:{trial.split}",
             "num_train_images": trial.num_train_images,
             "num_unfrozen_blocks": trial.num_unfrozen_blocks,
             "seed": trial.seed,
             "epoch": epoch,
-            **{name: float(history[name][e]) for name in _METRICS},
+            **{name: _number(history[name][e]) for name in _METRICS},
             "seconds": round(seconds, 4),
             "trial_id": trial.identity(),
             "config": trial.config(),
         }
         for e, epoch in enumerate(trial.recipe.evaluate_epochs)
     ]
+
+
+def _number(x: np.ndarray) -> float | None:
+    """JSON knows no NaN: what a diverged trial measured is null."""
+    return float(x) if np.isfinite(x) else None
 
 
 def finished_rows(folder: str | Path, *, set_aside: bool = False) -> dict[str, list[Row]]:
@@ -197,6 +204,7 @@ def _read_group(path: Path) -> dict[str, list[Row]]:
     trials: dict[str, list[Row]] = {}
     for line in path.read_text().splitlines():
         row = json.loads(line)
+        row |= {name: math.nan for name in _METRICS if row[name] is None}
         trials.setdefault(row["trial_id"], []).append(row)
     for rows in trials.values():
         epochs = json.loads(rows[0]["config"])["recipe"]["evaluate_epochs"]

@@ -218,7 +218,7 @@ def fit(
                 if not _all_finite(state.params):
                     raise DivergedError(_diverged(step, float(schedule(step)), checkpoints))
                 checkpoints.save(done, state)
-            if terminated.is_set() and done < num_steps:
+            if terminated.is_set():
                 raise Preempted(f"SIGTERM: saved at step {done} of {num_steps}")
     return state
 

@@ -14,5 +14,4 @@ from advtransfer import config as base
 def get_config():
     config = base.default()
     config.stage = "report"
-    config.report.command = "python launch.py --config=experiments/report.py --config.rows=ROWS"
     return config

@@ -32,6 +32,8 @@ def launch(*arguments, **kwargs):
         ("--config.train.epss=1", ["epss", 'Did you mean "eps"']),
         ("--config.train.num_epochs=many", ["--config.train.num_epochs", "many"]),
         ("--config=experiments/nope.py", ["experiments/nope.py", "No such file"]),
+        (f"--config={ROOT / 'experiments/source.py'}:l2:abc", ["could not convert", "abc"]),
+        ("--config.study.num_train_images=(50,'a')", ["config.study.num_train_images", "'a' is no int"]),
         ("--workdr=x", ["workdr"]),
         ("workdir", ["workdir", "--NAME=VALUE"]),
         ("--config.train.eps=-1", ["config.train.eps=-1.0", "must not be negative"]),
@@ -50,19 +52,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(argument, words, tmp_path):
 def test_plan_says_what_would_run_and_writes_nothing(tmp_path):
     done = launch("--plan", "--config.study.num_seeds=3", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    natural, robust, trials = done.stdout.splitlines()
+    natural, robust, trials, size = done.stdout.splitlines()
     assert natural.startswith("source natural: train resnet_tiny, ")
     assert robust.startswith("source l2:") and "PGD-3" in robust
     config = _config("quickstart")
     grid = len(config.study.num_train_images) * len(config.study.num_unfrozen_blocks) * 2
-    assert f"fine-tune {grid * 3} models in {grid} groups" in trials
+    assert f"fine-tune {grid * 3} of {grid * 3} models in {grid} groups" in trials
+    # At k = 1: 1,597 images, and what enters the last block of a network of width 16, 4 × 4 × 64 floats.
+    assert f"{1597 * 4 * 4 * 64 * 4 / 1e6:.1f} MB" in size
     assert list(tmp_path.iterdir()) == []
 
 
 def _config(name="quickstart"):
     scope = {}
     exec((ROOT / "experiments" / f"{name}.py").read_text(), scope)
-    return scope["get_config"]()
+    config = scope["get_config"]()
+    config.dtype = "float32"
+    return config
 
 
 def _set(config, changes):
@@ -95,8 +101,12 @@ def _set(config, changes):
         ({"study.sources": "natural,natural"}, "config.study.sources: .*twice"),
         ({"study.sources": "natural,l2:"}, "config.study.sources: 'l2:'.*l2:0.5"),
         ({"study.sources": "no/such"}, "config.study.sources: 'no/such' is no model folder"),
-        ({"stage": "evaluate"}, "config.evaluate.model: .*is no model folder"),
-        ({"stage": "transfer"}, "config.source: .*is no model folder"),
+        ({"study.sources": "natural,l2:inf"}, "config.study.sources: 'l2:inf'.*positive"),
+        ({"train.mean": ("a", "b", "c")}, "config.train.mean=.*'a' is no float"),
+        ({"evaluate.batch_size": 255}, "config.evaluate.batch_size: .*2 devices"),
+        ({"stage": "evaluate"}, "config.evaluate.model: name a model folder"),
+        ({"stage": "evaluate", "evaluate.model": "no/such"}, "config.evaluate.model: .*no model folder"),
+        ({"stage": "transfer"}, "config.source: name a model folder"),
         ({"stage": "report"}, "config.rows: name a file or folder"),
         ({"stage": "report", "rows": "no/such"}, "config.rows: no/such"),
     ],

@@ -9,7 +9,7 @@ import pytest
 
 from advtransfer import config as base
 from advtransfer import parallel
-from advtransfer.checkpoint import Checkpoints
+from advtransfer.checkpoint import Checkpoints, UnreadableCheckpoints
 from advtransfer.data import Batch, Dataset, Split
 from advtransfer.optim import apply_updates, freeze_mask, make_schedule, sgd
 from advtransfer.source import prepare
@@ -38,7 +38,13 @@ def _dataset(num_images=64, size=8, num_classes=4):
 def _config(**source):
     config = base.default()
     config.train.update(
-        image_size=8, batch_size=16, num_epochs=2, learning_rate=0.05, log_every=3, save_every=4
+        image_size=8,
+        batch_size=16,
+        num_epochs=2,
+        learning_rate=0.05,
+        schedule="constant",
+        log_every=3,
+        save_every=4,
     )
     config.train.norm, config.train.eps = "l2", 0.5
     config.train.attack_random_start = True
@@ -157,7 +163,7 @@ def test_the_step_trains_on_what_the_attack_returns():
     assert (int(state.step), float(state.batch_stats)) == (1, 1.0)
 
 
-def test_the_attack_leaves_running_statistics_alone_and_draws_its_own_numbers():
+def test_the_attack_draws_its_own_numbers():
     """Augmentation and attack share no random stream: the attack's keys are none that splitting gives."""
     seen = []
 
@@ -284,7 +290,17 @@ def test_an_unreadable_checkpoint_falls_back_to_the_one_before(tmp_path, caplog)
     for path in (tmp_path / "10").rglob("*"):
         if path.is_file():
             path.write_bytes(b"torn")
-    template = TrainState(jnp.zeros((), jnp.int32), {"w": jnp.float32(0)}, {}, ())
-    with Checkpoints(tmp_path) as checkpoints:
-        assert int(checkpoints.restore(template).step) == 8
+    state = _counting_fit(tmp_path, num_steps=12)
     assert "checkpoint 10" in caplog.text
+    assert int(state.step) == 12
+    assert sorted(int(p.name) for p in tmp_path.iterdir()) == [8, 12]
+
+
+def test_no_readable_checkpoint_is_an_error_that_deletes_nothing(tmp_path):
+    _counting_fit(tmp_path)
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"torn")
+    with pytest.raises(UnreadableCheckpoints, match="none of the checkpoints"):
+        _counting_fit(tmp_path)
+    assert sorted(int(p.name) for p in tmp_path.iterdir()) == [8, 10]

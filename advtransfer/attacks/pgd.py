@@ -78,16 +78,21 @@ def pgd(
       float32 [N, H, W, C] in the threat model's set and in [0, 1].
 
     Raises:
-      ValueError: no key for a random start; restarts without one; a negative number of steps.
+      ValueError: images that are no floats; no key for a random start; restarts without one; a negative
+        number of steps.
     """
     chex.assert_equal_shape_prefix([images, labels], 1)
     chex.assert_rank(labels, 1)
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images are {images.dtype}: pass floats in [0, 1], such as images / 255")
     if random_start and key is None:
         raise ValueError("random_start needs a key: pass key=jax.random.key(seed)")
     if num_restarts > 1 and not random_start:
         raise ValueError("every restart would be the same search: pass random_start=True and a key")
     if num_steps < 0 or num_restarts < 1:
         raise ValueError("num_steps must be >= 0 and num_restarts >= 1")
+    if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # jax.random.PRNGKey's form
     if key is not None and key.ndim == 0:
         key = jax.random.split(key, images.shape[0])
     return _pgd(

@@ -38,7 +38,7 @@ def cached_arrays(
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     folder = Path(cache_dir) if cache_dir is not None else _default_folder()
     path = folder / f"{kind}-{digest[:16]}.npz"
-    with contextlib.suppress(*_UNREADABLE), np.load(path) as archive:
+    with contextlib.suppress(*_UNREADABLE), path.open("rb") as file, np.load(file) as archive:
         return dict(archive)
     arrays = make()
     with contextlib.suppress(OSError):

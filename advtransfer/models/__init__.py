@@ -8,6 +8,7 @@ from advtransfer.models.bundle import (
     load_model,
     load_spec,
     logits_fn,
+    package_versions,
     save_model,
 )
 from advtransfer.models.resnet import (
@@ -33,5 +34,6 @@ __all__ = [
     "load_model",
     "load_spec",
     "logits_fn",
+    "package_versions",
     "save_model",
 ]

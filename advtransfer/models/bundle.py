@@ -78,9 +78,10 @@ def digest(variables: Any) -> str:
 
 
 def identity(model: Model) -> str:
-    """SHA-256 of everything that decides a model's outputs: its weights, architecture and normalisation."""
+    """SHA-256 of what decides a model's outputs: weights, architecture, normalisation, compute type."""
     spec = model.spec
-    parts = (spec.architecture, spec.image_size, spec.mean, spec.std, digest(model.variables))
+    dtype = jnp.dtype(model.module.dtype).name
+    parts = (spec.architecture, spec.image_size, spec.mean, spec.std, dtype, digest(model.variables))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -103,7 +104,7 @@ def save_model(model: Model, folder: str | Path, *, overwrite: bool = False) -> 
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), model.variables)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(new / _VARIABLES, variables)
-    spec = dataclasses.asdict(dataclasses.replace(model.spec, versions=_versions()))
+    spec = dataclasses.asdict(dataclasses.replace(model.spec, versions=package_versions()))
     text = json.dumps({"format": _FORMAT, **spec, "sha256": digest(variables)}, indent=2)
     (new / _SPEC_FILE).write_text(text + "\n")
     if folder.exists():
@@ -198,9 +199,10 @@ def _named_leaves(tree: Any) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Versions of advtransfer and of the packages that its results depend on."""
     found = {}
-    for package in ("advtransfer", "jax", "flax", "orbax-checkpoint"):
+    for package in ("advtransfer", "jax", "flax", "optax", "orbax-checkpoint", "numpy"):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:  # run from a checkout, not installed

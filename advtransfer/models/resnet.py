@@ -135,6 +135,8 @@ class ResNet(nn.Module):
             raise ValueError(f"start is {start}; this network has the seams 0 to {num_blocks}")
         if stop is not None and not 0 <= stop <= num_blocks:
             raise ValueError(f"stop is {stop}; this network has the seams 0 to {num_blocks}")
+        if start is None and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"images are {x.dtype}: pass floats in [0, 1], such as images / 255")
         if first > last:
             raise ValueError(f"start is {start}, after stop, which is {stop}")
         chex.assert_rank(x, 2 if start == num_blocks else 4)

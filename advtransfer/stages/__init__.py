@@ -11,6 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from advtransfer.config import validate
+from advtransfer.source import compute_dtype
 from advtransfer.stages import evaluate, report, source, study, transfer
 
 STAGES = {
@@ -30,7 +31,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
       Preempted: SIGTERM came during training; the state is saved.
       DivergedError: a loss or a weight is no longer a number.
     """
-    validate(config)
+    config = _resolve(config)
     STAGES[config.stage].run(config, Path(workdir))
 
 
@@ -40,5 +41,13 @@ def plan(config: ConfigDict, workdir: str | Path) -> str:
     Raises:
       ConfigError: as `run`.
     """
-    validate(config)
+    config = _resolve(config)
     return STAGES[config.stage].plan(config, Path(workdir))
+
+
+def _resolve(config: ConfigDict) -> ConfigDict:
+    """A valid copy with the compute type spelt out: a workdir goes on in the type that it began with."""
+    validate(config)
+    resolved = config.copy_and_resolve_references()
+    resolved.dtype = compute_dtype(config.dtype).name
+    return resolved

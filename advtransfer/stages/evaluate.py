@@ -9,16 +9,17 @@ from ml_collections import ConfigDict
 from advtransfer.config import names_key
 from advtransfer.data import Dataset, load_dataset
 from advtransfer.models import ModelSpec, load_model, load_spec
-from advtransfer.source import compute_dtype
-from advtransfer.stages.source import describe, measure_once
+from advtransfer.source import check_evaluation, compute_dtype
+from advtransfer.stages.source import describe, measure_once, model_name
 from advtransfer.stages.workdir import check_workdir, open_workdir
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
     _, dataset = _check(config, workdir)
+    with names_key("evaluate.model"):
+        model = load_model(config.evaluate.model, dtype=compute_dtype(config.dtype))
     open_workdir(config, workdir)
-    model = load_model(config.evaluate.model, dtype=compute_dtype(config.dtype))
-    name = Path(config.evaluate.model).name
+    name = model_name(config.evaluate.model)
     print(describe(measure_once(config, model, dataset, workdir, name=name)))
 
 
@@ -33,6 +34,8 @@ def plan(config: ConfigDict, workdir: Path) -> str:
 
 def _check(config: ConfigDict, workdir: Path) -> tuple[ModelSpec, Dataset]:
     with names_key("evaluate.model"):
+        if not config.evaluate.model:
+            raise ValueError("name a model folder")
         spec = load_spec(config.evaluate.model)
     with names_key("evaluate.dataset"):
         dataset = load_dataset(
@@ -43,5 +46,6 @@ def _check(config: ConfigDict, workdir: Path) -> tuple[ModelSpec, Dataset]:
                 f"{config.evaluate.dataset} has {len(dataset.class_names)} classes, "
                 f"the model {spec.num_classes}"
             )
+    check_evaluation(config)
     check_workdir(config, workdir)
     return spec, dataset

@@ -13,8 +13,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from advtransfer.data import Dataset
-from advtransfer.models import Model
-from advtransfer.source import check_source, load_source_data, measure, num_steps, train_source
+from advtransfer.models import Model, identity
+from advtransfer.source import check_source, load_source_data, measure, num_steps, state_bytes, train_source
 from advtransfer.stages.workdir import check_workdir, open_workdir, write_json
 
 
@@ -48,22 +48,32 @@ def training_plan(config: ConfigDict, dataset: Dataset, folder: Path) -> str:
     if (folder / "model" / "model.json").exists():
         return line + "done"
     attack = "" if recipe.norm == "none" else f" against PGD-{recipe.attack_steps}"
+    size = state_bytes(config, dataset) + dataset.train.images.nbytes
     return line + (
         f"train {recipe.architecture}, {num_steps(config, dataset):,} steps of "
-        f"{recipe.batch_size} images{attack}"
+        f"{recipe.batch_size} images{attack}; state and images {size / 1e6:,.1f} MB a device"
     )
 
 
 def measure_once(
     config: ConfigDict, model: Model, dataset: Dataset, folder: Path, *, name: str
 ) -> dict[str, Any]:
-    """`measure`, kept in `folder`/evaluation.json."""
+    """`measure`, kept in `folder`/evaluation.json for as long as the model stays the same."""
     path = folder / "evaluation.json"
+    subject = {"model": identity(model)}
     if path.exists():
-        return json.loads(path.read_text())
-    evaluation = measure(model, dataset, config, name=name)
+        evaluation = json.loads(path.read_text())
+        if evaluation.get("model") == subject["model"]:
+            return evaluation
+    evaluation = subject | measure(model, dataset, config, name=name)
     write_json(path, evaluation)
     return evaluation
+
+
+def model_name(folder: str | Path) -> str:
+    """What rows call a model folder: its own name, or its parent's when it is called "model"."""
+    path = Path(folder).absolute()
+    return path.parent.name if path.name == "model" else path.name
 
 
 def describe(evaluation: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ Leaves in the workdir: `sources/NAME/` as stage=source does, `rows/` with a file
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,13 +23,14 @@ from advtransfer.source import (
     check_source,
     compute_dtype,
     evaluation_attack,
+    evaluation_key,
     load_source_data,
     train_source,
 )
-from advtransfer.stages.source import measure_once, training_plan
+from advtransfer.stages.source import measure_once, model_name, training_plan
 from advtransfer.stages.workdir import check_workdir, open_workdir, versions
-from advtransfer.study import Source, finished_rows, group, make_trials, num_steps, run_trials
-from advtransfer.transfer import first_unfrozen_block
+from advtransfer.study import Source, finished_rows, group, make_recipe, make_trials, num_steps, run_trials
+from advtransfer.transfer import activation_shape, first_unfrozen_block, prefix_is_constant
 
 
 class Asked(NamedTuple):
@@ -89,17 +91,41 @@ def plan(config: ConfigDict, workdir: Path) -> str:
         else f"source {source.name}: {source.folder}"
         for source in asked
     ]
-    trials = make_trials(config, [Source(s.name, s.norm, s.eps, "") for s in asked])
-    finished = len(finished_rows(workdir / "rows"))
-    steps = sum(num_steps(trial) for trial in trials)
-    num_groups = len(group(trials, size=config.study.group_size))
-    return "\n".join(
-        [
-            *lines,
-            f"fine-tune {len(trials):,} models in {num_groups:,} groups, "
-            f"{steps:,} steps of {config.transfer.batch_size} images; {finished:,} trials are finished",
-        ]
+    trials = make_trials(config, [_planned_source(config, source) for source in asked])
+    rows = finished_rows(workdir / "rows")
+    left = [trial for trial in trials if trial.identity() not in rows]
+    steps = sum(num_steps(trial) for trial in left)
+    num_groups = len(group(left, size=config.study.group_size))
+    lines.append(
+        f"fine-tune {len(left):,} of {len(trials):,} models in {num_groups:,} groups, "
+        f"{steps:,} steps of {config.transfer.batch_size} images"
     )
+    bytes_needed = max(_input_bytes(config, source) for source in asked)
+    return "\n".join([*lines, f"inputs on the device: {bytes_needed / 1e6:,.1f} MB at most"])
+
+
+def _planned_source(config: ConfigDict, source: Asked) -> Source:
+    """The source of a trial; one that is not trained yet has finished none."""
+    folder = source.folder if source.config is None else source.folder / "model"
+    found = (folder / "model.json").exists()
+    model = load_model(folder, dtype=compute_dtype(config.dtype)) if found else None
+    return Source(source.name, source.norm, source.eps, identity(model) if model else "")
+
+
+def _input_bytes(config: ConfigDict, source: Asked) -> int:
+    """Bytes of the images, or of their activations at the first trained block, over all of the grid's k."""
+    target = _load_target(config, source.image_size)
+    num_images = len(target.train.labels) + len(getattr(target, config.study.split).labels)
+    module = create_module(source.architecture, dtype=compute_dtype(config.dtype))
+    recipe = make_recipe(config.transfer)
+    sizes = []
+    for k in config.study.num_unfrozen_blocks:
+        if prefix_is_constant(k, recipe.frozen_batch_norm, recipe.augmentation):
+            entering = activation_shape(module, first_unfrozen_block(module, k), source.image_size)
+            sizes.append(num_images * entering.size * entering.dtype.itemsize)
+        else:
+            sizes.append(num_images * 3 * source.image_size**2)
+    return max(sizes)
 
 
 def check(config: ConfigDict, workdir: Path) -> list[Asked]:
@@ -136,7 +162,7 @@ def _ask(config: ConfigDict, text: str, workdir: Path) -> Asked:
     if text != "natural" and not (colon and norm in ("l2", "linf")):
         spec = load_spec(text)
         return Asked(
-            Path(text).name,
+            model_name(text),
             spec.norm,
             spec.eps,
             None,
@@ -148,7 +174,7 @@ def _ask(config: ConfigDict, text: str, workdir: Path) -> Asked:
         radius = float(eps) if colon else 0.0
     except ValueError:
         radius = -1.0
-    if colon and radius <= 0:
+    if colon and not 0 < radius < math.inf:
         raise ValueError(f"{text!r}: write NORM:EPS with a positive number, such as l2:0.5")
     own = config.copy_and_resolve_references()
     own.train.norm, own.train.eps = (norm, radius) if colon else ("none", 0.0)
@@ -158,7 +184,8 @@ def _ask(config: ConfigDict, text: str, workdir: Path) -> Asked:
 
 def _get_model(config: ConfigDict, source: Asked) -> Model:
     if source.config is None:
-        return load_model(source.folder, dtype=compute_dtype(config.dtype))
+        with names_key("study.sources"):
+            return load_model(source.folder, dtype=compute_dtype(config.dtype))
     return train_source(source.config, source.folder, name=source.name)
 
 
@@ -183,7 +210,7 @@ def _pictures(
     captions["source_labels"] = [names[i] for i in labels]
     for source, model in models.items():
         network = logits_fn(model)
-        twins = attack(network, images, labels)
+        twins = attack(network, images, labels, key=evaluation_key(config))
         pictures[f"adversarial/{source}"] = np.asarray(twins)
         for kind, shown in (("natural", images), ("adversarial", twins)):
             classes = np.argmax(predict(network, shown), axis=-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from advtransfer.config import names_key
@@ -12,16 +13,19 @@ from advtransfer.data import Dataset, Split, load_dataset, subset_indices
 from advtransfer.models import ModelSpec, create_module, identity, load_model, load_spec, save_model
 from advtransfer.report import write_rows
 from advtransfer.source import compute_dtype
+from advtransfer.stages.source import model_name
 from advtransfer.stages.workdir import check_workdir, open_workdir
 from advtransfer.study import Source, Trial, history_rows, make_recipe, num_steps
+from advtransfer.train import DivergedError
 from advtransfer.transfer import fine_tune, first_unfrozen_block
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
     spec, dataset = _check(config, workdir)
+    with names_key("source"):
+        source = load_model(config.source, dtype=compute_dtype(config.dtype))
     open_workdir(config, workdir)
-    source = load_model(config.source, dtype=compute_dtype(config.dtype))
-    name = Path(config.source).name
+    name = model_name(config.source)
     trial = _trial(config, Source(name, spec.norm, spec.eps, identity(source)))
     subset = trial.subset(dataset.train.labels)
     started = time.monotonic()
@@ -34,6 +38,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
         num_unfrozen_blocks=trial.num_unfrozen_blocks,
         recipe=trial.recipe,
     )
+    if not np.isfinite(history["train_loss"][-1]):
+        raise DivergedError(
+            f"the loss became NaN or infinite (learning rate {trial.recipe.learning_rate:g}); nothing was "
+            "saved. Lower config.transfer.learning_rate"
+        )
     save_model(model, workdir / "model", overwrite=True)
     rows = history_rows(trial, history, time.monotonic() - started)
     write_rows(rows, workdir / "rows.csv")
@@ -68,6 +77,8 @@ def _trial(config: ConfigDict, source: Source) -> Trial:
 def _check(config: ConfigDict, workdir: Path) -> tuple[ModelSpec, Dataset]:
     recipe = config.transfer
     with names_key("source"):
+        if not config.source:
+            raise ValueError("name a model folder")
         spec = load_spec(config.source)
     with names_key("transfer.num_unfrozen_blocks"):
         first_unfrozen_block(create_module(spec.architecture), recipe.num_unfrozen_blocks)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from advtransfer.config import ConfigError, conflicts, to_json
+from advtransfer.models import package_versions
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
@@ -47,12 +47,5 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of what results depend on, and the kind of device."""
-    packages = ("advtransfer", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-    found = {}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # run from a checkout, not installed
-            continue
-    return found | {"device": jax.devices()[0].device_kind}
+    """Of the packages that results depend on, and the kind of device."""
+    return package_versions() | {"device": jax.devices()[0].device_kind}

@@ -33,24 +33,7 @@ from advtransfer.transfer.freezing import (
     target_batch_stats,
 )
 from advtransfer.transfer.head import reset_head
-
-
-class Recipe(NamedTuple):
-    """How a network is fine-tuned; the defaults are the paper's (Utrera et al., 2021, §3)."""
-
-    num_epochs: int = 150
-    evaluate_epochs: tuple[int, ...] = (150,)  # counted from 1
-    batch_size: int = 128
-    learning_rate: float = 0.1
-    schedule: str = "step"
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.0
-    head_init: str = "torch"
-    head_scale: float = 1.0
-    frozen_batch_norm: str = "source"  # update | source | target
-    augmentation: Augmentation = Augmentation()
+from advtransfer.transfer.recipe import Recipe, check_recipe
 
 
 class Task(NamedTuple):
@@ -64,7 +47,6 @@ class Task(NamedTuple):
 
 History = dict[str, jax.Array]  # "train_loss", ... at the recipe's evaluate_epochs, float32 [..., E]
 
-FROZEN_BATCH_NORM = ("update", "source", "target")
 
 _EVALUATION_BATCH = 256
 
@@ -97,13 +79,26 @@ def fine_tune(
       ValueError: more blocks than the network has, a batch larger than the subset, `evaluate_epochs` that
         do not ascend within 1 ... `num_epochs`, or an unknown name in the recipe.
     """
+    num_images = len(train.labels)
+    recipe = check_recipe(recipe, num_images)
     module = model.module.clone(num_classes=len(class_names))
     num_images = len(train.labels)
-    _check(recipe, num_images)
     programs = _programs(module, recipe, num_unfrozen_blocks)
     inputs = _prepare(model, train, test, recipe, num_unfrozen_blocks)
     state, history = programs.one(model.variables["params"], *inputs, np.arange(num_images), key)
-    spec = dataclasses.replace(model.spec, num_classes=len(class_names), class_names=tuple(class_names))
+    spec = dataclasses.replace(
+        model.spec,
+        num_classes=len(class_names),
+        class_names=tuple(class_names),
+        norm="none",  # of the training that made these weights; the source's is in the provenance
+        eps=0.0,
+        provenance={
+            "source": dataclasses.asdict(model.spec),
+            "num_train_images": num_images,
+            "num_unfrozen_blocks": num_unfrozen_blocks,
+            "recipe": recipe._asdict() | {"augmentation": recipe.augmentation._asdict()},
+        },
+    )
     return Model(module, jax.device_get(state.variables), spec), jax.device_get(history)
 
 
@@ -132,8 +127,8 @@ def fine_tune_many(
     Raises:
       ValueError: as `fine_tune`.
     """
+    recipe = check_recipe(recipe, subsets.shape[1])
     module = model.module.clone(num_classes=num_classes)
-    _check(recipe, subsets.shape[1])
     programs = _programs(module, recipe, num_unfrozen_blocks)
     trials = (jnp.asarray(subsets), keys)
     params = model.variables["params"]
@@ -173,21 +168,6 @@ def _prepare(
         inputs = [jnp.asarray(split.images) for split in (train, test)]
     labels = [jnp.asarray(split.labels) for split in (train, test)]
     return variables["batch_stats"], Task(inputs[0], labels[0], inputs[1], labels[1])
-
-
-def _check(recipe: Recipe, num_images: int) -> None:
-    if recipe.batch_size > num_images:
-        raise ValueError(f"batch_size={recipe.batch_size} is larger than the {num_images} training images")
-    possible = sorted({*range(1, recipe.num_epochs + 1)} & {*recipe.evaluate_epochs})
-    if not possible or possible != [*recipe.evaluate_epochs]:
-        raise ValueError(
-            f"evaluate_epochs={recipe.evaluate_epochs} must be epochs in ascending order, from 1 to "
-            f"num_epochs={recipe.num_epochs}"
-        )
-    if recipe.frozen_batch_norm not in FROZEN_BATCH_NORM:
-        raise ValueError(
-            f"frozen_batch_norm={recipe.frozen_batch_norm!r} must be one of {', '.join(FROZEN_BATCH_NORM)}"
-        )
 
 
 class _Programs(NamedTuple):
@@ -270,11 +250,13 @@ def make_fine_tune(
         def measure(state):
             train = (task.train_inputs[indices], task.train_labels[indices])
             test = (task.test_inputs, task.test_labels)
-            return {
-                f"{name}_{metric}": total / count
-                for name, data in (("train", train), ("test", test))
-                for metric, (total, count) in _measure(apply, state, *data).items()
-            }
+            found = {}
+            for name, data in (("train", train), ("test", test)):
+                metrics = {key: x / n for key, (x, n) in _measure(apply, state, *data).items()}
+                # A diverged network still names some class for every image: that is no accuracy.
+                is_number = jnp.isfinite(metrics["loss"])
+                found |= {f"{name}_{key}": jnp.where(is_number, x, jnp.nan) for key, x in metrics.items()}
+            return found
 
         def nothing(state):
             return jax.tree.map(jnp.zeros_like, jax.eval_shape(measure, state))

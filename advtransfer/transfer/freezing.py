@@ -10,6 +10,7 @@ import numpy as np
 
 from advtransfer import optim, parallel
 from advtransfer.data import Augmentation, to_float
+from advtransfer.models import init_variables
 
 
 def first_unfrozen_block(module: Any, num_unfrozen_blocks: int) -> int | None:
@@ -41,6 +42,13 @@ def frozen_mask(module: Any, params: Any, num_unfrozen_blocks: int) -> Any:
 def prefix_is_constant(num_unfrozen_blocks: int, frozen_batch_norm: str, augmentation: Augmentation) -> bool:
     """Whether the activations at the first trained block are a fixed function of the image."""
     return num_unfrozen_blocks != -1 and frozen_batch_norm != "update" and augmentation == Augmentation()
+
+
+def activation_shape(module: Any, start: int, image_size: int) -> jax.ShapeDtypeStruct:
+    """What enters block `start` for one image, [1, h, w, c] or [1, C]; computes nothing."""
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+    variables = jax.eval_shape(lambda: init_variables(module, jax.random.key(0), image_size))
+    return jax.eval_shape(lambda v, x: module.apply(v, x, stop=start), variables, images)
 
 
 def activations(

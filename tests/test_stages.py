@@ -1,0 +1,166 @@
+"""Every stage for real, on the smallest config that goes the whole way, and again in the same workdir."""
+
+import csv
+import json
+import os
+
+import numpy as np
+import pytest
+
+from advtransfer import config as base
+from advtransfer import stages
+from advtransfer.config import ConfigError
+from advtransfer.models import load_model
+from advtransfer.train import DivergedError
+
+
+def tiny():
+    """Digits at 8² are source and target; an attack with restarts, so that every random path is walked."""
+    config = base.default()
+    config.train.update(dataset="builtin:digits", image_size=8, batch_size=80, num_epochs=1)
+    config.train.update(save_every=4, log_every=3, attack_random_start=True, attack_batch_norm="batch")
+    config.train.augmentation.crop_padding = 1
+    config.transfer.update(batch_size=10, num_epochs=3, evaluate_epochs=(1, 3))
+    config.study.update(num_train_images=(10, 25), num_unfrozen_blocks=(0,), num_seeds=2)
+    config.evaluate.update(num_steps=2, num_restarts=2, num_images=50, batch_size=16)
+    config.evaluate.dataset = "builtin:digits"
+    config.report.num_pictures = 3
+    return config
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("study")
+    stages.run(tiny(), workdir)
+    return workdir
+
+
+def _files(folder):
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_a_study_leaves_sources_rows_summary_and_report(study):
+    with (study / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 2 * 2 * 2  # sources × n × seeds × epochs
+    assert {(r["source"], r["source_norm"]) for r in rows} == {("natural", "none"), ("l2:0.25", "l2")}
+    assert all(0 <= float(r["test_accuracy"]) <= 1 for r in rows)
+    assert len((study / "summary.csv").read_text().splitlines()) == 1 + 4
+    page = (study / "report.html").read_text()
+    assert page.count("data:image/png") == 3 * (1 + 2 * 2) + 3
+    for name, norm in (("natural", "none"), ("l2_0.25", "l2")):
+        folder = study / "sources" / name
+        assert load_model(folder / "model").spec.norm == norm
+        evaluation = json.loads((folder / "evaluation.json").read_text())
+        assert evaluation["num_images"] == 50
+        assert 0 <= evaluation["adversarial_accuracy"] <= evaluation["natural_accuracy"] <= 1
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [3, 4, 6, 8, 9, 10]
+        assert any(path.name.startswith("events.out.tfevents") for path in folder.iterdir())
+        assert not (folder / "checkpoints").exists()
+
+
+def test_the_same_command_again_only_rewrites_the_report(study, monkeypatch):
+    before, page = _files(study), (study / "report.html").read_bytes()
+    monkeypatch.setattr("advtransfer.study.run_group", lambda *_: pytest.fail("ran again"))
+    stages.run(tiny(), study)
+    changed = {name for name, time in _files(study).items() if time != before.get(name)}
+    assert not {name for name in changed if name.startswith(("rows/", "sources/"))}
+    assert (study / "report.html").read_bytes() == page
+    assert "fine-tune 0 of 8 models" in stages.plan(tiny(), study)
+
+
+def test_the_report_of_its_rows_has_the_same_summary(study, tmp_path):
+    config = tiny()
+    config.stage, config.rows = "report", str(study / "rows.csv")
+    assert "report on 16 rows" in stages.plan(config, tmp_path)
+    stages.run(config, tmp_path)
+    assert (tmp_path / "summary.csv").read_bytes() == (study / "summary.csv").read_bytes()
+
+
+def test_validation_rows_are_no_test_rows(study):
+    config = tiny()
+    config.study.split, config.study.num_train_images = "validation", (10,)
+    stages.run(config, study)
+    assert {line.split(",")[1] for line in (study / "summary.csv").read_text().splitlines()[1:]} == {
+        "builtin:digits:validation"
+    }
+
+
+def test_transfer_and_evaluate_take_its_model_folders(study, tmp_path):
+    config = tiny()
+    config.stage, config.source = "transfer", str(study / "sources" / "l2_0.25" / "model")
+    config.transfer.update(num_train_images=25, num_unfrozen_blocks=1)
+    assert "fine-tune 1 blocks of resnet_tiny on 25 images" in stages.plan(config, tmp_path / "digits")
+    stages.run(config, tmp_path / "digits")
+    model = load_model(tmp_path / "digits" / "model")
+    assert (model.spec.norm, model.spec.provenance["source"]["norm"]) == ("none", "l2")
+    with (tmp_path / "digits" / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["source"], row["epoch"]) for row in rows] == [("l2_0.25", "1"), ("l2_0.25", "3")]
+
+    config = tiny()
+    config.stage, config.evaluate.model = "evaluate", str(tmp_path / "digits" / "model")
+    config.evaluate.norm, config.evaluate.num_images = "none", 0
+    stages.run(config, tmp_path / "measured")
+    found = json.loads((tmp_path / "measured" / "evaluation.json").read_text())
+    assert found["natural_accuracy"] == pytest.approx(float(rows[-1]["test_accuracy"]), abs=1e-6)
+    assert "adversarial_accuracy" not in found
+
+
+def test_a_retrained_model_is_measured_again(study, tmp_path):
+    """The figures of the model that stood there before must not pass for the new one's."""
+    config = tiny()
+    config.stage, config.evaluate.norm = "evaluate", "none"
+    link = tmp_path / "current"
+    for source in ("natural", "l2_0.25"):
+        link.unlink(missing_ok=True)
+        os.symlink(study / "sources" / source / "model", link)
+        config.evaluate.model = str(link)
+        stages.run(config, tmp_path / "measured")
+        found = json.loads((tmp_path / "measured" / "evaluation.json").read_text())
+        reference = json.loads((study / "sources" / source / "evaluation.json").read_text())
+        assert found["model"] == reference["model"]
+        assert found["natural_accuracy"] == reference["natural_accuracy"]
+
+
+def test_a_diverged_transfer_is_an_error_and_leaves_no_model(study, tmp_path):
+    config = tiny()
+    config.stage, config.source = "transfer", str(study / "sources" / "natural" / "model")
+    config.transfer.num_train_images, config.transfer.learning_rate = 25, 1e38
+    with pytest.raises(DivergedError, match=r"learning rate 1e\+38"):
+        stages.run(config, tmp_path)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_diverged_trial_has_no_accuracy(study, tmp_path):
+    config = tiny()
+    config.study.sources = f"{study}/sources/natural/model"
+    config.study.num_train_images = (10,)
+    config.transfer.learning_rate = 1e38
+    stages.run(config, tmp_path)
+    with (tmp_path / "rows.csv").open() as file:
+        last = [row for row in csv.DictReader(file) if row["epoch"] == "3"]
+    assert last and all(row["test_accuracy"] in ("", "nan") for row in last)
+    assert "without a test accuracy" in (tmp_path / "report.html").read_text()
+
+
+def test_a_damaged_model_is_named_before_anything_is_written(study, tmp_path):
+    config = tiny()
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "model.json").write_bytes((study / "sources/natural/model/model.json").read_bytes())
+    config.stage, config.evaluate.model = "evaluate", str(broken)
+    with pytest.raises(ConfigError, match=r"config.evaluate.model: the weights in .* cannot be read"):
+        stages.run(config, tmp_path / "measured")
+    assert not (tmp_path / "measured").exists()
+
+
+def test_two_model_folders_are_told_apart_by_their_parents(study):
+    config = tiny()
+    config.study.sources = ",".join(f"{study}/sources/{name}/model" for name in ("natural", "l2_0.25"))
+    lines = stages.plan(config, study.parent / "unused").splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["source natural", "source l2_0.25"]
+    assert np.all([not line.endswith("done") for line in lines])
