@@ -47,16 +47,16 @@ def our_steps(case: Case, images: np.ndarray, labels: np.ndarray, dtype: Any):
     """Step name -> a call that runs it once and waits; and the weights that all sides start from."""
     import jax
     import jax.numpy as jnp
-    import optax
 
     from advtransfer.attacks import L2, cross_entropy, pgd
     from advtransfer.data import Batch
     from advtransfer.models import create_module, init_variables
+    from advtransfer.optim import sgd
     from advtransfer.train import init_state, make_train_step, module_apply
 
     module = create_module(case.architecture, num_classes=1000, dtype=dtype)
     variables = init_variables(module, jax.random.key(0))
-    tx = optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(LEARNING_RATE, momentum=MOMENTUM))
+    tx = sgd(LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     batch = Batch(jnp.asarray(images), jnp.asarray(labels), jax.random.split(jax.random.key(1), len(labels)))
 
     def attack(logits_fn, images, labels, key):
@@ -211,6 +211,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--batch", type=int, default=None, help="instead of the case's own")
     arguments = parser.parse_args()
+    if arguments.platform != "cpu" and arguments.peer != "none":
+        parser.error("the peer runs on the CPU: add --peer=none")
     os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(arguments.platform, arguments.platform)
 
     import jax
