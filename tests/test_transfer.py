@@ -12,7 +12,6 @@ import pytest
 from advtransfer.data import Augmentation, Split, to_float
 from advtransfer.evaluate import evaluate
 from advtransfer.models import Model, ModelSpec, create_module, init_variables, logits_fn
-from advtransfer.optim import num_parameters
 from advtransfer.transfer import (
     HEAD_INITS,
     Recipe,
@@ -25,6 +24,11 @@ from advtransfer.transfer.fine_tune import Task, make_fine_tune
 
 # The package's function of this name hides the module.
 fine_tune_module = importlib.import_module("advtransfer.transfer.fine_tune")
+
+
+def num_parameters(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
 
 CLASSES = ("a", "b", "c")
 NUM_TRAIN, NUM_TEST = 20, 30
