@@ -128,7 +128,7 @@ def test_sigkill_at_any_moment_and_the_same_command_again(start, undisturbed, tm
         process = start(tmp_path)
         if _wait_until(moment, process):
             process.send_signal(signal.SIGKILL)
-            process.wait()
+            process.communicate()
             reached.append(max(_saved_steps(tmp_path), default=0))
             assert not (tmp_path / "model").exists()
         else:
