@@ -183,6 +183,7 @@ def train_source(config: ConfigDict, folder: str | Path, *, name: str = "source"
     """
     folder = Path(folder)
     if (folder / "model" / "model.json").exists():
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # left by a kill right after the save
         return load_model(folder / "model", dtype=compute_dtype(config.dtype))
     dataset = load_source_data(config)
     run = prepare(config, dataset)

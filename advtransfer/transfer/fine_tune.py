@@ -47,7 +47,6 @@ class Task(NamedTuple):
 
 History = dict[str, jax.Array]  # "train_loss", ... at the recipe's evaluate_epochs, float32 [..., E]
 
-
 _EVALUATION_BATCH = 256
 
 
@@ -82,7 +81,6 @@ def fine_tune(
     num_images = len(train.labels)
     recipe = check_recipe(recipe, num_images)
     module = model.module.clone(num_classes=len(class_names))
-    num_images = len(train.labels)
     programs = _programs(module, recipe, num_unfrozen_blocks)
     inputs = _prepare(model, train, test, recipe, num_unfrozen_blocks)
     state, history = programs.one(model.variables["params"], *inputs, np.arange(num_images), key)
