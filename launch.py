@@ -1,8 +1,9 @@
 """Command line of advtransfer: `python launch.py --config=experiments/NAME.py[:ARG] --workdir=DIR`.
 
 Without arguments it runs experiments/quickstart.py. Any key can be set: `--config.train.num_epochs=4`.
-`--plan` says what would run, and stops. Exit codes: 0 done, or training stopped by SIGTERM and
-resumable; 1 diverged; 2 the command, the config or the workdir is wrong, and nothing was written.
+`--plan` says what would run, and stops; `--multihost` joins the processes of a pod or cluster. Exit codes:
+0 done, or stopped by SIGTERM; 1 diverged; 2 the command, the config or the workdir is wrong, and nothing was
+written; 3 the disk is full, or another process is lost. After 0 and 3 the same command goes on.
 """
 
 from __future__ import annotations
@@ -14,17 +15,16 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from advtransfer import stages
-from advtransfer.checkpoint import UnreadableCheckpoints
+from advtransfer import parallel, stages
+from advtransfer.checkpoint import SaveError, UnreadableCheckpoints
 from advtransfer.config import ConfigError
 from advtransfer.train import DivergedError, Preempted
 
 _QUICKSTART = Path(__file__).parent / "experiments" / "quickstart.py"
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the results; default: runs/ and the name of the experiment."
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results; default: runs/EXPERIMENT.")
 _PLAN = flags.DEFINE_bool("plan", False, "Say what would run, write nothing, stop.")
+_MULTIHOST = flags.DEFINE_bool("multihost", False, "Join the other processes of a pod or cluster first.")
 
 
 def main(argv: list[str]) -> None:
@@ -36,16 +36,17 @@ def main(argv: list[str]) -> None:
     workdir = _WORKDIR.value or str(Path("runs") / experiment.stem)
     config.report.command = config.report.command or shlex.join(["python", "launch.py", *sys.argv[1:]])
     try:
-        if _PLAN.value:
-            print(stages.plan(config, workdir))
-        else:
-            stages.run(config, workdir)
-    except (ConfigError, UnreadableCheckpoints) as error:
+        if _MULTIHOST.value:
+            parallel.initialize()
+        print(stages.plan(config, workdir)) if _PLAN.value else stages.run(config, workdir)
+    except (ConfigError, UnreadableCheckpoints, parallel.NoCluster) as error:
         _stop(2, str(error))
     except Preempted as stopped:
         _stop(0, f"{stopped}; resume with the same command")
     except DivergedError as error:
         _stop(1, str(error))
+    except SaveError as error:
+        _stop(3, f"{error}; resume with the same command")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

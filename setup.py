@@ -30,6 +30,8 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
         "pillow>=11",
+        "psutil>=5.9",
+        "safetensors>=0.5",
         "scikit-learn>=1.6",
         "scipy>=1.14",
         "tensorboardX>=2.6.2",
@@ -39,7 +41,9 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
-        "test": ["pytest>=8", "pyarrow>=18", "ruff>=0.14"],
+        "tfds-prepare": ["tensorflow>=2.18"],  # to prepare sets; to read them nothing is needed
+        "hub": ["huggingface_hub>=0.30"],
+        "test": ["huggingface_hub>=1.0", "pytest>=8", "pyarrow>=18", "ruff>=0.14"],
         "bench": ["torch==2.13.0"],
     },
 )

@@ -29,6 +29,7 @@ from advtransfer.models import (
     save_model,
 )
 from advtransfer.source import train_source
+from advtransfer.torch_checkpoint import CheckpointError, export_torch_state_dict, import_torch_checkpoint
 from advtransfer.train import TrainState, fit, make_train_step
 from advtransfer.transfer import Recipe, fine_tune, fine_tune_many, reset_head
 
@@ -38,6 +39,7 @@ __all__ = [
     "L2",
     "Augmentation",
     "Batch",
+    "CheckpointError",
     "Dataset",
     "Linf",
     "Model",
@@ -49,9 +51,11 @@ __all__ = [
     "config",
     "create_module",
     "evaluate",
+    "export_torch_state_dict",
     "fine_tune",
     "fine_tune_many",
     "fit",
+    "import_torch_checkpoint",
     "init_variables",
     "load_dataset",
     "load_model",

@@ -1,20 +1,108 @@
-"""Many devices: the only home of pmap, collectives and the process index.
+"""Many devices and many processes: the only home of pmap, collectives, the process index and jax.distributed.
 
 Everything else is written for one device. A function becomes data-parallel here, once, at its call site;
 inside it, `mean` and `total` combine over devices when an `axis_name` is given and do nothing when it is
-None.
+None. Over several processes every one runs the same program: each feeds its own devices with its own rows
+of a batch, arrays stay local to a process, and process 0 decides and writes what exists once.
 """
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 AXIS = "devices"
+
+LOST_PROCESS = 3  # exit code of a process whose run has lost another one
+
+# Where a launcher says how many processes it has started.
+_PROCESS_COUNTS = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+
+
+class NoCluster(RuntimeError):
+    """The processes of a run did not find each other; the message says what to set."""
+
+
+def initialize(*, heartbeat_seconds: int = 40) -> None:
+    """Joins the processes of one run; call it once, before anything touches a device.
+
+    A TPU pod, Slurm, Open MPI and Kubernetes are found by JAX itself. Elsewhere the environment says it:
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. From then on this
+    process ends with one line and the code LOST_PROCESS when another one of the run has died. Where the
+    launcher counts one process there is nothing to join, which a warning says.
+
+    Args:
+      heartbeat_seconds: a process that is silent for so long counts as dead.
+
+    Raises:
+      NoCluster: no cluster was found, or its processes did not come together.
+    """
+    if next((os.environ[name] for name in _PROCESS_COUNTS if name in os.environ), None) == "1":
+        logging.warning("--multihost: the launcher has started one process only")
+        return
+    own = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    try:
+        ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+        jax.distributed.initialize(
+            **{name: int(os.environ[variable]) for name, variable in own.items() if variable in os.environ},
+            heartbeat_timeout_seconds=heartbeat_seconds,
+            shutdown_timeout_seconds=heartbeat_seconds,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise NoCluster(
+            f"--multihost: {error} Outside of a TPU pod, Slurm, Open MPI and Kubernetes set "
+            "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from error
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(_: int) -> None:
+    """The last line of a process that JAX's runtime aborts, from a thread of its own, because another one is
+    lost: the main thread waits for a collective by then, and nothing is raised that could be caught."""
+    line = (
+        "another process of this run has ended, its own messages say why; resume with the same command on all"
+    )
+    os.write(2, f"{line}\n".encode())
+    os._exit(LOST_PROCESS)
+
+
+def num_processes() -> int:
+    """Processes of this run."""
+    return jax.process_count()
+
+
+def process() -> int:
+    """This process's number in the run, from 0."""
+    return jax.process_index()
+
+
+def barrier(name: str) -> None:
+    """Returns when every process has come to the barrier of this name."""
+    if num_processes() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def from_main(tree: Any) -> Any:
+    """Process 0's values of a tree of arrays and numbers, on every process; shapes and types are everywhere
+    the same."""
+    return tree if num_processes() == 1 else multihost_utils.broadcast_one_to_all(tree)
+
+
+def preempted(step: int) -> bool:
+    """Whether SIGTERM has come to one of several processes and this is the step that all are to save at.
+
+    The processes agree through JAX's coordination service, so every one must ask after every step.
+    """
+    return multihost_utils.reached_preemption_sync_point(step)
 
 
 def num_devices() -> int:
@@ -24,7 +112,7 @@ def num_devices() -> int:
 
 def is_main_process() -> bool:
     """Whether this process writes the files that exist once: logs, rows, reports."""
-    return jax.process_index() == 0
+    return process() == 0
 
 
 def mean(tree: Any, axis_name: str | None) -> Any:
@@ -44,7 +132,7 @@ def data_parallel(
     num_split: int,
     donate: tuple[int, ...] = (),
 ) -> Callable[..., Any]:
-    """`function(*shared, *split)`, run on every local device over its own shard of the split arguments.
+    """`function(*shared, *split)`, run on all devices of all processes, each over its shard of what is split.
 
     Shared arguments have no device axis (replicate them once with `replicate`); split arguments come from
     `split`, with a leading axis [num_devices]. The results must be equal on all devices (combined by
@@ -61,8 +149,9 @@ def data_parallel(
 
 
 def map_parallel(function: Callable[..., Any], *, num_shared: int, num_split: int) -> Callable[..., Any]:
-    """Like `data_parallel`, for independent work: results keep their leading axis [num_devices]."""
-    return jax.pmap(function, in_axes=(None,) * num_shared + (0,) * num_split)
+    """Like `data_parallel`, for independent work on this process's devices: split arguments come from
+    `split_locally`, and results keep their leading axis [num_devices]."""
+    return jax.pmap(function, in_axes=(None,) * num_shared + (0,) * num_split, devices=jax.local_devices())
 
 
 def replicate(tree: Any) -> Any:
@@ -73,26 +162,43 @@ def replicate(tree: Any) -> Any:
 
 
 def split(tree: Any) -> Any:
-    """Reshapes [N, ...] to [num_devices, N / num_devices, ...].
+    """This process's rows of a batch [N, ...], as [num_devices, N / devices of all processes, ...].
+
+    Raises:
+      ValueError: when the number of all processes' devices does not divide N.
+    """
+    processes = num_processes()
+    _check_divisible(tree, processes * num_devices())
+
+    def own_rows(x):
+        rows = x.shape[0] // processes
+        return x[process() * rows :][:rows]
+
+    return split_locally(tree if processes == 1 else jax.tree.map(own_rows, tree))
+
+
+def split_locally(tree: Any) -> Any:
+    """Reshapes [N, ...] to [num_devices, N / num_devices, ...]: independent work for this process's devices.
 
     Raises:
       ValueError: when the number of devices does not divide N.
     """
     devices = num_devices()
+    _check_divisible(tree, devices)
+    return jax.tree.map(lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), tree)
 
-    def shard(x):
+
+def _check_divisible(tree: Any, devices: int) -> None:
+    for x in jax.tree.leaves(tree):
         if x.shape[0] % devices:
             raise ValueError(
                 f"a batch of {x.shape[0]} examples cannot be split evenly over {devices} devices: "
                 f"use a multiple of {devices}"
             )
-        return x.reshape(devices, x.shape[0] // devices, *x.shape[1:])
-
-    return jax.tree.map(shard, tree)
 
 
 def join(tree: Any) -> Any:
-    """The inverse of `split`: [num_devices, M, ...] to [num_devices * M, ...]."""
+    """The inverse of `split_locally`: [num_devices, M, ...] to [num_devices * M, ...]."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 

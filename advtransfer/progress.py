@@ -28,13 +28,16 @@ def progress_bar(items: Iterable, description: str, unit: str, *, done: int = 0)
 
 
 class RunLog:
-    """Scalars of a training run, in `log.jsonl` and as TensorBoard events, in one folder.
+    """Scalars of a training run, in `log.jsonl` and as TensorBoard events, in one folder, by process 0.
 
     A run that resumes at `first_step` drops what an interrupted one logged after it, so every step
     stands once.
     """
 
     def __init__(self, folder: str | Path, *, first_step: int):
+        self._events = None
+        if not parallel.is_main_process():
+            return
         self._lines = Path(folder) / "log.jsonl"
         self._lines.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _read_lines(self._lines) if line["step"] <= first_step]
@@ -47,10 +50,13 @@ class RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._events.close()
+        if self._events:
+            self._events.close()
 
     def __call__(self, step: int, scalars: dict[str, float]) -> None:
         """Appends one line, {"step": ..., **scalars}."""
+        if not self._events:
+            return
         with self._lines.open("a") as file:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
         for name, value in scalars.items():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +17,8 @@ from ml_collections import ConfigDict
 from advtransfer import parallel
 from advtransfer.attacks import make_attack
 from advtransfer.checkpoint import Checkpoints
-from advtransfer.config import names_key
-from advtransfer.data import Augmentation, Dataset, load_dataset, make_batch
+from advtransfer.config import ConfigError, flatten, names_key
+from advtransfer.data import Augmentation, Dataset, Feed, StreamedSplit, load_dataset, make_feed
 from advtransfer.evaluate import evaluate
 from advtransfer.models import (
     Model,
@@ -42,24 +44,64 @@ def compute_dtype(name: str) -> Any:
     return jnp.dtype(name)
 
 
-def load_source_data(config: ConfigDict) -> Dataset:
-    """The dataset of config.train, at its resolution."""
-    with names_key("train.dataset"):
-        return load_dataset(
-            config.train.dataset,
-            image_size=config.train.image_size,
+def load_data(
+    config: ConfigDict,
+    key: str,
+    *,
+    image_size: int,
+    splits: tuple[str, ...],
+    view: str = "natural",
+    loading: str = "memory",
+) -> Dataset:
+    """The dataset that config.`key` names; images that were skipped are said.
+
+    Raises:
+      ConfigError: naming the key: no such dataset, or no images in one of `splits`.
+    """
+    name = flatten(config)[key]
+    with names_key(key):
+        dataset = load_dataset(
+            name,
+            image_size=image_size,
             cache_dir=config.cache_dir or None,
+            splits=splits,
+            broken=config.broken_images,
+            view=view,
+            loading=loading,
         )
+        for split in splits:
+            if not getattr(dataset, split).num_images:
+                raise ValueError(f"{name} has no {split} images")
+    if dataset.skipped:
+        logging.warning(
+            "%s: %d images skipped: %s", name, len(dataset.skipped), "; ".join(dataset.skipped[:5])
+        )
+    return dataset
+
+
+def load_source_data(config: ConfigDict) -> Dataset:
+    """The dataset of config.train, at its resolution: to train on, and to measure the network on."""
+    validation = ("validation",) if config.train.validate_every else ()
+    splits = tuple(dict.fromkeys(("train", *validation, config.evaluate.split)))
+    size, loading = config.train.image_size, config.train.get("loading", "memory")
+    return load_data(config, "train.dataset", image_size=size, splits=splits, loading=loading)
 
 
 def check_source(config: ConfigDict, dataset: Dataset) -> None:
     """Raises a ConfigError for an architecture or a batch size that cannot be."""
     with names_key("train.batch_size"):
-        if config.train.batch_size > len(dataset.train.labels):
+        if config.train.batch_size > dataset.train.num_images:
             raise ValueError(
-                f"{config.train.batch_size} is larger than the {len(dataset.train.labels)} training images"
+                f"{config.train.batch_size} is larger than the {dataset.train.num_images} training images"
             )
-        parallel.split(np.empty(config.train.batch_size))
+        (shards,) = {len(shard) for shard in parallel.split(np.empty(config.train.batch_size))}
+    if shards % config.train.num_parts:
+        raise ConfigError(
+            f"config.train.num_parts={config.train.num_parts} must divide the {shards} images of a device"
+        )
+    with names_key("evaluate.split"):
+        if isinstance(getattr(dataset, config.evaluate.split), StreamedSplit):
+            raise ValueError("the training images are streamed: measure on test or validation")
     check_evaluation(config)
     create_source_module(config, dataset)
 
@@ -70,16 +112,30 @@ def check_evaluation(config: ConfigDict) -> None:
         parallel.split(np.empty(config.evaluate.batch_size))
 
 
+def check_classes(dataset: Dataset, spec: ModelSpec) -> None:
+    """Raises a ValueError if the dataset's classes cannot be those of the model's logits."""
+    if len(dataset.class_names) != spec.num_classes:
+        raise ValueError(
+            f"{dataset.name} has {len(dataset.class_names)} classes, the model {spec.num_classes}"
+        )
+
+
 def num_steps(config: ConfigDict, dataset: Dataset) -> int:
     """Steps of the whole training; an epoch drops the images that fill no batch."""
-    return config.train.num_epochs * (len(dataset.train.labels) // config.train.batch_size)
+    return config.train.num_epochs * steps_per_epoch(config, dataset)
+
+
+def steps_per_epoch(config: ConfigDict, dataset: Dataset) -> int:
+    return dataset.train.num_images // config.train.batch_size
 
 
 def state_bytes(config: ConfigDict, dataset: Dataset) -> int:
-    """Bytes of a training state: parameters, momentum and BatchNorm statistics."""
+    """Bytes of a training state: parameters, momentum, BatchNorm statistics and their moving average."""
     module = create_source_module(config, dataset)
     tx = sgd(config.train.learning_rate, momentum=config.train.momentum)
-    state = jax.eval_shape(lambda: init_state(init_variables(module, jax.random.key(0)), tx))
+    average = config.train.average_decay > 0
+    variables = functools.partial(init_variables, module, jax.random.key(0))
+    state = jax.eval_shape(lambda: init_state(variables(), tx, average=average))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
@@ -90,6 +146,7 @@ class Run(NamedTuple):
     state: TrainState
     run_step: Any  # (state, step) -> (state, metrics)
     schedule: Any
+    close: Any  # () -> None; ends what decodes images
 
 
 def prepare(config: ConfigDict, dataset: Dataset) -> Run:
@@ -121,39 +178,38 @@ def prepare(config: ConfigDict, dataset: Dataset) -> Run:
         ),
         attack_in_train_mode=recipe.attack_batch_norm == "batch",
         label_smoothing=recipe.label_smoothing,
+        num_parts=recipe.num_parts,
+        average_decay=recipe.average_decay,
         axis_name=parallel.AXIS,
     )
     init_key, batch_key = jax.random.split(jax.random.key(config.seed))
-    state = init_state(init_variables(module, init_key, recipe.image_size), tx)
-    run_step = _make_run_step(config, dataset, train_step, batch_key)
-    return Run(module, parallel.replicate(state), run_step, schedule)
+    variables = init_variables(module, init_key, recipe.image_size)
+    state = init_state(variables, tx, average=recipe.average_decay > 0)
+    feed = make_feed(
+        dataset.train,
+        Augmentation(**recipe.augmentation),
+        batch_key,
+        batch_size=recipe.batch_size,
+        num_steps=num_steps(config, dataset),
+        seed=config.seed,
+        num_workers=recipe.get("num_workers", -1),
+    )
+    run_step = _make_run_step(train_step, feed)
+    return Run(module, parallel.replicate(state), run_step, schedule, feed.close)
 
 
-def _make_run_step(config: ConfigDict, dataset: Dataset, train_step, key: jax.Array):
-    """(state, step) -> (state, metrics) on all devices, with batches that key and step alone decide."""
-    batch_size = config.train.batch_size
-    num_images = len(dataset.train.labels)
-    augmentation = Augmentation(**config.train.augmentation)
-    order_key, example_key = jax.random.split(key)
-    images, labels = jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels)
-    shared = parallel.replicate((images, labels, example_key))
-    positions = parallel.split(np.arange(batch_size))
+def _make_run_step(train_step, feed: Feed):
+    """(state, step) -> (state, metrics) on all devices."""
 
-    def step_on_device(state, images, labels, key, indices, positions):
-        step_key = jax.random.fold_in(key, state.step)
-        keys = jax.vmap(lambda position: jax.random.fold_in(step_key, position))(positions)
-        return train_step(state, make_batch(images, labels, indices, keys, augmentation))
+    def step_on_device(state, shared, rows):
+        return train_step(state, feed.make_batch(shared, rows, state.step))
 
-    step_on_devices = parallel.data_parallel(step_on_device, num_shared=4, num_split=2, donate=(0,))
-
-    @functools.lru_cache(maxsize=1)
-    def epoch_order(epoch):
-        return np.asarray(jax.random.permutation(jax.random.fold_in(order_key, epoch), num_images))
+    step_on_devices = parallel.data_parallel(step_on_device, num_shared=2, num_split=1, donate=(0,))
 
     def run_step(state, step):
-        epoch, i = divmod(step, num_images // batch_size)
-        indices = epoch_order(epoch)[i * batch_size : (i + 1) * batch_size]
-        return step_on_devices(state, *shared, parallel.split(indices), positions)
+        with names_key("train.dataset"):
+            rows = feed.rows(step)
+        return step_on_devices(state, feed.shared, rows)
 
     return run_step
 
@@ -175,19 +231,22 @@ def train_source(config: ConfigDict, folder: str | Path, *, name: str = "source"
     """Trains the network that config.train describes, or goes on where an earlier run stopped.
 
     Writes `folder`/checkpoints, log.jsonl, TensorBoard events, and at the end `folder`/model. A finished
-    model is loaded and returned as it is.
+    model is loaded and returned as it is. Over several processes, which share `folder`, process 0 writes.
 
     Raises:
       ConfigError: as `prepare`.
       DivergedError, Preempted: as `train.fit`.
+      UnreadableCheckpoints, SaveError: as `Checkpoints`.
     """
     folder = Path(folder)
-    if (folder / "model" / "model.json").exists():
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # left by a kill right after the save
+    if parallel.from_main(np.bool_((folder / "model" / "model.json").exists())):
+        if parallel.is_main_process():
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # left by a kill right after the save
         return load_model(folder / "model", dtype=compute_dtype(config.dtype))
     dataset = load_source_data(config)
     run = prepare(config, dataset)
-    with Checkpoints(folder / "checkpoints", keep=config.train.keep) as checkpoints:
+    saved = Checkpoints(folder / "checkpoints", keep=config.train.keep)
+    with contextlib.closing(run), saved as checkpoints:
         restored = checkpoints.restore(run.state)
         state = run.state if restored is None else parallel.replicate(restored)
         first_step = int(state.step)
@@ -202,11 +261,22 @@ def train_source(config: ConfigDict, folder: str | Path, *, name: str = "source"
                 log_every=config.train.log_every,
                 log=log,
                 steps=lambda steps: progress_bar(steps, f"train {name}", "steps", done=first_step),
+                validate=lambda state: _validate(config, dataset, run.module, state),
+                validate_every=config.train.validate_every * steps_per_epoch(config, dataset),
             )
     model = _to_model(config, dataset, run.module, state)
-    save_model(model, folder / "model")
-    shutil.rmtree(folder / "checkpoints")
+    if parallel.is_main_process():
+        save_model(model, folder / "model")
+        shutil.rmtree(folder / "checkpoints")
     return model
+
+
+def _validate(config: ConfigDict, dataset: Dataset, module: Any, state: TrainState) -> dict[str, float]:
+    """Accuracies of a state on the validation images, under the attack of config.evaluate too."""
+    config = config.copy_and_resolve_references()
+    config.evaluate.split = "validation"
+    found = measure(_to_model(config, dataset, module, state), dataset, config, name="validation")
+    return {f"validation_{key}": value for key, value in found.items() if key.endswith("accuracy")}
 
 
 def _to_model(config: ConfigDict, dataset: Dataset, module: Any, state: TrainState) -> Model:

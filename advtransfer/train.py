@@ -45,17 +45,21 @@ class TrainState(NamedTuple):
     params: Any
     batch_stats: Any
     opt_state: Any
+    average: Any = ()  # moving average of params and batch_stats, if there is one
 
     @property
     def variables(self) -> dict[str, Any]:
-        """As `module.apply` takes them."""
-        return {"params": self.params, "batch_stats": self.batch_stats}
+        """As `module.apply` takes them: the moving average, if there is one."""
+        params, batch_stats = self.average or (self.params, self.batch_stats)
+        return {"params": params, "batch_stats": batch_stats}
 
 
-def init_state(variables: Any, tx: optax.GradientTransformation) -> TrainState:
+def init_state(variables: Any, tx: optax.GradientTransformation, *, average: bool = False) -> TrainState:
     """The state before the first step; `variables` holds "params" and "batch_stats"."""
-    params = variables["params"]
-    return TrainState(jnp.zeros((), jnp.int32), params, variables["batch_stats"], tx.init(params))
+    params, batch_stats = variables["params"], variables["batch_stats"]
+    start = jnp.zeros((), jnp.int32)
+    copies = jax.tree.map(jnp.copy, (params, batch_stats)) if average else ()  # donated beside the originals
+    return TrainState(start, params, batch_stats, tx.init(params), copies)
 
 
 def module_apply(module: Any, *, start: int | None = None) -> Apply:
@@ -79,6 +83,8 @@ def make_train_step(
     attack_in_train_mode: bool = False,
     label_smoothing: float = 0.0,
     freeze_mask: Any | None = None,
+    num_parts: int = 1,
+    average_decay: float = 0.0,
     axis_name: str | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A pure function (state, batch) -> (state, metrics): one optimiser step on the mean loss of the batch.
@@ -95,6 +101,10 @@ def make_train_step(
       attack_in_train_mode: the attack sees the batch's own BatchNorm statistics instead.
       label_smoothing: weight of the uniform distribution in the training target.
       freeze_mask: True where a parameter must not change, in the structure of the parameters.
+      num_parts: the batch is taken in so many parts, one after the other, to save memory; the update is that
+        of the mean gradient. BatchNorm sees the parts one by one, as it sees the shards of several devices.
+      average_decay: of the state's moving average, in every step min(average_decay, (1 + step) / (10 + step))
+        so that a short training forgets its beginning too.
       axis_name: the device axis to average gradients and BatchNorm statistics over.
 
     Returns:
@@ -110,20 +120,42 @@ def make_train_step(
         losses = smoothed_cross_entropy(logits, labels, label_smoothing)
         return jnp.mean(losses), (batch_stats, losses, logits)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def gradient(params, batch_stats, batch):
         images = batch.images
         if attack is not None:
-            logits_fn = Partial(attacked_logits, state.params, state.batch_stats)
+            logits_fn = Partial(attacked_logits, params, batch_stats)
             keys = jax.vmap(lambda key: jax.random.fold_in(key, _ATTACK_STREAM))(batch.keys)
             images = attack(logits_fn, images, batch.labels, key=keys)
         grads, (batch_stats, losses, logits) = jax.grad(loss_fn, has_aux=True)(
-            state.params, state.batch_stats, images, batch.labels
+            params, batch_stats, images, batch.labels
         )
+        return grads, batch_stats, sum_metrics(losses, logits, batch.labels)
+
+    def gradient_in_parts(params, batch_stats, batch):
+        def add_part(carry, part):
+            total, batch_stats = carry
+            grads, batch_stats, metrics = gradient(params, batch_stats, part)
+            return (jax.tree.map(jnp.add, total, grads), batch_stats), metrics
+
+        parts = jax.tree.map(lambda x: x.reshape(num_parts, -1, *x.shape[1:]), batch)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        (total, batch_stats), metrics = jax.lax.scan(add_part, (zeros, batch_stats), parts)
+        grads = jax.tree.map(lambda x: x / num_parts, total)
+        return grads, batch_stats, jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        compute = gradient if num_parts == 1 else gradient_in_parts
+        grads, batch_stats, metrics = compute(state.params, state.batch_stats, batch)
         grads, batch_stats = parallel.mean((grads, batch_stats), axis_name)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = apply_updates(state.params, updates, freeze_mask)
-        metrics = parallel.total(sum_metrics(losses, logits, batch.labels), axis_name)
-        return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+        average = state.average
+        if average:
+            decay = jnp.minimum(average_decay, (1.0 + state.step) / (10.0 + state.step))
+            new = (params, batch_stats)
+            average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, new)
+        metrics = parallel.total(metrics, axis_name)
+        return TrainState(state.step + 1, params, batch_stats, opt_state, average), metrics
 
     return train_step
 
@@ -155,8 +187,8 @@ class DivergedError(RuntimeError):
     """The loss is no longer a number; the message says when, and what can be gone back to."""
 
 
-class Preempted(Exception):
-    """SIGTERM came; the state is saved."""
+class Preempted(BaseException):
+    """SIGTERM came, and what the message says is on disk; no error that anything on the way should handle."""
 
 
 def fit(
@@ -170,6 +202,8 @@ def fit(
     log_every: int,
     log: Callable[[int, dict[str, float]], None],
     steps: Callable[[range], Iterator[int]] = iter,
+    validate: Callable[[TrainState], dict[str, float]] | None = None,
+    validate_every: int = 0,
 ) -> TrainState:
     """Runs steps `int(state.step)` ... `num_steps - 1` and returns the last state.
 
@@ -184,41 +218,44 @@ def fit(
       log_every: in steps; losses are looked at this often, and before every save.
       log: (step, {"loss", "accuracy", "learning_rate"}), means since the last call.
       steps: wraps the range of steps, to draw a progress bar.
+      validate: scalars of a state, which are logged with the others after every `validate_every` steps.
+      validate_every: in steps; 0: never.
 
     Raises:
       DivergedError: a loss or a weight that is not finite; such a state is never saved.
-      Preempted: SIGTERM arrived; the state after the step in flight is saved.
+      Preempted: SIGTERM arrived, at any of the processes; the state after the step in flight is saved.
     """
     pending: list[Metrics] = []
 
-    def look(step: int) -> None:
-        """Fetches the metrics of the steps up to `step` and logs them."""
-        if not pending:
-            return
+    def look(step: int, more: dict[str, float]) -> None:
+        """Fetches the metrics of the steps up to `step` and logs them, with `more`."""
         fetched = jax.device_get(pending)
         for i, metrics in enumerate(fetched, start=step - len(fetched)):
             if not np.isfinite(metrics["loss"][0]):
                 raise DivergedError(_diverged(i, float(schedule(i)), checkpoints))
         totals = jax.tree.map(lambda *x: np.sum(x), *fetched)
-        log(step, {**means(totals), "learning_rate": float(schedule(step - 1))})
+        log(step, {**means(totals), "learning_rate": float(schedule(step - 1)), **more})
         pending.clear()
 
-    start = int(state.step)
-    with _sigterm_flag() as terminated:
+    start, terminated = int(state.step), threading.Event()
+    together = parallel.num_processes() > 1
+    with on_sigterm(terminated.set):
         for step in steps(range(start, num_steps)):
             state, metrics = run_step(state, step)
             pending.append(metrics)
             # Two steps in flight keep a device busy; more would only make the progress bar lie.
             jax.block_until_ready(pending[-3:][0])
             done = step + 1
-            save = done % save_every == 0 or done == num_steps or terminated.is_set()
-            if save or done % log_every == 0:
-                look(done)
+            stop = parallel.preempted(done) if together else terminated.is_set()
+            save = done % save_every == 0 or done == num_steps or stop
+            validated = validate(state) if validate_every and done % validate_every == 0 else {}
+            if validated or save or done % log_every == 0:
+                look(done, validated)
             if save:
                 if not _all_finite(state.params):
                     raise DivergedError(_diverged(step, float(schedule(step)), checkpoints))
                 checkpoints.save(done, state)
-            if terminated.is_set():
+            if stop:
                 raise Preempted(f"SIGTERM: saved at step {done} of {num_steps}")
     return state
 
@@ -239,14 +276,26 @@ def _diverged(step: int, learning_rate: float, checkpoints: Checkpoints) -> str:
 
 
 @contextmanager
-def _sigterm_flag() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, while the block runs; signals can only be caught in the main thread."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
+def on_sigterm(handle: Callable[[], None]) -> Iterator[None]:
+    """Calls `handle` when SIGTERM comes while the block runs.
+
+    Does nothing outside of the main thread, where signals cannot be caught, and in one of several processes,
+    where JAX's runtime catches them to tell the others.
+    """
+    if threading.current_thread() is not threading.main_thread() or parallel.num_processes() > 1:
+        yield
         return
-    previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    previous = signal.signal(signal.SIGTERM, lambda *_: handle())
     try:
-        yield event
+        yield
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def stop_on_sigterm() -> None:
+    """For `on_sigterm`: what is finished is on disk, and what is in flight is done again.
+
+    Raises:
+      Preempted: always.
+    """
+    raise Preempted("SIGTERM: what was finished is saved")

@@ -101,16 +101,14 @@ def torch_steps(
     import torch
     import torch.nn.functional as F
 
-    from benchmarks.torch_resnet import TorchResNet, state_dict
+    from benchmarks.torch_resnet import make_twin
 
     torch.set_num_threads(os.cpu_count())
     x = torch.tensor(images).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     y = torch.tensor(labels, dtype=torch.int64)
 
     def make():
-        model = TorchResNet(module)
-        model.load_state_dict(state_dict(variables), strict=False)
-        model = model.to(memory_format=torch.channels_last)
+        model = make_twin(module, variables).to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(
             model.parameters(),
             LEARNING_RATE,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
+
+from advtransfer.torch_checkpoint.convert import torch_tensors
 
 
 class Block(nn.Module):
@@ -80,24 +80,9 @@ class TorchResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def state_dict(variables: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Our variables under torchvision's names."""
-    leaf = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-    state = {}
-
-    def visit(path: tuple[str, ...], tree: Any):
-        if isinstance(tree, dict):
-            for name, child in tree.items():
-                visit((*path, name), child)
-            return
-        array = np.asarray(tree)
-        if path[-1] == "kernel":
-            array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-        name = ".".join((*path[:-1], leaf.get(path[-1], path[-1])))
-        name = re.sub(r"^layer(\d)_(\d+)", r"layer\1.\2", name)
-        name = name.replace("downsample_conv", "downsample.0").replace("downsample_bn", "downsample.1")
-        state[name] = torch.tensor(np.ascontiguousarray(array))
-
-    visit((), variables["params"])
-    visit((), variables["batch_stats"])
-    return state
+def make_twin(module: Any, variables: dict[str, Any]) -> TorchResNet:
+    """PyTorch's twin of a network, with its weights."""
+    twin = TorchResNet(module)
+    tensors = {name: torch.from_numpy(array) for name, array in torch_tensors(module, variables).items()}
+    twin.load_state_dict(tensors | {"mean": twin.mean, "std": twin.std})
+    return twin

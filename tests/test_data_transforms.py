@@ -29,9 +29,11 @@ def images():
 
 RANDOM = {
     "crop": functools.partial(transforms.random_crop, padding=3),
+    "resized_crop": jax.jit(functools.partial(transforms.random_resized_crop, min_area=0.1)),
     "flip": transforms.random_flip,
     "jitter": functools.partial(transforms.color_jitter, brightness=0.4, contrast=0.4, saturation=0.4),
     "rotation": functools.partial(transforms.random_rotation, degrees=20.0),
+    "lighting": functools.partial(transforms.random_lighting, scale=0.5),
     "augment": functools.partial(augment, augmentation=PAPER),
 }
 
@@ -95,6 +97,18 @@ def test_flip(images):
     flipped = np.array([True, False, True, True, False, False])
     expected = np.where(flipped[:, None, None, None], np.flip(images, axis=2), images)
     chex.assert_trees_all_equal(transforms.flip_where(images, flipped), expected)
+
+
+def test_light_is_a_sum_of_the_components(images):
+    """As in MadryLab/robustness: the sum over components of vector × share × value, for every colour."""
+    shares = np.random.default_rng(1).normal(0, 0.3, (len(images), 3)).astype(np.float32)
+    values, vectors = transforms._PCA_VALUES, transforms._PCA_VECTORS
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(3), atol=1e-3)  # orthonormal
+    expected = images.copy()
+    for n, colour, j in itertools.product(range(len(images)), range(3), range(3)):
+        expected[n, ..., colour] += vectors[colour, j] * shares[n, j] * values[j]
+    out = transforms.light_by(images, shares)
+    np.testing.assert_allclose(out, np.clip(expected, 0, 1), atol=1e-6)
 
 
 def test_flip_rate():

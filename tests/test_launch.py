@@ -104,9 +104,9 @@ def _set(config, changes):
         ({"study.sources": "natural,l2:inf"}, "config.study.sources: 'l2:inf'.*positive"),
         ({"train.mean": ("a", "b", "c")}, "config.train.mean=.*'a' is no float"),
         ({"evaluate.batch_size": 255}, "config.evaluate.batch_size: .*2 devices"),
-        ({"stage": "evaluate"}, "config.evaluate.model: name a model folder"),
+        ({"stage": "evaluate"}, "config.evaluate.model: name a model: a folder"),
         ({"stage": "evaluate", "evaluate.model": "no/such"}, "config.evaluate.model: .*no model folder"),
-        ({"stage": "transfer"}, "config.source: name a model folder"),
+        ({"stage": "transfer"}, "config.source: name a model: a folder"),
         ({"stage": "report"}, "config.rows: name a file or folder"),
         ({"stage": "report", "rows": "no/such"}, "config.rows: no/such"),
     ],
@@ -143,8 +143,26 @@ def test_a_workdir_of_another_config_is_left_alone(tmp_path):
 
 def test_a_workdir_under_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(ConfigError, match="cannot be written: .*file: Not a directory"):
         stages.plan(_config(), tmp_path / "file" / "results")
+
+
+def test_a_workdir_on_a_read_only_mount_is_refused(tmp_path):
+    """Root may write everywhere but there."""
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)]
+    if os.getuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a disk needs root")
+    try:
+        for act in (stages.plan, stages.run):
+            with pytest.raises(ConfigError, match="cannot be written: .*Read-only file system"):
+                act(_config(), tmp_path / "results")
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_an_address_is_no_workdir():
+    with pytest.raises(ConfigError, match="--workdir=gs://bucket/run: .*mount the bucket"):
+        stages.plan(_config(), "gs://bucket/run")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda p: p.stem)

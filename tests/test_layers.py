@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "checkpoint": {"parallel"},
     "progress": {"parallel"},
     "models": {"parallel"},
+    "torch_checkpoint": {"models"},
     "data": {"config", "parallel"},
     "train": {"parallel", "attacks", "optim", "checkpoint", "data", "models"},
 }
@@ -30,7 +31,9 @@ MAY_IMPORT["evaluate"] = MAY_IMPORT["train"] | {"train"}
 MAY_IMPORT["source"] = MAY_IMPORT["evaluate"] | {"evaluate", "config", "progress"}
 MAY_IMPORT["transfer"] = MAY_IMPORT["evaluate"] | {"evaluate"}
 MAY_IMPORT["study"] = MAY_IMPORT["transfer"] | {"transfer"}
-MAY_IMPORT["stages"] = MAY_IMPORT["study"] | MAY_IMPORT["source"] | {"study", "source", "report"}
+MAY_IMPORT["stages"] = (
+    MAY_IMPORT["study"] | MAY_IMPORT["source"] | {"study", "source", "report", "torch_checkpoint"}
+)
 
 COLLECTIVES = {
     "pmap",
@@ -38,8 +41,10 @@ COLLECTIVES = {
     "pmean",
     "all_gather",
     "axis_index",
+    "broadcast_one_to_all",
     "process_index",
     "process_count",
+    "sync_global_devices",
 }
 
 
@@ -81,7 +86,8 @@ def test_what_is_spelt_in_one_place_only(path):
     imported = {part for name in _imports(path) for part in name.split(".")}
     if path.name != "parallel.py":
         assert not (names | imported) & COLLECTIVES
-    assert "FLAGS" not in names and "absl" not in imported
+    if path.name != "stream.py":  # Grain wants its own flags parsed
+        assert "FLAGS" not in names and "absl" not in imported
     if _room(path) == "report":
         assert not imported & {"jax", "flax", "optax", "orbax"}
 
@@ -98,7 +104,7 @@ def test_every_config_key_is_read_somewhere():
     """As an attribute, a string, or a field of a tuple that is filled from the config by name."""
     read = set()
     for path in FILES:
-        if path.name == "config.py":
+        if _room(path) == "config":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):

@@ -20,10 +20,34 @@ def _tree(num_examples):
 def test_split_gives_every_device_its_share_in_order():
     tree = _tree(6)
     shares = parallel.split(tree)
+    chex.assert_trees_all_equal(parallel.split_locally(tree), shares)
     chex.assert_trees_all_equal(shares, jax.tree.map(lambda x: np.stack([x[:3], x[3:]]), tree))
     chex.assert_trees_all_equal(parallel.join(shares), tree)
     with pytest.raises(ValueError, match="a batch of 5 examples .* over 2 devices: use a multiple of 2"):
         parallel.split(_tree(5))
+
+
+@pytest.mark.parametrize("process", [0, 1, 2])
+def test_every_process_takes_its_own_rows_of_a_batch(process, monkeypatch):
+    """Three processes of two devices: together they have every row once, in order."""
+    monkeypatch.setattr(parallel.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(parallel.jax, "process_index", lambda: process)
+    tree = _tree(12)
+    own = jax.tree.map(lambda x: x[4 * process : 4 * process + 4], tree)
+    chex.assert_trees_all_equal(parallel.join(parallel.split(tree)), own)
+    chex.assert_trees_all_equal(parallel.join(parallel.split_locally(tree)), tree)
+    with pytest.raises(ValueError, match="a batch of 9 examples .* over 6 devices: use a multiple of 6"):
+        parallel.split(_tree(9))
+
+
+def test_one_process_joins_nothing_and_waits_for_nobody(monkeypatch, caplog):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+    parallel.initialize()
+    assert "one process only" in caplog.text
+    assert (parallel.num_processes(), parallel.process(), parallel.is_main_process()) == (1, 0, True)
+    parallel.barrier("nobody")
+    tree = _tree(3)
+    assert parallel.from_main(tree) is tree
 
 
 @pytest.mark.parametrize("size", [5, 8])
@@ -72,7 +96,7 @@ def test_data_parallel_gradients_are_those_of_the_whole_batch():
 def test_map_parallel_keeps_the_results_of_independent_work_apart():
     x = _tree(4)["x"]
     double = parallel.map_parallel(lambda factor, x: factor * x, num_shared=1, num_split=1)
-    found = double(parallel.replicate(np.float32(2)), parallel.split(x))
+    found = double(parallel.replicate(np.float32(2)), parallel.split_locally(x))
     assert found.shape == (2, 2, 3)
     np.testing.assert_array_equal(parallel.join(found), 2 * x)
     assert len(found.sharding.device_set) == 2

@@ -1,103 +1,49 @@
 """Killed against undisturbed: real processes, real signals, and weights compared bit for bit."""
 
+import contextlib
 import json
 import os
+import random
+import resource
+import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import chex
+import numpy as np
 import pytest
+from faults import disturb, finish, is_saving, launcher, results, saved_steps, wait_until
 
+from advtransfer.checkpoint import Checkpoints, SaveError
 from advtransfer.models import load_model
 
-ROOT = Path(__file__).parent.parent
+RECIPE = (
+    "--config.train.num_epochs=4",
+    "--config.train.norm=l2",
+    "--config.train.eps=0.5",
+    "--config.train.attack_steps=3",
+    "--config.evaluate.norm=none",
+)
 NUM_STEPS = 40
-
-CONFIG = """
-from advtransfer import config as base
-
-def get_config():
-    config = base.default()
-    config.stage = "source"
-    config.train.dataset = "builtin:digits"
-    config.train.image_size = 8
-    config.train.norm, config.train.eps = "l2", 0.5
-    config.train.attack_random_start = True
-    config.train.augmentation.crop_padding = 1
-    config.train.learning_rate = 0.05
-    config.train.batch_size = 80
-    config.train.num_epochs = 4
-    config.train.save_every = 3
-    config.train.log_every = 2
-    config.evaluate.norm, config.evaluate.num_images = "none", 16
-    return config
-"""
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Starts a source training in a workdir; compiled programs are kept for the next process."""
-    folder = tmp_path_factory.mktemp("resume")
-    (folder / "config.py").write_text(CONFIG)
-    environment = {
-        **os.environ,
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-    def run(workdir, **kwargs):
-        return subprocess.Popen(
-            [
-                sys.executable,
-                str(ROOT / "launch.py"),
-                f"--config={folder / 'config.py'}",
-                f"--workdir={workdir}",
-            ],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            **kwargs,
-        )
-
-    return run
+def launch(tmp_path_factory):
+    return launcher(tmp_path_factory.mktemp("resume"))
 
 
-def _finish(process, *, code=0):
-    _, stderr = process.communicate(timeout=300)
-    assert process.returncode == code, stderr[-2000:]
-    return stderr
-
-
-def _wait_until(condition, process, *, seconds=240):
-    """Polls fast; False when the process ends first."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if process.poll() is not None:
-            return False
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
-    return True
+@pytest.fixture(scope="module")
+def start(launch):
+    """start(workdir): a source training by RECIPE."""
+    return lambda workdir, **kwargs: launch("source", workdir, *RECIPE, **kwargs)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(start, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    _finish(start(workdir))
+    finish(start(workdir))
     return workdir
-
-
-def _saved_steps(workdir):
-    folder = workdir / "checkpoints"
-    return [int(p.name) for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
-
-
-def _is_saving(workdir):
-    folder = workdir / "checkpoints"
-    return folder.exists() and any("tmp" in p.name for p in folder.iterdir())
 
 
 def _log(workdir):
@@ -119,40 +65,133 @@ def test_sigkill_at_any_moment_and_the_same_command_again(start, undisturbed, tm
     """Before the first checkpoint, after one, during the saving of another, and shortly before the end."""
     moments = [
         lambda: (tmp_path / "log.jsonl").exists(),
-        lambda: max(_saved_steps(tmp_path), default=0) >= 6,
-        lambda: max(_saved_steps(tmp_path), default=0) >= 15 and _is_saving(tmp_path),
-        lambda: max(_saved_steps(tmp_path), default=0) >= 33,
+        lambda: max(saved_steps(tmp_path), default=0) >= 6,
+        lambda: max(saved_steps(tmp_path), default=0) >= 15 and is_saving(tmp_path),
+        lambda: max(saved_steps(tmp_path), default=0) >= 33,
     ]
     reached = []
     for moment in moments:
         process = start(tmp_path)
-        if _wait_until(moment, process):
+        if wait_until(moment, process):
             process.send_signal(signal.SIGKILL)
             process.communicate()
-            reached.append(max(_saved_steps(tmp_path), default=0))
+            reached.append(max(saved_steps(tmp_path), default=0))
             assert not (tmp_path / "model").exists()
         else:
-            _finish(process)
+            finish(process)
     assert len(reached) >= 3 and reached == sorted(reached), reached
-    _finish(start(tmp_path))
+    finish(start(tmp_path))
     _assert_same(tmp_path, undisturbed)
 
 
 def test_sigterm_saves_says_so_and_exits_in_time(start, undisturbed, tmp_path):
     process = start(tmp_path)
-    assert _wait_until(lambda: max(_saved_steps(tmp_path), default=0) >= 9, process)
+    assert wait_until(lambda: max(saved_steps(tmp_path), default=0) >= 9, process)
     sent = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    stderr = _finish(process, code=0)
+    stderr = finish(process, code=0)
     assert time.monotonic() - sent < 30
-    last = max(_saved_steps(tmp_path))
+    last = max(saved_steps(tmp_path))
     assert f"SIGTERM: saved at step {last} of {NUM_STEPS}; resume with the same command" in stderr
-    _finish(start(tmp_path))
+    finish(start(tmp_path))
     _assert_same(tmp_path, undisturbed)
 
 
 def test_a_finished_run_is_not_run_again(start, undisturbed):
     model = undisturbed / "model" / "model.json"
     before = model.stat().st_mtime_ns
-    _finish(start(undisturbed))
+    finish(start(undisturbed))
     assert model.stat().st_mtime_ns == before
+
+
+# --- stages that do not save on the way -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["transfer", "study"])
+def stage(request, launch, undisturbed, tmp_path_factory):
+    """(a function that starts the stage in a workdir, the results of an undisturbed run)."""
+    arguments = {
+        "transfer": (f"transfer:{undisturbed}/model",),
+        "study": (
+            "study",
+            f"--config.study.sources={undisturbed}/model",
+            "--config.study.num_unfrozen_blocks=(0,)",
+        ),
+    }
+    name, *overrides = arguments[request.param]
+    workdir = tmp_path_factory.mktemp(request.param)
+    finish(launch(name, workdir, *overrides))
+    return lambda workdir: launch(name, workdir, *overrides), results(workdir)
+
+
+def test_sigterm_says_so_and_a_slice_of_the_fault_campaign_changes_nothing(stage, tmp_path):
+    start, expected = stage
+    process = start(tmp_path)
+    assert wait_until((tmp_path / "config.json").exists, process)
+    process.send_signal(signal.SIGTERM)
+    assert "SIGTERM: what was finished is saved; resume with the same command" in finish(process)
+    assert not (tmp_path / "rows.csv").exists()
+    disturb(start, tmp_path, 6.0, random.Random(0))
+    finish(start(tmp_path))
+    assert results(tmp_path) == expected
+
+
+# --- disks ----------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_old_checkpoint(start, undisturbed, tmp_path):
+    """A limit on the size of files, set while the process runs, is to it as a disk that has become full."""
+    process = start(tmp_path)
+    assert wait_until(lambda: max(saved_steps(tmp_path), default=0) >= 9, process)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    stderr = finish(process, code=3)
+    last = stderr.splitlines()[-1]
+    assert "cannot be written" in last and "Traceback" not in stderr
+    assert f"that of step {max(saved_steps(tmp_path))} is as it was; resume with the same command" in last
+    finish(start(tmp_path))
+    _assert_same(tmp_path, undisturbed)
+
+
+def test_a_mount_without_space_keeps_the_checkpoint_before(tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3M", "tmpfs", str(tmp_path)]
+    if os.getuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        states = [{"w": np.random.default_rng(step).normal(size=10_000)} for step in (1, 2)]
+        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+            checkpoints.save(1, states[0])
+            with (tmp_path / "filler").open("wb") as file, contextlib.suppress(OSError):
+                file.write(bytes(2**22))
+            with pytest.raises(SaveError, match="step 2 .*No space left on device.*step 1 is as it was"):
+                checkpoints.save(2, states[1])
+        (tmp_path / "filler").unlink()
+        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+            chex.assert_trees_all_equal(checkpoints.restore(states[1]), states[0])
+            checkpoints.save(2, states[1])
+            assert checkpoints.latest() == 2
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_flipped_bit_anywhere_is_found_and_the_checkpoint_before_used(tmp_path, caplog):
+    """Whatever comes back is the state of one of the two steps, bit for bit."""
+    states = [{"w": np.random.default_rng(step).normal(size=(64, 64))} for step in (1, 2)]
+    with Checkpoints(tmp_path / "whole") as checkpoints:
+        for step, state in enumerate(states, start=1):
+            checkpoints.save(step, state)
+    fallen_back = 0
+    for path in [p for p in sorted((tmp_path / "whole" / "2").rglob("*")) if p.is_file()]:
+        for part in (1 / 3, 1 / 2, 2 / 3):
+            shutil.copytree(tmp_path / "whole", tmp_path / "copy")
+            damaged = tmp_path / "copy" / path.relative_to(tmp_path / "whole")
+            content = bytearray(path.read_bytes())
+            content[int(len(content) * part)] ^= 1
+            damaged.write_bytes(content)
+            caplog.clear()
+            with Checkpoints(tmp_path / "copy") as checkpoints:
+                restored = checkpoints.restore(states[0])
+            said = "checkpoint 2" in caplog.text and "going on from checkpoint 1" in caplog.text
+            chex.assert_trees_all_equal(restored, states[0 if said else 1])
+            fallen_back += said
+            shutil.rmtree(tmp_path / "copy")
+    assert fallen_back >= 3

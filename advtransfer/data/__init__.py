@@ -2,21 +2,30 @@
 
 from advtransfer.data.batches import Batch, make_batch
 from advtransfer.data.datasets import DATASETS, Dataset, Split, check_dataset_name, load_dataset
+from advtransfer.data.feed import Feed, make_feed
 from advtransfer.data.glyphs import LETTERS, render_glyphs
+from advtransfer.data.stream import StreamedSplit
 from advtransfer.data.subsets import subset_indices
-from advtransfer.data.transforms import Augmentation, augment, resize, to_float
+from advtransfer.data.targets import TARGETS, Target
+from advtransfer.data.transforms import AUGMENTATIONS, Augmentation, augment, resize, to_float
 
 __all__ = [
+    "AUGMENTATIONS",
     "DATASETS",
     "LETTERS",
+    "TARGETS",
     "Augmentation",
     "Batch",
     "Dataset",
+    "Feed",
     "Split",
+    "StreamedSplit",
+    "Target",
     "augment",
     "check_dataset_name",
     "load_dataset",
     "make_batch",
+    "make_feed",
     "render_glyphs",
     "resize",
     "subset_indices",

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,20 @@ def cached_arrays(
     with contextlib.suppress(OSError):
         _write_by_rename(path, arrays)
     return arrays
+
+
+def fingerprint(root: Path, paths: Iterable[Path]) -> str:
+    """Digest of files below `root` that is another when one of them is written to, moved or replaced.
+
+    From their names, sizes and times of change; the status time (ctime) cannot be set back by copying
+    or `touch`, so nothing need be read.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        status = path.stat()
+        entry = [str(path.relative_to(root)), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        digest.update(json.dumps(entry).encode())
+    return digest.hexdigest()
 
 
 def _default_folder() -> Path:

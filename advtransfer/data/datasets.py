@@ -1,13 +1,15 @@
 """Datasets by name, as uint8 arrays on the host.
 
-`DATASETS` names every set that can be loaded. A set that is new to it needs a function
-`(image_size, seed, cache_dir) -> (class_names, train, validation, test)` and a line there.
+`DATASETS` names the sets that the package brings along. One that is new to it needs a function
+`(image_size, seed, cache_dir) -> (class_names, train, validation, test)` and a line there. `OPENERS`
+says what opens the names of recorded sets, such as `tfds:cifar10`; a new kind of them needs a function
+`name -> Recording` and a line there.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import NamedTuple
 
@@ -16,7 +18,17 @@ from PIL import Image
 
 from advtransfer.data import glyphs
 from advtransfer.data.cache import cached_arrays
+from advtransfer.data.decode import VIEWS
+from advtransfer.data.folder import open_folder
+from advtransfer.data.recorded import Recording, count_training, find_size, load_parts
+from advtransfer.data.stream import StreamedSplit, open_stream
 from advtransfer.data.subsets import stratified_order
+from advtransfer.data.tfds import open_tfds
+
+SPLITS = ("train", "validation", "test")
+BROKEN = ("refuse", "skip")
+LOADING = ("memory", "stream", "auto")
+MAX_IN_MEMORY = 2e9  # bytes of training images that "auto" does not stream: on every machine the same
 
 
 class Split(NamedTuple):
@@ -25,15 +37,25 @@ class Split(NamedTuple):
     images: np.ndarray  # uint8 [N, H, W, 3]
     labels: np.ndarray  # int32 [N]
 
+    @property
+    def num_images(self) -> int:
+        return len(self.labels)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the images that lie in memory."""
+        return self.images.nbytes
+
 
 class Dataset(NamedTuple):
     """The three splits of one dataset; no image is in two of them."""
 
     name: str
     class_names: tuple[str, ...]
-    train: Split
+    train: Split | StreamedSplit
     validation: Split  # carved out of the training images; hyper-parameters are chosen on it
     test: Split
+    skipped: tuple[str, ...] = ()  # images that could not be decoded, with the reason
 
 
 Parts = tuple[tuple[str, ...], Split, Split, Split]
@@ -45,43 +67,95 @@ def load_dataset(
     image_size: int | None = None,
     seed: int = 0,
     cache_dir: str | PathLike | None = None,
+    splits: Sequence[str] = SPLITS,
+    broken: str = "refuse",
+    view: str = "natural",
+    loading: str = "memory",
 ) -> Dataset:
     """Loads a dataset by name.
 
+    Recorded images are decoded once, in parallel, and kept until a file of the set changes. Their labels,
+    class names and splits are the set's own as far as it has them (see `load_parts`). If all images
+    of a set are squares of one size they are resized as a whole; the images of other sets are cropped
+    as in ImageNet's evaluation (see `fit_image`).
+
     Args:
-      name: one of `DATASETS`.
+      name: one of `DATASETS`; `tfds:NAME`, a prepared TensorFlow dataset, which needs no TensorFlow (module
+        `tfds` has the whole notation); or `folder:/path`, one subfolder per class (module `folder`).
       image_size: side of the images in pixels; None is the set's own (glyphs 16, digits 8).
         Glyphs are drawn at this size, digits are resized to it (bilinear with antialias).
       seed: which glyphs are drawn. A set of recorded images is the same for every seed.
-      cache_dir: where drawn glyphs are kept; None is `$XDG_CACHE_HOME/advtransfer` or
+      cache_dir: where drawn and decoded images are kept; None is `$XDG_CACHE_HOME/advtransfer` or
         `~/.cache/advtransfer`. The sets load without a cache when it cannot be written.
+      splits: which of `SPLITS` the caller needs; the others of a recorded set come back empty.
+      broken: what becomes of images that cannot be decoded: "refuse" raises, "skip" leaves them out
+        and lists them in `Dataset.skipped`.
+      view: one of `VIEWS`: "natural", "low_pass" (by way of 32² pixels) or "grey"; for all splits.
+      loading: "memory", or "stream": the training images stay on disk (module `stream`), or "auto": they do
+        when they would take more than 2 GB. Other splits are always in memory.
 
     Returns:
       A `Dataset` of uint8 images [N, image_size, image_size, 3] and int32 labels [N].
 
     Raises:
-      ValueError: unknown name (with the nearest known ones), or an impossible size or seed.
+      ValueError: unknown name (with the nearest known ones), a set that is not prepared or not well
+        formed, broken images, or an impossible size or seed.
     """
-    check_dataset_name(name)
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size of {name} must be a positive number of pixels, got {image_size}")
     if seed < 0:
         raise ValueError(f"seed of {name} must not be negative, got {seed}")
-    return Dataset(name, *DATASETS[name](image_size, seed, cache_dir))
+    for value, known in (
+        (view, VIEWS),
+        (broken, BROKEN),
+        (loading, LOADING),
+        *((split, SPLITS) for split in splits),
+    ):
+        if value not in known:
+            raise ValueError(f"{value!r} is none of {', '.join(known)}")
+    if name in DATASETS:
+        if loading == "stream":
+            raise ValueError(f"{name} is not streamed: its images are made in memory")
+        class_names, *parts = DATASETS[name](image_size, seed, cache_dir)
+        return Dataset(name, class_names, *(Split(_view(part.images, view), part.labels) for part in parts))
+    recording = _opener(name)(name)
+    streamed = "train" in splits and _is_streamed(recording, image_size, cache_dir, view, loading)
+    in_memory = [split for split in splits if split != "train" or not streamed]
+    parts = load_parts(recording, image_size, cache_dir, in_memory, broken, view)
+    skipped = tuple(str(image) for part in parts.values() for image in part.skipped)
+    ours = {split: Split(parts[split].images, parts[split].labels) for split in SPLITS}
+    if streamed:
+        ours["train"] = open_stream(recording, *find_size(recording, image_size, cache_dir), broken)
+    return Dataset(name, recording.class_names, **ours, skipped=skipped)
+
+
+def _is_streamed(
+    recording: Recording, image_size: int | None, cache_dir: str | PathLike | None, view: str, loading: str
+) -> bool:
+    if loading == "memory" or (loading == "auto" and view != "natural"):
+        return False
+    if view != "natural":
+        raise ValueError(f"{recording.name} cannot be streamed in the view {view}, only loaded into memory")
+    size, _ = find_size(recording, image_size, cache_dir)
+    return loading == "stream" or count_training(recording) * size * size * 3 > MAX_IN_MEMORY
 
 
 def check_dataset_name(name: str) -> None:
-    """Raises a ValueError that lists the nearest names if no dataset is called `name`."""
-    if name in DATASETS:
-        return
-    known = ", ".join(DATASETS)
-    prefixes = sorted({known_name.partition(":")[0] for known_name in DATASETS})
+    """Raises the ValueError of a dataset that is not there, without reading its images."""
+    if name not in DATASETS:
+        _opener(name)(name)
+
+
+def _opener(name: str) -> Callable[[str], Recording]:
     prefix, colon, _ = name.partition(":")
-    if colon and prefix not in prefixes:
-        hint = f"prefix {prefix!r} is none of {', '.join(prefixes)}"
+    if colon and prefix in OPENERS:
+        return OPENERS[prefix]
+    if colon and prefix != "builtin":
+        hint = f"prefix {prefix!r} is none of builtin, {', '.join(OPENERS)}"
     else:
         near = difflib.get_close_matches(name, DATASETS, n=2, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else "no name is near it"
+    known = ", ".join([*DATASETS, "tfds:NAME", "folder:/path"])
     raise ValueError(f"unknown dataset {name!r}: {hint}; known datasets: {known}")
 
 
@@ -135,7 +209,15 @@ def _resize(images: np.ndarray, size: int | None) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(im).resize((size, size), bilinear)) for im in images])
 
 
+def _view(images: np.ndarray, view: str) -> np.ndarray:
+    if view == "natural":
+        return images
+    return np.stack([np.asarray(VIEWS[view](Image.fromarray(image))) for image in images])
+
+
 DATASETS: dict[str, Callable[..., Parts]] = {
     "builtin:digits": _load_digits,
     "builtin:glyphs": _load_glyphs,
 }
+
+OPENERS: dict[str, Callable[[str], Recording]] = {"tfds": open_tfds, "folder": open_folder}

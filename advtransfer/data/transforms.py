@@ -16,6 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
+# Eigenvalues and eigenvectors (columns) of the colours of ImageNet's pixels in [0, 1].
+_PCA_VALUES = np.array([0.2175, 0.0188, 0.0045], np.float32)
+_PCA_VECTORS = np.array(
+    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]], np.float32
+)
 _ORDERS = np.array(list(itertools.permutations(range(3))), np.int32)
 
 
@@ -26,16 +31,31 @@ class Augmentation(NamedTuple):
     flip: bool = False  # see `random_flip`
     jitter: float = 0.0  # of brightness, contrast and saturation; see `color_jitter`
     rotation: float = 0.0  # degrees; see `random_rotation`
+    lighting: float = 0.0  # standard deviation; see `random_lighting`
+    resized_crop: float = 0.0  # smallest share of the area; done first; see `random_resized_crop`
+
+
+# What is done to training images, by whom. Grey targets of Utrera et al. are left alone.
+AUGMENTATIONS = {
+    "none": Augmentation(),
+    # ICLR 2021, their code; CIFAR-10 in MadryLab/robustness too.
+    "utrera_color": Augmentation(crop_padding=4, flip=True, jitter=0.25, rotation=2.0),
+    "salman": Augmentation(flip=True, resized_crop=0.08),  # NeurIPS 2020, their code: torchvision's defaults
+    # ImageNet in MadryLab/robustness, data_augmentation.py, which Salman et al. train their sources with.
+    "robustness": Augmentation(flip=True, jitter=0.1, lighting=0.05, resized_crop=0.08),
+}
 
 
 def augment(keys: jax.Array, images: jax.Array, augmentation: Augmentation) -> jax.Array:
-    """Crops, flips, jitters and rotates, as Utrera et al. (ICLR 2021) do for colour targets.
+    """Crops, flips, jitters and rotates; `AUGMENTATIONS` has what the papers do.
 
     Each transform has its own key, so that switching one off does not change the others.
     `augmentation` is a constant under jit: what it leaves out is not compiled.
     """
-    crop_keys, flip_keys, jitter_keys, rotation_keys = _split(keys, 4)
-    crop_padding, flip, jitter, rotation = augmentation
+    crop_keys, flip_keys, jitter_keys, rotation_keys, box_keys, light_keys = _split(keys, 6)
+    crop_padding, flip, jitter, rotation, lighting, resized_crop = augmentation
+    if resized_crop:
+        images = random_resized_crop(box_keys, images, min_area=resized_crop)
     if crop_padding:
         images = random_crop(crop_keys, images, padding=crop_padding)
     if flip:
@@ -44,6 +64,8 @@ def augment(keys: jax.Array, images: jax.Array, augmentation: Augmentation) -> j
         images = color_jitter(jitter_keys, images, brightness=jitter, contrast=jitter, saturation=jitter)
     if rotation:
         images = random_rotation(rotation_keys, images, degrees=rotation)
+    if lighting:
+        images = random_lighting(light_keys, images, scale=lighting)
     return images
 
 
@@ -77,6 +99,56 @@ def crop_at(images: jax.Array, offsets: jax.Array, *, padding: int) -> jax.Array
         return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), images.shape[1:])
 
     return jax.vmap(crop)(padded, offsets)
+
+
+def random_resized_crop(keys: jax.Array, images: jax.Array, *, min_area: float) -> jax.Array:
+    """Cuts a random box out of each image and scales it to the image's size, as torchvision does.
+
+    The box has a share of the area uniform in [min_area, 1] and a ratio of width to height whose logarithm
+    is uniform between those of 3/4 and 4/3. Of ten tries the first that fits is taken; if none does,
+    the whole image.
+    """
+    _check(keys, images)
+    height, width = images.shape[1:3]
+
+    def draw(key: jax.Array) -> jax.Array:
+        area_key, ratio_key, place_key = jax.random.split(key, 3)
+        area = height * width * jax.random.uniform(area_key, (10,), minval=min_area, maxval=1.0)
+        ratio = jnp.exp(jax.random.uniform(ratio_key, (10,), minval=np.log(3 / 4), maxval=np.log(4 / 3)))
+        sides = jnp.round(jnp.stack([jnp.sqrt(area / ratio), jnp.sqrt(area * ratio)], axis=1))
+        whole = jnp.array([height, width], jnp.float32)
+        fits = jnp.all((sides >= 1) & (sides <= whole[None]), axis=1)
+        sides = jnp.where(jnp.any(fits), sides[jnp.argmax(fits)], whole)
+        place = jnp.floor(jax.random.uniform(place_key, (2,)) * (whole - sides + 1))
+        return jnp.concatenate([place, sides])
+
+    return resized_crop_at(images, jax.vmap(draw)(keys))
+
+
+def resized_crop_at(images: jax.Array, boxes: jax.Array) -> jax.Array:
+    """Scales boxes of the images to their size, bilinear with antialias, as Pillow scales a cut-out image.
+
+    Args:
+      images: float32 [N, H, W, 3].
+      boxes: float32 [N, 4], whole numbers: top, left, height, width.
+    """
+
+    def weights(first: jax.Array, length: jax.Array, size: int) -> jax.Array:
+        """Share of every old pixel (column) in every new one (row): a triangle, cut off at the box."""
+        scale = length / size
+        old = jnp.arange(size, dtype=jnp.float32)[None, :]
+        middle = first - 0.5 + (jnp.arange(size, dtype=jnp.float32)[:, None] + 0.5) * scale
+        share = jnp.maximum(0, 1 - jnp.abs(old - middle) / jnp.maximum(scale, 1))
+        share = jnp.where((old >= first) & (old < first + length), share, 0)
+        return share / jnp.sum(share, axis=1, keepdims=True)
+
+    def cut(image: jax.Array, box: jax.Array) -> jax.Array:
+        rows = weights(box[0], box[2], image.shape[0])
+        columns = weights(box[1], box[3], image.shape[1])
+        return jnp.einsum("ay,bx,yxc->abc", rows, columns, image, precision="highest")
+
+    # Rounding may leave the weights' sum a little above 1.
+    return jnp.clip(jax.vmap(cut)(images, boxes), 0, 1)
 
 
 def random_flip(keys: jax.Array, images: jax.Array) -> jax.Array:
@@ -135,6 +207,23 @@ def adjust_colors(images: jax.Array, factors: jax.Array, order: jax.Array) -> ja
     for step in range(3):
         images = change(images, order[:, step])
     return images
+
+
+def random_lighting(keys: jax.Array, images: jax.Array, *, scale: float) -> jax.Array:
+    """Adds each image a colour along the principal components of ImageNet's pixels, clipped to [0, 1].
+
+    The shares of the components are normal with standard deviation `scale` (Krizhevsky et al., 2012, section
+    4.1; components and 0.05 as in MadryLab/robustness, which does not clip before the attack does).
+    """
+    _check(keys, images)
+    shares = jax.vmap(lambda key: scale * jax.random.normal(key, (3,), jnp.float32))(keys)
+    return light_by(images, shares)
+
+
+def light_by(images: jax.Array, shares: jax.Array) -> jax.Array:
+    """Adds the colour with the `shares`, float32 [N, 3], of the three principal components."""
+    colors = jnp.matmul(shares, (_PCA_VECTORS * _PCA_VALUES).T, precision="highest")
+    return jnp.clip(images + colors[:, None, None, :], 0, 1)
 
 
 def random_rotation(keys: jax.Array, images: jax.Array, *, degrees: float) -> jax.Array:

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.tree_util import Partial
 
+from advtransfer import parallel
 from advtransfer.models.resnet import ResNet, create_module, init_variables
 
 _SPEC_FILE, _VARIABLES = "model.json", "variables"
@@ -102,7 +103,7 @@ def save_model(model: Model, folder: str | Path, *, overwrite: bool = False) -> 
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), model.variables)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         checkpointer.save(new / _VARIABLES, variables)
     spec = dataclasses.asdict(dataclasses.replace(model.spec, versions=package_versions()))
     text = json.dumps({"format": _FORMAT, **spec, "sha256": digest(variables)}, indent=2)
@@ -114,26 +115,26 @@ def save_model(model: Model, folder: str | Path, *, overwrite: bool = False) -> 
 
 
 def load_spec(folder: str | Path) -> ModelSpec:
-    """What a model folder holds, without its weights.
+    """What a model folder, or the `model` folder of a workdir, holds, without its weights.
 
     Raises:
       ValueError: no model folder, or a `model.json` that cannot be read.
     """
-    return _read(Path(folder))[0]
+    return _read(_find(folder))[0]
 
 
 def load_model(folder: str | Path, *, dtype: Any = None) -> Model:
     """Reads a model folder.
 
     Args:
-      folder: what `save_model` wrote.
+      folder: what `save_model` wrote, or a workdir with such a folder called `model`.
       dtype: the type that the network computes in; None: float32.
 
     Raises:
       ValueError: no model folder; an unknown architecture; weights that cannot be read, do not fit the
         architecture (every missing, unexpected and wrongly shaped name is listed) or are not those written.
     """
-    folder = Path(folder).absolute()
+    folder = _find(folder)
     spec, sha256 = _read(folder)
     module = create_module(
         spec.architecture,
@@ -143,7 +144,7 @@ def load_model(folder: str | Path, *, dtype: Any = None) -> Model:
         dtype=dtype or jnp.float32,
     )
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             variables = checkpointer.restore(folder / _VARIABLES, _stored_shapes(folder))
     except Exception as error:  # Orbax, TensorStore and the file system each raise their own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -155,10 +156,25 @@ def load_model(folder: str | Path, *, dtype: Any = None) -> Model:
     return Model(module, jax.tree.map(jnp.asarray, variables), spec)
 
 
+def _checkpointer() -> ocp.StandardCheckpointer:
+    """This process's own: of several, one may save a model while the others do something else."""
+    process = parallel.process()
+    return ocp.StandardCheckpointer(
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process {process}"
+        )
+    )
+
+
+def _find(folder: str | Path) -> Path:
+    for candidate in (Path(folder), Path(folder) / "model"):
+        if (candidate / _SPEC_FILE).is_file():
+            return candidate.absolute()
+    raise ValueError(f"{str(folder)!r} is no model folder: it has no {_SPEC_FILE}")
+
+
 def _read(folder: Path) -> tuple[ModelSpec, str]:
     path = folder / _SPEC_FILE
-    if not path.is_file():
-        raise ValueError(f"{str(folder)!r} is no model folder: it has no {_SPEC_FILE}")
     try:
         fields = json.loads(path.read_text())
         if fields.pop("format") != _FORMAT:
@@ -173,7 +189,7 @@ def _read(folder: Path) -> tuple[ModelSpec, str]:
 
 def _stored_shapes(folder: Path) -> Any:
     """The stored tree as shapes that restore to host arrays."""
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
         stored = checkpointer.metadata(folder / _VARIABLES).item_metadata.tree
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), stored)
 

@@ -6,21 +6,28 @@ started again.
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from advtransfer.config import validate
+from advtransfer import parallel
+from advtransfer.checkpoint import SaveError
+from advtransfer.config import ConfigError, validate
 from advtransfer.source import compute_dtype
-from advtransfer.stages import evaluate, report, source, study, transfer
+from advtransfer.stages import evaluate, importing, report, source, study, transfer
+from advtransfer.train import on_sigterm, stop_on_sigterm
 
 STAGES = {
     "source": source,
+    "import": importing,
     "transfer": transfer,
     "study": study,
     "evaluate": evaluate,
     "report": report,
 }
+
+_OVER_PROCESSES = ("source", "evaluate")
 
 
 def run(config: ConfigDict, workdir: str | Path) -> None:
@@ -28,11 +35,19 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
 
     Raises:
       ConfigError: a bad value, or a workdir that holds another config's results.
-      Preempted: SIGTERM came during training; the state is saved.
+      Preempted: SIGTERM came; the state of a source training is saved.
       DivergedError: a loss or a weight is no longer a number.
+      SaveError: the disk is full; what was written before is whole.
     """
-    config = _resolve(config)
-    STAGES[config.stage].run(config, Path(workdir))
+    config, workdir = _resolve(config), _folder(workdir)
+    try:
+        with on_sigterm(stop_on_sigterm):
+            STAGES[config.stage].run(config, workdir)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise SaveError(str(error)) from error
+        raise
+    parallel.barrier("done")
 
 
 def plan(config: ConfigDict, workdir: str | Path) -> str:
@@ -41,13 +56,27 @@ def plan(config: ConfigDict, workdir: str | Path) -> str:
     Raises:
       ConfigError: as `run`.
     """
-    config = _resolve(config)
-    return STAGES[config.stage].plan(config, Path(workdir))
+    config, workdir = _resolve(config), _folder(workdir)
+    return STAGES[config.stage].plan(config, workdir)
 
 
 def _resolve(config: ConfigDict) -> ConfigDict:
     """A valid copy with the compute type spelt out: a workdir goes on in the type that it began with."""
     validate(config)
+    if parallel.num_processes() > 1 and config.stage not in _OVER_PROCESSES:
+        raise ConfigError(
+            f"config.stage={config.stage} over several processes is not built yet: leave --multihost away "
+            "and start one process"
+        )
     resolved = config.copy_and_resolve_references()
     resolved.dtype = compute_dtype(config.dtype).name
     return resolved
+
+
+def _folder(workdir: str | Path) -> Path:
+    if "://" in str(workdir):
+        raise ConfigError(
+            f"--workdir={workdir}: addresses of object stores are not built yet; mount the bucket (gcsfuse, "
+            "mountpoint-s3) and name the folder"
+        )
+    return Path(workdir)

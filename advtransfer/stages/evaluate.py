@@ -6,21 +6,25 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from advtransfer import parallel
 from advtransfer.config import names_key
-from advtransfer.data import Dataset, load_dataset
-from advtransfer.models import ModelSpec, load_model, load_spec
-from advtransfer.source import check_evaluation, compute_dtype
-from advtransfer.stages.source import describe, measure_once, model_name
+from advtransfer.data import Dataset
+from advtransfer.models import ModelSpec
+from advtransfer.source import check_classes, check_evaluation, compute_dtype, load_data
+from advtransfer.stages.named_models import find_model, find_spec, model_name
+from advtransfer.stages.source import describe, measure_once
 from advtransfer.stages.workdir import check_workdir, open_workdir
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
     _, dataset = _check(config, workdir)
     with names_key("evaluate.model"):
-        model = load_model(config.evaluate.model, dtype=compute_dtype(config.dtype))
+        model = find_model(config.evaluate.model, compute_dtype(config.dtype))
     open_workdir(config, workdir)
     name = model_name(config.evaluate.model)
-    print(describe(measure_once(config, model, dataset, workdir, name=name)))
+    evaluation = measure_once(config, model, dataset, workdir, name=name)
+    if parallel.is_main_process():
+        print(describe(evaluation))
 
 
 def plan(config: ConfigDict, workdir: Path) -> str:
@@ -35,17 +39,12 @@ def plan(config: ConfigDict, workdir: Path) -> str:
 def _check(config: ConfigDict, workdir: Path) -> tuple[ModelSpec, Dataset]:
     with names_key("evaluate.model"):
         if not config.evaluate.model:
-            raise ValueError("name a model folder")
-        spec = load_spec(config.evaluate.model)
+            raise ValueError("name a model: a folder, hf:REPO/FILE or a PyTorch file")
+        spec = find_spec(config.evaluate.model)
+    splits = (config.evaluate.split,)
+    dataset = load_data(config, "evaluate.dataset", image_size=spec.image_size, splits=splits)
     with names_key("evaluate.dataset"):
-        dataset = load_dataset(
-            config.evaluate.dataset, image_size=spec.image_size, cache_dir=config.cache_dir or None
-        )
-        if len(dataset.class_names) != spec.num_classes:
-            raise ValueError(
-                f"{config.evaluate.dataset} has {len(dataset.class_names)} classes, "
-                f"the model {spec.num_classes}"
-            )
+        check_classes(dataset, spec)
     check_evaluation(config)
     check_workdir(config, workdir)
     return spec, dataset

@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from advtransfer import parallel
 from advtransfer.data import Dataset
 from advtransfer.models import Model, identity
 from advtransfer.source import check_source, load_source_data, measure, num_steps, state_bytes, train_source
@@ -25,7 +26,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     name = source_name(config)
     model = train_source(config, workdir, name=name)
     evaluation = measure_once(config, model, dataset, workdir, name=name)
-    print(f"{workdir / 'model'}: {describe(evaluation)}")
+    if parallel.is_main_process():
+        print(f"{workdir / 'model'}: {describe(evaluation)}")
 
 
 def plan(config: ConfigDict, workdir: Path) -> str:
@@ -58,22 +60,16 @@ def training_plan(config: ConfigDict, dataset: Dataset, folder: Path) -> str:
 def measure_once(
     config: ConfigDict, model: Model, dataset: Dataset, folder: Path, *, name: str
 ) -> dict[str, Any]:
-    """`measure`, kept in `folder`/evaluation.json for as long as the model stays the same."""
+    """`measure`, kept in `folder`/evaluation.json for as long as model and dataset stay the same."""
     path = folder / "evaluation.json"
-    subject = {"model": identity(model)}
+    subject = {"model": identity(model), "dataset": dataset.name}
     if path.exists():
         evaluation = json.loads(path.read_text())
-        if evaluation.get("model") == subject["model"]:
+        if subject.items() <= evaluation.items():
             return evaluation
     evaluation = subject | measure(model, dataset, config, name=name)
     write_json(path, evaluation)
     return evaluation
-
-
-def model_name(folder: str | Path) -> str:
-    """What rows call a model folder: its own name, or its parent's when it is called "model"."""
-    path = Path(folder).absolute()
-    return path.parent.name if path.name == "model" else path.name
 
 
 def describe(evaluation: dict[str, Any]) -> str:

@@ -14,9 +14,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from advtransfer.config import names_key
-from advtransfer.data import Dataset, check_dataset_name, load_dataset, subset_indices, to_float
+from advtransfer.data import Dataset, subset_indices, to_float
 from advtransfer.evaluate import predict
-from advtransfer.models import Model, create_module, identity, load_model, load_spec, logits_fn
+from advtransfer.models import Model, create_module, identity, logits_fn
 from advtransfer.progress import progress_bar
 from advtransfer.report import Evidence, headline, write_report, write_rows
 from advtransfer.source import (
@@ -24,10 +24,12 @@ from advtransfer.source import (
     compute_dtype,
     evaluation_attack,
     evaluation_key,
+    load_data,
     load_source_data,
     train_source,
 )
-from advtransfer.stages.source import measure_once, model_name, training_plan
+from advtransfer.stages.named_models import find_model, find_spec, model_name
+from advtransfer.stages.source import measure_once, training_plan
 from advtransfer.stages.workdir import check_workdir, open_workdir, versions
 from advtransfer.study import Source, finished_rows, group, make_recipe, make_trials, num_steps, run_trials
 from advtransfer.transfer import activation_shape, first_unfrozen_block, prefix_is_constant
@@ -39,8 +41,8 @@ class Asked(NamedTuple):
     name: str
     norm: str
     eps: float
-    config: ConfigDict | None  # of its training; None for a model folder from elsewhere
-    folder: Path  # where it is trained, or the model folder
+    config: ConfigDict | None  # of its training; None for a model from elsewhere
+    place: str  # the folder where it is trained, or the name of the model
     architecture: str
     image_size: int
 
@@ -53,7 +55,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     trained = [source for source in asked if source.config is not None]
     evaluations = [
         {"name": source.name, "norm": source.norm, "eps": source.eps}
-        | measure_once(config, models[source.name], dataset, source.folder, name=source.name)
+        | measure_once(config, models[source.name], dataset, Path(source.place), name=source.name)
         for source in trained
     ]
     sources = [Source(s.name, s.norm, s.eps, identity(models[s.name])) for s in asked]
@@ -86,9 +88,9 @@ def plan(config: ConfigDict, workdir: Path) -> str:
     asked = check(config, workdir)
     dataset = load_source_data(config)
     lines = [
-        training_plan(source.config, dataset, source.folder)
+        training_plan(source.config, dataset, Path(source.place))
         if source.config is not None
-        else f"source {source.name}: {source.folder}"
+        else f"source {source.name}: {source.place}"
         for source in asked
     ]
     trials = make_trials(config, [_planned_source(config, source) for source in asked])
@@ -106,9 +108,8 @@ def plan(config: ConfigDict, workdir: Path) -> str:
 
 def _planned_source(config: ConfigDict, source: Asked) -> Source:
     """The source of a trial; one that is not trained yet has finished none."""
-    folder = source.folder if source.config is None else source.folder / "model"
-    found = (folder / "model.json").exists()
-    model = load_model(folder, dtype=compute_dtype(config.dtype)) if found else None
+    trained = source.config is None or (Path(source.place) / "model" / "model.json").exists()
+    model = find_model(source.place, compute_dtype(config.dtype)) if trained else None
     return Source(source.name, source.norm, source.eps, identity(model) if model else "")
 
 
@@ -146,9 +147,7 @@ def check(config: ConfigDict, workdir: Path) -> list[Asked]:
             module = create_module(source.architecture, num_classes=1)
             for k in config.study.num_unfrozen_blocks:
                 first_unfrozen_block(module, k)
-    with names_key("transfer.target"):
-        check_dataset_name(config.transfer.target)
-        labels = _load_target(config, asked[0].image_size).train.labels
+    labels = _load_target(config, asked[0].image_size).train.labels
     with names_key("study.num_train_images"):
         for n in config.study.num_train_images:
             subset_indices(labels, n, dataset=config.transfer.target, seed=0)
@@ -157,19 +156,11 @@ def check(config: ConfigDict, workdir: Path) -> list[Asked]:
 
 
 def _ask(config: ConfigDict, text: str, workdir: Path) -> Asked:
-    """ "natural", "l2:0.5" (both trained here, by the one recipe of config.train), or a model folder."""
+    """ "natural", "l2:0.5" (both trained here, by the one recipe of config.train), or a model by name."""
     norm, colon, eps = text.partition(":")
     if text != "natural" and not (colon and norm in ("l2", "linf")):
-        spec = load_spec(text)
-        return Asked(
-            model_name(text),
-            spec.norm,
-            spec.eps,
-            None,
-            Path(text),
-            spec.architecture,
-            spec.image_size,
-        )
+        spec = find_spec(text)
+        return Asked(model_name(text), spec.norm, spec.eps, None, text, spec.architecture, spec.image_size)
     try:
         radius = float(eps) if colon else 0.0
     except ValueError:
@@ -178,19 +169,22 @@ def _ask(config: ConfigDict, text: str, workdir: Path) -> Asked:
         raise ValueError(f"{text!r}: write NORM:EPS with a positive number, such as l2:0.5")
     own = config.copy_and_resolve_references()
     own.train.norm, own.train.eps = (norm, radius) if colon else ("none", 0.0)
-    folder = workdir / "sources" / text.replace(":", "_")
-    return Asked(text, own.train.norm, radius, own, folder, own.train.architecture, own.train.image_size)
+    place = str(workdir / "sources" / text.replace(":", "_"))
+    return Asked(text, own.train.norm, radius, own, place, own.train.architecture, own.train.image_size)
 
 
 def _get_model(config: ConfigDict, source: Asked) -> Model:
     if source.config is None:
         with names_key("study.sources"):
-            return load_model(source.folder, dtype=compute_dtype(config.dtype))
-    return train_source(source.config, source.folder, name=source.name)
+            return find_model(source.place, compute_dtype(config.dtype))
+    return train_source(source.config, source.place, name=source.name)
 
 
 def _load_target(config: ConfigDict, image_size: int) -> Dataset:
-    return load_dataset(config.transfer.target, image_size=image_size, cache_dir=config.cache_dir or None)
+    splits = ("train", config.study.split)
+    return load_data(
+        config, "transfer.target", image_size=image_size, splits=splits, view=config.transfer.view
+    )
 
 
 def _pictures(

@@ -9,11 +9,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from advtransfer.config import names_key
-from advtransfer.data import Dataset, Split, load_dataset, subset_indices
-from advtransfer.models import ModelSpec, create_module, identity, load_model, load_spec, save_model
+from advtransfer.data import Dataset, Split, subset_indices
+from advtransfer.models import ModelSpec, create_module, identity, save_model
 from advtransfer.report import write_rows
-from advtransfer.source import compute_dtype
-from advtransfer.stages.source import model_name
+from advtransfer.source import compute_dtype, load_data
+from advtransfer.stages.named_models import find_model, find_spec, model_name
 from advtransfer.stages.workdir import check_workdir, open_workdir
 from advtransfer.study import Source, Trial, history_rows, make_recipe, num_steps
 from advtransfer.train import DivergedError
@@ -23,7 +23,7 @@ from advtransfer.transfer import fine_tune, first_unfrozen_block
 def run(config: ConfigDict, workdir: Path) -> None:
     spec, dataset = _check(config, workdir)
     with names_key("source"):
-        source = load_model(config.source, dtype=compute_dtype(config.dtype))
+        source = find_model(config.source, compute_dtype(config.dtype))
     open_workdir(config, workdir)
     name = model_name(config.source)
     trial = _trial(config, Source(name, spec.norm, spec.eps, identity(source)))
@@ -78,12 +78,17 @@ def _check(config: ConfigDict, workdir: Path) -> tuple[ModelSpec, Dataset]:
     recipe = config.transfer
     with names_key("source"):
         if not config.source:
-            raise ValueError("name a model folder")
-        spec = load_spec(config.source)
+            raise ValueError("name a model: a folder, hf:REPO/FILE or a PyTorch file")
+        spec = find_spec(config.source)
     with names_key("transfer.num_unfrozen_blocks"):
         first_unfrozen_block(create_module(spec.architecture), recipe.num_unfrozen_blocks)
-    with names_key("transfer.target"):
-        dataset = load_dataset(recipe.target, image_size=spec.image_size, cache_dir=config.cache_dir or None)
+    dataset = load_data(
+        config,
+        "transfer.target",
+        image_size=spec.image_size,
+        splits=("train", "test"),
+        view=recipe.view,
+    )
     with names_key("transfer.num_train_images"):
         subset_indices(dataset.train.labels, recipe.num_train_images, dataset=recipe.target, seed=0)
     check_workdir(config, workdir)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from advtransfer import parallel
 from advtransfer.config import ConfigError, conflicts, to_json
 from advtransfer.models import package_versions
 
@@ -28,8 +30,12 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
                 "choose another --workdir, or go back to that config"
             )
     parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"--workdir={workdir} cannot be written: {parent} is no writable folder")
+    try:
+        # Permissions alone do not tell: root has them all, a mount may be read-only, a disk full.
+        with tempfile.TemporaryFile(dir=parent, buffering=0) as probe:
+            probe.write(bytes(4096))
+    except OSError as error:
+        raise ConfigError(f"--workdir={workdir} cannot be written: {parent}: {error.strerror}") from error
 
 
 def open_workdir(config: ConfigDict, workdir: Path) -> None:
@@ -40,7 +46,9 @@ def open_workdir(config: ConfigDict, workdir: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON whole or not at all."""
+    """Writes JSON whole or not at all; process 0 does."""
+    if not parallel.is_main_process():
+        return
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     os.replace(partial, path)

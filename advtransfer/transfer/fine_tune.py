@@ -147,7 +147,7 @@ def _spread(program: Callable, shared: tuple, trials: tuple) -> dict[str, np.nda
     """Runs trials, leading axis [T], over all devices; the last one is repeated where T does not divide."""
     num_trials, devices = trials[-1].shape[0], parallel.num_devices()
     trials, _ = parallel.pad(trials, -(-num_trials // devices) * devices)
-    history = program(*parallel.replicate(shared), *parallel.split(trials))
+    history = program(*parallel.replicate(shared), *parallel.split_locally(trials))
     return {name: np.asarray(x)[:num_trials] for name, x in parallel.join(history).items()}
 
 

@@ -1,0 +1,21 @@
+"""The configuration: `keys` has every key with its unit and default, `checks` what makes one impossible.
+
+Experiments start from `default()` and change what they need. Keys that name something (datasets,
+architectures, folders) are checked where the thing is known; everything else is checked by `validate`
+before any work starts.
+"""
+
+from advtransfer.config.checks import ConfigError, conflicts, flatten, names_key, to_json, validate
+from advtransfer.config.keys import NORMS, STAGES, default
+
+__all__ = [
+    "NORMS",
+    "STAGES",
+    "ConfigError",
+    "conflicts",
+    "default",
+    "flatten",
+    "names_key",
+    "to_json",
+    "validate",
+]

@@ -1,0 +1,93 @@
+"""Image folders: one subfolder per class.
+
+`folder:/path` holds train/CLASS/*, test/CLASS/* and perhaps validation/CLASS/* (or val), some of them
+missing, or is one tree CLASS/*, which is then split (see `load_parts`). Class folders may have
+subfolders; classes are numbered in the alphabetical order of their names, as torchvision's ImageFolder
+does. Hidden files and files that are no pictures by their suffix are ignored.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from advtransfer.data.cache import fingerprint
+from advtransfer.data.recorded import Recording, Records
+
+_SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+def open_folder(name: str) -> Recording:
+    """Lists the images of a folder; they are read later, turned upright by their EXIF orientation.
+
+    Raises:
+      ValueError: no such folder, no class folders in it, or a class without training images.
+    """
+    root = Path(name.partition(":")[2]).expanduser()
+    if not root.is_dir():
+        raise ValueError(f"{name}: there is no folder {root}")
+    folders = {split: root / child for child, split in _SPLIT_FOLDERS.items() if (root / child).is_dir()}
+    folders = folders or {"train": root}
+    first = next(iter(folders))
+    class_names = tuple(path.name for path in sorted(folders[first].iterdir()) if _is_class(path))
+    if not class_names:
+        raise ValueError(
+            f"{name}: {folders[first]} has no class folders; expected {folders[first]}/CLASS/*.png"
+        )
+    splits, paths = {}, []
+    for split, folder in folders.items():
+        images = _list_images(name, folder, class_names, complete=split == "train")
+        splits[split] = _records(root, images)
+        paths += [path for path, _ in images]
+    return Recording(
+        name=name,
+        class_names=class_names,
+        splits=splits,
+        identity={"files": fingerprint(root, paths), "classes": class_names},
+        upright=True,
+    )
+
+
+def _is_class(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
+
+
+def _list_images(
+    name: str, folder: Path, class_names: tuple[str, ...], *, complete: bool
+) -> list[tuple[Path, int]]:
+    """Paths and labels, sorted; `complete` asks for an image of every class."""
+    unknown = sorted({path.name for path in folder.iterdir() if _is_class(path)} - set(class_names))
+    if unknown:
+        raise ValueError(f"{name}: {folder} has classes that are not trained on: {', '.join(unknown)}")
+    images = []
+    for label, class_name in enumerate(class_names):
+        before = len(images)
+        for parent, _, files in sorted(os.walk(folder / class_name, followlinks=True)):
+            good = (f for f in sorted(files) if f[0] != "." and Path(f).suffix.lower() in _SUFFIXES)
+            images += [(Path(parent, file), label) for file in good]
+        if complete and len(images) == before:
+            raise ValueError(f"{name}: {folder / class_name} holds no images")
+    return images
+
+
+def _records(root: Path, images: list[tuple[Path, int]]) -> Records:
+    # As one array of bytes a million names are small, and quickly handed to another process.
+    names = np.array([os.fsencode(path.relative_to(root)) for path, _ in images], np.bytes_)
+    labels = np.array([label for _, label in images], np.int32)
+    return Records(
+        count=len(images),
+        labels=lambda: labels,
+        read=functools.partial(_read, root, names, labels),
+        describe=lambda index: os.fsdecode(names[index]),
+    )
+
+
+def _read(
+    root: Path, names: np.ndarray, labels: np.ndarray, indices: Sequence[int]
+) -> list[tuple[Path, int]]:
+    return [(root / os.fsdecode(names[index]), int(labels[index])) for index in indices]

@@ -1,0 +1,214 @@
+"""Sets of recorded images: which of them train, validate and test, decoded once and kept."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from os import PathLike
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+import psutil
+from PIL import Image
+
+from advtransfer.data.cache import cached_arrays
+from advtransfer.data.decode import Encoded, decode_images
+from advtransfer.data.subsets import stratified_order
+
+TEST_SHARE = 0.2  # of the images of a set that records no test images
+VALIDATION_SHARE, MAX_VALIDATION = 0.1, 5000  # of the training images, where no validation is recorded
+MAX_STRATIFIED = 200_000  # a larger set is split without its labels, which may take reading all of it
+_CHUNK = 1024  # images whose headers are read at a time
+
+
+class Records(NamedTuple):
+    """The encoded images of one recorded split."""
+
+    count: int
+    labels: Callable[[], np.ndarray]  # int32 [count]; read when called
+    # Images with their labels; from any thread, and from any process, so it can be pickled.
+    read: Callable[[Sequence[int]], Sequence[tuple[Encoded, int]]]
+    describe: Callable[[int], str]  # what to call an image in a message
+
+
+class Recording(NamedTuple):
+    """A set as it lies on disk."""
+
+    name: str
+    class_names: tuple[str, ...]
+    splits: dict[str, Records]  # some of train, validation, test
+    identity: dict  # another whenever a file is another
+    upright: bool  # see `decode_image`
+    side: int | None = None  # pixels, where all images are known to be squares of this side
+
+
+class Part(NamedTuple):
+    """One of our splits, decoded."""
+
+    images: np.ndarray  # uint8 [N, H, W, 3]
+    labels: np.ndarray  # int32 [N]
+    skipped: np.ndarray  # strings: the broken images that are left out
+
+
+def load_parts(
+    recording: Recording,
+    image_size: int | None,
+    cache_dir: str | PathLike | None,
+    splits: Sequence[str],
+    broken: str,
+    view: str,
+) -> dict[str, Part]:
+    """Decodes the asked ones of train, validation and test, or takes them from the cache.
+
+    Recorded splits are kept. A set without test images is tested on its validation images, or on a
+    stratified fifth of its training images if it has none; a tenth of the training images, at most
+    5,000, validates where nothing else does. The draw is fixed. Without training images there is
+    nothing but test.
+
+    Raises:
+      ValueError: no common size where `image_size` is None, images that cannot be decoded unless
+        `broken` is "skip", or more images than half of the free memory holds.
+    """
+    size, crop = find_size(recording, image_size, cache_dir)
+    found, sizes = _found(recording)
+    _check_memory(recording.name, sum(sizes[split] for split in splits), size)
+    parts = functools.cache(lambda: _assign(found, sizes, splits))
+
+    def decode(split: str) -> dict[str, np.ndarray]:
+        records, indices = parts()[split]
+        images, reasons = decode_images(
+            lambda some: [encoded for encoded, _ in records.read(some)],
+            indices,
+            size,
+            crop=crop,
+            upright=recording.upright,
+            view=view,
+        )
+        labels = records.labels()[indices]
+        skipped = [f"{records.describe(indices[place])} ({reasons[place]})" for place in sorted(reasons)]
+        if skipped:
+            images, labels = (np.delete(array, list(reasons), axis=0) for array in (images, labels))
+        return Part(images, labels, np.array(skipped, dtype=np.str_))._asdict()
+
+    kind = recording.name.partition(":")[0]
+    identity = recording.identity | {"size": size, "pillow": PIL.__version__, "sizes": sizes}
+    identity |= {
+        "rule": [TEST_SHARE, VALIDATION_SHARE, MAX_VALIDATION, MAX_STRATIFIED],
+        "crop": crop,
+        "view": view,
+    }
+
+    def load(split: str) -> Part:
+        if not sizes[split] or split not in splits:
+            return Part(np.empty((0, size, size, 3), np.uint8), np.empty(0, np.int32), np.empty(0, np.str_))
+        make = functools.partial(decode, split)
+        part = Part(**cached_arrays(kind, identity | {"split": split}, make, cache_dir=cache_dir))
+        if broken == "refuse" and len(part.skipped):
+            raise ValueError(_complain(recording.name, part.skipped, sizes[split]))
+        return part
+
+    return {split: load(split) for split in sizes}
+
+
+def find_size(
+    recording: Recording, image_size: int | None, cache_dir: str | PathLike | None
+) -> tuple[int, bool]:
+    """The side that images get, and whether they are cropped to it: unless they are squares of one size.
+
+    Raises:
+      ValueError: `image_size` is None and there is no common one.
+    """
+    # On the whole set, so that a split does not depend on which others are asked for.
+    side = recording.side or _common_side(recording, cache_dir)
+    if image_size is None and not side:
+        raise ValueError(f"the images of {recording.name} are no squares of one size: give image_size")
+    return image_size or side, not side
+
+
+def find_training(recording: Recording) -> tuple[Records, np.ndarray]:
+    """The records that `load_parts` trains on, undecoded, and which of them."""
+    return _assign(*_found(recording), ["train"])["train"]
+
+
+def count_training(recording: Recording) -> int:
+    """How many images `load_parts` trains on."""
+    return _found(recording)[1]["train"]
+
+
+def _found(recording: Recording) -> tuple[dict[str, Records], dict[str, int]]:
+    """The recorded splits under our names, and how many images each of ours has."""
+    found = dict(recording.splits)
+    if "test" not in found and "validation" in found:
+        found["test"] = found.pop("validation")
+    return found, _sizes({split: records.count for split, records in found.items()})
+
+
+def _sizes(counts: dict[str, int]) -> dict[str, int]:
+    """How many images train, validate and test, from how many are recorded in each split."""
+    train, test = counts.get("train", 0), counts.get("test")
+    if test is None:
+        test = round(TEST_SHARE * train)
+        train -= test
+    validation = counts.get("validation")
+    if validation is None:
+        validation = min(round(VALIDATION_SHARE * train), MAX_VALIDATION)
+        train -= validation
+    return {"train": train, "validation": validation, "test": test}
+
+
+def _assign(
+    found: dict[str, Records], sizes: dict[str, int], splits: Sequence[str]
+) -> dict[str, tuple[Records, np.ndarray]]:
+    """Records and indices of each split; what no asked split needs is not drawn."""
+    parts = {split: (records, np.arange(records.count)) for split, records in found.items()}
+    for split in ("test", "validation"):
+        if split in parts or "train" not in parts or not {split, "train", "validation"} & set(splits):
+            continue
+        records, indices = parts["train"]
+        rng = np.random.default_rng(0)
+        if len(indices) <= MAX_STRATIFIED:
+            drawn = stratified_order(records.labels()[indices], sizes[split], rng)
+        else:
+            drawn = rng.permutation(len(indices))[: sizes[split]]
+        parts[split] = records, np.sort(indices[drawn])
+        parts["train"] = records, np.delete(indices, drawn)
+    return parts
+
+
+def _common_side(recording: Recording, cache_dir: str | PathLike | None) -> int:
+    """The side of all images if they are squares of one size, else 0; broken ones do not count."""
+
+    def measure() -> dict[str, np.ndarray]:
+        sides = set()
+        for records in recording.splits.values():
+            for start in range(0, records.count, _CHUNK):
+                for encoded, _ in records.read(range(start, min(start + _CHUNK, records.count))):
+                    try:
+                        with Image.open(encoded) as image:
+                            sides.add(image.size)
+                    except Exception:  # decoding names it and says why
+                        continue
+                    if len(sides) > 1 or image.width != image.height:
+                        return {"side": np.array(0)}
+        return {"side": np.array(min(sides, default=(0, 0))[0])}
+
+    return int(cached_arrays("side", recording.identity, measure, cache_dir=cache_dir)["side"])
+
+
+def _check_memory(name: str, num_images: int, size: int) -> None:
+    needed, free = num_images * size * size * 3, psutil.virtual_memory().available
+    if needed > free / 2:
+        raise ValueError(
+            f"{num_images:,} images of {name} at {size}² pixels take {needed / 1e9:,.1f} GB, more than half "
+            f"of the {free / 1e9:,.1f} GB of free memory: lower image_size, take fewer images, or "
+            "stream the training images (loading=stream)"
+        )
+
+
+def _complain(name: str, skipped: np.ndarray, num_images: int) -> str:
+    listed = "; ".join(skipped[:5]) + ("; …" if len(skipped) > 5 else "")
+    return (
+        f"{len(skipped):,} of {num_images:,} images of {name} cannot be decoded: {listed}. Mend or remove "
+        "them, or leave them out with broken=skip"
+    )

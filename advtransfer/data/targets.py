@@ -1,0 +1,50 @@
+"""The target sets of two studies of robust transfer, and how each measures on them.
+
+Utrera et al., "Adversarially-trained deep nets transfer better" (ICLR 2021), section 3; Salman et al., "Do
+adversarially robust ImageNet models transfer better?" (NeurIPS 2020), appendix A, and the code of both. A
+set with `dataset` "" is not in TFDS: its authors' files go into a folder (`folder:/path`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Target(NamedTuple):
+    """One target set; its training images are `num_train` before any are set aside for validation."""
+
+    dataset: str  # name for `load_dataset`
+    num_classes: int
+    num_train: int
+    num_test: int
+    side: int | None  # pixels, as recorded; None: photographs of many sizes
+    augmentation: str  # one of `AUGMENTATIONS`
+    metric: str = "accuracy"  # or mean_per_class: the mean over classes of the accuracy on each
+
+
+TARGETS: dict[str, dict[str, Target]] = {
+    "utrera": {
+        "cifar10": Target("tfds:cifar10", 10, 50_000, 10_000, 32, "utrera_color"),
+        "cifar100": Target("tfds:cifar100", 100, 50_000, 10_000, 32, "utrera_color"),
+        "svhn": Target("tfds:svhn_cropped", 10, 73_257, 26_032, 32, "utrera_color"),
+        "mnist": Target("tfds:mnist", 10, 60_000, 10_000, 28, "none"),
+        "fashion_mnist": Target("tfds:fashion_mnist", 10, 60_000, 10_000, 28, "none"),
+        "kmnist": Target("tfds:kmnist", 10, 60_000, 10_000, 28, "none"),
+    },
+    "salman": {
+        "aircraft": Target("", 100, 6_667, 3_333, None, "salman", "mean_per_class"),
+        "birdsnap": Target("", 500, 32_677, 8_171, None, "salman"),
+        "caltech101": Target("tfds:caltech101", 102, 3_060, 6_084, None, "salman", "mean_per_class"),
+        "caltech256": Target("", 257, 15_420, 15_187, None, "salman", "mean_per_class"),
+        "cars": Target("tfds:cars196", 196, 8_144, 8_041, None, "salman"),
+        "cifar10": Target("tfds:cifar10", 10, 50_000, 10_000, 32, "salman"),
+        "cifar100": Target("tfds:cifar100", 100, 50_000, 10_000, 32, "salman"),
+        "dtd": Target("tfds:dtd:train+validation", 47, 3_760, 1_880, None, "salman"),
+        "flowers": Target(
+            "tfds:oxford_flowers102:train+validation", 102, 2_040, 6_149, None, "salman", "mean_per_class"
+        ),
+        "food": Target("tfds:food101", 101, 75_750, 25_250, None, "salman"),
+        "pets": Target("tfds:oxford_iiit_pet", 37, 3_680, 3_669, None, "salman", "mean_per_class"),
+        "sun397": Target("tfds:sun397/standard-part1-120k", 397, 19_850, 19_850, None, "salman"),
+    },
+}

@@ -1,0 +1,223 @@
+"""Prepared TensorFlow Datasets, read without TensorFlow.
+
+`tfds:NAME[/CONFIG][:VERSION][:TRAIN]` is looked for in `$TFDS_DATA_DIR` or `~/tensorflow_datasets`;
+`tfds:/prepared/dir[:TRAIN]` (a path that begins with /, ~ or .) is a version's folder, or one that holds
+a single version. TRAIN, in TFDS's own notation, says what the training images are, such as
+`train[:10%]` or `train+validation`; they are `train` otherwise.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import io
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from advtransfer.data.cache import fingerprint
+from advtransfer.data.recorded import Recording, Records
+
+_SPLITS = ("train", "validation", "test")
+_CHUNK = 1024  # records read at a time
+_PREPARE = "pip install 'advtransfer[tfds-prepare]' && tfds"
+
+
+def open_tfds(name: str) -> Recording:
+    """Opens a prepared set; its images are read later.
+
+    The image and the label are those of the set's supervised keys, or else the features `image` and
+    `label`. Of the recorded splits train, validation and test count, the last only if it has labels.
+
+    Raises:
+      ValueError: nothing of this name is prepared (with the command that prepares it), it is not
+        stored as array_record, or it does not hold images with one label each.
+    """
+    where, train = re.fullmatch(r"tfds:(.*?)(?::([a-z]\w*(?:\[[^\]]*\])?(?:\+.+)?))?", name).groups()
+    builder = _find_folder(name, where) if where[:1] in ("/", "~", ".") else _find_named(name, where)
+    folder = Path(builder.data_dir)
+    _check_format(name, builder, folder)
+    image_key, label_key = _keys(name, builder.info)
+    recorded = builder.info.splits
+    known = [split for split in _SPLITS if split in recorded and recorded[split].num_examples]
+    if "test" in known and not _is_labelled(name, builder, "test", label_key):
+        known.remove("test")
+    if not known:
+        raise ValueError(
+            f"{name} has no labelled train, validation or test images, only {', '.join(recorded)}"
+        )
+    asked = {split: split for split in known} if train is None else _training_on(name, known, train)
+    splits = {
+        ours: _open_records(name, builder, theirs, image_key, label_key) for ours, theirs in asked.items()
+    }
+    height, width = builder.info.features[image_key].shape[-3:-1]
+    return Recording(
+        name=name,
+        class_names=tuple(builder.info.features[label_key].names),
+        splits=splits,
+        identity={"files": fingerprint(folder, folder.iterdir()), "train": train},
+        upright=False,  # as in TensorFlow, which ignores the EXIF orientation
+        side=height if height == width else None,
+    )
+
+
+def _find_folder(name: str, where: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    folder = Path(where).expanduser()
+    found = [
+        path.parent for depth in ("", "*/", "*/*/") for path in sorted(folder.glob(f"{depth}features.json"))
+    ]
+    if not found:
+        raise ValueError(f"{name}: {folder} holds no prepared set (a version's folder has a features.json)")
+    if len(found) > 1:
+        raise ValueError(f"{name} holds several prepared sets, name one: {', '.join(map(str, found))}")
+    return tfds.builder_from_directory(found[0])
+
+
+def _find_named(name: str, where: str) -> Any:
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.read_only_builder import builder_from_files
+
+    root = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    try:
+        return builder_from_files(where, data_dir=root)
+    except (ValueError, tfds.core.DatasetNotFoundError):
+        pass  # its message has many lines
+    base = re.split("[/:]", where)[0]
+    looked = f"looked in {root} (TFDS_DATA_DIR says where)"
+    prepared = sorted(path.parent.relative_to(root) for path in (root / base).rglob("features.json"))
+    if prepared:
+        raise ValueError(f"{name} is not prepared, only {', '.join(map(str, prepared))}; {looked}")
+    known = tfds.list_builders(with_community_datasets=False)
+    if base in known:
+        raise ValueError(
+            f"{name} is not prepared; {looked}. To prepare it: {_PREPARE} build {where} "
+            "--file_format=array_record"
+        )
+    known = {*known, *(path.parents[1].name for path in root.glob("*/*/features.json"))}
+    near = difflib.get_close_matches(base, known, n=2)
+    hint = (
+        f"did you mean {' or '.join(f'tfds:{other}' for other in near)}?"
+        if near
+        else "TFDS knows no name near it"
+    )
+    raise ValueError(f"unknown dataset {name!r}: {hint}; {looked}")
+
+
+def _check_format(name: str, builder: Any, folder: Path) -> None:
+    formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    if "array_record" not in formats:
+        raise ValueError(
+            f"{name} is stored as {', '.join(formats)}, and only array_record is read without TensorFlow: "
+            f"{_PREPARE} convert_format --dataset_version_dir={folder} --out_file_format=array_record"
+        )
+
+
+def _keys(name: str, info: Any) -> tuple[str, str]:
+    """The features that are the image and its label."""
+    import tensorflow_datasets as tfds
+
+    keys = info.supervised_keys if len(info.supervised_keys or ()) == 2 else ("image", "label")
+    image, label = (dict(info.features.items()).get(key) for key in keys)
+    if (
+        not isinstance(image, tfds.features.Image)
+        or image.np_dtype == np.float32
+        or not isinstance(label, tfds.features.ClassLabel)
+    ):
+        features = ", ".join(sorted(info.features))
+        raise ValueError(f"{name} is no set of images with one label each; its features: {features}")
+    return keys
+
+
+def _training_on(name: str, known: Sequence[str], train: str) -> dict[str, str]:
+    """What serves as each split when `train` is trained on."""
+    used = set(re.findall(r"[a-z]\w*", train))
+    test = "test" if "test" in known else "validation"
+    if used & {test, "all"}:
+        raise ValueError(f"{name} would train on its test images, which are {test}")
+    return {split: split for split in known if split not in used} | {"train": train}
+
+
+@contextmanager
+def _one_line(complaint: str) -> Iterator[None]:
+    """Turns what TFDS and array_record raise for missing or damaged files, at any length, into one line."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{complaint}: {' '.join(str(error).split())}") from error
+
+
+def _open_split(name: str, builder: Any, split: str) -> tuple[int, Callable[[Sequence[int]], Iterator[Any]]]:
+    """Number of examples of a split in TFDS's notation, and the examples by index, undecoded."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    with _one_line(f"cannot read {split} of {name}"):
+        for shard in builder.info.splits[split].file_instructions:
+            Path(shard.filename).stat()
+        source = builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        count = len(source)
+    if count < 1:
+        raise ValueError(f"{split} of {name} is empty")
+    lock = threading.Lock()
+
+    def examples(indices: Sequence[int]) -> Iterator[Any]:
+        # The readers are not made for several threads at once.
+        with lock, _one_line(f"cannot read {split} of {name}"):
+            serialized = source.__getitems__([int(index) for index in indices])
+        return (tf_example_pb2.Example.FromString(record).features.feature for record in serialized)
+
+    return count, examples
+
+
+def _is_labelled(name: str, builder: Any, split: str, label_key: str) -> bool:
+    """Test images of a competition have the label -1."""
+    _, examples = _open_split(name, builder, split)
+    return next(examples([0]))[label_key].int64_list.value[0] >= 0
+
+
+def _open_records(name: str, builder: Any, split: str, image_key: str, label_key: str) -> Records:
+    count, examples = _open_split(name, builder, split)
+
+    def labels() -> np.ndarray:
+        values = np.empty(count, np.int32)
+        for start in range(0, count, _CHUNK):
+            chunk = examples(range(start, min(start + _CHUNK, count)))
+            values[start : start + _CHUNK] = [example[label_key].int64_list.value[0] for example in chunk]
+        if values.min() < 0:
+            raise ValueError(f"{(values < 0).sum():,} images of {split} of {name} have no label")
+        return values
+
+    read = _Reader(name, builder.data_dir, split, image_key, label_key)
+    return Records(count, functools.cache(labels), read, lambda index: f"{split}[{index}]")
+
+
+class _Reader:
+    """Encoded images and labels by index; a copy in another process opens the files for itself."""
+
+    def __init__(self, *where: str):
+        self._where = where  # name, folder, split, keys of the image and of the label
+
+    def __reduce__(self):
+        return _Reader, self._where
+
+    @functools.cached_property
+    def _examples(self) -> Callable[[Sequence[int]], Iterator[Any]]:
+        import tensorflow_datasets as tfds
+
+        name, folder, split, *_ = self._where
+        return _open_split(name, tfds.builder_from_directory(folder), split)[1]
+
+    def __call__(self, indices: Sequence[int]) -> list[tuple[io.BytesIO, int]]:
+        image_key, label_key = self._where[3:]
+        return [
+            (io.BytesIO(example[image_key].bytes_list.value[0]), example[label_key].int64_list.value[0])
+            for example in self._examples(indices)
+        ]

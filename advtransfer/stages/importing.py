@@ -1,0 +1,111 @@
+"""stage=import: a PyTorch checkpoint becomes a model folder.
+
+Leaves `model/` in the workdir and, when config.verify names a dataset, `evaluation.json`.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from advtransfer.config import names_key
+from advtransfer.data import Dataset, check_dataset_name
+from advtransfer.models import Model, ModelSpec, load_model, save_model
+from advtransfer.source import check_classes, check_evaluation, compute_dtype, load_data
+from advtransfer.stages.named_models import model_name
+from advtransfer.stages.source import describe, measure_once
+from advtransfer.stages.workdir import check_workdir, open_workdir, write_json
+from advtransfer.torch_checkpoint import import_torch_checkpoint, known_models_table
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    if config.source == "list":
+        print(known_models_table())
+        return
+    _check(config, workdir)
+    model = _import(config)
+    dataset = _load_data(config, model.spec)
+    open_workdir(config, workdir)
+    save_model(model, workdir / "model", overwrite=True)
+    print(f"{workdir / 'model'}: {_describe(model.spec)}")
+    if dataset is not None:
+        model = load_model(workdir / "model", dtype=compute_dtype(config.dtype))
+        _verify(config, model, dataset, workdir)
+
+
+def plan(config: ConfigDict, workdir: Path) -> str:
+    if config.source == "list":
+        return "print the known models"
+    _check(config, workdir)
+    if config.source.startswith("hf:"):
+        return f"fetch {config.source} and import it"
+    return f"import {_describe(_import(config).spec)}"
+
+
+def _check(config: ConfigDict, workdir: Path) -> None:
+    with names_key("source"):
+        if not config.source:
+            raise ValueError(
+                "name a PyTorch file or hf:REPO/FILE; config.source=list prints the known models"
+            )
+        if Path(config.source).is_dir():
+            raise ValueError(f"{config.source} is a folder: a model folder needs no import")
+    if config.verify:
+        with names_key("verify"):
+            check_dataset_name(config.verify)
+        check_evaluation(config)
+    check_workdir(config, workdir)
+
+
+def _import(config: ConfigDict) -> Model:
+    """The model of config.source; empty keys of config.checkpoint are left to the file and the table."""
+    known = {key: value for key, value in config.checkpoint.items() if value}
+    with names_key("source"):
+        return import_torch_checkpoint(config.source, **known)
+
+
+def _load_data(config: ConfigDict, spec: ModelSpec) -> Dataset | None:
+    if not config.verify:
+        return None
+    splits = (config.evaluate.split,)
+    dataset = load_data(config, "verify", image_size=spec.image_size, splits=splits)
+    with names_key("verify"):
+        check_classes(dataset, spec)
+    return dataset
+
+
+def _describe(spec: ModelSpec) -> str:
+    """The model in half a sentence, and what its user should know of where it comes from."""
+    found = spec.provenance
+    size = f"{spec.num_classes:,} classes, {spec.image_size} pixels"
+    trained = "natural" if spec.norm == "none" else f"{spec.norm} eps {spec.eps:.4g}"
+    lines = [f"{spec.architecture}, {size}, {trained}, from {found['file']} ({found['format']})"]
+    if found["threat_model"] == "unknown":
+        lines.append(
+            "nothing says how it was trained, so it counts as natural: --config.checkpoint.norm=l2 "
+            "--config.checkpoint.eps=3 says otherwise"
+        )
+    if found["stubs"]:
+        lines.append(f"named in the file and not run: {', '.join(found['stubs'])}")
+    return "\n".join(lines)
+
+
+def _verify(config: ConfigDict, model: Model, dataset: Dataset, workdir: Path) -> None:
+    evaluation = measure_once(config, model, dataset, workdir, name=model_name(config.source))
+    published = model.spec.provenance.get("published", {})
+    line = f"{config.verify}: {describe(evaluation)}"
+    if published.get("accuracy"):
+        points = 100 * (evaluation["natural_accuracy"] - published["accuracy"])
+        line += (
+            f"; published: {published['accuracy']:.2%} on {published['dataset']} "
+            f"({points:+.2f} points here; the standard error of {evaluation['num_images']:,} images is "
+            f"{100 * _standard_error(published['accuracy'], evaluation['num_images']):.2f})"
+        )
+        write_json(workdir / "evaluation.json", evaluation | {"published": published})
+    print(line)
+
+
+def _standard_error(accuracy: float, num_images: int) -> float:
+    return math.sqrt(accuracy * (1 - accuracy) / num_images)

@@ -1,0 +1,119 @@
+"""Checkpoints of the Hugging Face hub by name, and what to do where there is no network."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import os
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+from urllib.parse import quote
+
+from advtransfer.torch_checkpoint.catalogue import KNOWN_MODELS
+from advtransfer.torch_checkpoint.unpickle import CheckpointError
+
+_NAME = re.compile(
+    r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^@?#\\\x00-\x1f]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII
+)
+_EXAMPLE = "hf:madrylab/robust-imagenet-models/resnet50_l2_eps3.ckpt"
+
+
+class Fetched(NamedTuple):
+    """A file of the hub on this machine."""
+
+    path: Path
+    repo: str  # OWNER/NAME
+    file: str  # its path in the repository
+    revision: str  # the commit; of a file fetched by hand what was asked for, "" if nothing was
+
+
+def fetch(name: str, folder: str | Path | None = None) -> Fetched:
+    """Finds a file of the hub on this machine, or downloads it.
+
+    A file that was fetched by hand comes first, then the hub's cache, then the network; a name without a
+    revision means the newest commit at the time of the download. HF_HOME, HF_ENDPOINT, HF_TOKEN,
+    HF_HUB_OFFLINE and the other variables of huggingface_hub have their effect.
+
+    Args:
+        name: hf:OWNER/NAME/FILE or hf:OWNER/NAME/FILE@REVISION (a branch, tag or commit).
+        folder: of files fetched by hand, as OWNER/NAME/FILE or OWNER/NAME@REVISION/FILE; None:
+            `$XDG_CACHE_HOME/advtransfer/checkpoints` or `~/.cache/advtransfer/checkpoints`.
+
+    Raises:
+        CheckpointError: a malformed name, or a file that cannot be had, with what to do about it.
+    """
+    repo, file, revision = _parse(name)
+    by_hand = _by_hand(repo, file, revision, folder)
+    if by_hand.is_file():
+        return Fetched(by_hand, repo, file, revision)
+    base = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    url = f"{base}/{repo}/resolve/{quote(revision or 'main', safe='')}/{quote(file)}"
+    instead = f"or fetch {url} by hand, put it at {by_hand}, and run the same command again"
+    try:
+        import huggingface_hub  # an extra, and slow to import
+    except ImportError as error:
+        raise CheckpointError(
+            f"{name} needs huggingface_hub: pip install 'advtransfer[hub]', {instead}"
+        ) from error
+    try:
+        path = _from_hub(huggingface_hub, repo, file, revision or "main")
+    except Exception as error:  # the hub's HTTP client, its storage and the file system each raise their own
+        raise CheckpointError(f"{name} {_problem(error, name, f'{base}/{repo}', instead)}") from error
+    return Fetched(path, repo, file, path.parents[file.count("/")].name)  # .../snapshots/COMMIT/FILE
+
+
+def _parse(name: str) -> tuple[str, str, str]:
+    """(repo, file, revision); revision is "" if there is none."""
+    match = _NAME.fullmatch(name)
+    repo, file, revision = match.group("repo", "file", "revision") if match else ("", "", None)
+    # No part may leave the folder that the file is looked for in.
+    if any(part in ("", ".", "..") for part in f"{repo}/{file}/{revision or 'main'}".split("/")):
+        raise CheckpointError(f"{name!r} is no hf:OWNER/NAME/FILE[@REVISION], such as {_EXAMPLE}")
+    return repo, file, revision or ""
+
+
+def _by_hand(repo: str, file: str, revision: str, folder: str | Path | None) -> Path:
+    if folder is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        folder = cache / "advtransfer" / "checkpoints"
+    return Path(folder).absolute() / (f"{repo}@{revision}" if revision else repo) / file
+
+
+def _from_hub(hub: ModuleType, repo: str, file: str, revision: str) -> Path:
+    path = hub.try_to_load_from_cache(repo, file, revision=revision)
+    if isinstance(path, str):  # otherwise None, or a mark that the file was not there
+        return Path(path)
+    # One request in advance: it fails at once where hf_hub_download tries again for half a minute.
+    hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, revision=revision))
+    return Path(hub.hf_hub_download(repo, file, revision=revision))
+
+
+def _problem(error: Exception, name: str, page: str, instead: str) -> str:
+    """What went wrong and how to mend it, as the rest of a sentence that starts with the name."""
+    from huggingface_hub import errors
+
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, errors.HFValidationError):
+        return f"is no name that the hub can have: write one such as {_EXAMPLE}"
+    if isinstance(error, errors.GatedRepoError):
+        return f"asks for its terms to be accepted: do that at {page} and {login}, {instead}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"is in no public repository: check the name{_nearest(name)}; if it is private, {login}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"names a revision that the repository does not have: see {page}/commits/main"
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return f"is not in the repository: see {page}/tree/main{_nearest(name)}"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"is not in the cache and HF_HUB_OFFLINE is set: unset it, {instead}"
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return f"does not fit on the disk: make room or set HF_HOME to a folder on another one, {instead}"
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    return f"cannot be fetched ({reason}): check the network, {instead}"
+
+
+def _nearest(name: str) -> str:
+    names = [f"hf:{known.repo}/{known.file}" for known in KNOWN_MODELS if known.repo]
+    near = difflib.get_close_matches(name.partition("@")[0], names, n=3)
+    return f"; nearest known: {', '.join(near)}" if near else ""

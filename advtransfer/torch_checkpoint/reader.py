@@ -1,0 +1,168 @@
+"""Opens a checkpoint of any of PyTorch's formats, or says what the file is instead."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import html
+import re
+import stat
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import safe_open
+
+from advtransfer.torch_checkpoint.legacy_format import read_legacy
+from advtransfer.torch_checkpoint.tensors import File, Tensor, naming, numpy_type
+from advtransfer.torch_checkpoint.unpickle import CheckpointError, Stub, printable
+from advtransfer.torch_checkpoint.zip_format import read_zip
+
+__all__ = ["CheckpointError", "Contents", "Stub", "Tensor", "file_sha256", "open_checkpoint"]
+
+_MAX_HEADER = 1 << 21  # bytes of the header of a safetensors file; of a ResNet-50 0.03 MB
+_SAFETENSORS_TYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
+    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
+    "BOOL": "bool", "C64": "complex64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+}  # fmt: skip
+_OTHER_FILES = (  # how they begin, what they are
+    (b"version https://git-lfs", "a git-lfs pointer, not the file that it points to: run git lfs pull"),
+    (b"\x1f\x8b", "a gzip archive: unpack it"),
+    (b"\xfd7zXZ\0", "an xz archive: unpack it"),
+    (b"BZh", "a bzip2 archive: unpack it"),
+    (b"7z\xbc\xaf", "a 7-zip archive: unpack it"),
+    (b"\x28\xb5\x2f\xfd", "a zstandard archive: unpack it"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras?), not a PyTorch checkpoint"),
+    (b"\x93NUMPY", "a numpy array, not a PyTorch checkpoint"),
+    (b"GGUF", "a GGUF file, not a PyTorch checkpoint"),
+    (b"<?xml", "an XML answer of a server instead of the file: download it again"),
+    (b"{", "a JSON file, not a PyTorch checkpoint"),
+)
+
+
+class Contents(NamedTuple):
+    """What a checkpoint holds, its tensors not yet read."""
+
+    tree: Any  # dict, list, tuple, str, int, float, complex, bool, None, bytes, Tensor, Stub; may hold itself
+    format: str  # "PyTorch zip", "PyTorch legacy" or "safetensors"
+    stubs: tuple[str, ...]  # "module.name" of all that was replaced by an inert placeholder, sorted
+    metadata: dict[str, str]  # of a safetensors file
+
+
+@contextlib.contextmanager
+def open_checkpoint(path: str | Path) -> Iterator[Contents]:
+    """Opens a file of torch.save (zip or legacy format) or a safetensors file. None of its code is run.
+
+    Its tensors are read one by one, by `Tensor.read`, while it is open. Its pickle may have 16 MB and a
+    million operations.
+
+    Raises:
+      CheckpointError: no such file, something else, or a damaged file; one line that says what to do.
+    """
+    path = Path(path)
+    with naming(path):
+        file = _open(path)
+    with file.raw:
+        with naming(path):
+            contents = _read(file)
+        yield contents
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal, read piece by piece."""
+    with open(path, "rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open(path: Path) -> File:
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise CheckpointError("a folder, not a file: name the file in it")
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError("not a regular file")
+        return File(path, open(path, "rb", buffering=0), status.st_size)
+    except FileNotFoundError as error:
+        raise CheckpointError("there is no such file") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"cannot be opened ({getattr(error, 'strerror', error)})") from error
+
+
+def _read(file: File) -> Contents:
+    head = file.read(0, min(file.size, 1024)).tobytes()
+    # First: the length of its header is the eight bytes before, which may begin as the other formats do.
+    if head[8:9] == b"{":
+        return _read_safetensors(file, int.from_bytes(head[:8], "little"))
+    if head.startswith(b"PK"):
+        tree, stubbed = read_zip(file)
+        return Contents(tree, "PyTorch zip", tuple(sorted(stubbed)), {})
+    if head.startswith(b"\x80"):
+        tree, stubbed = read_legacy(file)
+        return Contents(tree, "PyTorch legacy", tuple(sorted(stubbed)), {})
+    raise CheckpointError(_what_it_is(file, head))
+
+
+def _read_safetensors(file: File, header: int) -> Contents:
+    if header > min(_MAX_HEADER, file.size - 8):
+        raise CheckpointError(
+            f"a truncated or damaged safetensors file: {file.size:,} bytes with a header of {header:,}"
+        )
+    tree, metadata = _safely(file.path, _describe)
+    tensors = {
+        name: Tensor(tuple(shape), dtype, (file, name), partial(_read_safetensor, file, name, dtype))
+        for name, (shape, dtype) in tree.items()
+    }
+    return Contents(tensors, "safetensors", (), metadata)
+
+
+def _describe(opened: Any) -> tuple[dict[str, tuple[list[int], str]], dict[str, str]]:
+    slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    tree = {
+        name: (piece.get_shape(), _SAFETENSORS_TYPES.get(piece.get_dtype(), piece.get_dtype().lower()))
+        for name, piece in slices.items()
+    }
+    return tree, opened.metadata() or {}
+
+
+def _read_safetensor(file: File, name: str, dtype: str) -> np.ndarray:
+    with naming(file.path):
+        numpy_type(dtype)
+        if file.raw.closed:
+            raise CheckpointError("it is closed: read its tensors while it is open")
+        return _safely(file.path, lambda opened: opened.get_tensor(name))
+
+
+def _safely(path: Path, use: Callable[[Any], Any]) -> Any:
+    """What `use` makes of the file; opened for one use, as the library keeps what it has read in memory."""
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            return use(opened)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the library is no Exception
+        raise CheckpointError(f"a damaged safetensors file: {printable(str(error))}") from error
+
+
+def _what_it_is(file: File, head: bytes) -> str:
+    if not head:
+        return "an empty file: download it again"
+    text = file.read(0, min(file.size, 1 << 16)).tobytes().decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
+    if re.match(r"<(!doctype html|html|head|body|!--)", text, re.IGNORECASE):
+        title = re.search(r"<title[^>]*>([^<]*)", text, re.IGNORECASE)
+        named = f' titled "{printable(" ".join(html.unescape(title[1]).split()))}"' if title else ""
+        return (
+            f"an HTML page{named}, not weights: the link is dead or wants a login; download it in a browser"
+        )
+    for magic, what in _OTHER_FILES:
+        if head.startswith(magic) or text.startswith(magic.decode("latin-1")):
+            return what
+    if head[257:262] == b"ustar":
+        return (
+            "a tar archive: unpack it (PyTorch before 0.1.10 saved such: save it again with a newer PyTorch)"
+        )
+    return f"not a PyTorch checkpoint: it begins with the bytes {head[:8].hex(' ')}"

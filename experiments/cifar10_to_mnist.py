@@ -1,0 +1,32 @@
+"""The claim on real images at a small scale: CIFAR-10 sources, natural and ℓ2-robust, transferred to MNIST.
+
+    TFDS_DATA_DIR=/prepared python launch.py --config=experiments/cifar10_to_mnist.py
+
+Both sets must be prepared (BUILD.md); `--config.transfer.target=tfds:kmnist` and the like name others. Made for
+two CPU cores: the network is the quickstart's, and sources see 20 % of the training images, eight times. ε and the fine-tuning are the quickstart's: nothing is chosen here. BUILD.md has what came out.
+"""
+
+from advtransfer import config as base
+
+REMARKS = ("ε, learning rate and epochs are those of the quickstart; no image of these sets chose anything.",)
+
+
+def get_config():
+    config = base.default()
+    config.train.update(
+        dataset="tfds:cifar10:train[:20%]",
+        image_size=32,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2023, 0.1994, 0.2010),
+        num_epochs=8,
+    )
+    config.train.augmentation.update(crop_padding=4, flip=True)
+    config.transfer.target = "tfds:mnist"
+    config.transfer.batch_size = 20
+    config.transfer.num_epochs = 30
+    config.transfer.evaluate_epochs = (1, 3, 10, 30)
+    config.study.num_train_images = (20, 50, 100, 200, 400, 800)
+    config.study.num_unfrozen_blocks = (0,)
+    config.evaluate.num_images = 2000
+    config.report.remarks = REMARKS
+    return config

@@ -1,0 +1,40 @@
+"""Train a CIFAR-10 source: ResNet-18 with a CIFAR stem, natural or adversarial.
+
+    python launch.py --config=experiments/source_cifar10.py:natural --workdir=runs/cifar-natural
+    python launch.py --config=experiments/source_cifar10.py:l2_0.5 --workdir=runs/cifar-l2
+
+The argument is natural, l2_EPS, or linf_EPS in 255ths; twins share everything but the attack. The recipe is
+that of MadryLab/robustness for CIFAR: SGD with 0.1, divided by 10 every third of 150 epochs, weight decay
+5e-4, batch 128, PGD-7 with steps of ε/5, random crop, flip, colour jitter and rotation. `tfds:cifar10` must
+be prepared (BUILD.md); `--config.train.dataset=tfds:/prepared/dir` names its folder. A network for two cores:
+`--config.train.architecture=resnet_tiny --config.train.num_epochs=8 --config.train.schedule=cyclic`.
+"""
+
+from advtransfer import config as base
+
+
+def get_config(source="natural"):
+    config = base.default()
+    config.stage = "source"
+    norm, _, eps = source.partition("_")
+    if norm not in ("natural", "l2", "linf") or (norm != "natural" and not eps):
+        raise ValueError(f"{source!r}: write natural, l2_0.5, linf_8 or the like")
+    if norm != "natural":
+        config.train.norm, config.train.eps = norm, float(eps) / (255 if norm == "linf" else 1)
+    config.train.update(
+        dataset="tfds:cifar10",
+        architecture="resnet18_cifar",
+        image_size=32,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2023, 0.1994, 0.2010),
+        num_epochs=150,
+        schedule="step",
+        attack_steps=7,
+        attack_step_ratio=0.2,
+        validate_every=10,
+    )
+    config.train.augmentation.update(crop_padding=4, flip=True, jitter=0.25, rotation=2.0)
+    config.evaluate.update(
+        norm=config.train.norm if config.train.eps else "l2", eps=config.train.eps or 0.5, num_images=2000
+    )
+    return config

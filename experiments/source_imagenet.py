@@ -1,0 +1,43 @@
+"""Train an ImageNet source: ResNet-50 for 90 epochs, natural or adversarial.
+
+    python launch.py --config=experiments/source_imagenet.py:natural --workdir=runs/imagenet-natural
+    python launch.py --config=experiments/source_imagenet.py:l2_3 --workdir=runs/imagenet-l2-3
+    python launch.py --config=experiments/source_imagenet.py:linf_4 --workdir=runs/imagenet-linf-4
+
+The argument is natural, l2_EPS, or linf_EPS in 255ths; twins share everything but the attack. The recipe is
+that of Salman et al. (NeurIPS 2020, appendix A): SGD with 0.1 × batch / 256, divided by 10 every 30 epochs,
+weight decay 1e-4, PGD-3 with steps of 2/3 ε, MadryLab/robustness's augmentation. `tfds:imagenet2012` must be
+prepared (BUILD.md); `--config.train.dataset=folder:/photos` takes your own. On a small device
+`--config.train.num_parts=4` takes a batch in parts. Never run to its end by us: no accuracy is promised.
+"""
+
+from advtransfer import config as base
+
+
+def get_config(source="natural"):
+    config = base.default()
+    config.stage = "source"
+    norm, _, eps = source.partition("_")
+    if norm not in ("natural", "l2", "linf") or (norm != "natural" and not eps):
+        raise ValueError(f"{source!r}: write natural, l2_3, linf_4 or the like")
+    if norm != "natural":
+        config.train.norm, config.train.eps = norm, float(eps) / (255 if norm == "linf" else 1)
+    config.train.update(
+        dataset="tfds:imagenet2012",
+        architecture="resnet50",
+        image_size=224,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        num_epochs=90,
+        batch_size=256,
+        schedule="step",
+        weight_decay=1e-4,
+        save_every=1000,
+        validate_every=5,
+    )
+    config.train.learning_rate = config.train.get_oneway_ref("batch_size").to_float() * (0.1 / 256)
+    config.train.augmentation.update(flip=True, jitter=0.1, lighting=0.05, resized_crop=0.08)
+    config.evaluate.update(
+        norm=config.train.norm if config.train.eps else "l2", eps=config.train.eps or 3.0, num_images=5000
+    )
+    return config

@@ -1,0 +1,208 @@
+"""Damages small genuine checkpoints in every way that a seed finds, and reads them.
+
+python -m tests.fuzz_checkpoints --mutations=100000 --seed=0
+
+A mutant may be refused with a `CheckpointError` of one line, or be read. Anything else is a failure: another
+exception, more than 5 s, more than 512 MB, something in the tree that is not data, an array that is not what
+its tensor said, a trace of code that ran (a file, an event of Python's audit hooks). `--only=I` repeats one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from advtransfer.torch_checkpoint.reader import CheckpointError, Stub, Tensor, open_checkpoint
+from advtransfer.torch_checkpoint.tensors import numpy_type
+from tests.damage_checkpoints import STRUCTURED, damage
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SECONDS, MEGABYTES = 5, 512
+DATA = (dict, list, tuple, str, int, float, complex, bool, type(None), bytes, Tensor)
+EVENTS = (  # of Python's audit hooks: what no reader of data has reason to do
+    *("compile", "exec", "import", "marshal.loads", "pickle.find_class", "code.__new__", "function.__new__"),
+    *("os.", "shutil.", "subprocess.", "socket.", "ctypes.", "urllib.", "ftplib.", "smtplib.", "webbrowser."),
+    *("pty.", "sqlite3.", "tempfile.", "sys.addaudithook", "sys.settrace"),
+)
+
+
+class Watch:
+    """Records, while it is on, the events of Python that mean that code runs or that something is written."""
+
+    def __init__(self):
+        self.on, self.path, self.seen = False, "", []
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, arguments: tuple) -> None:
+        if not self.on:
+            return
+        if event == "open":
+            path, mode, _ = arguments
+            if str(path) != self.path or mode not in ("r", "rb", None):
+                self.seen.append(f"open {path} {mode}")
+        elif event.startswith(EVENTS):
+            self.seen.append(f"{event} {str(arguments)[:80]}")
+
+    @contextlib.contextmanager
+    def watching(self, path: Path):
+        self.seen, self.path, self.on = [], str(path), True
+        try:
+            yield
+        finally:
+            self.on = False
+
+
+class Hang(BaseException):
+    """A mutant took too long."""
+
+
+def _alarm(*_):
+    raise Hang
+
+
+class Seed(NamedTuple):
+    """A genuine file."""
+
+    name: str
+    data: bytes
+    kind: str  # zip, legacy, safetensors
+    network: bool  # whether a network of the family is in it
+
+
+def seeds(limit: int = 200_000) -> list[Seed]:
+    found = []
+    for path in sorted(FIXTURES.rglob("*")):
+        data = path.read_bytes() if path.is_file() else b""
+        if path.suffix not in (".pt", ".pth", ".ckpt", ".safetensors") or not 0 < len(data) <= limit:
+            continue
+        kind = "safetensors" if data[8:9] == b"{" else "zip" if data[:2] == b"PK" else "legacy"
+        found.append(Seed(path.name, data, kind, path.parent.name != "checkpoints"))
+    return found
+
+
+def mutant(files: list[Seed], seed: int, index: int, canary: str) -> tuple[Seed, bytes]:
+    """The file that mutant `index` of campaign `seed` began as, and what became of it."""
+    rng = random.Random(f"{seed}/{index}")
+    file, other = rng.choice(files), rng.choice(files).data
+    if rng.random() < 0.4:
+        return file, damage(file.data, rng, other)
+    return file, STRUCTURED[file.kind](file.data, rng, other, canary)
+
+
+def leaves(tree: object):
+    """Everything in a tree that may contain itself, once each."""
+    waiting, seen = [tree], set()
+    while waiting:
+        value = waiting.pop()
+        if type(value) in (dict, list, tuple):
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            waiting += [*value.keys(), *value.values()] if type(value) is dict else value
+        yield value
+
+
+def read_all(path: Path) -> None:
+    """Opens a checkpoint and reads every tensor in it; AssertionError if something is not as it should be."""
+    with open_checkpoint(path) as contents:
+        for value in leaves(contents.tree):
+            assert type(value) in DATA or isinstance(value, Stub), f"{type(value)} in the tree"
+            if isinstance(value, Tensor):
+                with contextlib.suppress(CheckpointError):
+                    array = value.read()
+                    assert array.shape == value.shape and array.dtype == numpy_type(value.dtype)
+                    assert array.flags.c_contiguous and array.dtype.isnative
+
+
+class Summary(NamedTuple):
+    refused: int
+    read: int
+    failures: list[str]
+    kinds: dict[str, int]  # mutants of each format
+    seconds: float
+    slowest: float  # s
+
+
+def campaign(mutations: int, seed: int, only: int | None = None, read_network=None) -> Summary:
+    """Reads `mutations` damaged files."""
+    files, watch, failures, kinds = seeds(), Watch(), [], Counter()
+    refused = slowest = 0
+    before, start = signal.signal(signal.SIGALRM, _alarm), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        path, canary = Path(folder) / "mutant.pt", Path(folder) / "canary"
+        for file in files:  # what is imported at its first use is imported now
+            path.write_bytes(file.data)
+            with contextlib.suppress(CheckpointError):
+                read_all(path)
+                if file.network and read_network:
+                    read_network(path)
+        for index in range(mutations) if only is None else [only]:
+            file, data = mutant(files, seed, index, str(canary))
+            kinds[file.kind] += 1
+            path.write_bytes(data)
+            clock = time.perf_counter()
+            problem = ""
+            try:
+                signal.setitimer(signal.ITIMER_REAL, SECONDS)
+                with watch.watching(path):
+                    read_all(path)
+                    if file.network and read_network:
+                        read_network(path)
+            except CheckpointError as error:
+                refused += 1
+                if "\n" in str(error) or not str(error).isprintable() or len(str(error)) > 1000:
+                    problem = "a message that is no line"
+            except (Exception, Hang) as error:
+                problem = f"{type(error).__name__}: {str(error)[:200]}"
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            seconds = time.perf_counter() - clock
+            slowest = max(slowest, seconds)
+            if watch.seen or canary.exists():
+                problem = f"code ran: {watch.seen[:3]}"
+                canary.unlink(missing_ok=True)
+            elif seconds > SECONDS:
+                problem = f"{seconds:.1f} s"
+            if problem:
+                failures.append(f"--seed={seed} --only={index} ({file.name}): {problem}")
+                print(failures[-1], flush=True)
+    signal.signal(signal.SIGALRM, before)
+    accepted = sum(kinds.values()) - refused - len(failures)
+    return Summary(refused, accepted, failures, dict(kinds), time.perf_counter() - start, slowest)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mutations", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", type=int)
+    options = parser.parse_args()
+    from advtransfer.torch_checkpoint.convert import read_variables
+
+    with contextlib.suppress(FileNotFoundError):  # Linux alone says how much there is
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (size + (MEGABYTES << 20),) * 2)
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = campaign(options.mutations, options.seed, options.only, read_variables)
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(result.kinds.items()))
+    print(
+        f"{sum(result.kinds.values()):,} mutants ({kinds}): {result.refused:,} refused, {result.read:,} read,"
+        f" {len(result.failures)} failures; {result.seconds:.0f} s, slowest {result.slowest:.2f} s, "
+        f"memory +{peak:.0f} MB"
+    )
+    return bool(result.failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

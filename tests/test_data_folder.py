@@ -1,0 +1,304 @@
+"""Image folders: layouts and splits, every kind of picture, broken ones, a cache that follows the files."""
+
+from __future__ import annotations
+
+import os
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from advtransfer.data import load_dataset, recorded
+from advtransfer.data.decode import decode_image, fit_image
+
+
+def color_of(serial: int) -> tuple[int, int, int]:
+    return serial % 256, serial // 256, 77
+
+
+def write_images(root, counts, *, first=0, size=(6, 6)):
+    """Images of one colour each, which is their serial number; returns {class folder: serials}."""
+    serials = {}
+    for folder, count in counts.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        serials[folder] = list(range(first, first + count))
+        for serial in serials[folder]:
+            Image.new("RGB", size, color_of(serial)).save(root / folder / f"{serial:04}.png")
+        first += count
+    return serials
+
+
+def serials_of(split):
+    assert (split.images == split.images[:, :1, :1]).all()
+    pixels = split.images[:, 0, 0].astype(int)
+    assert (pixels[:, 2] == 77).all()
+    return (pixels[:, 0] + 256 * pixels[:, 1]).tolist()
+
+
+def load(root, **options):
+    return load_dataset(f"folder:{root}", cache_dir=root.parent / "cache", **options)
+
+
+def test_recorded_splits_are_kept(tmp_path):
+    root = tmp_path / "set"
+    counts = {"train/b": 5, "train/a": 3, "train/a/deeper": 2, "val/a": 2, "val/b": 1, "test/b": 4}
+    written = write_images(root, counts)
+    (root / "train/a/notes.txt").write_text("no picture")
+    (root / "train/b/.hidden.png").write_bytes(b"no picture either")
+    (root / "train/.cache").mkdir()
+    dataset = load(root)
+    assert dataset.class_names == ("a", "b") and dataset.skipped == ()
+    for split, folder in (("train", "train"), ("validation", "val"), ("test", "test")):
+        found = getattr(dataset, split)
+        expected = [
+            (serial, "ab".index(path.split("/")[1]))
+            for path, serials in written.items()
+            if path.startswith(folder)
+            for serial in serials
+        ]
+        assert sorted(zip(serials_of(found), found.labels.tolist(), strict=True)) == sorted(expected)
+        assert found.images.dtype == np.uint8 and found.labels.dtype == np.int32
+        assert found.images.shape == (len(expected), 6, 6, 3)
+
+
+@pytest.mark.parametrize(
+    ("folders", "sizes"),
+    [
+        ([""], (144, 16, 40)),  # one tree: a fifth tests, a tenth of the rest validates
+        (["train/"], (144, 16, 40)),
+        (["train/", "test/"], (180, 20, 200)),
+        (["train/", "val/"], (180, 20, 200)),  # what validates becomes the test
+        (["train/", "validation/", "test/"], (200, 200, 200)),
+        (["test/"], (0, 0, 200)),
+        (["val/"], (0, 0, 200)),
+    ],
+)
+def test_every_image_is_in_one_split_and_classes_keep_their_share(tmp_path, folders, sizes):
+    counts = {f"{folder}{name}": count for folder in folders for name, count in (("x", 120), ("y", 80))}
+    write_images(tmp_path / "set", counts, size=(2, 2))
+    dataset = load(tmp_path / "set")
+    splits = (dataset.train, dataset.validation, dataset.test)
+    assert tuple(len(split.labels) for split in splits) == sizes
+    serials = [serial for split in splits for serial in serials_of(split)]
+    assert sorted(serials) == list(range(200 * len(folders)))
+    for split in splits:
+        assert abs(np.sum(split.labels == 0) - 0.6 * len(split.labels)) <= 1
+        labels = [int(serial % 200 >= 120) for serial in serials_of(split)]
+        assert split.labels.tolist() == labels
+
+
+@pytest.mark.parametrize("asked", [("test",), ("validation",), ("train", "validation")])
+def test_asked_splits_are_those_of_the_whole_set(tmp_path, asked):
+    write_images(tmp_path / "set", {"x": 30, "y": 20})
+    whole = load(tmp_path / "set")
+    for cache_dir in (tmp_path / "cache", tmp_path / "another"):
+        part = load_dataset(f"folder:{tmp_path / 'set'}", cache_dir=cache_dir, splits=asked)
+        for split in ("train", "validation", "test"):
+            expected = getattr(whole, split).images[: None if split in asked else 0]
+            np.testing.assert_array_equal(getattr(part, split).images, expected)
+
+
+def pictures():
+    """name -> (image, options of save, what its RGB pixels are), 8 x 6 pixels."""
+    rng = np.random.default_rng(0)
+    rgb = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    grey, alpha = rgb[..., 0], rgb[..., 1]
+    deep = rng.integers(0, 65536, (6, 8), dtype=np.uint16)
+    deep[0, :4] = 0, 128, 129, 65535
+    over_white = [
+        np.rint(255 + (plane.astype(float) - 255) * (alpha / 255.0)) for plane in np.moveaxis(rgb, 2, 0)
+    ]
+    grey_over_white = np.rint(255 + (grey.astype(float) - 255) * (alpha / 255.0))
+    palette = Image.fromarray(grey % 4).convert("P")
+    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 0, 0, 0])
+    colors = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90], [0, 0, 0]])[grey % 4]
+    hole = np.where((grey % 4 == 3)[..., None], 255, colors)
+    ink = np.repeat(np.repeat(rng.integers(0, 256, (1, 1, 4), dtype=np.uint8), 6, 0), 8, 1)
+    light = 255 - ink.astype(float)
+    rgba, la = np.dstack([rgb, alpha]), np.dstack([grey, alpha])
+    return {
+        "rgb.png": (Image.fromarray(rgb), {}, rgb),
+        "grey.png": (Image.fromarray(grey), {}, three(grey)),
+        "bilevel.png": (Image.fromarray(grey > 99), {}, three(255 * (grey > 99))),
+        "sixteen_bits.png": (Image.fromarray(deep), {}, three(np.floor(deep / 257 + 0.5))),
+        "sixteen_bits.tif": (Image.fromarray(deep), {}, three(np.floor(deep / 257 + 0.5))),
+        "palette.png": (palette, {}, colors),
+        "palette_with_hole.png": (palette, {"transparency": 3}, hole),
+        "palette.gif": (palette, {}, colors),
+        "rgba.png": (Image.fromarray(rgba), {}, np.dstack(over_white)),
+        "grey_alpha.png": (Image.fromarray(la, "LA"), {}, three(grey_over_white)),
+        "cmyk.jpg": (Image.fromarray(ink, "CMYK"), {"quality": 100}, light[..., :3] * light[..., 3:] / 255),
+        "lossless.webp": (Image.fromarray(rgb), {"lossless": True}, rgb),
+    }
+
+
+def three(grey):
+    return np.repeat(grey[..., None], 3, axis=-1)
+
+
+@pytest.mark.parametrize("name", list(pictures()))
+def test_every_kind_of_picture_becomes_rgb(tmp_path, name):
+    image, options, expected = pictures()[name]
+    image.save(tmp_path / name, **options)
+    found = np.asarray(decode_image(tmp_path / name)).astype(float)
+    # Blending and a JPEG's coefficients are rounded; everything else is exact.
+    tolerance = {"cmyk.jpg": 2, "rgba.png": 1, "grey_alpha.png": 1}.get(name, 0)
+    np.testing.assert_allclose(found, expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_of_unknown_range_are_refused(tmp_path, dtype):
+    Image.fromarray(np.full((4, 4), 70000, dtype)).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=r"no known range|do not fit"):
+        decode_image(tmp_path / "x.tif")
+
+
+# EXIF orientation -> how the stored pixels become what a viewer shows (EXIF 2.3, section 4.6.4).
+UPRIGHT = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+    8: lambda x: np.rot90(x),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_photographs_are_turned_upright(tmp_path, orientation):
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "set/test/a").mkdir(parents=True)
+    Image.fromarray(pixels).save(tmp_path / "set/test/a/x.png", exif=exif)
+    (found,) = load(tmp_path / "set").test.images
+    np.testing.assert_array_equal(found, UPRIGHT[orientation](pixels))
+    np.testing.assert_array_equal(np.asarray(decode_image(tmp_path / "set/test/a/x.png")), pixels)
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (256, 300), (90, 40), (333, 333)])
+def test_photographs_are_scaled_to_8_7_and_cut_out_of_the_middle(width, height):
+    """On ramps, whose value after bilinear scaling is known: that of the middle of the new pixel."""
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    pixels = np.dstack([255 * x / (width - 1), 255 * y / (height - 1), 0 * x]).round().astype(np.uint8)
+    found = np.asarray(fit_image(Image.fromarray(pixels), 224, crop=True)).astype(float)
+    assert found.shape == (224, 224, 3)
+    scale = 256 / min(width, height)
+    for channel, side in ((0, width), (1, height)):
+        cut = (int(side * scale) - 224) / 2
+        middle = (np.arange(224) + 0.5 + round(cut)) * side / int(side * scale) - 0.5
+        line = found[112, :, 0] if channel == 0 else found[:, 112, 1]
+        np.testing.assert_allclose(line, 255 * middle / (side - 1), atol=1.6)
+
+
+def test_squares_of_one_size_are_resized_whole_and_others_cropped(tmp_path):
+    stripe = np.zeros((28, 28, 3), np.uint8)
+    stripe[:, 0] = 255  # lost by a crop
+    for name, second in (("same", (28, 28)), ("mixed", (30, 30))):
+        (tmp_path / name / "test/a").mkdir(parents=True)
+        Image.fromarray(stripe).save(tmp_path / name / "test/a/0.png")
+        Image.new("RGB", second).save(tmp_path / name / "test/a/1.png")
+    whole = load(tmp_path / "same", image_size=14).test.images[0]
+    expected = Image.fromarray(stripe).resize((14, 14), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(whole, np.asarray(expected))
+    assert load(tmp_path / "mixed", image_size=14).test.images[0].max() == 0
+    assert load(tmp_path / "same").test.images.shape == (2, 28, 28, 3)
+    with pytest.raises(ValueError, match="no squares of one size: give image_size"):
+        load(tmp_path / "mixed")
+
+
+@pytest.mark.parametrize("name", ["folder", "builtin:digits"])
+def test_views_lose_detail_or_color(tmp_path, name):
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    if name == "folder":
+        (tmp_path / "set/test/a").mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "set/test/a/0.png")
+        name = f"folder:{tmp_path / 'set'}"
+    natural, grey, low = (
+        load_dataset(name, image_size=48, cache_dir=tmp_path / "cache", view=view)
+        .test.images[0]
+        .astype(float)
+        for view in ("natural", "grey", "low_pass")
+    )
+    luma = natural @ [0.299, 0.587, 0.114]
+    np.testing.assert_allclose(grey, three(luma), atol=0.51)
+    small = Image.fromarray(natural.astype(np.uint8)).resize((32, 32), Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(low, np.asarray(small.resize((48, 48), Image.Resampling.BILINEAR)))
+    assert (low != natural).any()
+
+
+def damage(path, kind):
+    data = path.read_bytes()
+    path.write_bytes({"empty": b"", "text": b"hello", "truncated": data[: len(data) // 2]}[kind])
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "truncated"])
+def test_broken_images_are_named_and_refused_or_skipped(tmp_path, kind):
+    write_images(tmp_path / "set", {"train/a": 20, "train/b": 20, "test/a": 5, "test/b": 5}, size=(40, 40))
+    damage(tmp_path / "set/test/b/0047.png", kind)
+    for _ in range(2):  # also when it comes from the cache
+        with pytest.raises(ValueError, match=re.escape("1 of 10 images")) as error:
+            load(tmp_path / "set", image_size=8)
+        assert "test/b/0047.png (" in str(error.value) and "\n" not in str(error.value)
+        dataset = load(tmp_path / "set", image_size=8, broken="skip")
+        (skipped,) = dataset.skipped
+        assert skipped.startswith("test/b/0047.png (")
+        assert serials_of(dataset.test) == [40, 41, 42, 43, 44, 45, 46, 48, 49]
+        assert dataset.test.labels.tolist() == [0] * 5 + [1] * 4
+
+
+def test_decoded_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
+    write_images(tmp_path / "set", {"test/a": 3, "test/b": 3})
+    first = load(tmp_path / "set").test.images
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recorded, "decode_images", None)
+        np.testing.assert_array_equal(load(tmp_path / "set").test.images, first)
+
+    path = tmp_path / "set/test/a/0001.png"
+    before = path.stat()
+    data = bytearray(path.read_bytes())
+    Image.new("RGB", (6, 6), color_of(9)).save(path)
+    assert path.stat().st_size == len(data)  # neither the size nor the time of change tells
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert serials_of(load(tmp_path / "set").test) == [0, 9, 2, 3, 4, 5]
+
+    (tmp_path / "set/test/b/0005.png").rename(tmp_path / "set/test/a/0005.png")
+    assert load(tmp_path / "set").test.labels.tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_what_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
+    write_images(tmp_path / "set", {"train/a": 20, "test/a": 10})
+    free = 2 * 10 * 8 * 8 * 3
+    monkeypatch.setattr(recorded.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    assert len(load(tmp_path / "set", image_size=8, splits=["test"]).test.labels) == 10
+    with pytest.raises(
+        ValueError, match=r"30 images of folder:.* more than half .* stream the training images"
+    ):
+        load(tmp_path / "set", image_size=8)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ([], "has no class folders"),
+        (["x.png"], "has no class folders"),
+        (["train/a/x.png", "train/b/x.txt"], "train/b holds no images"),
+        (["train/a/x.png", "test/b/x.png"], "classes that are not trained on: b"),
+        (None, "there is no folder"),
+    ],
+)
+def test_badly_formed_folders_get_one_clear_line(tmp_path, files, message):
+    root = tmp_path / "set"
+    for file in files or ():
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(root / file, format="PNG")
+    if files is not None:
+        root.mkdir(exist_ok=True)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load(root)
+    assert "\n" not in str(error.value)

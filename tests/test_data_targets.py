@@ -1,0 +1,90 @@
+"""The papers' targets and augmentations: names that TFDS has, and random resized crops against Pillow."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from advtransfer.data import AUGMENTATIONS, TARGETS, augment, transforms
+
+ALL = [(study, name) for study, targets in TARGETS.items() for name in targets]
+
+
+def test_the_papers_sets_are_there():
+    assert sorted(TARGETS["utrera"]) == ["cifar10", "cifar100", "fashion_mnist", "kmnist", "mnist", "svhn"]
+    assert len(TARGETS["salman"]) == 12
+    per_class = {name for name, target in TARGETS["salman"].items() if target.metric == "mean_per_class"}
+    assert per_class == {"aircraft", "caltech101", "caltech256", "flowers", "pets"}
+
+
+@pytest.mark.parametrize(("study", "name"), ALL)
+def test_targets_are_as_tfds_describes_them(study, name):
+    target = TARGETS[study][name]
+    assert target.augmentation in AUGMENTATIONS
+    if not target.dataset:
+        return  # a folder that the user makes
+    prefix, _, rest = target.dataset.partition(":")
+    builder = tfds.builder(rest.partition(":")[0], try_gcs=False)
+    assert prefix == "tfds" and builder.info.features["label"].num_classes == target.num_classes
+    side = builder.info.features["image"].shape[0]
+    assert side == target.side
+    recorded = {split: info.num_examples for split, info in builder.info.splits.items()}
+    if recorded:  # TFDS knows them only of some sets before they are prepared
+        assert (recorded["train"], recorded["test"]) == (target.num_train, target.num_test)
+
+
+def test_resized_crops_are_pillows():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, 24, 32, 3), dtype=np.uint8)
+    sides = np.stack([rng.integers(1, 25, 40), rng.integers(1, 33, 40)], axis=1)
+    corners = np.floor(rng.random((40, 2)) * (np.array([24, 32]) - sides + 1)).astype(int)
+    sides[0], corners[0] = (24, 32), (0, 0)
+    boxes = np.concatenate([corners, sides], axis=1).astype(np.float32)
+    found = np.asarray(transforms.resized_crop_at(transforms.to_float(images), boxes)) * 255
+    for image, new, (top, left, height, width) in zip(images, found, boxes.astype(int).tolist(), strict=True):
+        cut = Image.fromarray(image).crop((left, top, left + width, top + height))
+        expected = np.asarray(cut.resize((32, 24), Image.Resampling.BILINEAR))
+        np.testing.assert_allclose(new, expected, atol=1.01)  # Pillow rounds after each direction
+    np.testing.assert_allclose(found[0], images[0], atol=1e-3)
+
+
+def test_random_boxes_have_torchvisions_areas_and_ratios(monkeypatch):
+    """Every box is inside; areas reach from the smallest share to nearly 1, ratios from 3/4 to 4/3."""
+    monkeypatch.setattr(transforms, "resized_crop_at", lambda images, boxes: boxes)
+
+    def draw(keys):
+        return transforms.random_resized_crop(keys, jnp.zeros((len(keys), 100, 100, 3)), min_area=0.08)
+
+    boxes = jax.jit(draw)(jax.random.split(jax.random.key(0), 4000))
+    top, left, height, width = np.asarray(boxes).T
+    assert (
+        (top >= 0).all() and (left >= 0).all() and (top + height <= 100).all() and (left + width <= 100).all()
+    )
+    share, ratio = height * width / 1e4, width / height
+    assert 0.075 < share.min() < 0.1 and share.max() > 0.95
+    assert 0.73 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.37
+    # The first of ten tries that fits, simulated: large boxes of odd ratios are rejected more often.
+    rng = np.random.default_rng(0)
+    areas, ratios = (
+        rng.uniform(0.08, 1, (40000, 10)),
+        np.exp(rng.uniform(*np.log([3 / 4, 4 / 3]), (40000, 10))),
+    )
+    fits = (np.rint(100 * np.sqrt(areas * ratios)) <= 100) & (np.rint(100 * np.sqrt(areas / ratios)) <= 100)
+    first = fits.argmax(axis=1)[:, None]
+    expected = np.take_along_axis(areas, first, axis=1)[:, 0]
+    levels = [0.1, 0.25, 0.5, 0.75, 0.9]
+    np.testing.assert_allclose(np.quantile(share, levels), np.quantile(expected, levels), atol=0.03)
+    free = (height < 90) & (width < 90)
+    np.testing.assert_allclose(np.mean(top[free] / (100 - height[free])), 0.5, atol=0.02)
+
+
+def test_salmans_augmentation_crops_and_flips():
+    images = np.random.default_rng(0).random((64, 16, 16, 3), np.float32)
+    keys = jax.random.split(jax.random.key(0), 64)
+    changed = np.asarray(jax.jit(augment, static_argnums=2)(keys, images, AUGMENTATIONS["salman"]))
+    assert changed.shape == images.shape and (np.abs(changed - images).max(axis=(1, 2, 3)) > 0.1).all()
+    np.testing.assert_array_equal(augment(keys, images, AUGMENTATIONS["none"]), images)

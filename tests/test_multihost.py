@@ -1,0 +1,116 @@
+"""Two processes of two devices each over loopback, against one process with four: real ones, real signals."""
+
+import json
+import signal
+import socket
+
+import chex
+import jax
+import pytest
+from faults import finish, launcher, saved_steps, wait_until
+
+from advtransfer import parallel, stages
+from advtransfer.config import ConfigError, default
+from advtransfer.models import init_variables, load_model
+
+# A small rate: at a larger one a ReLU that rounding tips over grows into another network within these steps.
+RECIPE = (
+    "--config.train.batch_size=200",
+    "--config.train.num_epochs=8",
+    "--config.train.learning_rate=1e-5",
+    "--config.train.schedule=constant",
+    "--config.train.save_every=2",
+    "--config.evaluate.norm=none",
+)
+NUM_STEPS = 32
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """start(workdir, *arguments, devices=2): one process that trains by RECIPE."""
+    launch = launcher(tmp_path_factory.mktemp("multihost"))
+
+    return lambda workdir, *arguments, **kwargs: launch("source", workdir, *RECIPE, *arguments, **kwargs)
+
+
+def _two(start, workdir, *arguments):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    return [
+        start(workdir, "--multihost", *arguments, environment=environment | {"JAX_PROCESS_ID": str(i)})
+        for i in range(2)
+    ]
+
+
+def _until_step(step, workdir, processes):
+    assert wait_until(lambda: max(saved_steps(workdir), default=0) >= step, processes[0]), finish(
+        processes[0]
+    )
+
+
+@pytest.fixture(scope="module")
+def lost(start, tmp_path_factory):
+    """A training whose second process has been killed; the first one has yet to find out."""
+    workdir = tmp_path_factory.mktemp("lost")
+    processes = _two(start, workdir)
+    _until_step(3, workdir, processes)
+    processes[1].kill()
+    processes[1].communicate()
+    return workdir, processes[0]
+
+
+@pytest.fixture(scope="module")
+def one_process(start, lost, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("one")
+    finish(start(workdir, devices=4))
+    model = load_model(workdir / "model")
+    fresh = init_variables(model.module, jax.random.split(jax.random.key(0))[0], 8)
+    moved = jax.tree.map(lambda x, y: abs(x - y).max(), model.variables["params"], fresh["params"])
+    assert max(jax.tree.leaves(moved)) > 1e-4
+    return model
+
+
+def _assert_same(workdir, one_process):
+    variables = load_model(workdir / "model").variables
+    chex.assert_trees_all_close(variables, one_process.variables, atol=1e-5)
+
+
+def test_sigterm_at_one_saves_on_all_and_one_device_goes_on(start, one_process, tmp_path):
+    processes = _two(start, tmp_path)
+    _until_step(2, tmp_path, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    said = [finish(process) for process in processes]
+    last = max(saved_steps(tmp_path))
+    assert last < NUM_STEPS
+    for stderr in said:
+        assert f"SIGTERM: saved at step {last} of {NUM_STEPS}; resume with the same command" in stderr
+    finish(start(tmp_path, devices=1))
+    _assert_same(tmp_path, one_process)
+
+
+def test_a_lost_process_ends_the_other_and_both_go_on(start, lost, one_process):
+    workdir, process = lost
+    stderr = finish(process, code=3)
+    assert "another process of this run has ended" in stderr.splitlines()[-1]
+    assert not (workdir / "model").exists()
+    stdout = [process.communicate(timeout=300)[0] for process in _two(start, workdir)]
+    _assert_same(workdir, one_process)
+    assert "natural accuracy" in stdout[0] and "natural accuracy" not in stdout[1]
+    logged = [json.loads(line)["step"] for line in (workdir / "log.jsonl").read_text().splitlines()]
+    assert logged == list(range(2, NUM_STEPS + 1, 2))  # by one process
+
+
+def test_without_a_cluster_multihost_is_an_error(start, tmp_path):
+    said = finish(start(tmp_path / "alone", "--multihost"), code=2)
+    assert len(said.splitlines()) == 1 and "set JAX_COORDINATOR_ADDRESS=HOST:PORT" in said
+
+
+@pytest.mark.parametrize("stage", ["transfer", "study"])
+def test_what_runs_in_one_process_says_so(stage, monkeypatch):
+    monkeypatch.setattr(parallel, "num_processes", lambda: 2)
+    config = default()
+    config.stage = stage
+    with pytest.raises(ConfigError, match=f"config.stage={stage} over several processes is not built yet"):
+        stages.plan(config, "unused")

@@ -1,0 +1,170 @@
+"""Files that were made to do harm: nothing of them runs, and their memory and time are bounded."""
+
+import copyreg
+import os
+import struct
+import subprocess
+import sys
+import tracemalloc
+from collections import UserList
+from pathlib import Path
+
+import numpy as np
+import pytest
+from damage_checkpoints import call, integer, name_of, payloads, tensor, text, write_legacy, write_zip
+
+from advtransfer.torch_checkpoint.reader import CheckpointError, Stub, open_checkpoint
+
+ROOT = Path(__file__).parent.parent
+TERABYTES = struct.pack("<q", 2**43)
+
+
+def load(path):
+    with open_checkpoint(path) as contents:
+        return contents
+
+
+def refuse(path, match):
+    """Opening the file says `match` in one line."""
+    with pytest.raises(CheckpointError, match=match) as caught:
+        load(path)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def test_the_payloads_run_where_a_real_unpickler_reads_them(tmp_path):
+    """Otherwise the next test would prove nothing."""
+    program = "import os, pickle, time\n"
+    for index, operations in enumerate(payloads("CANARY").values()):
+        program += f"""
+try:
+    pickle.loads({operations + b"."!r})
+except Exception:
+    pass
+for _ in range(50):
+    time.sleep(0 if os.path.exists("CANARY") else 0.02)
+print({index}, os.path.exists("CANARY"))
+os.system("rm -rf CANARY")
+"""
+    out = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert out.stdout.split() == [word for i in range(len(payloads(""))) for word in (str(i), "True")]
+
+
+@pytest.mark.parametrize("write", [write_zip, write_legacy])
+@pytest.mark.parametrize("name", list(payloads("")))
+def test_no_payload_runs(tmp_path, write, name):
+    canary = tmp_path / "canary"
+    operations = payloads(str(canary))[name]
+    one = tensor(legacy=write is write_legacy)
+    path = write(tmp_path / "a.pt", b"]" + operations + b"a" + operations + b"}b" + b"a" + one + b"a")
+    with open_checkpoint(path) as contents:
+        np.testing.assert_array_equal(
+            contents.tree[2].read(), np.arange(6.0).reshape(2, 3)
+        )  # the data beside it is good
+        assert all(isinstance(stub, Stub) for stub in contents.tree[:2])
+    assert contents.stubs and not canary.exists()
+
+
+def test_nothing_that_is_named_is_imported_or_changed(tmp_path):
+    """Setting items, appending, setting state and slots: of what a pickle names, never of the real thing."""
+    before = dict(os.environ), list(sys.path), set(sys.modules), dict(vars(UserList))
+    state = b"}" + text("canary") + b"K\x01s"
+    for operations in (
+        name_of("os.environ") + text("CANARY") + text("1") + b"s",
+        name_of("sys.path") + text("/canary") + b"a",
+        name_of("sys.modules") + text("canary") + b"Ns",
+        name_of("collections.UserList") + b"(N" + state + b"tb",
+        name_of("collections.UserList") + state + b"b",
+        call("importlib.import_module", text("antigravity")),
+        name_of("antigravity.fly"),
+        call("torch.storage._load_from_bytes", text(b"\x80\x02" + call("os.system", text("true")) + b".")),
+        call("builtins.setattr", name_of("collections.UserList"), text("canary"), b"N"),
+        b"\x82\xf0(" + text("true") + b"tR",
+    ):
+        copyreg.add_extension("os", "system", 0xF0)
+        try:
+            tree = load(write_zip(tmp_path / "a.pt", operations)).tree
+        finally:
+            copyreg.remove_extension("os", "system", 0xF0)
+        assert isinstance(tree, Stub)
+    assert (dict(os.environ), list(sys.path), set(sys.modules), dict(vars(UserList))) == before
+    assert "builtins.object" not in load(write_zip(tmp_path / "a.pt", name_of("builtins.object"))).stubs
+
+
+@pytest.mark.parametrize(
+    ("operations", "message"),
+    [
+        (text("os.system") + b"(" + text("true") + b"tR", "it calls a str"),
+        (b"]K\x01a)R", "it calls a list"),
+        (name_of("os.system") + text("true") + b"R", "calls os.system with a str"),
+        (b"0", "more from the stack"),
+        (b"K\x01t", "a mark that is not there"),
+        (b"h\x05", "an object that it never stored"),
+        (b"}(K\x01u", "a key without a value"),
+        (b"K\x01K\x02a", "appends to a int"),
+        (b"K\x05Q", "refers to data in a way that PyTorch does not"),
+        (b"P0\n", "PERSID is not supported"),
+        (b"X\x02\x00\x00\x00\xff\xfe", "damaged near byte"),
+        (b"I" + b"9" * 5000 + b"\n", "damaged near byte"),
+        (b"\x8b\x00\x10\x00\x00" + b"\x7f" * 4096, "an integer of 32,7"),
+        (b"\x8e" + TERABYTES, "truncated in its pickle"),  # a text of 8 TB
+        (b"\x8d" + TERABYTES, "truncated in its pickle"),
+        (b"T\xff\xff\xff\x7f", "truncated in its pickle"),
+        (b"\x95" + TERABYTES, "more from the stack"),  # a frame of 8 TB, which is only a hint
+        (b"p-1\n", "a number out of range|more from the stack"),
+        (b"X\x58\x02\x00\x00" + b"a" * 600 + b"2\x93", "something else than a short text"),
+    ],
+)
+def test_damaged_pickles_say_where(tmp_path, operations, message):
+    refuse(write_zip(tmp_path / "a.pt", operations), message)
+    refuse(write_legacy(tmp_path / "a.pt", operations), message)
+
+
+ENCODE = call("_codecs.encode", b"h\x00", text("latin1")) + b"0"
+PAIRS = b"](" + b"".join(integer(i) + b"N\x86" for i in range(20_000)) + b"eq\x00"
+ORDERED = call("collections.OrderedDict", b"h\x00")
+HEAVY = {
+    "memo": b"N" + b"r\xff\xff\xff\xff" * 10 + b"0N",  # an index of 2^32 - 1 is no allocation
+    "laughs": b"]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(200)),
+    "tuples as keys": b"}Nq\x000" + b"h\x00h\x00\x86q\x000" * 300 + b"h\x00K\x01s",
+    "deep tuples": b"N" + b"\x85" * 60_000,
+    "deep lists": b"]" * 60_000 + b"a" * 59_999,
+    "deep marks": b"(" * 60_000 + b"N",
+    "itself": b"]q\x00h\x00a" + b"}q\x01" + b"K\x01h\x01sa",
+    "copies": text("x" * 100_000) + b"q\x00" + ENCODE * 30_000,
+    "copied lists": b"](" + b"N" * 100_000 + b"eq\x00" + (call("builtins.list", b"h\x00") + b"0") * 20_000,
+    "copied dicts": PAIRS + ORDERED * 2_000,
+    "hashes": b"}(" + b"".join(integer((2**61 - 1) * i) + b"N" for i in range(1, 50_000)) + b"u",
+    "names": b"".join(b"ca\n%d\n0" % i for i in range(5_000)) + b"N",
+    "long names": text("x" * 5_000_000) + b"q\x000" + b"h\x00h\x00\x93" * 10_000,
+    "bytes": b"B\x00\x00\x00\x01" + bytes(1 << 24),
+}  # fmt: skip
+REFUSED = ("copies", "copied dicts", "copied lists", "names", "long names", "bytes")
+
+
+@pytest.mark.parametrize("name", list(HEAVY))
+def test_memory_and_recursion_are_bounded(tmp_path, name):
+    path = write_zip(tmp_path / "a.pt", HEAVY[name])
+    tracemalloc.start()
+    try:
+        if name in REFUSED:
+            refuse(path, "operations|1,000 functions|short text|at most 16,777,216")
+        else:
+            load(path)
+        assert tracemalloc.get_traced_memory()[1] < 250e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_limits_of_a_pickle(tmp_path):
+    path = tmp_path / "a.pt"
+    refuse(write_zip(path, b"N0" * 500_000 + b"N"), "it takes more than 1,000,000 operations")
+    refuse(
+        write_legacy(path, b"B\x00\x00\x00\x01" + bytes(1 << 24)), "its pickle has more than 16,777,216 bytes"
+    )
+
+
+def test_a_slice_of_the_fuzzing_campaign():
+    """1,000 mutants; the whole campaign is a command of BUILD.md."""
+    command = [sys.executable, "-m", "tests.fuzz_checkpoints", "--mutations=1000", "--seed=1"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0 and " 0 failures" in out.stdout, out.stdout + out.stderr

@@ -1,0 +1,350 @@
+"""Checkpoints of every make, written by real PyTorch, against PyTorch's logits; and the way back."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from advtransfer.models import ARCHITECTURES, create_module, load_model, logits_fn, save_model
+from advtransfer.torch_checkpoint import convert
+from advtransfer.torch_checkpoint.catalogue import KnownModel
+from advtransfer.torch_checkpoint.convert import export_torch_state_dict, import_torch_checkpoint
+from advtransfer.torch_checkpoint.hub import Fetched
+from advtransfer.torch_checkpoint.reader import CheckpointError, open_checkpoint
+
+NETWORKS = Path(__file__).parent / "fixtures" / "networks"
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.201)}
+CLAIMS = {"epoch": 90, "nat_prec1": pytest.approx(57.9, rel=1e-7), "adv_prec1": 35.25}
+
+
+@pytest.fixture(autouse=True)
+def small_architectures(monkeypatch):
+    """Those of fixtures/make_networks.py."""
+    basic = {"stage_sizes": (1, 1), "bottleneck": False, "width": 4, "cifar_stem": True}
+    bottleneck = {"stage_sizes": (2, 1), "bottleneck": True, "width": 4, "groups": 2, "base_width": 32}
+    monkeypatch.setitem(ARCHITECTURES, "small_basic", basic)
+    monkeypatch.setitem(ARCHITECTURES, "small_bottleneck", bottleneck)
+
+
+@pytest.fixture
+def model():
+    return import_torch_checkpoint(NETWORKS / "hub.ckpt", norm="l2", eps=3.0)
+
+
+def images(size):
+    return np.random.default_rng(size).random((2, size, size, 3), np.float32)
+
+
+run = jax.jit(lambda network, images: network(images))
+
+
+def refused(message, *args, error=CheckpointError, **options):
+    with pytest.raises(error, match=message) as caught:
+        import_torch_checkpoint(*args, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# File -> network, format, wrapping, what says how images are normalised.
+FILES = {
+    "robustness.pt": ("small_bottleneck", "PyTorch legacy", "model/module.model.", "file"),
+    "hub.ckpt": ("small_bottleneck", "PyTorch zip", "model/module.model.", "file"),
+    "custom_forward.ckpt": ("small_basic", "PyTorch zip", "state_dict/module.model.model.", "file"),
+    "robustness_cifar.pt": ("small_basic", "PyTorch legacy", "model/module.model.", "file"),
+    "robustbench.pt": ("small_basic", "PyTorch zip", "module.model.", "file"),
+    "torchvision.pth": ("small_bottleneck", "PyTorch zip", "", "ImageNet"),
+    "timm.safetensors": ("small_bottleneck", "safetensors", "", "ImageNet"),
+    "data_parallel.pth": ("small_basic", "PyTorch zip", "module.", "argument"),
+    "half.pth": ("small_basic", "PyTorch zip", "state_dict", "argument"),
+    "bfloat16.pth": ("small_basic", "PyTorch zip", "state_dict", "argument"),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_logits_are_pytorch_s(file):
+    architecture, kind, wrapping, normalisation = FILES[file]
+    given = CIFAR if normalisation == "argument" else {}
+    model = import_torch_checkpoint(NETWORKS / file, **given)
+    spec = model.spec
+    assert (spec.architecture, spec.num_classes) == (architecture, 5)
+    assert {"mean": spec.mean, "std": spec.std} == (CIFAR if architecture == "small_basic" else IMAGENET)
+    assert spec.image_size == (32 if architecture == "small_basic" else 224)
+    assert spec.provenance["format"] == kind
+    assert spec.provenance["wrapping"] == wrapping
+    assert spec.provenance["normalisation"] == normalisation
+    chex.assert_type(jax.tree.leaves(model.variables), jnp.float32)
+    word = Path(file).stem if file in ("half.pth", "bfloat16.pth") else architecture
+    for size in (32, 224) if word == architecture else (32,):
+        want = np.load(NETWORKS / f"{word}_{size}.npy")
+        got = run(logits_fn(model), images(size))
+        np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_provenance(tmp_path):
+    path = NETWORKS / "robustness.pt"
+    model = import_torch_checkpoint(path, norm="linf", eps=4 / 255)
+    stubs = model.spec.provenance["stubs"]
+    assert "dill._dill._create_function" in stubs  # the schedule's lambda
+    assert model.spec.provenance == {
+        "file": "robustness.pt",
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "format": "PyTorch legacy",
+        "stubs": stubs,
+        "wrapping": "model/module.model.",
+        "claims": CLAIMS,
+        "normalisation": "file",
+        "threat_model": "argument",
+    }
+    assert (model.spec.norm, model.spec.eps) == ("linf", 4 / 255)
+    save_model(model, tmp_path / "model")
+    loaded = load_model(tmp_path / "model")
+    assert {**vars(loaded.spec), "versions": {}} == vars(model.spec)
+    assert loaded.module == model.module
+    chex.assert_trees_all_equal(loaded.variables, model.variables)
+
+
+def test_what_the_caller_says_goes_first():
+    grey = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    model = import_torch_checkpoint(
+        NETWORKS / "robustness_cifar.pt", "small_basic", 5, **grey, image_size=64, dtype=jnp.bfloat16
+    )
+    assert (model.spec.mean, model.spec.std, model.spec.image_size) == (*grey.values(), 64)
+    assert (model.module.mean, model.module.std, model.module.dtype) == (*grey.values(), jnp.bfloat16)
+    assert model.spec.provenance["normalisation"] == "argument"
+    assert (model.spec.norm, model.spec.eps) == ("none", 0.0)
+    assert model.spec.provenance["threat_model"] == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("message", "options"),
+    [
+        ("pass both mean= and std=", {"mean": (0.5,) * 3}),
+        ("mean has 1 entries and std 3", {"mean": (0.5,), "std": (0.5,) * 3}),
+        ("do not normalise images in", {"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}),
+        ("do not normalise images in", {"mean": (0.5,) * 3, "std": (0.5, 0.0, 0.5)}),
+        ("eps=3 needs norm=", {"eps": 3.0}),
+        ("norm='l2' needs eps", {"norm": "l2"}),
+        ("norm='linf' needs eps", {"norm": "linf", "eps": 0.0}),
+        ("eps=3 contradicts norm='none'", {"norm": "none", "eps": 3.0}),
+        ("norm='l1' must be one of none, l2, linf", {"norm": "l1", "eps": 3.0}),
+        ("must be 8 to 64 hexadecimal digits", {"sha256": "wrong"}),
+        ("unknown architecture 'resnet5'", {"architecture": "resnet5"}),
+    ],
+)
+def test_arguments_that_make_no_sense(message, options):
+    refused(message, NETWORKS / "hub.ckpt", error=ValueError, **options)
+
+
+def test_files_that_are_no_network(tmp_path):
+    refused("there is no such file", tmp_path / "none.pt")
+    refused("there is no such file", tmp_path)
+    refused("holds a pickled .*TorchResNet object, not a state dict", NETWORKS / "whole_module.pth")
+    message = "module.model.model. and module.attacker.model.model., that differ in layer2.0.conv1.weight"
+    refused(message, NETWORKS / "attacker_differs.ckpt")
+    message = refused(
+        "does not say how its images are normalised: pass mean=", NETWORKS / "data_parallel.pth"
+    )
+    assert message.startswith(str(NETWORKS))
+
+
+def test_a_mismatch_lists_both_sides():
+    message = refused("do not fit resnet18 with 5 classes: ", NETWORKS / "torchvision.pth", "resnet18")
+    assert "missing layer1.1.bn1.bias" not in message  # the file has it
+    assert "missing layer2.1.conv1.weight, layer2.1.bn1.weight, " in message
+    assert "unexpected layer1.0.conv3.weight, " in message and " and 12 more" in message
+    assert "conv1.weight has shape (4, 3, 7, 7), not (64, 3, 7, 7)" in message
+    assert message.endswith("they look like those of small_bottleneck")
+    refused(
+        r"fit small_bottleneck with 10 classes: fc.weight has shape \(5, 32\), not \(10, 32\), fc.bias has",
+        NETWORKS / "torchvision.pth",
+        num_classes=10,
+    )
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    """Writes the model's tensors with some changed, or (None) left out."""
+
+    def save(metadata=None, **changes):
+        tensors = export_torch_state_dict(model) | {k.replace("__", "."): v for k, v in changes.items()}
+        path = tmp_path / "changed.safetensors"
+        safetensors.numpy.save_file({k: v for k, v in tensors.items() if v is not None}, path, metadata)
+        return path
+
+    return save
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16])
+def test_other_floats_become_float32(model, saved, dtype):
+    bias = np.array([1 / 3, -2.5, 1e-3, 7, 0], dtype)
+    changed = import_torch_checkpoint(saved(fc__bias=bias))
+    np.testing.assert_array_equal(changed.variables["params"]["fc"]["bias"], bias.astype(np.float32))
+
+
+def test_weights_that_are_no_weights(saved):
+    bias = np.zeros(5, np.float32)
+    refused("fc.bias is int8, no float", saved(fc__bias=bias.astype(np.int8)))
+    refused("fc.bias holds NaN", saved(fc__bias=bias * np.nan))
+    refused("fc.bias holds infinity", saved(fc__bias=bias + np.inf))
+    refused("fc.bias holds infinity", saved(fc__bias=bias.astype(np.float64) + 1e300))
+    refused("with 5 classes: missing fc.bias$", saved(fc__bias=None))
+    refused("with 1000 classes: missing fc.weight, fc.bias$", saved(fc__bias=None, fc__weight=None))
+    refused("unexpected head.0.bias$", saved(head__0__bias=bias))
+    refused(r"fc.bias has shape \(1, 5\), not \(5,\)", saved(fc__bias=bias[None]))
+    refused(
+        r"std \(0.2, 0.0, 0.2\) do not normalise images in \[0, 1\]: pass mean= and std=",
+        saved(mean=np.float32([0.5, 0.5, 0.5]), std=np.float32([0.2, 0.0, 0.2])),
+    )
+
+
+def known(**fields):
+    values = ("hub.ckpt", "", "small_bottleneck", "l2", 3.0, "ImageNet", 0.5, "", "MIT", "X")
+    return KnownModel(*values, image_size=99)._replace(**fields)
+
+
+def test_a_known_model_says_what_it_is(monkeypatch):
+    monkeypatch.setattr(convert, "find_known", lambda *args, **repo: known())
+    spec = import_torch_checkpoint(NETWORKS / "hub.ckpt").spec
+    assert (spec.norm, spec.eps, spec.provenance["threat_model"]) == ("l2", 3.0, "table")
+    assert spec.image_size == 99
+    published = {"dataset": "ImageNet", "accuracy": 0.5, "licence": "MIT", "source": "X"}
+    assert spec.provenance["published"] == published
+    spec = import_torch_checkpoint(NETWORKS / "hub.ckpt", norm="none").spec
+    assert (spec.norm, spec.eps, spec.provenance["threat_model"]) == ("none", 0.0, "argument")
+
+
+def test_a_namesake_of_a_known_model_is_not_trusted(monkeypatch):
+    monkeypatch.setattr(convert, "find_known", lambda *args, **repo: known(architecture="resnet50"))
+    spec = import_torch_checkpoint(NETWORKS / "hub.ckpt").spec
+    assert (spec.norm, spec.provenance["threat_model"]) == ("none", "unknown")
+    assert "published" not in spec.provenance
+
+
+def test_hashes_that_are_pinned(monkeypatch, tmp_path):
+    path = NETWORKS / "hub.ckpt"
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert import_torch_checkpoint(path, sha256=sha256.upper()).spec.provenance["sha256"] == sha256
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "open_checkpoint", lambda path: pytest.fail("read before it was compared"))
+        refused(f"is not the published file: its SHA-256 starts with {sha256[:8]}", path, sha256="0" * 64)
+        patch.setattr(convert, "find_known", lambda *args, **repo: known(sha256="1" * 64, source="the hub"))
+        refused("published is 11111111: download it again from the hub", path)
+        wrong = shutil.copy(path, tmp_path / "resnet50-00000000.pth")
+        patch.setattr(convert, "find_known", lambda *args, **repo: None)
+        refused("published is 00000000", wrong)
+    right = shutil.copy(path, tmp_path / f"resnet50-{sha256[:8]}.pth")
+    assert import_torch_checkpoint(right).spec.architecture == "small_bottleneck"
+    monkeypatch.setattr(convert, "find_known", lambda *args, **repo: known(sha256="1" * 64))
+    spec = import_torch_checkpoint(path, sha256=sha256).spec  # asked for, but not the one of the table
+    assert spec.provenance["threat_model"] == "unknown"
+
+
+def test_names_of_the_hub(monkeypatch):
+    fetched = Fetched(NETWORKS / "hub.ckpt", "some/repo", "folder/hub.ckpt", "abc")
+    monkeypatch.setattr(convert, "fetch", lambda name: {"hf:some/repo/folder/hub.ckpt": fetched}[name])
+    spec = import_torch_checkpoint("hf:some/repo/folder/hub.ckpt").spec
+    assert spec.provenance["hub"] == {"repo": "some/repo", "file": "folder/hub.ckpt", "revision": "abc"}
+    assert spec.provenance["file"] == "hub.ckpt"
+
+
+@pytest.mark.parametrize("file", ["torchvision.pth", "timm.safetensors"])
+def test_from_pytorch_and_back_is_exact(file):
+    exported = export_torch_state_dict(import_torch_checkpoint(NETWORKS / file))
+    with open_checkpoint(NETWORKS / file) as contents:
+        want = {name: tensor.read() for name, tensor in contents.tree.items()}
+    if file.endswith(".pth"):
+        assert list(exported) == list(want)  # in torchvision's order
+    assert set(exported) == set(want)
+    for name, array in want.items():
+        if name.endswith("num_batches_tracked"):
+            assert exported[name] == 0 and exported[name].shape == ()
+            assert exported[name].dtype == np.int64
+        else:
+            assert exported[name].dtype == np.float32 and exported[name].flags.c_contiguous
+            np.testing.assert_array_equal(exported[name].view(np.uint32), array.view(np.uint32))
+
+
+@pytest.mark.parametrize("architecture", ["small_basic", "small_bottleneck"])
+def test_to_pytorch_and_back_is_exact(architecture, model, tmp_path):
+    if architecture == "small_basic":
+        model = import_torch_checkpoint(NETWORKS / "half.pth", **CIFAR)
+    spec = {**vars(model.spec), "class_names": tuple("abcdé"), "image_size": 48}
+    model = model._replace(spec=type(model.spec)(**spec))
+    path = tmp_path / "new" / "model.safetensors"
+    written = export_torch_state_dict(model, path)
+    again = import_torch_checkpoint(path)
+    chex.assert_trees_all_equal(again.variables, model.variables)
+    assert again.module == model.module
+    assert {**vars(again.spec), "provenance": {}} == {**vars(model.spec), "provenance": {}}
+    assert again.spec.provenance["normalisation"] == again.spec.provenance["threat_model"] == "metadata"
+    assert os.listdir(path.parent) == ["model.safetensors"]
+    with safetensors.safe_open(path, "numpy") as file:
+        assert file.metadata()["format"] == "pt"
+        assert set(file.keys()) == set(written)
+
+
+def test_a_file_is_written_whole_or_not_at_all(model, tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    path.write_text("years of work")
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.os, "replace", lambda old, new: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            export_torch_state_dict(model, path)
+    assert path.read_text() == "years of work"
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+    with pytest.raises(ValueError, match="is a folder: name a file"):
+        export_torch_state_dict(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        '{"mean": [NaN, 0, 0]}',
+        json.dumps({**IMAGENET, "norm": "l2", "eps": 0, "image_size": 32, "class_names": []}),
+        json.dumps({**IMAGENET, "norm": "l2", "eps": 1, "image_size": 1e400, "class_names": []}),
+    ],
+)
+def test_damaged_metadata(saved, text):
+    refused("its metadata are damaged", saved({"advtransfer": text}))
+
+
+# All of them at 32 × 32, and at 224 × 224 one of each kind.
+LIVE = [(name, 32) for name in ARCHITECTURES]
+LIVE += [(name, 224) for name in ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2")]
+
+
+@pytest.mark.parametrize(("architecture", "size"), LIVE)
+def test_live_against_pytorch(architecture, size, tmp_path):
+    torch = pytest.importorskip("torch")
+    from benchmarks.torch_resnet import TorchResNet
+
+    twin = TorchResNet(create_module(architecture, num_classes=11, **CIFAR)).eval()
+    with torch.no_grad():
+        for tensor in twin.state_dict().values():
+            if tensor.ndim == 1 and tensor.is_floating_point():
+                tensor.uniform_(0.5, 1.5)
+        want = twin(torch.tensor(images(size)).permute(0, 3, 1, 2)).numpy()
+    torch.save({"state_dict": torch.nn.DataParallel(twin).state_dict()}, tmp_path / "twin.pth")
+    model = import_torch_checkpoint(tmp_path / "twin.pth", num_classes=11)
+    assert model.spec.architecture == architecture
+    assert model.module.mean == CIFAR["mean"]
+    got = np.asarray(run(logits_fn(model), images(size)))
+    assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+    exported = export_torch_state_dict(model)
+    for name, tensor in twin.state_dict().items():
+        if name not in ("mean", "std"):
+            np.testing.assert_array_equal(exported[name], tensor.numpy())

@@ -1,0 +1,276 @@
+"""Names and shapes: which network they are, and where it hides in a checkpoint. No file is read here."""
+
+import hashlib
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from advtransfer.models import ARCHITECTURES, create_module
+from advtransfer.torch_checkpoint.layout import infer_architecture, layout
+from advtransfer.torch_checkpoint.reader import CheckpointError, Contents, Stub, Tensor
+from advtransfer.torch_checkpoint.state_dict import check_copies, find_network
+
+# The start of the SHA-256 of the lines "name shape" of torchvision 0.28's state dicts, in order, without
+# num_batches_tracked.
+TORCHVISION = {
+    "resnet18": "f70b90acc4b42e13",
+    "resnet34": "1eddc54194ca6b04",
+    "resnet50": "fa8a2ba5a01c9375",
+    "resnet101": "da89ea62078932e4",
+    "resnet152": "beda52c1587effdf",
+    "wide_resnet50_2": "5a263835ef474440",
+    "wide_resnet101_2": "539fc42500ca68f8",
+    "resnext50_32x4d": "7887bae2c8c6ae2d",
+}
+
+
+def tensor(value, dtype="float32"):
+    """A tensor that knows its values; one of a shape only cannot be read."""
+    if isinstance(value, tuple):
+        return Tensor(value, dtype, (object(),), lambda: pytest.fail("a tensor was read that need not be"))
+    array = np.asarray(value, dtype)
+    return Tensor(array.shape, dtype, (object(),), lambda: array)
+
+
+def network(architecture="resnet_tiny", num_classes=10):
+    entries = layout(create_module(architecture, num_classes=num_classes))
+    return {name: tensor(entry.shape) for name, entry in entries.items()}
+
+
+def contents(tree):
+    return Contents(tree, "PyTorch zip", (), {})
+
+
+def prefixed(prefix, tensors):
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def refused(message, tree):
+    with pytest.raises(CheckpointError, match=message) as error:
+        found = find_network(contents(tree))
+        check_copies(found)
+        infer_architecture(found.tensors)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_names_shapes_and_order_are_torchvision_s(name):
+    lines = [f"{key} {entry.shape}" for key, entry in layout(create_module(name)).items()]
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] == TORCHVISION[name]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_layout_covers_every_variable(name):
+    module = create_module(name, num_classes=7)
+    images = jax.ShapeDtypeStruct((1, 8, 8, 3), np.float32)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), images)
+    want = {
+        tuple(entry.key for entry in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
+    }
+    entries = layout(module)
+    got = {
+        entry.path: tuple(np.transpose(np.empty(entry.shape, "b"), (2, 3, 1, 0)).shape)
+        if len(entry.shape) == 4
+        else entry.shape[::-1]
+        for entry in entries.values()
+    }
+    assert got == want
+    assert len(got) == len(entries)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_told_from_the_others(name):
+    assert infer_architecture(network(name)) == name
+
+
+def resnet26():
+    tensors = network("resnet50")
+    return {n: t for n, t in tensors.items() if not any(f".{i}." in n[6:9] for i in range(2, 6))}
+
+
+OUTSIDE = {
+    "layer1.0.conv1.weight": "no ResNet was found: the first names are layer1.0.conv1.weight$",
+    "module.conv1.0.weight module.conv1.6.weight module.layer1.0.conv1.weight": "a ResNet with a deep stem",
+    "conv1.weight layer1.0.conv1.weight layer2.0.downsample.2.weight": "a ResNet-D (avg_down",
+    "conv1.weight layer1.0.conv1.weight layer1.0.se.fc1.weight": "an SE-ResNet",
+    "conv1.weight layer1.0.conv1.weight layer1.0.se.conv.weight": "an ECA-ResNet",
+    "conv1.weight layer1.0.conv2.paths.0.conv.weight": "an SK-ResNet",
+    "conv1.weight layer1.0.conv1.weight layer2.0.downsample.0.filt": "an anti-aliased ResNet",
+    "visual.conv1.weight visual.layer1.0.conv1.weight visual.attnpool.q_proj.weight": "CLIP's ResNet",
+    "module.block1.layer.0.bn1.weight": "a WideResNet of the 28-10 kind",
+    "stem.conv.weight stages.0.blocks.0.norm3.weight": "a pre-activation ResNetV2",
+    "features.0.weight features.10.weight classifier.6.weight": "an AlexNet",
+    "module.model.features.0.weight module.model.features.12.weight": "a VGG",
+    "features.denseblock1.denselayer1.norm1.weight": "a DenseNet",
+    "features.0.0.weight features.1.conv.0.0.weight": "a MobileNet",
+    "conv1.0.weight stage2.0.branch1.0.weight": "a ShuffleNet",
+    "model.cls_token model.patch_embed.proj.weight": "a vision transformer",
+    "features.1.0.layer_scale": "a ConvNeXt",
+    "weight bias": "no ResNet was found: the first names are weight, bias$",
+}
+
+
+@pytest.mark.parametrize("names", OUTSIDE)
+def test_other_networks_are_refused_by_name(names):
+    message = OUTSIDE[names].replace("(", r"\(")
+    refused(message, {"state_dict": {name: tensor((4, 4, 3, 3)) for name in names.split()}})
+
+
+def test_resnets_outside_the_family_are_described():
+    refused("bottleneck ResNet with stages 2-2-2-2, width 64, .*stem 7×7, which is not in", resnet26())
+    grouped = network("resnet101") | {
+        "layer1.0.conv1.weight": tensor((256, 64, 1, 1)),
+        "layer1.0.conv2.weight": tensor((256, 8, 3, 3)),
+    }
+    refused("stages 3-4-23-3, width 64, 3×3 convolutions of 32 × 8 channels", grouped)
+    without = {n: t for n, t in network().items() if not n.startswith("bn1.")}
+    refused("pre-activation ResNet", without)
+    refused("without BatchNorm", {n: t for n, t in network().items() if "running" not in n})
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "module.model.model.", "_orig_mod.", "1.", "encoder_q."])
+@pytest.mark.parametrize("key", ["", "state_dict", "model", "ema"])
+def test_the_network_is_found_in_its_wrappers(prefix, key):
+    want = network()
+    state = prefixed(prefix, want | {"bn1.num_batches_tracked": tensor((), "int64")})
+    state["n_averaged"] = tensor((), "int64")
+    found = find_network(contents({key: state} if key else state))
+    assert found.tensors == want
+    assert found.wrapping == "/".join(filter(None, (key, prefix)))
+    assert (found.strays, found.mean, found.std) == ((), None, None)
+
+
+def test_prefixes_are_stripped_at_the_start_only():
+    found = find_network(
+        contents(prefixed("model.", network() | {"layer1.0.model.conv9.weight": tensor((1,))}))
+    )
+    assert "layer1.0.model.conv9.weight" in found.tensors
+
+
+def test_cifar_names_become_torchvision_s():
+    want = network("resnet18_cifar")
+    assert "layer2.0.downsample.1.running_var" in want
+    state = {n.replace("downsample", "shortcut").replace("fc.", "linear."): t for n, t in want.items()}
+    assert find_network(contents(prefixed("module.", state))).tensors == want
+
+
+def test_both_names_at_once_are_not_merged():
+    found = find_network(contents(network() | {"linear.weight": tensor((1,))}))
+    assert "linear.weight" in found.tensors
+
+
+def test_plain_weights_come_before_averaged_ones():
+    plain, averaged = network(), network()
+    found = find_network(contents({"ema": averaged, "epoch": 3, "model": plain}))
+    assert found.tensors == plain
+    assert found.wrapping == "model"
+
+
+def test_copies_must_be_equal():
+    ours = network()
+    copies = prefixed("module.model.", ours) | prefixed("module.attacker.model.", ours)
+    check_copies(find_network(contents({"model": copies})))  # the same memory: nothing is read
+    name = "module.attacker.model.fc.bias"
+    ours["fc.bias"] = tensor([0.0, 1.0])
+    copies |= {"module.model.fc.bias": ours["fc.bias"], name: tensor([0.0, 1.0])}
+    found = find_network(contents(copies))
+    check_copies(found)
+    assert found.tensors == ours
+    for other in (tensor([0.0, 1.5]), tensor([0.0, 1.0], "float64"), tensor([[0.0, 1.0]])):
+        refused(
+            "under module.model. and module.attacker.model., that differ in fc.bias",
+            copies | {name: other},
+        )
+    refused("differ in fc.bias", {n: t for n, t in copies.items() if n != name})
+    many = {f"{i}.{name}": t for i in range(99) for name, t in ours.items()}
+    refused("holds 99 networks", many)
+    refused("differ in fc.more", copies | {"module.attacker.model.fc.more": tensor((1,))})
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1, 1), (1, 3, 1, 1)])
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        ("module.normalizer.new_mean", "module.normalizer.new_std"),
+        ("normalize.mean", "normalize.std"),
+        ("module.0.normalizer.mean", "module.0.normalizer.std"),
+        ("mu", "sigma"),
+    ],
+)
+def test_the_normaliser_s_buffers(mean, std, shape):
+    state = prefixed("module.model.", network())
+    state |= {mean: tensor(np.reshape(MEAN, shape)), std: tensor(np.reshape(STD, shape))}
+    found = find_network(contents(state))
+    assert (found.mean, found.std, found.strays) == (MEAN, STD, ())
+
+
+def test_normalisers_must_agree():
+    state = prefixed("model.", network())
+    state |= {"normalizer.new_mean": tensor(MEAN_ARRAY), "normalizer.new_std": tensor(STD_ARRAY)}
+    again = {
+        "attacker.normalize.new_mean": tensor(MEAN_ARRAY),
+        "attacker.normalize.new_std": tensor(STD_ARRAY),
+    }
+    assert find_network(contents(state | again)).mean == MEAN
+    again["attacker.normalize.new_std"] = tensor(STD_ARRAY + 0.1)
+    refused("two normalisers differ: normalizer.new_mean, attacker.normalize.new_mean", state | again)
+
+
+MEAN_ARRAY, STD_ARRAY = np.float32(MEAN), np.float32(STD)
+
+
+@pytest.mark.parametrize("stray", ["normalizer.mean", "optimizer.weight", "layer1.0.conv1.weight"])
+def test_what_belongs_to_nothing_is_a_stray(stray):
+    found = find_network(contents(prefixed("model.", network()) | {stray: tensor((3,))}))
+    assert found.strays == (stray,)
+
+
+def test_claims_are_the_numbers_beside_the_network():
+    broken = Tensor((), "qint8", (object(),), lambda: raise_(CheckpointError("no such type")))
+    tree = {
+        "model": network(),
+        "epoch": 90,
+        "nat_prec1": tensor(57.9),
+        "adv_prec1": tensor([35.5]),
+        "best_acc1": 0.25,
+        "amp": None,
+        "flag": True,
+        "arch": "resnet50",
+        "loss": math.nan,
+        "huge": 10**400,
+        "optimizer": {"lr": 0.1},
+        "broken": broken,
+        "big": tensor((7, 7)),
+        3: 4,
+    }
+    claims = find_network(contents(tree)).claims
+    assert claims == {
+        "epoch": 90,
+        "nat_prec1": pytest.approx(57.9, rel=1e-7),
+        "adv_prec1": 35.5,
+        "best_acc1": 0.25,
+    }
+    assert all(type(value) in (int, float) for value in claims.values())
+
+
+def raise_(error):
+    raise error
+
+
+def test_what_is_no_state_dict():
+    resnet = Stub("torchvision.models.resnet.ResNet")
+    message = r"holds a pickled torchvision.models.resnet.ResNet object, not a state dict: .*torch.save\("
+    refused(message, resnet)
+    refused(message, {"model": resnet, "epoch": 3})
+    refused("no state dict but a list", [1, 2])
+    refused("no state dict was found: the top-level keys are epoch, student", {"epoch": 3, "student": {}})
+    refused("no state dict was found: the top-level keys are none", {})
+    strange = {"a\nb": tensor((1,)), "x" * 999: tensor((1,))}
+    refused(r"the first names are 'a\\nb', 'x{100}'\.\.\.$", strange)
+    refused("conv7.weight and 92 more", {f"conv{i}.weight": tensor((1,)) for i in range(100)})

@@ -1,0 +1,327 @@
+"""The reader of PyTorch's files against what PyTorch 2.13 wrote, and against files of other kinds."""
+
+import os
+import pickle
+import re
+import struct
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from damage_checkpoints import SIX, TENSOR, call, name_of, tensor, text, write_legacy, write_zip
+
+from advtransfer.torch_checkpoint.reader import CheckpointError, Stub, file_sha256, open_checkpoint
+
+FIXTURES = Path(__file__).parent / "fixtures/checkpoints"
+ZOOS = ("zoo.pt", "zoo_protocol4.pt", "zoo_legacy.pt")
+DTYPES = ("float16", "float32", "float64", "bool", "complex64", "complex128", "bfloat16", "uint8", "uint16")
+DTYPES += ("uint32", "uint64", "int8", "int16", "int32", "int64")
+
+
+def numbers(*shape, dtype="float32"):
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    return np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(kind)
+
+
+def load(path):
+    with open_checkpoint(path) as contents:
+        return contents
+
+
+def refuse(path, match):
+    """Opening the file, or reading the tensor that is its tree, says `match` in one line."""
+    with pytest.raises(CheckpointError, match=match) as caught, open_checkpoint(path) as contents:
+        contents.tree.read()
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+# --- what PyTorch wrote -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ZOOS)
+def test_every_tensor_is_read_as_it_was_written(name):
+    base, images = numbers(24), numbers(2, 3, 4, 5)
+    truth = {
+        **{"base": base, "slice": base[5:11], "rows": base.reshape(4, 6)[1:3], "strided": base[1::5]},
+        "transposed": base.reshape(4, 6).T,
+        "block": base.reshape(2, 3, 4)[:, 1:, ::2],
+        **{
+            "expanded": np.full((2, 3), 7, "f4"),
+            "scalar": np.array(2.5, "f4"),
+            "empty": np.zeros((0, 3), "f4"),
+        },
+        **{"channels_last": images, "parameter": numbers(3), "noted_parameter": numbers(3)},
+        **{"noted": numbers(2), "buffer": numbers(3)},
+    }
+    with open_checkpoint(FIXTURES / name) as contents:
+        tree = contents.tree
+        for key, value in truth.items():
+            read = tree[key].read()
+            np.testing.assert_array_equal(read, value, strict=True)
+            assert tree[key].shape == value.shape and read.flags.c_contiguous
+        for dtype in DTYPES:
+            assert tree["dtypes"][dtype].dtype == dtype
+            np.testing.assert_array_equal(
+                tree["dtypes"][dtype].read(), numbers(2, 3, dtype=dtype), strict=True
+            )
+        with pytest.raises(CheckpointError, match="type float8_e4m3fn are not supported"):
+            tree["dtypes"]["float8_e4m3fn"].read()
+        module = tree["module"]
+        assert list(module)[:3] == ["0.weight", "0.bias", "1.weight"]
+        np.testing.assert_array_equal(module["0.weight"].read(), numbers(4, 3, 3, 3))
+    assert contents.format == ("PyTorch legacy" if "legacy" in name else "PyTorch zip")
+    assert contents.stubs == ("torch.float8_e4m3fn",)
+
+
+@pytest.mark.parametrize("name", ZOOS)
+def test_what_is_no_tensor_is_plain_data(name):
+    tree = load(FIXTURES / name).tree
+    assert tree["plain"] == [None, True, 3, -(2**40), 2.5, "text é", b"bytes", (1, 2), [3], 1 + 2j]
+    assert tree["default"] == {"a": [1]} and tree[1] == "an integer key"
+    assert tree["numpy"] == (76.5, 0.25, -7, True) and type(tree["numpy"][3]) is bool
+    assert tree["torch"][:2] == ((1, 2), "cpu") and tree["torch"][2].name == "torch.float32"
+
+
+@pytest.mark.parametrize("name", ["little_endian.pt", "big_endian.pt", "no_crc.pt"])
+def test_either_byte_order_and_files_without_checksums(name):
+    with open_checkpoint(FIXTURES / name) as contents:
+        np.testing.assert_array_equal(contents.tree["weight"].read(), numbers(4, 6), strict=True)
+        np.testing.assert_array_equal(contents.tree["view"].read(), numbers(4, 6).T[1:], strict=True)
+        for dtype in ("float16", "bfloat16", "float64", "int64", "complex64", "bool"):
+            np.testing.assert_array_equal(
+                contents.tree[dtype].read(), numbers(2, 3, dtype=dtype), strict=True
+            )
+
+
+@pytest.mark.parametrize("name", ["training.pt", "training_legacy.pt"])
+def test_a_training_state_pickled_with_dill(name):
+    with open_checkpoint(FIXTURES / name) as contents:
+        tree = contents.tree
+        np.testing.assert_array_equal(tree["model"]["module.0.weight"].read(), numbers(4, 3, 3, 3))
+        np.testing.assert_array_equal(tree["model"]["module.1.running_var"].read(), numbers(4))
+        assert tree["nat_prec1"].read() == 57.5 and tree["adv_prec1"] == 33.25 and tree["epoch"] == 7
+        momentum = tree["optimizer"]["state"][0]["momentum_buffer"]
+        np.testing.assert_array_equal(momentum.read(), np.ones((4, 3, 3, 3), "f4"))
+    assert isinstance(tree["args"], Stub) and isinstance(tree["schedule"]["function"], Stub)
+    assert {"dill._dill._create_function", "dill._dill._create_type"} < set(contents.stubs)
+    assert all(name.startswith(("dill.", "__builtin__.", "__main__.")) for name in contents.stubs)
+
+
+def test_safetensors_by_their_own_library():
+    with open_checkpoint(FIXTURES / "zoo.safetensors") as contents:
+        for dtype in set(DTYPES) - {"complex128"}:
+            np.testing.assert_array_equal(
+                contents.tree[dtype].read(), numbers(2, 3, dtype=dtype), strict=True
+            )
+        with pytest.raises(CheckpointError, match="type float8_e4m3fn are not supported"):
+            contents.tree["float8_e4m3fn"].read()
+    assert contents.format == "safetensors" and contents.metadata == {"format": "pt"}
+    with pytest.raises(CheckpointError, match="it is closed"):
+        contents.tree["int8"].read()
+
+
+@pytest.mark.parametrize("first", [b"\x80", b"P"])
+def test_a_safetensors_header_of_any_length(tmp_path, first):
+    """The file begins with that length, whose bytes may be those that other formats begin with."""
+    header = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    length = first[0] + (0 if first[0] > len(header) else 256)
+    header = header.ljust(length)
+    values = np.array([1.5, -2.0], np.float32)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", length) + header + values.tobytes())
+    assert path.read_bytes().startswith(first)
+    with open_checkpoint(path) as contents:
+        np.testing.assert_array_equal(contents.tree["a"].read(), values)
+
+
+def test_shared_memory_is_known_without_reading():
+    tree = load(FIXTURES / "little_endian.pt").tree
+    again = load(FIXTURES / "little_endian.pt").tree
+    assert tree["weight"].same_memory(tree["weight"]) and not tree["weight"].same_memory(tree["view"])
+    assert not tree["weight"].same_memory(tree["scalar"]) and not tree["weight"].same_memory(again["weight"])
+    with pytest.raises(CheckpointError, match="it is closed"):
+        tree["weight"].read()
+
+
+def test_shared_memory_of_two_names(tmp_path):
+    three = b"](" + tensor() + tensor() + tensor(shape=(3,), strides=(1,)) + b"e"
+    twice = load(write_zip(tmp_path / "a.pt", three)).tree
+    assert twice[0] is not twice[1] and twice[0].same_memory(twice[1]) and not twice[0].same_memory(twice[2])
+
+
+def test_legacy_views_of_a_storage(tmp_path):
+    """Before PyTorch 0.4 a storage could be elements 2 to 5 of another one."""
+    pid = b"(" + text("storage") + name_of("torch.FloatStorage") + text("0") + text("cpu") + b"K\x06"
+    view = pid + b"(" + text("1") + b"K\x02K\x04ttQ"
+    one = call("torch._utils._rebuild_tensor", view, b"K\x01", b"K\x03\x85", b"K\x01\x85")
+    path = write_legacy(tmp_path / "a.pt", one)
+    with open_checkpoint(path) as contents:
+        np.testing.assert_array_equal(contents.tree.read(), [3, 4, 5])
+    outside = pid + b"(" + text("1") + b"K\x03K\x04ttQ"
+    refuse(write_legacy(path, call(TENSOR, outside, b"K\x00", b")", b")")), "a view reaches out of storage 0")
+
+
+def test_only_what_is_asked_for_is_read(tmp_path):
+    """A damaged storage matters only to who reads it, and then its neighbours are still good."""
+    two = b"](" + tensor() + tensor(key="1") + b"e"
+    path = write_zip(tmp_path / "a.pt", two, (SIX, SIX[::-1]))
+    path.write_bytes(path.read_bytes().replace(SIX[::-1], b"x" * 24))
+    with open_checkpoint(path) as contents:
+        np.testing.assert_array_equal(contents.tree[0].read(), numbers(2, 3))
+        with pytest.raises(CheckpointError, match="storage 1 is damaged"):
+            contents.tree[1].read()
+
+
+def test_six_numbers_of_a_gigabyte_are_read_alone(tmp_path):
+    """The rest of the storage is a hole in the file."""
+    path = write_legacy(tmp_path / "a.pt", tensor(numel=2**28, legacy=True))
+    path.write_bytes(path.read_bytes().replace(struct.pack("<q", 6), struct.pack("<q", 2**28)))
+    os.truncate(path, path.stat().st_size + 2**30 - len(SIX))
+    tracemalloc.start()
+    with open_checkpoint(path) as contents:
+        np.testing.assert_array_equal(contents.tree.read(), numbers(2, 3))
+    assert tracemalloc.get_traced_memory()[1] < 40e6
+    tracemalloc.stop()
+    os.truncate(path, path.stat().st_size - 1)
+    refuse(path, "truncated: it has 1,0.* bytes")
+
+
+def test_the_hash_of_a_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    assert file_sha256(tmp_path / "a").startswith(
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
+
+
+# --- sizes that lie, and files that are something else -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"numel": 2**40, "shape": (2**40,), "strides": (1,)}, "not the|24 bytes of float32|has 6 elements"),
+        ({"shape": (2**40,), "strides": (0,)}, "absurd"),
+        ({"shape": (2**20, 2**20, 2**20), "strides": (0, 0, 0)}, "absurd"),
+        ({"shape": (0, 2**59), "strides": (1, 1)}, "absurd"),
+        ({"shape": (7,), "strides": (1,)}, "reaches 7 elements into a storage of 6"),
+        ({"offset": 1}, "reaches 7 elements into a storage of 6"),
+        ({"offset": 2**59}, "into a storage of 6"),
+        ({"strides": (-1, 1)}, "are no sizes"),
+        ({"shape": (-2, -3)}, "are no sizes"),
+        ({"offset": -1}, "are no sizes"),
+        ({"shape": (6,)}, "are no sizes"),
+        ({"shape": (1,) * 40, "strides": (1,) * 40}, "at most 32"),
+        ({"numel": 5, "shape": (5,), "strides": (1,)}, "storage 0"),
+        ({"key": "../../etc/passwd"}, "storage"),
+        ({"kind": "torch.DoubleStorage"}, "storage 0 has 24 bytes|truncated"),
+    ],
+)
+def test_tensors_that_do_not_fit_their_storage(tmp_path, change, message):
+    refuse(write_zip(tmp_path / "a.pt", tensor(**change)), message)
+    refuse(write_legacy(tmp_path / "a.pt", tensor(**change, legacy=True)), message)
+
+
+def test_a_big_tensor_of_few_numbers_is_read_up_to_a_limit(tmp_path):
+    path = write_zip(tmp_path / "a.pt", tensor(shape=(2**21, 2), strides=(0, 1)))
+    with open_checkpoint(path) as contents:
+        assert contents.tree.read().sum() == 2**21
+    refuse(write_zip(tmp_path / "a.pt", tensor(shape=(2**21, 3), strides=(0, 1))), "absurd")
+
+
+def test_zip_bombs_and_records_out_of_place(tmp_path):
+    path = tmp_path / "a.pt"
+    refuse(write_zip(path, tensor(), method=zipfile.ZIP_DEFLATED), "compressed")
+    good = write_zip(path, tensor()).read_bytes()
+    entry = good.index(b"PK\1\2", good.index(b"PK\1\2") + 1)  # of data/0
+    for field, value, message in (
+        (42, 0, "overlap"),  # where the record begins
+        (42, 2**31, "overlap"),
+        (42, 1, "overlap|not where it should be"),
+        (20, 2**31, "overlap"),  # its compressed size
+        (24, 2**31, "not where it should be"),  # its size
+        (16, 5, "storage 0 is damaged"),  # its CRC-32
+    ):
+        path.write_bytes(good[: entry + field] + struct.pack("<I", value) + good[entry + field + 4 :])
+        refuse(path, message)
+    end = good.index(b"PK\5\6")
+    path.write_bytes(good[: end + 12] + struct.pack("<I", 2**31) + good[end + 16 :])  # size of the directory
+    refuse(path, "truncated or damaged zip file|directory")
+    path.write_bytes(good.replace(b"archive/data/0", b"archive/data/1"))
+    refuse(path, "storage 0 is not in the file")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model.json", "{}")
+    refuse(path, "a zip file that PyTorch did not save: it holds model.json")
+
+
+@pytest.mark.parametrize("name", ["little_endian.pt", "training_legacy.pt", "zoo.safetensors"])
+def test_every_truncation_is_refused(tmp_path, name):
+    data, path = (FIXTURES / name).read_bytes(), tmp_path / "a.pt"
+    for size in [*range(1, len(data), 37), len(data) - 1]:
+        path.write_bytes(data[:size])
+        with pytest.raises(CheckpointError):
+            load(path)
+    path.write_bytes(data[:-1])
+    refuse(path, f"{len(data) - 1:,} bytes|damaged safetensors")
+
+
+FOUND = {
+    "HTML": (b"\n<!DOCTYPE html><title>Drive -\n &lt;5&gt;</title>", 'titled "Drive - <5>", not weights'),
+    "old HTML": (b"<HTML><BODY>404", "an HTML page, not weights"),
+    "XML": (b"<?xml version='1.0'?><Error>AccessDenied", "an XML answer of a server"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "a git-lfs pointer"),
+    "empty": (b"", "an empty file"),
+    "gzip": (b"\x1f\x8b\x08" + bytes(50), "a gzip archive"),
+    "tar": (b"weights".ljust(257, b"\0") + b"ustar\x0000", "a tar archive"),
+    "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "an HDF5 file"),
+    "numpy": (b"\x93NUMPY" + bytes(50), "a numpy array"),
+    "pickle": (pickle.dumps({"a": 1}), "an ordinary pickle"),
+    "zeros": (bytes(100), "begins with the bytes 00 00"),
+    "text": (b"hello", "begins with the bytes 68 65"),
+    "header": (struct.pack("<Q", 2**40) + b"{}", "damaged safetensors file"),
+    "not JSON": (struct.pack("<Q", 4) + b"{abc", "damaged safetensors file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(FOUND))
+def test_what_is_no_checkpoint_is_named(tmp_path, name):
+    data, message = FOUND[name]
+    (tmp_path / "a.pt").write_bytes(data)
+    refuse(tmp_path / "a.pt", re.escape(message))
+
+
+def test_what_is_no_file_is_named(tmp_path):
+    refuse(tmp_path, "a folder, not a file")
+    refuse(tmp_path / "none.pt", "there is no such file")
+    refuse(tmp_path / "a.pt" / "\0", "cannot be opened|no such file")
+    os.mkfifo(tmp_path / "pipe")
+    refuse(tmp_path / "pipe", "not a regular file")
+    refuse(FIXTURES / "torchscript.pt", "a TorchScript archive")
+
+
+def test_a_whole_pickled_module_keeps_its_name():
+    contents = load(FIXTURES / "whole_module.pt")
+    assert isinstance(contents.tree, Stub) and contents.tree.name == "torch.nn.modules.linear.Linear"
+    assert contents.stubs == ("torch.nn.modules.linear.Linear",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_random_views_against_the_pytorch_that_is_here(tmp_path, legacy):
+    torch = pytest.importorskip("torch")
+    rng, saved = np.random.default_rng(0), {}
+    for index in range(60):
+        kind = (torch.float32, torch.float16, torch.bfloat16, torch.int64)[index % 4]
+        base = torch.arange(120).to(kind).reshape(2, 3, 4, 5).permute(*rng.permutation(4).tolist())
+        for axis in range(4):
+            first, step = (int(x) for x in rng.integers(1, 3, 2))
+            base = base.transpose(0, axis)[first - 1 :: step].transpose(0, axis)
+        saved[str(index)] = torch.nn.Parameter(base, requires_grad=False) if index % 3 else base
+    torch.save(saved, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+    with open_checkpoint(tmp_path / "a.pt") as contents:
+        assert list(contents.tree) == list(saved) and contents.stubs == ()
+        for name, value in saved.items():
+            read = contents.tree[name].read()
+            assert f"torch.{contents.tree[name].dtype}" == str(value.dtype)
+            np.testing.assert_array_equal(read.astype(np.float64), value.double().numpy(), strict=True)

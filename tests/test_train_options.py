@@ -1,0 +1,151 @@
+"""Batches in parts, the moving average, validation on the way, and the recipes that use them."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from advtransfer import config as base
+from advtransfer import parallel
+from advtransfer.config import ConfigError, validate
+from advtransfer.data import AUGMENTATIONS, Augmentation, Batch, load_dataset
+from advtransfer.evaluate import evaluate
+from advtransfer.models import load_model, logits_fn
+from advtransfer.optim import make_schedule, sgd
+from advtransfer.source import check_source, load_source_data, measure, train_source
+from advtransfer.train import init_state, make_train_step
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+def _linear(params, batch_stats, images, train):
+    return images.mean((1, 2)) @ params["w"], batch_stats + train
+
+
+def _batch(seed, size=12):
+    images = jax.random.uniform(jax.random.key(seed), (size, 4, 4, 3))
+    labels = jnp.arange(size) % 5
+    return Batch(images, labels, jax.random.split(jax.random.key(seed + 1), size))
+
+
+def _start(tx, **options):
+    w = jax.random.normal(jax.random.key(9), (3, 5))
+    return init_state({"params": {"w": w}, "batch_stats": jnp.float32(0)}, tx, **options)
+
+
+def _noise(logits_fn, images, labels, *, key):
+    """An attack that is random by example."""
+    return images + 0.1 * jax.vmap(lambda k: jax.random.normal(k, images.shape[1:]))(key)
+
+
+def test_a_batch_in_parts_takes_the_step_of_the_whole():
+    """Without BatchNorm to the last digits; the parts are seen one after the other."""
+    tx = sgd(0.3)
+    states, metrics = [], []
+    for num_parts in (1, 4):
+        step = jax.jit(make_train_step(_linear, tx, attack=_noise, num_parts=num_parts))
+        state, found = step(_start(tx), _batch(0))
+        states.append(state)
+        metrics.append(found)
+    chex.assert_trees_all_close(states[0].params, states[1].params, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(metrics[0], metrics[1], rtol=1e-5)
+    assert [float(state.batch_stats) for state in states] == [1.0, 4.0]
+
+
+def test_the_moving_average_is_its_sum_written_out():
+    tx, decay = sgd(0.3), 0.6
+    step = jax.jit(make_train_step(_linear, tx, average_decay=decay))
+    state = _start(tx, average=True)
+    expected = np.asarray(state.params["w"], np.float64)
+    decays = []
+    for i in range(8):
+        state, _ = step(state, _batch(i))
+        decays.append(min(decay, (1 + i) / (10 + i)))
+        expected = decays[-1] * expected + (1 - decays[-1]) * np.asarray(state.params["w"], np.float64)
+    assert decays[0] == 0.1 and decays[-1] < decay
+    np.testing.assert_allclose(state.variables["params"]["w"], expected, rtol=1e-5)
+    assert np.abs(expected - state.params["w"]).max() > 1e-3
+    plain, _ = jax.jit(make_train_step(_linear, tx))(_start(tx), _batch(0))
+    chex.assert_trees_all_equal(plain.variables["params"], plain.params)
+
+
+def _config(**train):
+    config = base.default()
+    config.stage = "source"
+    config.train.update(dataset="builtin:digits", image_size=8, batch_size=80, num_epochs=2)
+    config.train.update(log_every=7, norm="l2", eps=0.25, **train)
+    config.evaluate.update(num_images=60, num_steps=2, batch_size=20)
+    return config
+
+
+def test_training_with_all_of_it(tmp_path):
+    """The model is the moving average, and the last validation in the log is that of the model."""
+    config = _config(num_parts=4, average_decay=0.9, validate_every=1)
+    model = train_source(config, tmp_path / "all")
+    lines = [json.loads(line) for line in (tmp_path / "all" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [7, 10, 14, 20]
+    validated = {line["step"]: line for line in lines if "validation_natural_accuracy" in line}
+    assert sorted(validated) == [10, 20]
+    digits = load_dataset("builtin:digits", image_size=8).validation
+    split = type(digits)(*(array[:60] for array in digits))
+    found = evaluate(logits_fn(load_model(tmp_path / "all")), split, batch_size=20)
+    assert validated[20]["validation_natural_accuracy"] == found["accuracy"]
+    config.evaluate.split = "validation"
+    attacked = measure(model, load_source_data(config), config, name="x")["adversarial_accuracy"]
+    assert validated[20]["validation_adversarial_accuracy"] == attacked
+
+    plain = train_source(_config(num_parts=4), tmp_path / "plain")
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(plain.variables, model.variables, atol=1e-4)
+
+
+def test_parts_that_do_not_divide_a_devices_share_are_refused():
+    config = _config(num_parts=3)
+    with pytest.raises(ConfigError, match="config.train.num_parts=3 must divide the 40 images of a device"):
+        check_source(config, load_source_data(config))
+    assert parallel.num_devices() == 2
+
+
+def _experiment(name, *arguments):
+    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*arguments)
+
+
+@pytest.mark.parametrize("experiment", ["source_imagenet", "source_cifar10"])
+def test_natural_and_robust_twins_share_everything_but_the_attack(experiment):
+    natural, robust = (_experiment(experiment, source) for source in ("natural", "l2_0.5"))
+    assert (robust.train.norm, robust.train.eps) == ("l2", 0.5)
+    for config in (natural, robust):
+        validate(config)
+        config.train.norm, config.train.eps, config.evaluate.norm, config.evaluate.eps = (
+            "none",
+            0.0,
+            "l2",
+            1.0,
+        )
+    assert natural.to_json() == robust.to_json()
+
+
+def test_the_imagenet_recipe_is_the_published_one():
+    config = _experiment("source_imagenet", "linf_4")
+    assert config.train.eps == pytest.approx(4 / 255) and config.train.norm == "linf"
+    assert config.evaluate.eps == config.train.eps
+    config.train.batch_size = 1024  # the rate follows the batch
+    resolved = config.copy_and_resolve_references().train
+    assert resolved.learning_rate == pytest.approx(0.4)
+    schedule = make_schedule(resolved.schedule, resolved.learning_rate, 90)
+    assert [round(float(schedule(epoch)), 6) for epoch in (0, 29, 31, 59, 61, 89)] == [
+        *(0.4, 0.4, 0.04, 0.04, 0.004, 0.004)
+    ]
+    assert Augmentation(**resolved.augmentation) == AUGMENTATIONS["robustness"]
+    cifar = _experiment("source_cifar10").train
+    assert Augmentation(**cifar.augmentation) == AUGMENTATIONS["utrera_color"]
+    with pytest.raises(ValueError, match="l2_3, linf_4"):
+        _experiment("source_imagenet", "l2")
