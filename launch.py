@@ -18,6 +18,7 @@ from ml_collections import config_flags
 from advtransfer import parallel, stages
 from advtransfer.checkpoint import SaveError, UnreadableCheckpoints
 from advtransfer.config import ConfigError
+from advtransfer.data import LostWorker
 from advtransfer.train import DivergedError, Preempted
 
 _QUICKSTART = Path(__file__).parent / "experiments" / "quickstart.py"
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
         _stop(0, f"{stopped}; resume with the same command")
     except DivergedError as error:
         _stop(1, str(error))
-    except SaveError as error:
+    except (SaveError, LostWorker) as error:
         _stop(3, f"{error}; resume with the same command")
 
 

@@ -22,6 +22,7 @@ setup(
         "absl-py>=2.1",
         "chex>=0.1.90",
         "flax>=0.12",
+        "grain>=0.2.15",
         "importlib_resources>=6",  # tensorflow-datasets reads prepared sets through it
         "jax>=0.10",
         "matplotlib>=3.9",

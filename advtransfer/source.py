@@ -83,7 +83,7 @@ def load_source_data(config: ConfigDict) -> Dataset:
     """The dataset of config.train, at its resolution: to train on, and to measure the network on."""
     validation = ("validation",) if config.train.validate_every else ()
     splits = tuple(dict.fromkeys(("train", *validation, config.evaluate.split)))
-    size, loading = config.train.image_size, config.train.get("loading", "memory")
+    size, loading = config.train.image_size, config.train.loading
     return load_data(config, "train.dataset", image_size=size, splits=splits, loading=loading)
 
 
@@ -192,7 +192,7 @@ def prepare(config: ConfigDict, dataset: Dataset) -> Run:
         batch_size=recipe.batch_size,
         num_steps=num_steps(config, dataset),
         seed=config.seed,
-        num_workers=recipe.get("num_workers", -1),
+        num_workers=recipe.num_workers,
     )
     run_step = _make_run_step(train_step, feed)
     return Run(module, parallel.replicate(state), run_step, schedule, feed.close)

@@ -70,20 +70,22 @@ def our_batches(folder: Path, batch_size: int, workers: int) -> Iterator:
 
 
 def torch_batches(paths: list[Path], batch_size: int, workers: int) -> Iterator:
-    """Batches without end, shuffled each epoch."""
+    """Batches without end, and without the standstill of PyTorch's workers between epochs."""
     import torch
 
     class Photographs(torch.utils.data.Dataset):
-        def __len__(self):
-            return len(paths)
-
         def __getitem__(self, index):
+            # The copy is that of torchvision's pil_to_tensor: PyTorch wants memory that can be written to.
             return torch.from_numpy(decode(paths[index], index).copy()), 0
 
-    loader = torch.utils.data.DataLoader(
-        Photographs(), batch_size, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True
-    )
-    return itertools.chain.from_iterable(itertools.repeat(loader))
+    def batches():
+        rng = np.random.default_rng(0)
+        while True:
+            order = rng.permutation(len(paths))
+            for start in range(0, len(paths) - batch_size + 1, batch_size):
+                yield order[start : start + batch_size].tolist()
+
+    return iter(torch.utils.data.DataLoader(Photographs(), batch_sampler=batches(), num_workers=workers))
 
 
 def decode_chunk(chunk: list[tuple[int, Path]]) -> None:
@@ -142,9 +144,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--batches", type=int, default=20, help="timed per side and turn")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=10, help="timed per side and turn")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", action="store_true", help="ours in threads instead of processes")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--peer", default="torch", choices=("torch", "none"))
     arguments = parser.parse_args()
@@ -159,7 +162,7 @@ def main() -> None:
         draw_photographs(folder, arguments.images)
         paths = sorted(folder.glob("train/*/*.jpg"))
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            ours = our_batches(folder, batch, workers)
+            ours = our_batches(folder, batch, 0 if arguments.threads else workers)
             sides = {
                 "ours": functools.partial(take, ours, arguments.batches),
                 "decoding alone": functools.partial(decode_alone, pool, paths, batch, arguments.batches),

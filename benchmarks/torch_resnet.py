@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from advtransfer.torch_checkpoint.convert import torch_tensors
+from advtransfer.torch_checkpoint.export import torch_tensors
 
 
 class Block(nn.Module):

@@ -2,8 +2,9 @@
 
     TFDS_DATA_DIR=/prepared python launch.py --config=experiments/cifar10_to_mnist.py
 
-Both sets must be prepared (BUILD.md); `--config.transfer.target=tfds:kmnist` and the like name others. Made for
-two CPU cores: the network is the quickstart's, and sources see 20 % of the training images, eight times. ε and the fine-tuning are the quickstart's: nothing is chosen here. BUILD.md has what came out.
+Both sets must be prepared (BUILD.md); `--config.transfer.target=tfds:kmnist` and the like name others. Made
+for two CPU cores: the network is the quickstart's, and sources see 20 % of the training images, eight times.
+ε and the fine-tuning are the quickstart's: nothing is chosen here. BUILD.md has what came out.
 """
 
 from advtransfer import config as base

@@ -10,11 +10,12 @@ from pathlib import Path
 import chex
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import advtransfer as at
 from advtransfer import config as base
 from advtransfer import stages
-from advtransfer.config import ConfigError
+from advtransfer.config import ConfigError, validate
 from advtransfer.stages.named_models import model_name
 
 ROOT = Path(__file__).parent.parent
@@ -177,6 +178,68 @@ def test_bad_input_is_one_line_and_leaves_nothing(study, tmp_path, changes, word
         stages.run(config, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refuse_to_touch(config, workdir, words):
+    """Neither stage nor plan begins, and every file stays."""
+    before = files(workdir)
+    for act in (stages.plan, stages.run):
+        with pytest.raises(ConfigError, match=words) as caught:
+            act(config, workdir)
+        assert "\n" not in str(caught.value) and files(workdir) == before
+
+
+def test_a_workdir_of_something_else_is_left_alone(study, tmp_path, monkeypatch):
+    config = importing(study / "digits_l2.safetensors")
+    mine, copied, single = tmp_path / "mine", tmp_path / "copied", tmp_path / "single"
+    stages.run(config, mine)
+    monkeypatch.setattr(
+        "advtransfer.stages.importing.import_torch_checkpoint", lambda *_, **__: pytest.fail("it was read")
+    )
+    for key, value in (("image_size", 16), ("norm", "none")):
+        other = importing(study / "digits_l2.safetensors")
+        other.checkpoint[key] = value
+        refuse_to_touch(other, mine, f"checkpoint.{key}: .* another --workdir")
+    refuse_to_touch(config, study, "stage: 'source' there, 'import' now")
+    shutil.copytree(study / "model", copied / "model")  # a user's, without a config.json
+    refuse_to_touch(config, copied, "holds a model/ that was not imported: choose another --workdir")
+    single.mkdir()
+    (single / "model").write_text("years of work")
+    refuse_to_touch(config, single, "holds a model/ that was not imported: choose another --workdir")
+
+
+def test_what_is_no_model_is_not_overwritten(study, tmp_path):
+    """In the workdir of the same import."""
+    config = importing(study / "digits_l2.safetensors")
+    stages.run(config, tmp_path)
+    (tmp_path / "model" / "model.json").rename(tmp_path / "model" / "notes.json")
+    refuse_to_touch(config, tmp_path, f"{tmp_path}.* choose another")
+
+
+def test_what_is_known_of_a_file_is_for_its_import(study):
+    known = {"architecture": "resnet18", "num_classes": 7, "image_size": 16, "mean": (0.5,) * 3}
+    known |= {"std": (0.5,) * 3, "norm": "l2", "eps": 1.0, "sha256": "0" * 64}
+    assert set(known) == set(base.default().checkpoint)
+    for key, value in known.items():
+        for stage in set(stages.STAGES) - {"import"}:
+            config = importing(study / "digits_l2.safetensors", stage=stage)
+            config.checkpoint[key] = value
+            with pytest.raises(ConfigError, match=f"config.checkpoint.{key} is for config.stage=import"):
+                validate(config)
+        validate(importing("a.pt", checkpoint=config.checkpoint))
+
+
+def test_the_wrapping_is_said(study, tmp_path):
+    tensors = at.export_torch_state_dict(at.load_model(study))
+    path = tmp_path / "a.safetensors"
+    safetensors.numpy.save_file({f"module.{name}": value for name, value in tensors.items()}, path)
+    config = importing(path)
+    config.checkpoint.update(mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert "from a.safetensors (safetensors, module.)" in stages.plan(config, tmp_path / "out")
 
 
 def test_the_command_line(study, tmp_path):

@@ -2,6 +2,7 @@
 
 import copyreg
 import os
+import pickle
 import struct
 import subprocess
 import sys
@@ -11,8 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from damage_checkpoints import call, integer, name_of, payloads, tensor, text, write_legacy, write_zip
+from damage_checkpoints import (
+    SIX,
+    TENSOR,
+    call,
+    integer,
+    name_of,
+    payloads,
+    tensor,
+    text,
+    write_legacy,
+    write_zip,
+)
 
+from advtransfer.torch_checkpoint import unpickle
 from advtransfer.torch_checkpoint.reader import CheckpointError, Stub, open_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -110,7 +123,8 @@ def test_nothing_that_is_named_is_imported_or_changed(tmp_path):
         (b"\x8d" + TERABYTES, "truncated in its pickle"),
         (b"T\xff\xff\xff\x7f", "truncated in its pickle"),
         (b"\x95" + TERABYTES, "more from the stack"),  # a frame of 8 TB, which is only a hint
-        (b"p-1\n", "a number out of range|more from the stack"),
+        (b"Np-1\n", "a number out of range"),
+        (b"Np%d\n" % 2**32, "a number out of range"),
         (b"X\x58\x02\x00\x00" + b"a" * 600 + b"2\x93", "something else than a short text"),
     ],
 )
@@ -122,6 +136,7 @@ def test_damaged_pickles_say_where(tmp_path, operations, message):
 ENCODE = call("_codecs.encode", b"h\x00", text("latin1")) + b"0"
 PAIRS = b"](" + b"".join(integer(i) + b"N\x86" for i in range(20_000)) + b"eq\x00"
 ORDERED = call("collections.OrderedDict", b"h\x00")
+DEFAULT = call("collections.defaultdict", b"N", b"h\x00") + b"0"
 HEAVY = {
     "memo": b"N" + b"r\xff\xff\xff\xff" * 10 + b"0N",  # an index of 2^32 - 1 is no allocation
     "laughs": b"]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(200)),
@@ -133,12 +148,13 @@ HEAVY = {
     "copies": text("x" * 100_000) + b"q\x00" + ENCODE * 30_000,
     "copied lists": b"](" + b"N" * 100_000 + b"eq\x00" + (call("builtins.list", b"h\x00") + b"0") * 20_000,
     "copied dicts": PAIRS + ORDERED * 2_000,
+    "copied defaults": PAIRS + DEFAULT * 50,
     "hashes": b"}(" + b"".join(integer((2**61 - 1) * i) + b"N" for i in range(1, 50_000)) + b"u",
     "names": b"".join(b"ca\n%d\n0" % i for i in range(5_000)) + b"N",
     "long names": text("x" * 5_000_000) + b"q\x000" + b"h\x00h\x00\x93" * 10_000,
     "bytes": b"B\x00\x00\x00\x01" + bytes(1 << 24),
 }  # fmt: skip
-REFUSED = ("copies", "copied dicts", "copied lists", "names", "long names", "bytes")
+REFUSED = ("copies", "copied dicts", "copied defaults", "copied lists", "names", "long names", "bytes")
 
 
 @pytest.mark.parametrize("name", list(HEAVY))
@@ -157,10 +173,74 @@ def test_memory_and_recursion_are_bounded(tmp_path, name):
 
 def test_the_limits_of_a_pickle(tmp_path):
     path = tmp_path / "a.pt"
-    refuse(write_zip(path, b"N0" * 500_000 + b"N"), "it takes more than 1,000,000 operations")
+    assert load(write_zip(path, b"N0" * 65_000 + b"N")).tree is None  # a ResNet-152 and its Adam take as many
+    refuse(
+        write_zip(path, b"N0" * 200_000 + b"N"), f"it takes more than {unpickle.MAX_OPERATIONS:,} operations"
+    )
     refuse(
         write_legacy(path, b"B\x00\x00\x00\x01" + bytes(1 << 24)), "its pickle has more than 16,777,216 bytes"
     )
+
+
+def test_a_call_of_a_constructor_counts_for_ten_more(tmp_path, monkeypatch):
+    path, one = tmp_path / "a.pt", call("builtins.dict") + b"0"  # five operations, 15 in all
+    monkeypatch.setattr(unpickle, "MAX_OPERATIONS", 1_000)
+    assert load(write_zip(path, one * 66 + b"N")).tree is None
+    refuse(write_zip(path, one * 67 + b"N"), "it takes more than 1,000 operations")
+    stubbed = call("os.system") + b"0"  # no constructor
+    assert load(write_zip(path, stubbed * 199 + b"N")).tree is None
+
+
+@pytest.mark.parametrize("name", ["builtins.list", "collections.defaultdict", TENSOR])
+def test_a_constructor_takes_sixteen_arguments(tmp_path, name):
+    """Another would cut a tuple from the memo into pieces again and again."""
+    path, module = tmp_path / "a.pt", name_of(name)[1:]
+    for count in (16, 17):
+        for operations in (
+            name_of(name) + b"(" + b"N" * count + b"tR",
+            name_of(name) + b"(" + b"N" * count + b"t\x81",
+            name_of(name) + b"(" + b"N" * count + b"t}\x92",
+            b"(" + b"N" * count + b"i" + module,
+            b"(" + name_of(name) + b"N" * count + b"o",
+        ):
+            write_zip(path, operations)
+            if count == 16:
+                assert isinstance(load(path).tree, dict | Stub)
+            else:
+                refuse(path, f"it calls {name} with 17 arguments")
+
+
+def test_only_text_is_a_key(tmp_path):
+    """The hashes of text are salted; numbers can be chosen whose hashes collide."""
+    others = (b"K\x01", b"N", b"\x88", b"G" + bytes(8), text(b"b"), b")", b"]")
+    pairs = [text("a") + b"K\x05", *(key + b"K\x06" for key in others)]
+    lists = b"](" + b"".join(pair + b"\x86" for pair in pairs) + b"e"
+    for operations in (
+        b"}(" + b"".join(pairs) + b"u",
+        b"}" + b"".join(pair + b"s" for pair in pairs),
+        b"(" + b"".join(pairs) + b"d",
+        call("collections.OrderedDict", lists),
+    ):
+        assert load(write_zip(tmp_path / "a.pt", operations)).tree == {"a": 5}
+
+
+def test_names_and_texts_can_be_printed(tmp_path):
+    """No escape sequence reaches a terminal, and no lone surrogate an encoder."""
+    for write in (write_zip, write_legacy):
+        one = tensor(legacy=write is write_legacy) + b"0"
+        strange = name_of("os\x1b[31m.system") + b"0" + text("a\u202e\x9b") + text("b") + b"\x93"
+        assert load(write(tmp_path / "a.pt", one + strange)).stubs == ("a??.b", "os?[31m.system")
+        lone = b"X\x05\x00\x00\x00a\xed\xa0\x80b"
+        for operations in (lone, b"Va\\ud800b\n"):
+            tree = load(write(tmp_path / "a.pt", one + b"}" + operations * 2 + b"s")).tree
+            assert tree == {"a?b": "a?b"} and next(iter(tree)).encode() == b"a?b"
+
+
+def test_a_legacy_file_lists_each_storage_once(tmp_path):
+    path = write_legacy(tmp_path / "a.pt", tensor(legacy=True))
+    listed = path.read_bytes().replace(pickle.dumps(["0"], 2), pickle.dumps(["0", "0"], 2))
+    path.write_bytes(listed + struct.pack("<q", 6) + SIX)
+    refuse(path, "does not name those that its tensors use, each once")
 
 
 def test_a_slice_of_the_fuzzing_campaign():

@@ -286,7 +286,7 @@ def test_without_the_package_a_file_fetched_by_hand_is_enough(monkeypatch, tmp_p
         instead = f"or fetch {url} by hand, put it at {path}, and run the same command again"
         with pytest.raises(CheckpointError) as caught:  # also of v1, when main is there
             fetch(name)
-        assert str(caught.value) == f"{name} needs huggingface_hub: pip install 'advtransfer[hub]', {instead}"
+        assert str(caught.value) == f"{name} needs huggingface_hub: pip install huggingface_hub, {instead}"
         path.parent.mkdir(parents=True)
         path.touch()
         assert fetch(name) == (path, SALMAN, "resnet50_l2_eps3.ckpt", revision.replace("main", ""))

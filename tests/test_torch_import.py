@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 
 import chex
@@ -15,10 +14,7 @@ import pytest
 import safetensors.numpy
 
 from advtransfer.models import ARCHITECTURES, create_module, load_model, logits_fn, save_model
-from advtransfer.torch_checkpoint import convert
-from advtransfer.torch_checkpoint.catalogue import KnownModel
-from advtransfer.torch_checkpoint.convert import export_torch_state_dict, import_torch_checkpoint
-from advtransfer.torch_checkpoint.hub import Fetched
+from advtransfer.torch_checkpoint import export, export_torch_state_dict, import_torch_checkpoint
 from advtransfer.torch_checkpoint.reader import CheckpointError, open_checkpoint
 
 NETWORKS = Path(__file__).parent / "fixtures" / "networks"
@@ -147,12 +143,13 @@ def test_arguments_that_make_no_sense(message, options):
 
 def test_files_that_are_no_network(tmp_path):
     refused("there is no such file", tmp_path / "none.pt")
-    refused("there is no such file", tmp_path)
+    refused("there is no such file; it looks like a URL: download it", "https://host/resnet50.pth")
     refused("holds a pickled .*TorchResNet object, not a state dict", NETWORKS / "whole_module.pth")
     message = "module.model.model. and module.attacker.model.model., that differ in layer2.0.conv1.weight"
     refused(message, NETWORKS / "attacker_differs.ckpt")
     message = refused(
-        "does not say how its images are normalised: pass mean=", NETWORKS / "data_parallel.pth"
+        "does not say how its images are normalised: import it with mean and std",
+        NETWORKS / "data_parallel.pth",
     )
     assert message.startswith(str(NETWORKS))
 
@@ -193,8 +190,12 @@ def test_other_floats_become_float32(model, saved, dtype):
 
 def test_weights_that_are_no_weights(saved):
     bias = np.zeros(5, np.float32)
-    refused("fc.bias is int8, no float", saved(fc__bias=bias.astype(np.int8)))
+    refused("fc.bias is int8, no real float", saved(fc__bias=bias.astype(np.int8)))
     refused("fc.bias holds NaN", saved(fc__bias=bias * np.nan))
+    variance = np.float32([1, 1, -1e-9, 1])
+    refused("bn1.running_var holds a negative variance", saved(bn1__running_var=variance))
+    variance[2] = 0  # a channel that never varied
+    assert import_torch_checkpoint(saved(bn1__running_var=variance)).spec.num_classes == 5
     refused("fc.bias holds infinity", saved(fc__bias=bias + np.inf))
     refused("fc.bias holds infinity", saved(fc__bias=bias.astype(np.float64) + 1e300))
     refused("with 5 classes: missing fc.bias$", saved(fc__bias=None))
@@ -202,59 +203,9 @@ def test_weights_that_are_no_weights(saved):
     refused("unexpected head.0.bias$", saved(head__0__bias=bias))
     refused(r"fc.bias has shape \(1, 5\), not \(5,\)", saved(fc__bias=bias[None]))
     refused(
-        r"std \(0.2, 0.0, 0.2\) do not normalise images in \[0, 1\]: pass mean= and std=",
+        r"std \(0.2, 0.0, 0.2\) do not normalise images in \[0, 1\]: import it with mean and std",
         saved(mean=np.float32([0.5, 0.5, 0.5]), std=np.float32([0.2, 0.0, 0.2])),
     )
-
-
-def known(**fields):
-    values = ("hub.ckpt", "", "small_bottleneck", "l2", 3.0, "ImageNet", 0.5, "", "MIT", "X")
-    return KnownModel(*values, image_size=99)._replace(**fields)
-
-
-def test_a_known_model_says_what_it_is(monkeypatch):
-    monkeypatch.setattr(convert, "find_known", lambda *args, **repo: known())
-    spec = import_torch_checkpoint(NETWORKS / "hub.ckpt").spec
-    assert (spec.norm, spec.eps, spec.provenance["threat_model"]) == ("l2", 3.0, "table")
-    assert spec.image_size == 99
-    published = {"dataset": "ImageNet", "accuracy": 0.5, "licence": "MIT", "source": "X"}
-    assert spec.provenance["published"] == published
-    spec = import_torch_checkpoint(NETWORKS / "hub.ckpt", norm="none").spec
-    assert (spec.norm, spec.eps, spec.provenance["threat_model"]) == ("none", 0.0, "argument")
-
-
-def test_a_namesake_of_a_known_model_is_not_trusted(monkeypatch):
-    monkeypatch.setattr(convert, "find_known", lambda *args, **repo: known(architecture="resnet50"))
-    spec = import_torch_checkpoint(NETWORKS / "hub.ckpt").spec
-    assert (spec.norm, spec.provenance["threat_model"]) == ("none", "unknown")
-    assert "published" not in spec.provenance
-
-
-def test_hashes_that_are_pinned(monkeypatch, tmp_path):
-    path = NETWORKS / "hub.ckpt"
-    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert import_torch_checkpoint(path, sha256=sha256.upper()).spec.provenance["sha256"] == sha256
-    with monkeypatch.context() as patch:
-        patch.setattr(convert, "open_checkpoint", lambda path: pytest.fail("read before it was compared"))
-        refused(f"is not the published file: its SHA-256 starts with {sha256[:8]}", path, sha256="0" * 64)
-        patch.setattr(convert, "find_known", lambda *args, **repo: known(sha256="1" * 64, source="the hub"))
-        refused("published is 11111111: download it again from the hub", path)
-        wrong = shutil.copy(path, tmp_path / "resnet50-00000000.pth")
-        patch.setattr(convert, "find_known", lambda *args, **repo: None)
-        refused("published is 00000000", wrong)
-    right = shutil.copy(path, tmp_path / f"resnet50-{sha256[:8]}.pth")
-    assert import_torch_checkpoint(right).spec.architecture == "small_bottleneck"
-    monkeypatch.setattr(convert, "find_known", lambda *args, **repo: known(sha256="1" * 64))
-    spec = import_torch_checkpoint(path, sha256=sha256).spec  # asked for, but not the one of the table
-    assert spec.provenance["threat_model"] == "unknown"
-
-
-def test_names_of_the_hub(monkeypatch):
-    fetched = Fetched(NETWORKS / "hub.ckpt", "some/repo", "folder/hub.ckpt", "abc")
-    monkeypatch.setattr(convert, "fetch", lambda name: {"hf:some/repo/folder/hub.ckpt": fetched}[name])
-    spec = import_torch_checkpoint("hf:some/repo/folder/hub.ckpt").spec
-    assert spec.provenance["hub"] == {"repo": "some/repo", "file": "folder/hub.ckpt", "revision": "abc"}
-    assert spec.provenance["file"] == "hub.ckpt"
 
 
 @pytest.mark.parametrize("file", ["torchvision.pth", "timm.safetensors"])
@@ -297,13 +248,19 @@ def test_a_file_is_written_whole_or_not_at_all(model, tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     path.write_text("years of work")
     with monkeypatch.context() as patch:
-        patch.setattr(convert.os, "replace", lambda old, new: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(export.os, "replace", lambda old, new: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             export_torch_state_dict(model, path)
     assert path.read_text() == "years of work"
     assert os.listdir(tmp_path) == ["model.safetensors"]
-    with pytest.raises(ValueError, match="is a folder: name a file"):
-        export_torch_state_dict(model, tmp_path)
+    for name in (".", "model.pth"):
+        with pytest.raises(ValueError, match="does not end in .safetensors"):
+            export_torch_state_dict(model, tmp_path / name)
+
+
+def metadata(**fields):
+    good = {**IMAGENET, "norm": "l2", "eps": 1, "image_size": 2**16 - 1, "class_names": []}
+    return json.dumps(good | fields)
 
 
 @pytest.mark.parametrize(
@@ -314,11 +271,14 @@ def test_a_file_is_written_whole_or_not_at_all(model, tmp_path, monkeypatch):
         "{}",
         "[" * 100_000,
         '{"mean": [NaN, 0, 0]}',
-        json.dumps({**IMAGENET, "norm": "l2", "eps": 0, "image_size": 32, "class_names": []}),
-        json.dumps({**IMAGENET, "norm": "l2", "eps": 1, "image_size": 1e400, "class_names": []}),
+        metadata(eps=0),
+        metadata(image_size=1e400),
+        metadata(image_size=0),
+        metadata(image_size=2**16),
     ],
 )
 def test_damaged_metadata(saved, text):
+    assert import_torch_checkpoint(saved({"advtransfer": metadata()})).spec.image_size == 2**16 - 1
     refused("its metadata are damaged", saved({"advtransfer": text}))
 
 

@@ -1,5 +1,6 @@
 """Names and shapes: which network they are, and where it hides in a checkpoint. No file is read here."""
 
+import contextlib
 import hashlib
 import math
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from advtransfer.models import ARCHITECTURES, create_module
+from advtransfer.torch_checkpoint import state_dict
 from advtransfer.torch_checkpoint.layout import infer_architecture, layout
 from advtransfer.torch_checkpoint.reader import CheckpointError, Contents, Stub, Tensor
 from advtransfer.torch_checkpoint.state_dict import check_copies, find_network
@@ -163,10 +165,20 @@ def test_both_names_at_once_are_not_merged():
 
 
 def test_plain_weights_come_before_averaged_ones():
+    """Which of several networks it is, is said."""
     plain, averaged = network(), network()
-    found = find_network(contents({"ema": averaged, "epoch": 3, "model": plain}))
-    assert found.tensors == plain
-    assert found.wrapping == "model"
+    for first, second in (("model", "ema"), ("state_dict", "state_dict_ema"), ("model", "state_dict")):
+        found = find_network(contents({second: averaged, "epoch": 3, first: plain}))
+        assert found.tensors == plain
+        assert found.wrapping == first
+
+
+def test_the_longest_prefix_wins():
+    ours, copy = network(), network()
+    found = find_network(contents(ours | prefixed("module.", copy)))
+    assert found.tensors == ours and found.copies == {"module.": copy} and found.strays == ()
+    found = find_network(contents(prefixed("a.", ours) | prefixed("a.b.", copy) | {"c.d": tensor((1,))}))
+    assert found.tensors == ours and found.copies == {"a.b.": copy} and found.strays == ("c.d",)
 
 
 def test_copies_must_be_equal():
@@ -218,8 +230,27 @@ def test_normalisers_must_agree():
         "attacker.normalize.new_std": tensor(STD_ARRAY),
     }
     assert find_network(contents(state | again)).mean == MEAN
+    beside = {"state_dict": state, "mean": list(MEAN), "std": STD}
+    assert find_network(contents(beside)).mean == MEAN
+    refused("two normalisers differ: mean, normalizer.new_mean", beside | {"std": [1.0, 1.0, 1.0]})
     again["attacker.normalize.new_std"] = tensor(STD_ARRAY + 0.1)
     refused("two normalisers differ: normalizer.new_mean, attacker.normalize.new_mean", state | again)
+
+
+@pytest.mark.parametrize("names", [("mean", "std"), ("new_mean", "new_std"), ("mu", "sigma")])
+def test_a_normalisation_beside_the_network(names):
+    values = [(MEAN, STD), (list(MEAN), STD), (tensor(MEAN_ARRAY), tensor(STD_ARRAY.reshape(1, 3, 1, 1)))]
+    for pair in values:
+        found = find_network(contents({"state_dict": network(), **dict(zip(names, pair, strict=True))}))
+        assert (found.mean, found.std) == (MEAN, STD)
+    for mean in ("abc", 0.5, (0.5, 0.5), [True] * 3, [None] * 3, tensor((3, 2)), {}, None):
+        found = find_network(contents({"state_dict": network(), names[0]: mean, names[1]: STD}))
+        assert (found.mean, found.std) == (None, None)
+    assert find_network(contents({"state_dict": network(), names[0]: MEAN})).mean is None
+    with contextlib.suppress(CheckpointError):  # no float holds it
+        assert (
+            find_network(contents({"model": network(), names[0]: [10**400] * 3, names[1]: STD})).mean is None
+        )
 
 
 MEAN_ARRAY, STD_ARRAY = np.float32(MEAN), np.float32(STD)
@@ -257,6 +288,31 @@ def test_claims_are_the_numbers_beside_the_network():
         "best_acc1": 0.25,
     }
     assert all(type(value) in (int, float) for value in claims.values())
+
+
+def test_claims_are_few_and_short():
+    """However many there are, 64 are looked at, those that cannot be read among them."""
+    reads = []
+    broken = Tensor((), "float32", (object(),), lambda: reads.append(0) or raise_(CheckpointError("damaged")))
+    scalars = {f"k{i}": tensor(float(i)) for i in range(100)}
+    assert find_network(contents({"model": network()} | scalars)).claims == {f"k{i}": i for i in range(64)}
+    many = {f"k{i}": broken for i in range(1_000)} | {"epoch": 3}
+    assert find_network(contents({"model": network()} | many)).claims == {} and len(reads) == 64
+    long = find_network(contents({"model": network(), "x" * 1_000: 1})).claims
+    assert long == {"x" * 100: 1}
+
+
+def test_the_tensors_of_a_file_are_bounded(monkeypatch):
+    named = []
+    monkeypatch.setattr(state_dict, "name_other", lambda names, **kind: named.append(len(list(names))))
+    state = {f"conv{i}.weight": tensor((1,)) for i in range(10_000)}
+    refused("no ResNet was found", dict.fromkeys(state_dict._STATE_DICT_KEYS, state) | state)
+    assert len(named) == 1  # its patterns take time
+    for tree in (state | {"more": tensor((1,))}, {"model": state | {"more": tensor((1,))}}):
+        refused("holds 10,001 tensors; at most 10,000 are looked at", tree)
+    assert len(named) == 1
+    find_network(contents({"ema": network(), "model": {"a": tensor((1,))}}))
+    assert len(named) == 2
 
 
 def raise_(error):

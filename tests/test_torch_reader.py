@@ -1,5 +1,6 @@
 """The reader of PyTorch's files against what PyTorch 2.13 wrote, and against files of other kinds."""
 
+import hashlib
 import os
 import pickle
 import re
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from damage_checkpoints import SIX, TENSOR, call, name_of, tensor, text, write_legacy, write_zip
 
-from advtransfer.torch_checkpoint.reader import CheckpointError, Stub, file_sha256, open_checkpoint
+from advtransfer.torch_checkpoint.reader import CheckpointError, Stub, file_sha256, open_checkpoint, open_file
 
 FIXTURES = Path(__file__).parent / "fixtures/checkpoints"
 ZOOS = ("zoo.pt", "zoo_protocol4.pt", "zoo_legacy.pt")
@@ -80,7 +81,7 @@ def test_every_tensor_is_read_as_it_was_written(name):
 def test_what_is_no_tensor_is_plain_data(name):
     tree = load(FIXTURES / name).tree
     assert tree["plain"] == [None, True, 3, -(2**40), 2.5, "text é", b"bytes", (1, 2), [3], 1 + 2j]
-    assert tree["default"] == {"a": [1]} and tree[1] == "an integer key"
+    assert tree["default"] == {"a": [1]} and 1 not in tree  # of the keys only text is kept
     assert tree["numpy"] == (76.5, 0.25, -7, True) and type(tree["numpy"][3]) is bool
     assert tree["torch"][:2] == ((1, 2), "cpu") and tree["torch"][2].name == "torch.float32"
 
@@ -103,8 +104,7 @@ def test_a_training_state_pickled_with_dill(name):
         np.testing.assert_array_equal(tree["model"]["module.0.weight"].read(), numbers(4, 3, 3, 3))
         np.testing.assert_array_equal(tree["model"]["module.1.running_var"].read(), numbers(4))
         assert tree["nat_prec1"].read() == 57.5 and tree["adv_prec1"] == 33.25 and tree["epoch"] == 7
-        momentum = tree["optimizer"]["state"][0]["momentum_buffer"]
-        np.testing.assert_array_equal(momentum.read(), np.ones((4, 3, 3, 3), "f4"))
+        assert tree["optimizer"]["state"] == {}  # its keys are numbers
     assert isinstance(tree["args"], Stub) and isinstance(tree["schedule"]["function"], Stub)
     assert {"dill._dill._create_function", "dill._dill._create_type"} < set(contents.stubs)
     assert all(name.startswith(("dill.", "__builtin__.", "__main__.")) for name in contents.stubs)
@@ -190,10 +190,15 @@ def test_six_numbers_of_a_gigabyte_are_read_alone(tmp_path):
 
 
 def test_the_hash_of_a_file(tmp_path):
-    (tmp_path / "a").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
-    assert file_sha256(tmp_path / "a").startswith(
-        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    )
+    path = tmp_path / "a"
+    for data, start in (
+        (b"abc", "ba7816bf8f01cfea414140de5dae2223"),  # FIPS 180-2, appendix B.1
+        (b"a" * 1_000_000, "cdc76e5c9914fb9281a1c7e284d73e67"),  # appendix B.3
+        (b"ab" * 2_000_000, hashlib.sha256(b"ab" * 2_000_000).hexdigest()),  # more than one piece
+    ):
+        path.write_bytes(data)
+        with open_file(path) as file:
+            assert file_sha256(file).startswith(start)
 
 
 # --- sizes that lie, and files that are something else -----------------------------------------------------

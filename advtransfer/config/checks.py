@@ -22,6 +22,7 @@ _FREE_KEYS = (
     "train.save_every",
     "train.keep",
     "train.log_every",
+    "train.num_workers",
     "train.validate_every",
 )
 
@@ -64,6 +65,8 @@ _CHECKS = {
     "train.save_every": _POSITIVE,
     "train.keep": _POSITIVE,
     "train.log_every": _POSITIVE,
+    "train.loading": _one_of("auto", "memory", "stream"),
+    "train.num_workers": (lambda x: x >= -1, "must be >= -1 (-1: one a core)"),
     "train.num_parts": _POSITIVE,
     "train.average_decay": _FRACTION,
     "train.validate_every": _NOT_NEGATIVE,
@@ -127,6 +130,12 @@ def validate(config: ConfigDict) -> None:
     for key, (is_good, complaint) in _CHECKS.items():
         if not is_good(values[key]):
             raise ConfigError(f"config.{key}={values[key]!r} {complaint}")
+    for key, value in flatten(default()).items():
+        if config.stage != "import" and key.startswith("checkpoint.") and values[key] != value:
+            raise ConfigError(
+                f"config.{key} is for config.stage=import: import the file first "
+                "(experiments/import_source.py), and name the workdir of the import"
+            )
     if (config.train.norm == "none") != (config.train.eps == 0):
         raise ConfigError(
             f"config.train.eps={config.train.eps:g} does not go with config.train.norm="

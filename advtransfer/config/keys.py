@@ -48,6 +48,9 @@ def _train() -> ConfigDict:
     """How a source network is trained. Natural and robust twins share all of it but norm and eps."""
     train = ConfigDict()
     train.dataset = "builtin:glyphs"
+    # memory: decoded once, on the device; stream: decoded on the way; auto: stream what takes over 2 GB
+    train.loading = "auto"
+    train.num_workers = -1  # processes that decode a stream; -1: one a core; 0: threads
     train.architecture = "resnet_tiny"
     train.image_size = 16  # pixels
     train.mean = (0.5, 0.5, 0.5)  # per channel, of images in [0, 1]

@@ -4,7 +4,7 @@ from advtransfer.data.batches import Batch, make_batch
 from advtransfer.data.datasets import DATASETS, Dataset, Split, check_dataset_name, load_dataset
 from advtransfer.data.feed import Feed, make_feed
 from advtransfer.data.glyphs import LETTERS, render_glyphs
-from advtransfer.data.stream import StreamedSplit
+from advtransfer.data.stream import LostWorker, StreamedSplit
 from advtransfer.data.subsets import subset_indices
 from advtransfer.data.targets import TARGETS, Target
 from advtransfer.data.transforms import AUGMENTATIONS, Augmentation, augment, resize, to_float
@@ -18,6 +18,7 @@ __all__ = [
     "Batch",
     "Dataset",
     "Feed",
+    "LostWorker",
     "Split",
     "StreamedSplit",
     "Target",

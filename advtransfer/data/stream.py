@@ -19,6 +19,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.shared_memory import SharedMemory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from advtransfer.data.recorded import Recording, find_training
 
 _MAX_WORKERS = 32
 _AHEAD = 2  # batches that lie on the device
+_PLACES = 6  # batches that a worker has room for in shared memory
 _SHARED_MEMORY = "/dev/shm"
 
 
@@ -89,12 +91,8 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
     return np.random.default_rng([seed, 0, epoch]).permutation(num_images)
 
 
-def read_batch(
-    split: StreamedSplit, order: StreamOrder, step: int, *, empty: Callable[..., np.ndarray] = np.empty
-) -> HostBatch:
+def read_batch(split: StreamedSplit, order: StreamOrder, step: int) -> HostBatch:
     """This process's rows of the batch of a step; epochs drop the images that fill no batch.
-
-    `empty` makes the array of the images, from shape and type.
 
     Raises:
       ValueError: an image cannot be decoded, unless `split.broken` is "skip".
@@ -106,7 +104,7 @@ def read_batch(
     places = epoch_order(order.seed, epoch, split.num_images)[
         first + positions.start : first + positions.stop
     ]
-    images = empty((rows, split.image_size, split.image_size, 3), np.uint8)
+    images = np.empty((rows, split.image_size, split.image_size, 3), np.uint8)
     labels, skipped = np.empty(rows, np.int32), []
     for row, example in enumerate(split.read(split.indices[places])):
         rng = np.random.default_rng([order.seed, 1, step, positions[row]])
@@ -151,17 +149,16 @@ def iterate(
     cores = min(_num_cores(), _MAX_WORKERS)
     num_workers = cores if num_workers < 0 else num_workers
     threads = 0 if num_workers else cores
-    # Workers write images where this process will read them.
-    empty = grain.multiprocessing.SharedMemoryArray if num_workers else np.empty
-    batches = grain.MapDataset.source(_Batches(split, order, range(first_step, num_steps), empty))
+    batches = grain.MapDataset.source(_Batches(split, order, range(first_step, num_steps)))
+    if num_workers:
+        batches = batches.map(_Shelf())
     ahead = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
     if num_workers:
         rows = order.batch_size // order.num_processes
-        # Of each worker one is in the making, one in its queue and one fetched from there.
-        _check_shared_memory((3 * num_workers + 1) * rows * split.image_size**2 * 3)
+        _check_shared_memory(num_workers * _PLACES * rows * split.image_size**2 * 3)
         _let_grain_read_its_flags()
         options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)
-        ahead = ahead.mp_prefetch(options, worker_init_fn=_start_worker)
+        return _from_workers(ahead.mp_prefetch(options, worker_init_fn=_start_worker))
     return iter(ahead)
 
 
@@ -177,13 +174,70 @@ class _Batches:
     split: StreamedSplit
     order: StreamOrder
     steps: range
-    empty: Callable[..., np.ndarray]
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __getitem__(self, i: int) -> HostBatch:
-        return read_batch(self.split, self.order, self.steps[i], empty=self.empty)
+        return read_batch(self.split, self.order, self.steps[i])
+
+
+class _Place(NamedTuple):
+    """Where in shared memory the images of a batch lie."""
+
+    name: str
+    offset: int  # bytes, to the number of the turn; the images follow
+    turn: int
+    shape: tuple[int, ...]
+
+
+class _Shelf:
+    """Shared memory that a worker lays its images in, the same again and again.
+
+    Grain would take new memory for each batch, which costs a tenth of the decoding: the system stops at every
+    page of it. Of a worker's batches at most three are between the worker and the copy that `_from_workers`
+    makes, so of `_PLACES` one is free; the turn that is written beside the images proves it.
+    """
+
+    def __init__(self):
+        self._memory, self._turn = None, 0
+
+    def __call__(self, batch: HostBatch) -> HostBatch:
+        size = 8 + batch.images.nbytes
+        if self._memory is None:
+            self._memory = SharedMemory(create=True, size=_PLACES * size)
+        place = _Place(self._memory.name, self._turn % _PLACES * size, self._turn, batch.images.shape)
+        turn, images = _look(self._memory, place)
+        turn[...], images[...] = self._turn, batch.images
+        self._turn += 1
+        return batch._replace(images=place, labels=batch.labels.tobytes())
+
+
+def _from_workers(ahead: Any) -> Iterator[HostBatch]:
+    """The batches of a Grain dataset whose workers have shelves."""
+    memories, batches = {}, iter(ahead)
+    try:
+        for batch in batches:
+            place = _Place(*batch.images)
+            if place.name not in memories:
+                memories[place.name] = SharedMemory(place.name)
+                memories[place.name].unlink()  # it lives for as long as a process holds it
+            turn, images = _look(memories[place.name], place)
+            batch = batch._replace(images=images.copy(), labels=np.frombuffer(batch.labels, np.int32))
+            if turn != place.turn:
+                raise RuntimeError("a worker has written over a batch. Grain holds more of them than it did")
+            del turn, images  # memory that is looked at cannot be closed
+            yield batch
+    finally:
+        batches.close()
+        for memory in memories.values():
+            memory.close()
+
+
+def _look(memory: SharedMemory, place: _Place) -> tuple[np.ndarray, np.ndarray]:
+    """The number of the turn, int64 [], and the images, where they lie."""
+    turn = np.ndarray((), np.int64, memory.buf, place.offset)
+    return turn, np.ndarray(place.shape, np.uint8, memory.buf, place.offset + 8)
 
 
 def _let_grain_read_its_flags() -> None:
@@ -221,6 +275,10 @@ def _check_shared_memory(needed: int) -> None:
         )
 
 
+class LostWorker(RuntimeError):
+    """A process that decodes images is gone; training can go on from its last checkpoint."""
+
+
 class DeviceBatches:
     """Images and labels of a step as `parallel.split` shapes them, on the devices before they are needed.
 
@@ -239,7 +297,7 @@ class DeviceBatches:
 
         Raises:
           ValueError: as `iterate`.
-          OSError: a worker was ended from outside, for want of memory, say.
+          LostWorker: a worker was ended from outside, for want of memory, say.
         """
         if step != self._next:
             self.close()
@@ -249,7 +307,7 @@ class DeviceBatches:
                 batch = next(self._iterator)
             except RuntimeError as error:
                 why = str(error).partition(".")[0]
-                raise OSError(f"a process that decodes images has ended ({why})") from error
+                raise LostWorker(f"a process that decodes images has ended ({why})") from error
             self._say(batch.skipped)
             arrays = np.asarray(batch.images), np.asarray(batch.labels)
             self._ready.append(self._put(*parallel.split_locally(arrays)))

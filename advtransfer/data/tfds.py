@@ -26,7 +26,7 @@ from advtransfer.data.recorded import Recording, Records
 
 _SPLITS = ("train", "validation", "test")
 _CHUNK = 1024  # records read at a time
-_PREPARE = "pip install 'advtransfer[tfds-prepare]' && tfds"
+_PREPARE = "pip install tensorflow && tfds"
 
 
 def open_tfds(name: str) -> Recording:

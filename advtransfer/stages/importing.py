@@ -6,18 +6,19 @@ Leaves `model/` in the workdir and, when config.verify names a dataset, `evaluat
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from advtransfer.config import names_key
+from advtransfer.config import ConfigError, names_key
 from advtransfer.data import Dataset, check_dataset_name
 from advtransfer.models import Model, ModelSpec, load_model, save_model
 from advtransfer.source import check_classes, check_evaluation, compute_dtype, load_data
 from advtransfer.stages.named_models import model_name
 from advtransfer.stages.source import describe, measure_once
 from advtransfer.stages.workdir import check_workdir, open_workdir, write_json
-from advtransfer.torch_checkpoint import import_torch_checkpoint, known_models_table
+from advtransfer.torch_checkpoint import check_hub_name, import_torch_checkpoint, known_models_table
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -40,6 +41,8 @@ def plan(config: ConfigDict, workdir: Path) -> str:
         return "print the known models"
     _check(config, workdir)
     if config.source.startswith("hf:"):
+        with names_key("source"):
+            check_hub_name(config.source)
         return f"fetch {config.source} and import it"
     return f"import {_describe(_import(config).spec)}"
 
@@ -50,13 +53,18 @@ def _check(config: ConfigDict, workdir: Path) -> None:
             raise ValueError(
                 "name a PyTorch file or hf:REPO/FILE; config.source=list prints the known models"
             )
-        if Path(config.source).is_dir():
+        if os.path.isdir(config.source):
             raise ValueError(f"{config.source} is a folder: a model folder needs no import")
     if config.verify:
         with names_key("verify"):
             check_dataset_name(config.verify)
         check_evaluation(config)
     check_workdir(config, workdir)
+    ours = all((workdir / name).exists() for name in ("config.json", "model/model.json"))
+    if (workdir / "model").exists() and not ours:
+        raise ConfigError(
+            f"--workdir={workdir} holds a model/ that was not imported: choose another --workdir"
+        )
 
 
 def _import(config: ConfigDict) -> Model:
@@ -81,7 +89,13 @@ def _describe(spec: ModelSpec) -> str:
     found = spec.provenance
     size = f"{spec.num_classes:,} classes, {spec.image_size} pixels"
     trained = "natural" if spec.norm == "none" else f"{spec.norm} eps {spec.eps:.4g}"
-    lines = [f"{spec.architecture}, {size}, {trained}, from {found['file']} ({found['format']})"]
+    place = found["format"] + (f", {found['wrapping']}" if found["wrapping"] else "")
+    lines = [f"{spec.architecture}, {size}, {trained}, from {found['file']} ({place})"]
+    if found["normalisation"] == "ImageNet":
+        lines.append(
+            "nothing says how images are normalised, so ImageNet's mean and standard deviation are taken: "
+            "config.checkpoint.mean and .std say otherwise"
+        )
     if found["threat_model"] == "unknown":
         lines.append(
             "nothing says how it was trained, so it counts as natural: --config.checkpoint.norm=l2 "

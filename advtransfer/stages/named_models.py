@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,4 +40,4 @@ def model_name(name: str) -> str:
 
 
 def _is_checkpoint(name: str) -> bool:
-    return name.startswith("hf:") or Path(name).is_file() or name.endswith(_SUFFIXES)
+    return name.startswith("hf:") or os.path.isfile(name) or name.endswith(_SUFFIXES)

@@ -50,7 +50,7 @@ def training_plan(config: ConfigDict, dataset: Dataset, folder: Path) -> str:
     if (folder / "model" / "model.json").exists():
         return line + "done"
     attack = "" if recipe.norm == "none" else f" against PGD-{recipe.attack_steps}"
-    size = state_bytes(config, dataset) + dataset.train.images.nbytes
+    size = state_bytes(config, dataset) + dataset.train.nbytes
     return line + (
         f"train {recipe.architecture}, {num_steps(config, dataset):,} steps of "
         f"{recipe.batch_size} images{attack}; state and images {size / 1e6:,.1f} MB a device"

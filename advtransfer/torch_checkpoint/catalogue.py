@@ -147,7 +147,7 @@ def known_models_table() -> str:
         "",
         "Last column: % of the clean validation or test images, as published (RobustBench: of 5,000 images).",
         "l2 radii are for images in [0, 1]. *: the SHA-256 is pinned, another file of that name is refused.",
-        "hf: names need pip install 'advtransfer[hub]'. The links of MadryLab/robustness are dead.",
+        "hf: names need pip install huggingface_hub. The links of MadryLab/robustness are dead.",
     ]
     return "\n".join(lines)
 

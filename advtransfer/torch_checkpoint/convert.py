@@ -1,8 +1,7 @@
-"""PyTorch checkpoints to models and back, without PyTorch."""
+"""PyTorch checkpoints to models, without PyTorch."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 from advtransfer.models import IMAGENET_MEAN, IMAGENET_STD, Model, ModelSpec, ResNet, create_module
 from advtransfer.torch_checkpoint.catalogue import KnownModel, find_known
@@ -21,10 +19,16 @@ from advtransfer.torch_checkpoint.metadata import (
     Metadata,
     check_normalisation,
     check_threat_model,
-    make_metadata,
     parse_metadata,
 )
-from advtransfer.torch_checkpoint.reader import CheckpointError, Tensor, file_sha256, open_checkpoint
+from advtransfer.torch_checkpoint.reader import (
+    CheckpointError,
+    File,
+    Tensor,
+    file_sha256,
+    open_file,
+    read_contents,
+)
 from advtransfer.torch_checkpoint.state_dict import Network, check_copies, find_network
 
 
@@ -83,14 +87,15 @@ def import_torch_checkpoint(
             the missing, unexpected and wrongly shaped names.
         ValueError: arguments that contradict each other, or an unknown architecture.
     """
-    _check_arguments(mean, std, norm, eps, sha256)
+    _check_arguments(mean, std, norm, eps, image_size, sha256)
     fetched = fetch(str(path)) if str(path).startswith("hf:") else None
     path, repo = (fetched.path, fetched.repo) if fetched else (Path(path), "")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    actual = file_sha256(path)
-    _check_hash(path, actual, sha256, find_known(path.name, repo=repo))
-    found = read_variables(path, architecture, num_classes, put=_to_jax)
+    if blurred := re.search(r"resnet(aa|blur)[0-9]+", f"{repo}/{path.name}"):
+        raise CheckpointError(f"{path}: {blurred[0]} blurs before it subsamples, which no ResNet here does")
+    with open_file(path) as file:
+        actual = file_sha256(file)
+        _check_hash(path, actual, sha256, find_known(path.name, repo=repo))
+        found = _read(file, architecture, num_classes, _to_jax)
     known = find_known(path.name, actual, repo)
     if known and (known.architecture != found.architecture or known.sha256 not in ("", actual)):
         known = None  # another file that happens to have the name
@@ -140,80 +145,34 @@ def read_variables(
     Arguments and errors are those of `import_torch_checkpoint`; hashes and the table are not looked at. `put`
     moves each array to where it shall be before the next is read, so that one at most is in memory twice.
     """
-    path = Path(path)
-    with open_checkpoint(path) as contents:
-        try:
-            network = find_network(contents)
-            architecture, module = _match(network, architecture, num_classes)
-            check_copies(network)
-            return Checkpoint(
-                variables=_read_tensors(network.tensors, module, put),
-                architecture=architecture,
-                num_classes=module.num_classes,
-                mean=network.mean,
-                std=network.std,
-                claims=network.claims,
-                format=contents.format,
-                stubs=contents.stubs,
-                wrapping=network.wrapping,
-                metadata=parse_metadata(contents.metadata),
-            )
-        except CheckpointError as error:
-            if str(error).startswith(f"{path}: "):
-                raise
-            raise CheckpointError(f"{path}: {error}") from error
+    with open_file(path) as file:
+        return _read(file, architecture, num_classes, put)
 
 
-def export_torch_state_dict(model: Model, path: str | Path | None = None) -> dict[str, np.ndarray]:
-    """A model's weights by torchvision's names, as torchvision's and timm's ResNets load them (strict=True).
-
-    Those networks take images that are normalised with `model.spec.mean` and `model.spec.std`. A network with
-    a CIFAR stem gets torchvision's names too, but torchvision has no such network.
-
-    Args:
-        model: a model.
-        path: a safetensors file to write, whole or not at all. With the metadata that it gets,
-            `import_torch_checkpoint` makes the same model of it.
-
-    Returns:
-        float32 arrays, convolutions [O, I, H, W] and the head [out, in], and int64 zeros for
-        num_batches_tracked, in torchvision's order.
-
-    Raises:
-        ValueError: `path` is a folder.
-    """
-    tensors = torch_tensors(model.module, model.variables)
-    if path is not None:
-        _write(tensors, model.spec, Path(path).absolute())
-    return tensors
-
-
-def torch_tensors(module: ResNet, variables: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The variables of a network as `export_torch_state_dict` gives them."""
-    tensors = {}
-    for name, entry in layout(module).items():
-        array = variables
-        for key in entry.path:
-            array = array[key]
-        array = np.asarray(array, np.float32)
-        if entry.path[-1] == "kernel":
-            array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-        tensors[name] = np.array(array, order="C")
-        if name.endswith(".running_var"):
-            tensors[name.replace("running_var", "num_batches_tracked")] = np.zeros((), np.int64)
-    return tensors
-
-
-def _write(tensors: dict[str, np.ndarray], spec: ModelSpec, path: Path) -> None:
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a file, such as {path / 'model.safetensors'}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new{os.getpid()}")
+def _read(
+    file: File, architecture: str | None, num_classes: int | None, put: Callable[[np.ndarray], Any]
+) -> Checkpoint:
+    contents = read_contents(file)
     try:
-        new.write_bytes(safetensors.numpy.save(tensors, make_metadata(spec)))
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+        network = find_network(contents)
+        architecture, module = _match(network, architecture, num_classes)
+        check_copies(network)
+        return Checkpoint(
+            variables=_read_tensors(network.tensors, module, put),
+            architecture=architecture,
+            num_classes=module.num_classes,
+            mean=network.mean,
+            std=network.std,
+            claims=network.claims,
+            format=contents.format,
+            stubs=contents.stubs,
+            wrapping=network.wrapping,
+            metadata=parse_metadata(contents.metadata),
+        )
+    except CheckpointError as error:
+        if str(error).startswith(f"{file.path}: "):
+            raise
+        raise CheckpointError(f"{file.path}: {error}") from error
 
 
 def _match(network: Network, architecture: str | None, num_classes: int | None) -> tuple[str, ResNet]:
@@ -243,12 +202,14 @@ def _read_tensors(
         tensor = tensors[name]
         if not tensor.dtype.startswith(("float", "bfloat")):
             raise CheckpointError(
-                f"{name} is {tensor.dtype}, no float: save the network before it is quantised"
+                f"{name} is {tensor.dtype}, no real float: save the network before it was converted"
             )
         with np.errstate(over="ignore"):
             array = tensor.read().astype(np.float32, copy=False)
         if not np.isfinite(array).all():
             raise CheckpointError(f"{name} holds {'NaN' if np.isnan(array).any() else 'infinity'}")
+        if name.endswith(".running_var") and array.min(initial=0) < 0:
+            raise CheckpointError(f"{name} holds a negative variance")
         if entry.path[-1] == "kernel":
             array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
         folder = variables
@@ -273,31 +234,32 @@ def _to_jax(array: np.ndarray) -> jax.Array:
     return jax.device_put(aligned)
 
 
-def _check_arguments(mean: Any, std: Any, norm: str | None, eps: float | None, sha256: str | None) -> None:
+def _check_arguments(
+    mean: Any, std: Any, norm: str | None, eps: float | None, image_size: int | None, sha256: str | None
+) -> None:
     if (mean is None) != (std is None):
         raise ValueError("pass both mean= and std=, or neither")
     if mean is not None:
         check_normalisation(mean, std)
     check_threat_model(norm, eps)
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size={image_size} must be a positive number of pixels")
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{8,64}", sha256):
         raise ValueError(f"sha256={sha256!r} must be 8 to 64 hexadecimal digits")
 
 
 def _check_hash(path: Path, actual: str, asked: str | None, known: KnownModel | None) -> None:
-    """Compares the file with what was asked for or, failing that, with what its name promises."""
-    torchvision = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    """Compares the file with what was asked for or, failing that, with what is published under its name."""
     if asked:
-        expected, where = asked.lower(), "the right place"
-    elif known and known.sha256:
-        expected, where = known.sha256, known.source
-    elif torchvision:
-        expected, where = torchvision[1], "its publisher"
-    else:
+        if not actual.startswith(asked.lower()):
+            raise CheckpointError(f"{path} has the SHA-256 {actual}, not {asked} as asked for")
         return
-    if not actual.startswith(expected):
+    torchvision = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    expected = known and (known.sha256 or (torchvision and torchvision[1]))
+    if expected and not actual.startswith(expected):
         raise CheckpointError(
             f"{path} is not the published file: its SHA-256 starts with {actual[:8]}, published is "
-            f"{expected[:8]}: download it again from {where}, or pass sha256= if another file is meant"
+            f"{expected[:8]}: download it again from {known.source}, or pass sha256= if another file is meant"
         )
 
 
@@ -318,9 +280,9 @@ def _choose_normalisation(
             try:
                 check_normalisation(m, s)
             except ValueError as error:
-                raise CheckpointError(f"{path}: {error}: pass mean= and std=") from error
+                raise CheckpointError(f"{path}: {error}: import it with mean and std") from error
             return tuple(map(float, m)), tuple(map(float, s)), origin
-    raise CheckpointError(f"{path} does not say how its images are normalised: pass mean= and std=")
+    raise CheckpointError(f"{path} does not say how its images are normalised: import it with mean and std")
 
 
 def _choose_threat_model(

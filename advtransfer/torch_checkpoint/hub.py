@@ -55,7 +55,7 @@ def fetch(name: str, folder: str | Path | None = None) -> Fetched:
         import huggingface_hub  # an extra, and slow to import
     except ImportError as error:
         raise CheckpointError(
-            f"{name} needs huggingface_hub: pip install 'advtransfer[hub]', {instead}"
+            f"{name} needs huggingface_hub: pip install huggingface_hub, {instead}"
         ) from error
     try:
         path = _from_hub(huggingface_hub, repo, file, revision or "main")
@@ -64,12 +64,18 @@ def fetch(name: str, folder: str | Path | None = None) -> Fetched:
     return Fetched(path, repo, file, path.parents[file.count("/")].name)  # .../snapshots/COMMIT/FILE
 
 
+def check_hub_name(name: str) -> None:
+    """Raises a CheckpointError if this is no hf:OWNER/NAME/FILE[@REVISION]."""
+    _parse(name)
+
+
 def _parse(name: str) -> tuple[str, str, str]:
     """(repo, file, revision); revision is "" if there is none."""
     match = _NAME.fullmatch(name)
     repo, file, revision = match.group("repo", "file", "revision") if match else ("", "", None)
     # No part may leave the folder that the file is looked for in.
-    if any(part in ("", ".", "..") for part in f"{repo}/{file}/{revision or 'main'}".split("/")):
+    parts = f"{repo}/{file}/{revision or 'main'}".split("/")
+    if not name.isprintable() or any(part in ("", ".", "..") for part in parts):
         raise CheckpointError(f"{name!r} is no hf:OWNER/NAME/FILE[@REVISION], such as {_EXAMPLE}")
     return repo, file, revision or ""
 

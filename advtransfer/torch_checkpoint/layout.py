@@ -95,7 +95,7 @@ def layout(module: ResNet) -> dict[str, Entry]:
             add_conv(f"{name}.conv{number}", (ours, f"conv{number}"), *shape)
             add_norm(f"{name}.bn{number}", (ours, f"bn{number}"), shape[0])
         features = shapes[-1][0]
-        if channels != features or (stage > 0 and i == 0):
+        if channels != features:
             add_conv(f"{name}.downsample.0", (ours, "downsample_conv"), features, channels, 1, 1)
             add_norm(f"{name}.downsample.1", (ours, "downsample_bn"), features)
         channels = features

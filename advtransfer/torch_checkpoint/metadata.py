@@ -27,7 +27,7 @@ class Metadata(NamedTuple):
 def make_metadata(spec: ModelSpec) -> dict[str, str]:
     """The metadata of a safetensors file. "format": "pt" is what transformers and timm ask for."""
     fields = {field: getattr(spec, field) for field in Metadata._fields}
-    return {"format": "pt", "architecture": spec.architecture, _KEY: json.dumps(fields)}
+    return {"format": "pt", "architecture": spec.architecture, _KEY: json.dumps(fields, default=float)}
 
 
 def parse_metadata(metadata: dict[str, str]) -> Metadata | None:

@@ -35,7 +35,7 @@ def _mapping(arguments: tuple) -> Any:
 
 
 def _default_mapping(arguments: tuple) -> Any:
-    return _mapping(arguments[1:])  # behind the factory
+    return _mapping(arguments[1:2])  # behind the factory
 
 
 def _sequence(arguments: tuple) -> Any:

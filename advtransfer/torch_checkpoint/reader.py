@@ -5,22 +5,35 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import html
+import json
+import math
 import re
 import stat
-from collections.abc import Callable, Iterator
-from functools import partial
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from safetensors import safe_open
 
 from advtransfer.torch_checkpoint.legacy_format import read_legacy
-from advtransfer.torch_checkpoint.tensors import File, Tensor, naming, numpy_type
+from advtransfer.torch_checkpoint.tensors import DTYPES, File, Storage, Tensor, contiguous, naming
 from advtransfer.torch_checkpoint.unpickle import CheckpointError, Stub, printable
 from advtransfer.torch_checkpoint.zip_format import read_zip
 
-__all__ = ["CheckpointError", "Contents", "Stub", "Tensor", "file_sha256", "open_checkpoint"]
+__all__ = [
+    "CheckpointError",
+    "Contents",
+    "File",
+    "Stub",
+    "Tensor",
+    "file_sha256",
+    "open_checkpoint",
+    "open_file",
+    "read_contents",
+]
+
+_CHUNK = 1 << 22  # bytes
 
 _MAX_HEADER = 1 << 21  # bytes of the header of a safetensors file; of a ResNet-50 0.03 MB
 _SAFETENSORS_TYPES = {
@@ -56,25 +69,42 @@ class Contents(NamedTuple):
 def open_checkpoint(path: str | Path) -> Iterator[Contents]:
     """Opens a file of torch.save (zip or legacy format) or a safetensors file. None of its code is run.
 
-    Its tensors are read one by one, by `Tensor.read`, while it is open. Its pickle may have 16 MB and a
-    million operations.
+    Its tensors are read one by one, by `Tensor.read`, while it is open. Its pickle may have 16 MB.
 
     Raises:
       CheckpointError: no such file, something else, or a damaged file; one line that says what to do.
+    """
+    with open_file(path) as file:
+        yield read_contents(file)
+
+
+@contextlib.contextmanager
+def open_file(path: str | Path) -> Iterator[File]:
+    """Opens a file once for all that is done with it, so that what is hashed is what is read.
+
+    Raises:
+      CheckpointError: it is not there, or no regular file.
     """
     path = Path(path)
     with naming(path):
         file = _open(path)
     with file.raw:
-        with naming(path):
-            contents = _read(file)
-        yield contents
+        yield file
 
 
-def file_sha256(path: str | Path) -> str:
+def file_sha256(file: File) -> str:
     """SHA-256 of a file, in hexadecimal, read piece by piece."""
-    with open(path, "rb", buffering=0) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sha = hashlib.sha256()
+    with naming(file.path):
+        for start in range(0, file.size, _CHUNK):
+            sha.update(file.read(start, min(_CHUNK, file.size - start)))
+    return sha.hexdigest()
+
+
+def read_contents(file: File) -> Contents:
+    """What an open file holds; raises as `open_checkpoint`."""
+    with naming(file.path):
+        return _read(file)
 
 
 def _open(path: Path) -> File:
@@ -86,7 +116,8 @@ def _open(path: Path) -> File:
             raise CheckpointError("not a regular file")
         return File(path, open(path, "rb", buffering=0), status.st_size)
     except FileNotFoundError as error:
-        raise CheckpointError("there is no such file") from error
+        url = "; it looks like a URL: download it and pass the file's path" if ":/" in str(path) else ""
+        raise CheckpointError(f"there is no such file{url}") from error
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -112,40 +143,33 @@ def _read_safetensors(file: File, header: int) -> Contents:
         raise CheckpointError(
             f"a truncated or damaged safetensors file: {file.size:,} bytes with a header of {header:,}"
         )
-    tree, metadata = _safely(file.path, _describe)
-    tensors = {
-        name: Tensor(tuple(shape), dtype, (file, name), partial(_read_safetensor, file, name, dtype))
-        for name, (shape, dtype) in tree.items()
-    }
-    return Contents(tensors, "safetensors", (), metadata)
-
-
-def _describe(opened: Any) -> tuple[dict[str, tuple[list[int], str]], dict[str, str]]:
-    slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-    tree = {
-        name: (piece.get_shape(), _SAFETENSORS_TYPES.get(piece.get_dtype(), piece.get_dtype().lower()))
-        for name, piece in slices.items()
-    }
-    return tree, opened.metadata() or {}
-
-
-def _read_safetensor(file: File, name: str, dtype: str) -> np.ndarray:
-    with naming(file.path):
-        numpy_type(dtype)
-        if file.raw.closed:
-            raise CheckpointError("it is closed: read its tensors while it is open")
-        return _safely(file.path, lambda opened: opened.get_tensor(name))
-
-
-def _safely(path: Path, use: Callable[[Any], Any]) -> Any:
-    """What `use` makes of the file; opened for one use, as the library keeps what it has read in memory."""
     try:
-        with safe_open(path, framework="numpy") as opened:
-            return use(opened)
-    except (KeyboardInterrupt, SystemExit):
+        with safe_open(file.path, framework="numpy"):  # the library checks the header
+            pass
+        entries = json.loads(file.read(8, header).tobytes())
+        metadata = entries.pop("__metadata__", None) or {}
+        tensors = {name: _safetensor(file, 8 + header, name, **entry) for name, entry in entries.items()}
+    except (KeyboardInterrupt, SystemExit, CheckpointError):
         raise
     except BaseException as error:  # a panic of the library is no Exception
         raise CheckpointError(f"a damaged safetensors file: {printable(str(error))}") from error
+    return Contents(tensors, "safetensors", (), metadata)
+
+
+def _safetensor(
+    file: File, start: int, name: str, dtype: str, shape: list[int], data_offsets: list[int]
+) -> Tensor:
+    """A tensor at `data_offsets` behind `start`; the library would keep in memory what it reads."""
+    first, last = data_offsets
+    dtype = _SAFETENSORS_TYPES.get(dtype, dtype.lower())
+    itemsize = DTYPES[dtype].itemsize if dtype in DTYPES else 1
+    size = last - first
+    if min(first, size, *shape) < 0 or (dtype in DTYPES and size != math.prod(shape) * itemsize):
+        raise ValueError("the offsets of a tensor do not fit its shape")
+    swapped = sys.byteorder != "little"
+    return contiguous(
+        Storage(file, name, dtype, itemsize, size, start + first, swapped=swapped), tuple(shape)
+    )
 
 
 def _what_it_is(file: File, head: bytes) -> str:

@@ -26,8 +26,11 @@ _STATE_DICT_KEYS = (
 _NORMALISERS = (("new_mean", "new_std"), ("mean", "std"), ("mu", "sigma"))
 _PER_CHANNEL = ((3,), (3, 1, 1), (1, 3, 1, 1))
 _COUNTERS = ("num_batches_tracked", "n_averaged")
-_MAX_COPIES, _MAX_CLAIMS = 8, 64
+_MAX_TENSORS, _MAX_COPIES, _MAX_CLAIMS = 10_000, 8, 64
 _FIRST_BLOCK = "layer1.0.conv1.weight"
+
+
+Normalisation = tuple[tuple[float, ...], ...]  # mean, std
 
 
 class Network(NamedTuple):
@@ -51,6 +54,7 @@ def find_network(contents: Contents) -> Network:
     key, state, prefixes = _find_state_dict(contents.tree)
     normalisers = _find_normalisers(state)
     known = {name for pair in normalisers for name in pair}
+    beside = _find_values(contents.tree) if key else {}
     parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
     strays = []
     for name, tensor in state.items():
@@ -61,7 +65,7 @@ def find_network(contents: Contents) -> Network:
             strays.append(name)
         else:
             parts[prefix][name[len(prefix) :]] = tensor
-    mean, std = _read_normalisers(state, normalisers)
+    mean, std = _read_normalisers(state, normalisers, beside)
     first, *others = prefixes
     return Network(
         tensors=_torchvision_names(parts[first]),
@@ -70,7 +74,7 @@ def find_network(contents: Contents) -> Network:
         mean=mean,
         std=std,
         claims=_claims(contents.tree, state),
-        wrapping="/".join(filter(None, (key, first))),
+        wrapping=brief("/".join(filter(None, (key, first)))) if key or first else "",
     )
 
 
@@ -84,16 +88,18 @@ def _find_state_dict(tree: Any) -> tuple[str, dict[str, Tensor], list[str]]:
         if not isinstance(state, dict):
             continue
         tensors = {name: t for name, t in state.items() if isinstance(name, str) and isinstance(t, Tensor)}
+        if len(tensors) > _MAX_TENSORS:
+            raise CheckpointError(f"holds {len(tensors):,} tensors; at most {_MAX_TENSORS:,} are looked at")
         starts = [name.removesuffix(_FIRST_BLOCK) for name in tensors if name.endswith(_FIRST_BLOCK)]
         starts = [s for s in starts if (not s or s.endswith(".")) and s + "conv1.weight" in tensors]
-        if kind := name_other(tensors, has_resnet=bool(starts)):
-            raise CheckpointError(f"holds {kind}, which is no torchvision ResNet: only those can be imported")
         if len(starts) > _MAX_COPIES:
             raise CheckpointError(f"holds {len(starts)} networks: save one of them alone")
         if starts:
+            _check_family(tensors, has_resnet=True)
             return key, tensors, sorted(starts, key=len)
         found = found or tensors
     if found:
+        _check_family(found, has_resnet=False)
         raise CheckpointError(f"no ResNet was found: the first names are {brief_list(found)}")
     for stub in filter(lambda state: isinstance(state, Stub), states.values()):
         raise CheckpointError(
@@ -105,6 +111,11 @@ def _find_state_dict(tree: Any) -> tuple[str, dict[str, Tensor], list[str]]:
     raise CheckpointError(
         f"no state dict was found: the top-level keys are {brief_list(map(str, tree)) or 'none'}"
     )
+
+
+def _check_family(tensors: Mapping[str, Tensor], has_resnet: bool) -> None:
+    if kind := name_other(tensors, has_resnet=has_resnet):
+        raise CheckpointError(f"holds {kind}, which is no torchvision ResNet: only those can be imported")
 
 
 def check_copies(network: Network) -> None:
@@ -154,9 +165,28 @@ def _find_normalisers(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _read_normalisers(tensors: Mapping[str, Tensor], pairs: list[tuple[str, str]]) -> Any:
-    """(mean, std) of all pairs, which must agree; (None, None) if there is none."""
-    found = {tuple(_channels(tensors[name]) for name in pair): pair[0] for pair in pairs}
+def _find_values(tree: Mapping[str, Any]) -> dict[Normalisation, str]:
+    """Means and standard deviations that stand beside the state dict, as tensors or as lists."""
+    found = {}
+    for names in _NORMALISERS:
+        values = tuple(_values(tree.get(name)) for name in names)
+        if None not in values:
+            found[values] = names[0]
+    return found
+
+
+def _values(value: Any) -> tuple[float, ...] | None:
+    if isinstance(value, Tensor):
+        return _channels(value) if value.shape in _PER_CHANNEL else None
+    is_list = type(value) in (list, tuple) and len(value) == 3 and all(map(_is_number, value))
+    return tuple(float(x) for x in value) if is_list and all(abs(x) < 2**53 for x in value) else None
+
+
+def _read_normalisers(
+    tensors: Mapping[str, Tensor], pairs: list[tuple[str, str]], beside: dict[Normalisation, str]
+) -> Normalisation | tuple[None, None]:
+    """(mean, std) of all, which must agree; (None, None) if there is none."""
+    found = beside | {tuple(_channels(tensors[name]) for name in pair): pair[0] for pair in pairs}
     if len(found) > 1:
         raise CheckpointError(f"two normalisers differ: {brief_list(found.values())}")
     return next(iter(found), (None, None))
@@ -164,21 +194,34 @@ def _read_normalisers(tensors: Mapping[str, Tensor], pairs: list[tuple[str, str]
 
 def _channels(tensor: Tensor) -> tuple[float, ...]:
     """The shortest decimals that round to the values: 0.485, not 0.48500001430511475."""
-    return tuple(float(str(value)) for value in tensor.read().astype(np.float32).reshape(-1))
+    if not tensor.dtype.startswith(("float", "bfloat")):
+        raise CheckpointError(f"a normaliser is {tensor.dtype}, no float")
+    with np.errstate(over="ignore"):
+        return tuple(float(str(value)) for value in tensor.read().astype(np.float32).reshape(-1))
 
 
 def _claims(tree: Mapping[Any, Any], state: Mapping[str, Tensor]) -> dict[str, int | float]:
     """The numbers at the top level, such as epoch and nat_prec1; one that cannot be told is left out."""
+    candidates = [
+        (key, value)
+        for key, value in tree.items()
+        if isinstance(key, str) and (_is_number(value) or (_is_scalar(value) and key not in state))
+    ]
     claims: dict[str, int | float] = {}
-    for key, value in tree.items():
-        if isinstance(value, Tensor) and key not in state and math.prod(value.shape) == 1:
+    for key, value in candidates[:_MAX_CLAIMS]:
+        if isinstance(value, Tensor):
             try:
                 value = value.read().item()
             except CheckpointError:
                 continue
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if isinstance(key, str) and is_number and abs(value) < 2**53:  # what JSON holds: no NaN either
+        if _is_number(value) and abs(value) < 2**53:  # what JSON holds: no NaN either
             claims[key[:100]] = value
-        if len(claims) == _MAX_CLAIMS:
-            break
     return claims
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and math.prod(value.shape) == 1

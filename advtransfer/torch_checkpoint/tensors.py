@@ -108,6 +108,7 @@ class Storage:
     start: int = -1  # byte of the file; -1: not known yet
     crc: int = 0  # CRC-32 of the bytes; 0: not known
     swapped: bool = False  # whether its byte order is not the machine's
+    damaged: bool = False  # whether its CRC was found to differ
 
     def read(self, start: int, size: int) -> np.ndarray:
         """`size` bytes from byte `start` of the storage; the CRC of the whole is checked once."""
@@ -115,8 +116,9 @@ class Storage:
             raise CheckpointError(f"storage {self.key} is not in the file")
         data = self.file.read(self.start + start, size)
         if self.crc:
-            crc = zlib.crc32(data) if size == self.size else self._crc()
-            if crc != self.crc:
+            if not self.damaged:
+                self.damaged = (zlib.crc32(data) if size == self.size else self._crc()) != self.crc
+            if self.damaged:
                 raise CheckpointError(
                     f"storage {self.key} is damaged (its CRC-32 differs): download it again"
                 )
@@ -213,6 +215,14 @@ def _view(view: View, offset: Any, shape: Any, strides: Any, dtype: str, itemsiz
     return Tensor(shape, dtype, (storage, first, strides), load)
 
 
+def contiguous(storage: Storage, shape: tuple[int, ...]) -> Tensor:
+    """A tensor that is the whole storage, in C order."""
+    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return Tensor(
+        shape, storage.dtype, (storage, 0, strides), partial(_read, storage, 0, shape, strides, storage.dtype)
+    )
+
+
 def _span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Elements from the first to the last of a tensor."""
     if 0 in shape:
@@ -233,7 +243,10 @@ def _read(storage: Storage, first: int, shape: tuple, strides: tuple, dtype: str
             )
         if count == 0:
             return np.zeros(shape, kind)
-        raw = storage.read(first * kind.itemsize, _span(shape, strides) * kind.itemsize)
+        span = _span(shape, strides)
+        if span > 4 * count + _MAX_EXPANDED:
+            raise CheckpointError(f"a tensor of {count:,} elements spread over {span:,} is absurd")
+        raw = storage.read(first * kind.itemsize, span * kind.itemsize)
         if storage.swapped:
             part = kind.itemsize // 2 if kind.kind == "c" else kind.itemsize
             raw.view(f"u{part}").byteswap(inplace=True)

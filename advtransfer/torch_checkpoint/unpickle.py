@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 MAX_BYTES = 1 << 24  # of one pickle; the pickle of a ResNet-50 and its optimiser has 0.1 MB
-MAX_OPERATIONS = 1_000_000  # one makes 200 bytes at most, so these two limits bound the memory and the time
+# Of one pickle; a ResNet-152 with its copy and Adam takes some 130,000. These two bound memory and time.
+MAX_OPERATIONS = 400_000
+_CONSTRUCTION = 10  # operations that a call of a constructor counts for
+_MAX_ARGUMENTS = 16
 _MAX_NAMES = 1_000
 _MAX_NAME = 500  # characters
 _MAX_INTEGER = 4096  # bits
-_MAX_KEY = 2**61 - 1  # integers from here on can be chosen to share one hash
 
 
 class CheckpointError(ValueError):
@@ -55,7 +57,7 @@ def unpickle(
 
     Returns:
       The value: None, bool, int, float, str, bytes, list (of sets too), tuple, dict without the entries whose
-      key is not a plain scalar, what `constructors` and `persistent_load` make, and `Stub`; it may contain
+      key is no text, what `constructors` and `persistent_load` make, and `Stub`; it may contain
       itself. And the names of what was stubbed.
 
     Raises:
@@ -147,6 +149,9 @@ class _Machine:
         make = self.constructors.get(function.name)
         if make is None:
             return Stub(function.name)
+        if len(arguments) > _MAX_ARGUMENTS:
+            raise CheckpointError(f"it calls {function.name} with {len(arguments):,} arguments")
+        self.spend(_CONSTRUCTION)
         for argument in arguments[:2]:  # they may be copied, and the same ones again and again
             if type(argument) in (list, tuple, dict):
                 self.spend(len(argument))
@@ -243,10 +248,8 @@ def _entries(items: list[Any]) -> dict[Any, Any]:
 
 
 def is_key(key: Any) -> bool:
-    """Whether hashing it is cheap: a tuple's hash takes time and depth that the pickle chooses."""
-    if type(key) is int:
-        return -_MAX_KEY < key < _MAX_KEY
-    return key is None or type(key) in (str, float, bool, bytes)
+    """Only text: its hash is salted, where other keys can be chosen to collide, or to take long to hash."""
+    return type(key) is str
 
 
 _LITERALS = {
