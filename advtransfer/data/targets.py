@@ -2,7 +2,8 @@
 
 Utrera et al., "Adversarially-trained deep nets transfer better" (ICLR 2021), section 3; Salman et al., "Do
 adversarially robust ImageNet models transfer better?" (NeurIPS 2020), appendix A, and the code of both. A
-set with `dataset` "" is not in TFDS: its authors' files go into a folder (`folder:/path`).
+set with `dataset` "" is not in TFDS: its authors' files go into a folder (`folder:/path`). Of the numbers of
+images, CIFAR-10's are compared with the set by a test; the others are for orientation.
 """
 
 from __future__ import annotations
