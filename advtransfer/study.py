@@ -55,6 +55,7 @@ class Trial(NamedTuple):
     stratified: bool
     nested: bool
     recipe: Recipe
+    view: str = "natural"  # of the target's images
 
     def config(self) -> str:
         """The trial as one line of JSON."""
@@ -108,6 +109,7 @@ def make_trials(config: ConfigDict, sources: Sequence[Source]) -> list[Trial]:
             stratified=config.transfer.stratified,
             nested=config.transfer.nested,
             recipe=make_recipe(config.transfer),
+            view=config.transfer.view,
         )
         for k in config.study.num_unfrozen_blocks
         for n in config.study.num_train_images
@@ -162,8 +164,7 @@ def history_rows(trial: Trial, history: dict[str, np.ndarray], seconds: float) -
             "source": trial.source.name,
             "source_norm": trial.source.norm,
             "source_eps": trial.source.eps,
-            # Validation accuracy must never pass for test accuracy, wherever the rows travel.
-            "target": trial.target if trial.split == "test" else f"{trial.target}:{trial.split}",
+            "target": _row_target(trial),
             "num_train_images": trial.num_train_images,
             "num_unfrozen_blocks": trial.num_unfrozen_blocks,
             "seed": trial.seed,
@@ -175,6 +176,12 @@ def history_rows(trial: Trial, history: dict[str, np.ndarray], seconds: float) -
         }
         for e, epoch in enumerate(trial.recipe.evaluate_epochs)
     ]
+
+
+def _row_target(trial: Trial) -> str:
+    """Validation accuracy must never pass for test accuracy, nor another view for the images as they are."""
+    marks = [mark for mark in (trial.view, trial.split) if mark not in ("natural", "test")]
+    return ":".join([trial.target, *marks])
 
 
 def _number(x: np.ndarray) -> float | None:

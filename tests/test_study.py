@@ -143,13 +143,38 @@ def test_identity_is_the_hash_of_everything_but_the_sources_name():
             "head_init": "torch",
             "head_scale": 1.0,
             "frozen_batch_norm": "source",
-            "augmentation": {"crop_padding": 0, "flip": False, "jitter": 0.0, "rotation": 0.0},
+            "augmentation": {
+                "crop_padding": 0,
+                "flip": False,
+                "jitter": 0.0,
+                "rotation": 0.0,
+                "lighting": 0.0,
+                "resized_crop": 0.0,
+            },
         },
+        "view": "natural",
     }
     digest = hashlib.sha256(json.dumps(expected, sort_keys=True).encode()).hexdigest()
     assert _trial().identity() == digest
     expected["source"]["name"] = "natural"
     assert json.loads(_trial().config()) == expected
+
+
+@pytest.mark.parametrize(
+    ("view", "split", "target"),
+    [
+        ("natural", "test", "random"),
+        ("natural", "validation", "random:validation"),
+        ("low_pass", "test", "random:low_pass"),
+        ("grey", "validation", "random:grey:validation"),
+    ],
+)
+def test_rows_say_what_was_measured_on(view, split, target):
+    trial = _trial()._replace(view=view, split=split)
+    epochs = len(trial.recipe.evaluate_epochs)
+    history = dict.fromkeys(study._METRICS, np.zeros(epochs))
+    assert {row["target"] for row in study.history_rows(trial, history, 1.0)} == {target}
+    assert (trial.identity() == _trial().identity()) == (target == "random")
 
 
 def _changed(record):

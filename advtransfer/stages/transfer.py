@@ -71,6 +71,7 @@ def _trial(config: ConfigDict, source: Source) -> Trial:
         stratified=recipe.stratified,
         nested=recipe.nested,
         recipe=make_recipe(recipe),
+        view=recipe.view,
     )
 
 
