@@ -8,6 +8,9 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "advtransfer/__init__.py").read_text())[1]
 
+# Object stores that run on one machine, and the clients that tests reach them with.
+BUCKETS = ["flask-cors>=5", "gcp-storage-emulator>=2024.8", "gcsfs>=2025.2", "moto[s3]>=5", "s3fs>=2025.2"]
+
 setup(
     name="advtransfer",
     version=VERSION,
@@ -17,11 +20,13 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["advtransfer", "advtransfer.*"]),
-    package_data={"advtransfer": ["py.typed"], "advtransfer.report": ["template.html"]},
+    package_data={"advtransfer": ["py.typed"], "advtransfer.report": ["template.html", "*.csv"]},
     install_requires=[
         "absl-py>=2.1",
         "chex>=0.1.90",
+        "etils[epath]>=1.12",
         "flax>=0.12",
+        "fsspec>=2025.2",
         "grain>=0.2.15",
         "importlib_resources>=6",  # tensorflow-datasets reads prepared sets through it
         "jax>=0.10",
@@ -44,7 +49,9 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "tfds-prepare": ["tensorflow>=2.18"],  # to prepare sets; to read them nothing is needed
         "hub": ["huggingface_hub>=0.30"],
-        "test": ["huggingface_hub>=1.0", "pytest>=8", "pyarrow>=18", "ruff>=0.14"],
+        "gcs": ["gcsfs>=2025.2"],
+        "s3": ["s3fs>=2025.2"],
+        "test": ["huggingface_hub>=1.0", "pytest>=8", "pyarrow>=18", "ruff>=0.14", *BUCKETS],
         "bench": ["torch==2.13.0"],
     },
 )

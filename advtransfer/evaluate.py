@@ -13,7 +13,7 @@ import numpy as np
 from advtransfer import parallel
 from advtransfer.attacks import LogitsFn, cross_entropy
 from advtransfer.data import Batch, Split, to_float
-from advtransfer.train import Metrics, means, sum_metrics
+from advtransfer.train import Metrics, sum_metrics
 
 Attack = Callable[..., jax.Array]
 
@@ -21,7 +21,7 @@ Attack = Callable[..., jax.Array]
 def make_evaluate_step(
     attack: Attack | None = None, *, axis_name: str | None = None
 ) -> Callable[[LogitsFn, Batch, jax.Array], Metrics]:
-    """A pure function (logits_fn, batch, mask) -> {"loss": (sum, count), "accuracy": (sum, count)}.
+    """A pure function (logits_fn, batch, mask) -> metrics, as `evaluation_metrics` gives them.
 
     With an attack, images are replaced by `attack(logits_fn, images, labels, key=batch.keys)` first.
     Examples whose mask is 0 count for nothing.
@@ -32,10 +32,33 @@ def make_evaluate_step(
         if attack is not None:
             images = attack(logits_fn, images, batch.labels, key=batch.keys)
         logits = logits_fn(images)
-        losses = cross_entropy(logits, batch.labels)
-        return parallel.total(sum_metrics(losses, logits, batch.labels, mask), axis_name)
+        return parallel.total(evaluation_metrics(logits, batch.labels, mask), axis_name)
 
     return evaluate_step
+
+
+def evaluation_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Metrics:
+    """(sum, count) of the examples whose mask [N] is 1: of "loss", "accuracy" and, [classes] each, of
+    "class_accuracy", the accuracy on the images of each class."""
+    of_class = jax.nn.one_hot(labels, logits.shape[-1]) * mask[:, None]
+    correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    by_class = (jnp.sum(of_class * correct[:, None], axis=0), jnp.sum(of_class, axis=0))
+    metrics = sum_metrics(cross_entropy(logits, labels), logits, labels, mask)
+    return metrics | {"class_accuracy": by_class}
+
+
+def evaluation_means(metrics: Metrics) -> dict[str, Any]:
+    """{"loss", "accuracy", "mean_per_class_accuracy"} of summed metrics, scalars in their type.
+
+    The last is the mean over the classes of the accuracy on each (Salman et al., 2020, appendix A); classes
+    without an image do not count.
+    """
+    correct, count = metrics["class_accuracy"]
+    shares = correct / (count + (count == 0).astype(count.dtype))
+    mean_per_class = shares.sum() / (count > 0).sum().astype(count.dtype)
+    return {name: metrics[name][0] / metrics[name][1] for name in ("loss", "accuracy")} | {
+        "mean_per_class_accuracy": mean_per_class
+    }
 
 
 def evaluate(
@@ -45,6 +68,7 @@ def evaluate(
     batch_size: int,
     attack: Attack | None = None,
     key: jax.Array | None = None,
+    image_size: int | None = None,
     steps: Callable[[range], Iterator[int]] = iter,
 ) -> dict[str, float]:
     """Mean loss and accuracy over a split.
@@ -59,10 +83,12 @@ def evaluate(
       batch_size: over all devices, which must divide it.
       attack: (logits_fn, images, labels, key=keys) to images; None measures natural accuracy.
       key: for the attack's randomness.
+      image_size: side of the network's images, to which those of the split are resized on the device; None
+        leaves them as they are.
       steps: wraps the range of batches, to draw a progress bar.
 
     Returns:
-      {"loss", "accuracy"}.
+      {"loss", "accuracy", "mean_per_class_accuracy"}, see `evaluation_means`.
     """
     step = _evaluate_on_devices(attack)
     logits_fn = parallel.replicate(logits_fn)
@@ -71,10 +97,12 @@ def evaluate(
     totals = []
     for i in steps(range(-(-num_images // batch_size))):
         chosen = slice(i * batch_size, min((i + 1) * batch_size, num_images))
-        batch = Batch(to_float(jnp.asarray(split.images[chosen])), split.labels[chosen], keys[chosen])
+        images = to_float(jnp.asarray(split.images[chosen]), image_size)
+        batch = Batch(images, split.labels[chosen], keys[chosen])
         batch, mask = parallel.pad(batch, batch_size)
         totals.append(step(logits_fn, *parallel.split((batch, mask))))
-    return means(jax.tree.map(lambda *x: np.sum(x), *jax.device_get(totals)))
+    totals = jax.tree.map(lambda *x: np.sum(np.float64(x), axis=0), *jax.device_get(totals))
+    return {name: float(x) for name, x in evaluation_means(totals).items()}
 
 
 @functools.lru_cache(maxsize=32)

@@ -12,7 +12,7 @@ import optax
 SCHEDULES = ("constant", "step", "cosine", "cyclic")
 
 
-def make_schedule(name: str, learning_rate: float, num_steps: int) -> optax.Schedule:
+def make_schedule(name: str, learning_rate: float | jax.Array, num_steps: int) -> optax.Schedule:
     """Learning rate as a function of the step, over `num_steps` steps.
 
     constant: `learning_rate`. step: divided by 10 after every third of the training (the paper's protocol).
@@ -47,11 +47,11 @@ def sgd(
     *,
     momentum: float = 0.9,
     nesterov: bool = False,
-    weight_decay: float = 0.0,
+    weight_decay: float | jax.Array = 0.0,
 ) -> optax.GradientTransformation:
     """`torch.optim.SGD`: decay is added to the gradient before the momentum, and acts on every parameter."""
     return optax.chain(
-        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
+        optax.add_decayed_weights(weight_decay),
         optax.sgd(schedule, momentum=momentum or None, nesterov=nesterov),
     )
 

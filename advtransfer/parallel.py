@@ -24,8 +24,8 @@ AXIS = "devices"
 
 LOST_PROCESS = 3  # exit code of a process whose run has lost another one
 
-# Where a launcher says how many processes it has started.
-_PROCESS_COUNTS = ("JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+# Where a launcher says how many processes it has started; mpirun may have been called in a job of Slurm.
+_PROCESS_COUNTS = ("JAX_NUM_PROCESSES", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
 
 
 class NoCluster(RuntimeError):
@@ -36,27 +36,31 @@ def initialize(*, heartbeat_seconds: int = 40) -> None:
     """Joins the processes of one run; call it once, before anything touches a device.
 
     A TPU pod, Slurm, Open MPI and Kubernetes are found by JAX itself. Elsewhere the environment says it:
-    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. From then on this
-    process ends with one line and the code LOST_PROCESS when another one of the run has died. Where the
-    launcher counts one process there is nothing to join, which a warning says.
+    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. This process ends
+    with one line and the code LOST_PROCESS when the others do not come within five minutes, or one of them
+    dies later. Where the launcher counts one process there is nothing to join, which a warning says.
 
     Args:
       heartbeat_seconds: a process that is silent for so long counts as dead.
 
     Raises:
-      NoCluster: no cluster was found, or its processes did not come together.
+      NoCluster: nothing says which processes there are.
     """
     if next((os.environ[name] for name in _PROCESS_COUNTS if name in os.environ), None) == "1":
         logging.warning("--multihost: the launcher has started one process only")
         return
     own = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+    # What the user says is enough: in Kubernetes JAX would ask for a package and for permissions as well.
+    by_hand = all(name in os.environ for name in ("JAX_COORDINATOR_ADDRESS", *own.values()))
     try:
-        ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+        ctypes.CDLL(None).signal(signal.SIGABRT, _on_missing)
         jax.distributed.initialize(
             **{name: int(os.environ[variable]) for name, variable in own.items() if variable in os.environ},
+            cluster_detection_method="deactivate" if by_hand else None,
             heartbeat_timeout_seconds=heartbeat_seconds,
             shutdown_timeout_seconds=heartbeat_seconds,
         )
+        ctypes.CDLL(None).signal(signal.SIGABRT, _on_lost)
     except (ValueError, RuntimeError) as error:
         raise NoCluster(
             f"--multihost: {error} Outside of a TPU pod, Slurm, Open MPI and Kubernetes set "
@@ -64,15 +68,24 @@ def initialize(*, heartbeat_seconds: int = 40) -> None:
         ) from error
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _on_abort(_: int) -> None:
-    """The last line of a process that JAX's runtime aborts, from a thread of its own, because another one is
-    lost: the main thread waits for a collective by then, and nothing is raised that could be caught."""
-    line = (
-        "another process of this run has ended, its own messages say why; resume with the same command on all"
-    )
-    os.write(2, f"{line}\n".encode())
-    os._exit(LOST_PROCESS)
+def _ending(line: str) -> Any:
+    """A handler of the signal by which JAX's runtime aborts, from a thread of its own, when another process
+    is missing: the main thread waits by then, and nothing is raised that could be caught."""
+
+    def end(_: int) -> None:
+        os.write(2, f"{line}\n".encode())
+        os._exit(LOST_PROCESS)
+
+    return ctypes.CFUNCTYPE(None, ctypes.c_int)(end)
+
+
+_on_missing = _ending(
+    "the processes of this run did not find each other: see that all were started, and that process 0's "
+    "address and port can be reached; then the same command on all"
+)
+_on_lost = _ending(
+    "another process of this run has ended, its own messages say why; resume with the same command on all"
+)
 
 
 def num_processes() -> int:
@@ -97,12 +110,22 @@ def from_main(tree: Any) -> Any:
     return tree if num_processes() == 1 else multihost_utils.broadcast_one_to_all(tree)
 
 
+def everywhere(fine: bool) -> bool:
+    """Whether `fine` holds on every process; all of them ask, and all are told the same."""
+    return fine if num_processes() == 1 else bool(np.all(multihost_utils.process_allgather(np.bool_(fine))))
+
+
 def preempted(step: int) -> bool:
     """Whether SIGTERM has come to one of several processes and this is the step that all are to save at.
 
     The processes agree through JAX's coordination service, so every one must ask after every step.
     """
     return multihost_utils.reached_preemption_sync_point(step)
+
+
+def platform() -> str:
+    """Of this process's devices: cpu, gpu or tpu."""
+    return jax.local_devices()[0].platform
 
 
 def num_devices() -> int:
@@ -159,6 +182,16 @@ def replicate(tree: Any) -> Any:
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.device_put(tree, everywhere)
+
+
+def replicate_globally(tree: Any) -> Any:
+    """Host arrays that are the same on all processes, as arrays on all devices of all processes, which is the
+    form that Orbax writes from any process. None waits for another."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), (AXIS,))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, everywhere, lambda index: x[index]), tree
+    )
 
 
 def split(tree: Any) -> Any:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from advtransfer import parallel
+from advtransfer import parallel, storage
 
 
-def progress_bar(items: Iterable, description: str, unit: str, *, done: int = 0) -> Iterator:
-    """Iterates over `items` and draws a bar with an ETA; `done` items were done before."""
-    total = done + len(items)
+def progress_bar(
+    items: Iterable, description: str, unit: str, *, done: int = 0, total: int | None = None
+) -> Iterator:
+    """Iterates over `items` and draws a bar with an ETA; `done` items were done before. For items without a
+    length `total` gives it."""
+    total = done + len(items) if total is None else total
     yield from tqdm(
         items,
         desc=f"{description:<24}",
@@ -31,20 +35,26 @@ class RunLog:
     """Scalars of a training run, in `log.jsonl` and as TensorBoard events, in one folder, by process 0.
 
     A run that resumes at `first_step` drops what an interrupted one logged after it, so every step
-    stands once.
+    stands once. Nothing can be appended to an object: at an address `log.jsonl` is written anew for every
+    line, and the events, of all lines, when the run ends, however it does short of being killed.
     """
 
-    def __init__(self, folder: str | Path, *, first_step: int):
-        self._events = None
+    def __init__(self, folder: str | os.PathLike[str], *, first_step: int):
+        self._events = self._staged = None
         if not parallel.is_main_process():
             return
-        self._lines = Path(folder) / "log.jsonl"
-        self._lines.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _read_lines(self._lines) if line["step"] <= first_step]
-        partial = self._lines.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, self._lines)
-        self._events = SummaryWriter(str(folder), purge_step=first_step + 1)
+        self._folder = storage.to_path(folder)
+        self._path = self._folder / "log.jsonl"
+        storage.make_folder(self._folder)
+        self._lines = [line for line in _read_lines(self._path) if line["step"] <= first_step]
+        self._write()
+        if storage.is_address(self._folder):
+            self._staged = tempfile.TemporaryDirectory()
+            self._events = SummaryWriter(self._staged.name)
+            for line in self._lines:
+                self._show(line)
+        else:
+            self._events = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def __enter__(self) -> RunLog:
         return self
@@ -52,15 +62,32 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         if self._events:
             self._events.close()
+        if self._staged:
+            for old in self._folder.glob("events.out.tfevents.*"):
+                storage.remove(old)
+            storage.upload(Path(self._staged.name), self._folder)
+            self._staged.cleanup()
 
     def __call__(self, step: int, scalars: dict[str, float]) -> None:
-        """Appends one line, {"step": ..., **scalars}."""
+        """Adds one line, {"step": ..., **scalars}."""
         if not self._events:
             return
-        with self._lines.open("a") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+        line = {"step": step, **scalars}
+        if self._staged:
+            self._lines.append(line)
+            self._write()
+        else:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self._show(line)
+
+    def _write(self) -> None:
+        storage.write(self._path, "".join(json.dumps(line) + "\n" for line in self._lines))
+
+    def _show(self, line: dict[str, float]) -> None:
+        for name, value in line.items():
+            if name != "step":
+                self._events.add_scalar(name, value, line["step"])
 
 
 def _read_lines(path: Path) -> list[dict]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from advtransfer import parallel
+from advtransfer import parallel, storage
 from advtransfer.attacks import make_attack
 from advtransfer.checkpoint import Checkpoints
 from advtransfer.config import ConfigError, flatten, names_key
-from advtransfer.data import Augmentation, Dataset, Feed, StreamedSplit, load_dataset, make_feed
+from advtransfer.data import Dataset, Feed, StreamedSplit, choose_augmentation, load_dataset, make_feed
 from advtransfer.evaluate import evaluate
 from advtransfer.models import (
     Model,
@@ -45,15 +44,14 @@ def compute_dtype(name: str) -> Any:
 
 
 def load_data(
-    config: ConfigDict,
-    key: str,
-    *,
-    image_size: int,
-    splits: tuple[str, ...],
-    view: str = "natural",
-    loading: str = "memory",
+    config: ConfigDict, key: str, *, image_size: int, splits: tuple[str, ...], **options: Any
 ) -> Dataset:
-    """The dataset that config.`key` names; images that were skipped are said.
+    """The dataset that config.`key` names; small squares keep their size, and skipped images are said.
+
+    Args:
+      config: beside the name it says where decoded images are kept and what becomes of broken ones.
+      key: of the name.
+      image_size, splits, options: as for `load_dataset`.
 
     Raises:
       ConfigError: naming the key: no such dataset, or no images in one of `splits`.
@@ -66,8 +64,8 @@ def load_data(
             cache_dir=config.cache_dir or None,
             splits=splits,
             broken=config.broken_images,
-            view=view,
-            loading=loading,
+            enlarge=False,
+            **options,
         )
         for split in splits:
             if not getattr(dataset, split).num_images:
@@ -187,12 +185,13 @@ def prepare(config: ConfigDict, dataset: Dataset) -> Run:
     state = init_state(variables, tx, average=recipe.average_decay > 0)
     feed = make_feed(
         dataset.train,
-        Augmentation(**recipe.augmentation),
+        choose_augmentation(recipe.augmentation),
         batch_key,
         batch_size=recipe.batch_size,
         num_steps=num_steps(config, dataset),
         seed=config.seed,
         num_workers=recipe.num_workers,
+        image_size=recipe.image_size,
     )
     run_step = _make_run_step(train_step, feed)
     return Run(module, parallel.replicate(state), run_step, schedule, feed.close)
@@ -231,22 +230,23 @@ def train_source(config: ConfigDict, folder: str | Path, *, name: str = "source"
     """Trains the network that config.train describes, or goes on where an earlier run stopped.
 
     Writes `folder`/checkpoints, log.jsonl, TensorBoard events, and at the end `folder`/model. A finished
-    model is loaded and returned as it is. Over several processes, which share `folder`, process 0 writes.
+    model is loaded and returned as it is. Over several processes, which share `folder`, all write and read
+    the checkpoints, and process 0 the rest.
 
     Raises:
       ConfigError: as `prepare`.
       DivergedError, Preempted: as `train.fit`.
       UnreadableCheckpoints, SaveError: as `Checkpoints`.
     """
-    folder = Path(folder)
+    folder = storage.to_path(folder)
     if parallel.from_main(np.bool_((folder / "model" / "model.json").exists())):
         if parallel.is_main_process():
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # left by a kill right after the save
+            storage.remove(folder / "checkpoints")  # left by a kill right after the save
         return load_model(folder / "model", dtype=compute_dtype(config.dtype))
     dataset = load_source_data(config)
     run = prepare(config, dataset)
-    saved = Checkpoints(folder / "checkpoints", keep=config.train.keep)
-    with contextlib.closing(run), saved as checkpoints:
+    checkpoints = Checkpoints(folder / "checkpoints", keep=config.train.keep)
+    with contextlib.closing(run):
         restored = checkpoints.restore(run.state)
         state = run.state if restored is None else parallel.replicate(restored)
         first_step = int(state.step)
@@ -267,7 +267,7 @@ def train_source(config: ConfigDict, folder: str | Path, *, name: str = "source"
     model = _to_model(config, dataset, run.module, state)
     if parallel.is_main_process():
         save_model(model, folder / "model")
-        shutil.rmtree(folder / "checkpoints")
+        storage.remove(folder / "checkpoints")
     return model
 
 
@@ -295,11 +295,11 @@ def _to_model(config: ConfigDict, dataset: Dataset, module: Any, state: TrainSta
 
 
 def measure(model: Model, dataset: Dataset, config: ConfigDict, *, name: str) -> dict[str, Any]:
-    """Natural and adversarial accuracy and loss of a model, under the attack of config.evaluate.
+    """What `evaluate` says of a model, under the attack of config.evaluate too.
 
     Returns:
-      {"natural_accuracy", "natural_loss", "num_images", "attack"} and, when there is an attack,
-      {"adversarial_accuracy", "adversarial_loss"}; "attack" is a sentence's worth of its settings.
+      {"natural_accuracy", "natural_loss", "natural_mean_per_class_accuracy", "num_images", "attack"} and the
+      first three with "adversarial_" when there is an attack; "attack" is a sentence's worth of its settings.
     """
     recipe = config.evaluate
     split = getattr(dataset, recipe.split)
@@ -316,6 +316,7 @@ def measure(model: Model, dataset: Dataset, config: ConfigDict, *, name: str) ->
             batch_size=recipe.batch_size,
             attack=attack,
             key=evaluation_key(config),
+            image_size=model.spec.image_size,
             steps=lambda steps, kind=kind: progress_bar(steps, f"{kind} {name}", "batches"),
         )
         results |= {f"{kind}_{metric}": value for metric, value in found.items()}

@@ -3,7 +3,8 @@
     python launch.py --config=experiments/source.py --workdir=runs/natural
     python launch.py --config=experiments/source.py:l2:0.25 --workdir=runs/l2
 
-The argument is natural, or NORM:EPS with ε in pixel units; the recipe is config.train, the same for all.
+The argument is natural, or NORM:EPS with ε in pixel units (l2_3 and linf_4, in 255ths, are understood too);
+the recipe is config.train, the same for all.
 Leaves `model/` (for `at.load_model`), `evaluation.json`, `log.jsonl` and TensorBoard events in the workdir.
 Killed at any moment, the same command goes on where it stopped and ends at the same weights.
 """
@@ -14,9 +15,5 @@ from advtransfer import config as base
 def get_config(source="natural"):
     config = base.default()
     config.stage = "source"
-    norm, _, eps = source.partition(":")
-    if norm != "natural":
-        config.train.norm = norm
-        config.train.eps = float(eps or 0)
-        config.evaluate.norm, config.evaluate.eps = norm, config.train.eps
+    base.set_source(config, source)
     return config

@@ -16,11 +16,6 @@ from advtransfer import config as base
 def get_config(source="natural"):
     config = base.default()
     config.stage = "source"
-    norm, _, eps = source.partition("_")
-    if norm not in ("natural", "l2", "linf") or (norm != "natural" and not eps):
-        raise ValueError(f"{source!r}: write natural, l2_0.5, linf_8 or the like")
-    if norm != "natural":
-        config.train.norm, config.train.eps = norm, float(eps) / (255 if norm == "linf" else 1)
     config.train.update(
         dataset="tfds:cifar10",
         architecture="resnet18_cifar",
@@ -34,7 +29,6 @@ def get_config(source="natural"):
         validate_every=10,
     )
     config.train.augmentation.update(crop_padding=4, flip=True, jitter=0.25, rotation=2.0)
-    config.evaluate.update(
-        norm=config.train.norm if config.train.eps else "l2", eps=config.train.eps or 0.5, num_images=2000
-    )
+    config.evaluate.update(norm="l2", eps=0.5, num_images=2000)
+    base.set_source(config, source)
     return config

@@ -2,28 +2,35 @@
 
     python -m tests.faults --runs=100 [--seed=0] [--folder=DIR]
 
-Every run takes a stage (source, transfer, study in turn), starts it one to three times and stops it by
-SIGKILL or SIGTERM at a random moment, then lets it finish, and compares the weights, the rows without their
-seconds and the summary with those of an undisturbed run, bit for bit. The last line sums up; the exit code
-is 1 when anything differed or a command failed.
+Every run takes a case in turn (a source in memory, one whose photographs stream, the same by two processes, a
+transfer, a study), starts it one to three times and stops it, or one of its two processes, by SIGKILL or
+SIGTERM at a random moment, then lets it finish, and compares the weights, the rows without their seconds and
+the summary with those of an undisturbed run, bit for bit. The last line sums up; the exit code is 1 when
+anything differed or a command failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import csv
 import functools
+import itertools
 import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,6 +56,11 @@ def get_config(stage):
     config.evaluate.dataset = "builtin:digits"
     config.evaluate.update(num_steps=1, num_images=16, batch_size=16)
     config.report.num_pictures = 2
+    if config.stage == "stream":  # source training from the folder that stands behind the colon
+        config.train.update(dataset=f"folder:{config.source}", loading="stream", num_workers=1)
+        config.train.update(image_size=16, batch_size=16, num_epochs=4)
+        config.train.augmentation.update(crop_padding=0, resized_crop=0.3)
+        config.stage, config.source = "source", ""
     return config
 """
 
@@ -56,14 +68,15 @@ Start = Callable[..., subprocess.Popen]
 
 
 def launcher(folder: Path) -> Start:
-    """start(stage, workdir, *arguments, devices=2, environment=None): launch.py in a process of its own.
+    """start(stage, workdir, *arguments, devices=2, environment=None, under=()): launch.py in a process of its
+    own, by the command `under`, as mpirun.
 
     All processes share the compiled programs that lie in `folder`.
     """
     config = folder / "config.py"
     config.write_text(CONFIG)
 
-    def start(stage, workdir, *arguments, devices=2, environment=None, **kwargs):
+    def start(stage, workdir, *arguments, devices=2, environment=None, under=(), **kwargs):
         settings = {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
@@ -73,6 +86,7 @@ def launcher(folder: Path) -> Start:
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         }
         launch = [
+            *under,
             sys.executable,
             str(ROOT / "launch.py"),
             f"--config={config}:{stage}",
@@ -90,11 +104,41 @@ def launcher(folder: Path) -> Start:
     return start
 
 
+def together(start: Start, *arguments: object, number: int = 2, **kwargs: object) -> list[subprocess.Popen]:
+    """So many processes of one run over loopback; `start` takes these arguments and an environment."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(number)}
+    return [
+        start(*arguments, "--multihost", environment=environment | {"JAX_PROCESS_ID": str(i)}, **kwargs)
+        for i in range(number)
+    ]
+
+
+def draw_photographs(folder: Path) -> Path:
+    """A folder of small JPEGs in two classes: 90 to train on, and 10 each to validate and to test."""
+    rng = np.random.default_rng(0)
+    for i in range(110):
+        split = "train" if i < 90 else "val" if i < 100 else "test"
+        path = folder / split / "ab"[i % 2] / f"{i:03}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = rng.integers(0, 256, (4, 5, 3), np.uint8)
+        Image.fromarray(coarse).resize((40, 32), Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
 def finish(process: subprocess.Popen, *, code: int = 0) -> str:
     """What a process says on stderr, when it ends with this code."""
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == code, stderr[-2000:]
     return stderr
+
+
+def finish_all(processes: list[subprocess.Popen]) -> list[str]:
+    """`finish` of all; they must be read from together, as one of them waits for the other."""
+    with concurrent.futures.ThreadPoolExecutor(len(processes)) as readers:
+        return list(readers.map(finish, processes))
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen, *, seconds: float = 240) -> bool:
@@ -161,52 +205,76 @@ def phase(workdir: Path, since: float) -> str:
 
 
 def disturb(
-    start: Callable[[Path], subprocess.Popen], workdir: Path, seconds: float, rng: random.Random
+    start: Callable[[Path], list[subprocess.Popen]], workdir: Path, seconds: float, rng: random.Random
 ) -> list[str]:
-    """Starts one to three times what takes `seconds` and stops it; by which signals, in which phases.
+    """Starts one to three times what takes `seconds` and stops one of its processes; by which signals, when.
 
     Raises:
-      AssertionError: SIGTERM ended it otherwise than at once, or with its line and exit code 0.
+      AssertionError: a process ended otherwise than by SIGKILL, by SIGTERM at once, with its line and exit
+        code 0, or with 3 because another one was lost.
     """
     stops = []
     for _ in range(rng.randint(1, 3)):
-        started, process = time.time(), start(workdir)
+        started, processes = time.time(), start(workdir)
         time.sleep(rng.uniform(0, seconds))
-        number = rng.choice((signal.SIGKILL, signal.SIGTERM))
-        if process.poll() is None:
-            stops.append(f"{number.name} {phase(workdir, started)}")
-        process.send_signal(number)
-        _, stderr = process.communicate(timeout=300)
-        if process.returncode not in (-number, 0):
-            raise AssertionError(f"exit code {process.returncode} after {number.name}: {stderr[-1000:]}")
+        number, victim = rng.choice((signal.SIGKILL, signal.SIGTERM)), rng.choice(processes)
+        when = phase(workdir, started)
+        if victim.poll() is None:
+            stops.append(f"{number.name} {when}")
+        victim.send_signal(number)
+        said = {victim: victim.communicate(timeout=300)[1]}
+        for process in processes:
+            if process is not victim:
+                if when == "starting" and victim.returncode:
+                    process.kill()  # as launchers do; it would wait five minutes for the one that never came
+                said[process] = process.communicate(timeout=300)[1]
+        for process, stderr in said.items():
+            expected = (-number, 0) if process is victim else (-signal.SIGKILL, 3, 0)
+            if process.returncode not in expected:
+                raise AssertionError(f"exit code {process.returncode} after {number.name}: {stderr[-1000:]}")
     return stops
+
+
+def cases(folder: Path) -> dict[str, Callable[[Path], list[subprocess.Popen]]]:
+    """What is disturbed, by name: a function that starts it in a workdir."""
+    launch, photographs = launcher(folder), draw_photographs(folder / "photographs")
+
+    def one(stage: str) -> Callable[[Path], list[subprocess.Popen]]:
+        return lambda workdir: [launch(stage, workdir)]
+
+    streamed = functools.partial(launch, f"stream:{photographs}", devices=1)
+    return {
+        "source": one("source"),
+        "stream": one(f"stream:{photographs}"),
+        "two processes": lambda workdir: together(streamed, workdir),
+        "transfer": one(f"transfer:{folder}/undisturbed_source/model"),
+        "study": one("study"),
+    }
 
 
 def campaign(runs: int, seed: int, folder: Path) -> int:
     """Runs the campaign in `folder`, says what happens, and returns the number of runs that failed."""
-    began, rng, start = time.monotonic(), random.Random(seed), launcher(folder)
-    stages, expected = ["source", f"transfer:{folder}/undisturbed_source/model", "study"], {}
-    for stage in stages:
+    began, rng, starts, expected = time.monotonic(), random.Random(seed), cases(folder), {}
+    for case, start in starts.items():
         for name in ("undisturbed", "timed"):  # the first one compiles
-            workdir, started = folder / f"{name}_{stage.partition(':')[0]}", time.monotonic()
-            finish(start(stage, workdir))
-            expected[stage] = time.monotonic() - started, results(workdir)
+            workdir, started = folder / f"{name}_{case.replace(' ', '_')}", time.monotonic()
+            finish_all(start(workdir))
+            expected[case] = time.monotonic() - started, results(workdir)
     stops, failed = collections.Counter(), 0
-    for run in range(runs):
-        stage = stages[run % len(stages)]
-        seconds, undisturbed = expected[stage]
+    for run, case in zip(range(runs), itertools.cycle(starts), strict=False):
+        start, (seconds, undisturbed) = starts[case], expected[case]
         workdir = folder / f"run{run}"
         try:
-            phases = disturb(functools.partial(start, stage), workdir, seconds, rng)
-            stops.update(f"{stage.partition(':')[0]}: {stop}" for stop in phases)
-            finish(start(stage, workdir))
+            phases = disturb(start, workdir, seconds, rng)
+            stops.update(f"{case}: {stop}" for stop in phases)
+            finish_all(start(workdir))
             found = results(workdir)
             different = [name for name in undisturbed if found.get(name) != undisturbed[name]]
             assert found.keys() == undisturbed.keys() and not different, f"{different} differ"
-            print(f"run {run}: {', '.join(phases) or 'not stopped'}: same", flush=True)
+            print(f"run {run}, {case}: {', '.join(phases) or 'not stopped'}: same", flush=True)
         except AssertionError as error:
             failed += 1
-            print(f"run {run} FAILED in {workdir}: {error}", flush=True)
+            print(f"run {run}, {case}, FAILED in {workdir}: {error}", flush=True)
     for name, number in sorted(stops.items()):
         print(f"{number:5} × {name}")
     minutes = (time.monotonic() - began) / 60

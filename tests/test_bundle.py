@@ -16,7 +16,6 @@ from advtransfer.models import (
     digest,
     init_variables,
     load_model,
-    load_spec,
     logits_fn,
     save_model,
 )
@@ -51,7 +50,6 @@ def test_round_trip(model, folder):
     loaded = load_model(folder)
     chex.assert_trees_all_equal(loaded.variables, model.variables)
     assert loaded.module == model.module
-    assert loaded.spec == load_spec(folder)
     assert loaded.spec.versions["jax"] == jax.__version__
     assert {**vars(loaded.spec), "versions": {}} == vars(model.spec)
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
@@ -93,7 +91,7 @@ def test_overwriting_is_asked_for(model, folder):
         save_model(model, folder)
     other = model._replace(spec=ModelSpec(**{**vars(model.spec), "eps": 1.0}))
     save_model(other, folder, overwrite=True)
-    assert load_spec(folder).eps == 1.0
+    assert load_model(folder).spec.eps == 1.0
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
@@ -134,7 +132,7 @@ def test_corrupt_json(folder):
 @pytest.mark.parametrize("text", ["[]", "{}", '{"format": 1, "sha256": ""}', '{"format": 2}'])
 def test_json_of_something_else(folder, text):
     (folder / "model.json").write_text(text)
-    one_line("is no model description", load_spec, folder)
+    one_line("is no model description", load_model, folder)
 
 
 def test_unknown_architecture(folder):

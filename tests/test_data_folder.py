@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from advtransfer.data import load_dataset, recorded
+from advtransfer.data import datasets, load_dataset, recorded
 from advtransfer.data.decode import decode_image, fit_image
 
 
@@ -231,6 +231,90 @@ def test_views_lose_detail_or_color(tmp_path, name):
     assert (low != natural).any()
 
 
+def test_small_squares_keep_their_side_for_the_device_to_enlarge(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
+    (tmp_path / "set/test/a").mkdir(parents=True)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"set/test/a/{i}.png")
+
+    def images(image_size, **options):
+        return load(tmp_path / "set", image_size=image_size, enlarge=False, **options).test.images
+
+    def scaled(size):
+        return [
+            np.asarray(Image.fromarray(im).resize((size, size), Image.Resampling.BILINEAR)) for im in pixels
+        ]
+
+    np.testing.assert_array_equal(images(224), pixels)
+    np.testing.assert_array_equal(images(None), pixels)
+    np.testing.assert_array_equal(images(20), scaled(20))  # more than a network sees would be of no use
+    np.testing.assert_array_equal(images(224, view="low_pass"), scaled(32))  # and back to 224 on the device
+    assert images(224, view="grey").shape == (2, 48, 48, 3)
+    assert load(tmp_path / "set", image_size=224).test.images.shape == (2, 224, 224, 3)
+
+    Image.fromarray(pixels[0]).resize((60, 50)).save(tmp_path / "set/test/a/0.png")
+    assert images(64).shape == (2, 64, 64, 3)  # photographs are brought to the network's size
+
+
+def test_slices_hold_their_share_of_every_class(tmp_path):
+    write_images(
+        tmp_path / "set", {"train/a": 40, "train/b": 20, "val/a": 5, "val/b": 5, "test/a": 6, "test/b": 6}
+    )
+
+    def parts(train, **options):
+        dataset = load_dataset(f"folder:{tmp_path / 'set'}:{train}", cache_dir=tmp_path / "cache", **options)
+        return [[serials_of(split), split.labels] for split in dataset[2:5]]
+
+    (half, labels), (validation, _), (test, _) = parts("train[:50%]")
+    assert np.bincount(labels).tolist() == [20, 10] and len(validation) == 10 and len(test) == 12
+    assert all((serial < 40) == (label == 0) for serial, label in zip(half, labels, strict=True))
+    (rest, _), *_ = parts("train[50%:]")
+    assert sorted([*half, *rest]) == list(range(60))
+    (last, labels), *_ = parts("train[-6:]")
+    assert np.bincount(labels).tolist() == [4, 2] and set(last) < set(rest)
+    (both, _), (validation, _), _ = parts("train[:30]+validation")
+    assert len(both) == 36 and len(validation) == 4  # a tenth of 40, since none is recorded for it now
+    (both, _), (validation, _), _ = parts("train[:30]+validation", set_aside=False)
+    assert len(both) == 40 and not validation
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("test[:5]", "would train on its test images, which are test"),
+        ("train[:x]", "'train[:x]' names no images"),
+        ("trains", "'trains' names no images; write train[:10%] or the like, of train, test"),
+        ("validation", "'validation' names no images"),
+        ("train[3:3]", "there is no image in train[3:3]"),
+    ],
+)
+def test_slices_that_cannot_be_get_one_clear_line(tmp_path, train, message):
+    write_images(tmp_path / "set", {"train/a": 4, "test/a": 2})
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load_dataset(f"folder:{tmp_path / 'set'}:{train}", cache_dir=tmp_path / "cache")
+    assert "\n" not in str(error.value)
+
+
+def test_the_digest_is_that_of_the_images_and_labels(tmp_path, monkeypatch):
+    """Wherever and whenever the files were written; other splits do not count, and the cache knows it."""
+    folders = {"train/a": 8, "train/b": 8, "test/a": 3, "test/b": 3}
+    digests = []
+    for place in ("one", "two"):
+        write_images(tmp_path / place / "set", folders)
+        digests.append(load(tmp_path / place / "set").digest("train", "test"))
+    assert digests[0] == digests[1] and len(digests[0]) == 64
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "content_digest", None)
+        assert load(tmp_path / "one/set").digest("train", "test") == digests[0]
+    again = load(tmp_path / "one/set")
+    assert again._replace(digests={}).digest("train", "test") == digests[0]
+    Image.new("RGB", (6, 6), color_of(999)).save(tmp_path / "one/set/test/b/0019.png")
+    changed = load(tmp_path / "one/set")
+    assert changed.digest("train") == again.digest("train")
+    assert changed.digest("train", "test") != digests[0] and changed.digest("test") != again.digest("test")
+    assert again._replace(class_names=("a", "c")).digest("train") != again.digest("train")
+
+
 def damage(path, kind):
     data = path.read_bytes()
     path.write_bytes({"empty": b"", "text": b"hello", "truncated": data[: len(data) // 2]}[kind])
@@ -277,7 +361,7 @@ def test_what_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(recorded.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     assert len(load(tmp_path / "set", image_size=8, splits=["test"]).test.labels) == 10
     with pytest.raises(
-        ValueError, match=r"30 images of folder:.* more than half .* stream the training images"
+        ValueError, match=r"30 images of folder:.* more than half .* or stream what a source is trained on"
     ):
         load(tmp_path / "set", image_size=8)
 

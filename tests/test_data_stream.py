@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
@@ -26,11 +27,13 @@ from advtransfer.config import ConfigError
 from advtransfer.data import (
     AUGMENTATIONS,
     Augmentation,
+    Split,
     augment,
     datasets,
     load_dataset,
     make_feed,
     recorded,
+    resize,
     stream,
     to_float,
 )
@@ -225,11 +228,11 @@ def test_an_error_in_a_thread_is_raised_here(tmp_path):
 
 def test_batches_that_outgrow_the_shared_memory_are_refused(train, monkeypatch):
     monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(ValueError, match="free: enlarge it .* or lower num_workers"):
+    with pytest.raises(ValueError, match="free: enlarge it .* or lower --config.train.num_workers"):
         iterate(train, StreamOrder(seed=0, batch_size=8), 0, 2, num_workers=2)
 
 
-def _feed(train, *, augmentation=AUGMENTATIONS["none"], batch_size=8, num_steps=6):
+def _feed(train, *, augmentation=AUGMENTATIONS["none"], batch_size=8, num_steps=6, **options):
     return make_feed(
         train,
         augmentation,
@@ -238,7 +241,21 @@ def _feed(train, *, augmentation=AUGMENTATIONS["none"], batch_size=8, num_steps=
         num_steps=num_steps,
         seed=0,
         num_workers=0,
+        **options,
     )
+
+
+def test_a_set_on_the_device_is_enlarged_batch_by_batch():
+    """It lies there as it is; a batch is what enlarging the whole set first would give."""
+    rng = np.random.default_rng(0)
+    small = Split(rng.integers(0, 256, (20, 5, 5, 3), dtype=np.uint8), np.arange(20, dtype=np.int32))
+    feed = _feed(small, image_size=12)
+    np.testing.assert_array_equal(feed.shared[0], small.images)
+    enlarged = resize(to_float(jnp.asarray(small.images)), 12)
+    make_batch = jax.jit(feed.make_batch)
+    for device in range(2):
+        batch = make_batch(feed.shared, jax.tree.map(lambda x: x[device], feed.rows(1)), 1)  # noqa: B023
+        np.testing.assert_allclose(batch.images, enlarged[batch.labels], atol=1e-6)
 
 
 def test_what_devices_get_and_make_of_it(train):

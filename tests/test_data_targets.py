@@ -9,7 +9,16 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from advtransfer.data import AUGMENTATIONS, TARGETS, augment, transforms
+from advtransfer import config as base
+from advtransfer.config import ConfigError, validate
+from advtransfer.data import (
+    AUGMENTATIONS,
+    TARGETS,
+    Augmentation,
+    augment,
+    choose_augmentation,
+    transforms,
+)
 
 ALL = [(study, name) for study, targets in TARGETS.items() for name in targets]
 
@@ -32,9 +41,6 @@ def test_targets_are_as_tfds_describes_them(study, name):
     assert prefix == "tfds" and builder.info.features["label"].num_classes == target.num_classes
     side = builder.info.features["image"].shape[0]
     assert side == target.side
-    recorded = {split: info.num_examples for split, info in builder.info.splits.items()}
-    if recorded:  # TFDS knows them only of some sets before they are prepared
-        assert (recorded["train"], recorded["test"]) == (target.num_train, target.num_test)
 
 
 def test_resized_crops_are_pillows():
@@ -88,3 +94,22 @@ def test_salmans_augmentation_crops_and_flips():
     changed = np.asarray(jax.jit(augment, static_argnums=2)(keys, images, AUGMENTATIONS["salman"]))
     assert changed.shape == images.shape and (np.abs(changed - images).max(axis=(1, 2, 3)) > 0.1).all()
     np.testing.assert_array_equal(augment(keys, images, AUGMENTATIONS["none"]), images)
+
+
+@pytest.mark.parametrize("stage", ["train", "transfer"])
+def test_presets_are_chosen_by_name(stage):
+    config = base.default()
+    keys = config[stage].augmentation
+    assert choose_augmentation(keys) == Augmentation()
+    for name, augmentation in AUGMENTATIONS.items():
+        keys.preset = name
+        validate(config)
+        assert choose_augmentation(keys) == augmentation
+    keys.preset, keys.jitter = "", 0.25
+    assert choose_augmentation(keys) == Augmentation(jitter=0.25)
+    keys.preset = "salman"
+    with pytest.raises(ConfigError, match=rf"{stage}.augmentation.preset=salman and .*jitter=0.25 exclude"):
+        validate(config)
+    keys.preset = "utrera"
+    with pytest.raises(ConfigError, match="must be one of , none, utrera_color"):
+        validate(config)

@@ -218,7 +218,7 @@ def test_damaged_shard_gets_one_clear_line(data_dir):
         ("tfds:.", ["several prepared sets", "pets/1.0.0"]),
         ("tfds:old", ["stored as tfrecord", "tfds convert_format --dataset_version_dir="]),
         ("tfds:boxes", ["no set of images with one label each", "box, image"]),
-        ("tfds:pets:test[:5]", ["would train on its test images"]),
+        ("tfds:pets:test[:5]", ["would train on its test images", "set config.evaluate.num_images"]),
         ("tfds:pets:train[:x]", ["cannot read train[:x] of tfds:pets"]),
         ("tfds:pets:train[5:5]", ["cannot read train[5:5] of tfds:pets"]),
         ("tfds:pets:trains", ["cannot read trains of tfds:pets"]),
@@ -272,7 +272,39 @@ def test_real_sets_are_what_tfds_decodes(tmp_path, name, train, sizes):
         image = np.broadcast_to(example["image"], dataset.test.images.shape[1:])
         np.testing.assert_array_equal(dataset.test.images[place], image)
         assert dataset.test.labels[place] == example["label"]
+    assert (
+        dataset.train.images.shape[1]
+        == load_dataset(
+            f"tfds:{folder}{train}", image_size=224, cache_dir=tmp_path, splits=["test"], enlarge=False
+        ).test.images.shape[1]
+    )
     labels = np.array([source["train"][place]["label"] for place in range(sizes[0] + sizes[1])])
     for split in (dataset.train, dataset.validation):
         share = np.bincount(labels) * len(split.labels) / len(labels)
         assert np.abs(np.bincount(split.labels) - share).max() <= 1
+
+
+@pytest.mark.parametrize(("set_aside", "sizes"), [(True, (45000, 5000)), (False, (50000, 0))])
+def test_all_of_cifar10_is_50000_images(tmp_path, monkeypatch, set_aside, sizes):
+    """Decoding, which other tests look at, is left out."""
+    folder = real_set("cifar10")
+    decoded = []
+
+    def decode_images(read, indices, size, **_):
+        decoded.append(indices)
+        return np.zeros((len(indices), size, size, 3), np.uint8), {}
+
+    monkeypatch.setattr(recorded, "decode_images", decode_images)
+    (tmp_path / "no cache").touch()
+    dataset = load_dataset(
+        f"tfds:{folder}",
+        image_size=224,
+        cache_dir=tmp_path / "no cache",
+        splits=["train", "validation"],
+        enlarge=False,
+        set_aside=set_aside,
+    )
+    assert (dataset.train.num_images, dataset.validation.num_images) == sizes
+    assert dataset.train.nbytes == sizes[0] * 32 * 32 * 3
+    assert sorted(np.concatenate(decoded).tolist()) == list(range(50000))
+    assert set(np.bincount(dataset.train.labels)) == {sizes[0] // 10}

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from advtransfer import parallel
 from advtransfer.attacks import L2, pgd
-from advtransfer.data import Batch, Split, to_float
+from advtransfer.data import Batch, Split, resize, to_float
 from advtransfer.evaluate import evaluate, make_evaluate_step, predict
 from advtransfer.models import Model, ModelSpec, create_module, init_variables, logits_fn
-from advtransfer.train import means
 
 NUM_IMAGES = 13
 
@@ -72,7 +72,32 @@ def test_sums_and_counts_leave_masked_examples_out():
     expected = _count(np.asarray(images)[mask], SPLIT.labels[mask])
     assert float(metrics["loss"][1]) == float(metrics["accuracy"][1]) == 7
     assert float(metrics["accuracy"][0]) == round(7 * expected["accuracy"])
-    assert means(metrics)["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert float(metrics["loss"][0] / metrics["loss"][1]) == pytest.approx(expected["loss"], rel=1e-5)
+
+
+def test_mean_per_class_is_the_mean_of_the_classes_accuracies():
+    """Of three classes with 1, 4 and 8 images; the fourth has none and does not count."""
+    images = SPLIT.images / np.float32(255)
+    logits = np.concatenate([images[:, 0, 0], np.zeros((NUM_IMAGES, 1), np.float32)], axis=1)
+    guesses = logits.argmax(1)
+    labels = np.repeat([0, 2, 1], [1, 4, 8]).astype(np.int32)
+    expected = np.mean([np.mean(guesses[labels == c] == c) for c in np.unique(labels)])
+    corner = Partial(lambda x: jnp.concatenate([x[:, 0, 0], jnp.zeros((len(x), 1))], axis=1))
+    for batch_size in (4, 26):
+        found = evaluate(corner, Split(SPLIT.images, labels), batch_size=batch_size)
+        assert found["mean_per_class_accuracy"] == pytest.approx(expected, abs=1e-12)
+        assert found["accuracy"] == pytest.approx(np.mean(guesses == labels), abs=1e-12)
+    assert len(np.unique(guesses)) == 3 and abs(expected - found["accuracy"]) > 0.1
+    perfect = evaluate(corner, Split(SPLIT.images, guesses.astype(np.int32)), batch_size=4)
+    assert perfect["mean_per_class_accuracy"] == perfect["accuracy"] == 1.0
+
+
+def test_images_of_another_size_are_resized():
+    small = Split(SPLIT.images[:, :5, :5], SPLIT.labels)
+    found = evaluate(NETWORK, small, batch_size=4, image_size=8)
+    expected = _count(np.asarray(resize(to_float(jnp.asarray(small.images)), 8)), SPLIT.labels)
+    assert found["accuracy"] == pytest.approx(expected["accuracy"], abs=1e-7)
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("attack", [None, RANDOM_ATTACK], ids=["natural", "random"])
@@ -91,7 +116,8 @@ def test_one_device_measures_what_two_do(monkeypatch):
     monkeypatch.setattr(parallel.jax, "local_devices", lambda: first)
     monkeypatch.setattr(parallel.jax, "local_device_count", lambda: 1)
     one = evaluate(NETWORK, SPLIT, **options)
-    assert one["accuracy"] == pytest.approx(two["accuracy"], abs=1e-7)
+    for name in ("accuracy", "mean_per_class_accuracy"):
+        assert one[name] == pytest.approx(two[name], abs=1e-7)
     assert one["loss"] == pytest.approx(two["loss"], abs=1e-6)
 
 

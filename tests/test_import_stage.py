@@ -16,6 +16,7 @@ import advtransfer as at
 from advtransfer import config as base
 from advtransfer import stages
 from advtransfer.config import ConfigError, validate
+from advtransfer.stages import named_models
 from advtransfer.stages.named_models import model_name
 
 ROOT = Path(__file__).parent.parent
@@ -260,6 +261,23 @@ def test_the_command_line(study, tmp_path):
     url = "https://huggingface.co/madrylab/robust-imagenet-models/resolve/main/resnet50_l2_eps3.ckpt"
     assert url in done.stderr and str(tmp_path / "cache") in done.stderr
     assert not (tmp_path / "offline").exists()
+
+
+@pytest.mark.parametrize("stage", ["transfer", "evaluate", "study"])
+def test_a_checkpoint_is_read_once(study, tmp_path, monkeypatch, stage):
+    """For its plan too; hashing one of 205 MB takes a second."""
+    config, checkpoint = base.default(), str(study / "digits_l2.safetensors")
+    config.stage, config.source = stage, checkpoint
+    config.evaluate.update(model=checkpoint, dataset="builtin:digits", norm="none", batch_size=16)
+    config.study.update(sources=checkpoint, num_unfrozen_blocks=(0,), num_train_images=(20,))
+    config.transfer.update(num_train_images=20, batch_size=10)
+    read = []
+    original = named_models.import_torch_checkpoint
+    monkeypatch.setattr(
+        named_models, "import_torch_checkpoint", lambda name, **kw: read.append(name) or original(name, **kw)
+    )
+    stages.plan(config, tmp_path / "out")
+    assert read == [checkpoint]
 
 
 def test_names_of_models():

@@ -32,7 +32,7 @@ def launch(*arguments, **kwargs):
         ("--config.train.epss=1", ["epss", 'Did you mean "eps"']),
         ("--config.train.num_epochs=many", ["--config.train.num_epochs", "many"]),
         ("--config=experiments/nope.py", ["experiments/nope.py", "No such file"]),
-        (f"--config={ROOT / 'experiments/source.py'}:l2:abc", ["could not convert", "abc"]),
+        (f"--config={ROOT / 'experiments/source.py'}:l2:abc", ["'l2:abc': write natural", "l2:0.5"]),
         ("--config.study.num_train_images=(50,'a')", ["config.study.num_train_images", "'a' is no int"]),
         ("--workdr=x", ["workdr"]),
         ("workdir", ["workdir", "--NAME=VALUE"]),
@@ -63,10 +63,10 @@ def test_plan_says_what_would_run_and_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def _config(name="quickstart"):
+def _config(name="quickstart", *argument):
     scope = {}
     exec((ROOT / "experiments" / f"{name}.py").read_text(), scope)
-    config = scope["get_config"]()
+    config = scope["get_config"](*argument)
     config.dtype = "float32"
     return config
 
@@ -160,16 +160,65 @@ def test_a_workdir_on_a_read_only_mount_is_refused(tmp_path):
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-def test_an_address_is_no_workdir():
-    with pytest.raises(ConfigError, match="--workdir=gs://bucket/run: .*mount the bucket"):
-        stages.plan(_config(), "gs://bucket/run")
-
-
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda p: p.stem)
 def test_every_experiment_is_valid_and_says_how_to_run_it(path):
     validate(_config(path.stem))
     docstring = path.read_text().split('"""')[1]
     assert "python launch.py" in docstring
+
+
+# Keys by the issue of Salman et al. (2020, appendix A) and of MadryLab/robustness (defaults.py,
+# data_augmentation.py): rate, decay, batch, epochs, PGD steps, step size / eps, padding, jitter, rotation,
+# lighting, smallest crop.
+IMAGENET = (0.1, 1e-4, 256, 90, 3, 2 / 3, 0, 0.1, 0.0, 0.05, 0.08)
+CIFAR = (0.1, 5e-4, 128, 150, 7, 0.2, 4, 0.25, 2.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "source", "norm", "eps", "attacked", "numbers"),
+    [
+        ("imagenet", "natural", "none", 0.0, ("l2", 3.0), IMAGENET),
+        ("imagenet", "l2_3", "l2", 3.0, ("l2", 3.0), IMAGENET),
+        ("imagenet", "linf_4", "linf", 4 / 255, ("linf", 4 / 255), IMAGENET),
+        ("imagenet", "linf_8", "linf", 8 / 255, ("linf", 8 / 255), IMAGENET),
+        ("cifar10", "natural", "none", 0.0, ("l2", 0.5), CIFAR),
+        ("cifar10", "l2_0.5", "l2", 0.5, ("l2", 0.5), CIFAR),
+        ("cifar10", "linf_8", "linf", 8 / 255, ("linf", 8 / 255), CIFAR),
+    ],
+)
+def test_recipes_of_sources(recipe, source, norm, eps, attacked, numbers):
+    config = _config(f"source_{recipe}", source)
+    train, augmentation = config.train, config.train.augmentation
+    assert (train.norm, train.eps) == (norm, eps)
+    assert (config.evaluate.norm, config.evaluate.eps) == attacked
+    assert numbers == (
+        train.learning_rate,
+        train.weight_decay,
+        train.batch_size,
+        train.num_epochs,
+        train.attack_steps,
+        train.attack_step_ratio,
+        augmentation.crop_padding,
+        augmentation.jitter,
+        augmentation.rotation,
+        augmentation.lighting,
+        augmentation.resized_crop,
+    )
+    assert (train.momentum, train.schedule, augmentation.flip) == (0.9, "step", True)
+    assert not train.attack_random_start and train.architecture.startswith("resnet")
+    twin = _config(f"source_{recipe}", "natural")
+    twin.train.norm, twin.train.eps = train.norm, train.eps
+    assert twin.train == train
+    config.train.batch_size = 512
+    assert config.train.learning_rate == (0.2 if recipe == "imagenet" else 0.1)
+
+
+@pytest.mark.parametrize(
+    "text", ["l2", "l2_", "l2:0", "linf_-4", "l1_3", "l2:inf", "linf:nan", "Natural", "3"]
+)
+def test_what_names_no_source_is_refused(text):
+    with pytest.raises(ValueError, match=f"'{text}': write natural, NORM:EPS"):
+        base.parse_source(text)
 
 
 def test_the_library_works_without_flags():

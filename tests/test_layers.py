@@ -20,12 +20,13 @@ MAY_IMPORT = {
     "optim": set(),
     "attacks": set(),
     "report": set(),
-    "checkpoint": {"parallel"},
-    "progress": {"parallel"},
-    "models": {"parallel"},
+    "storage": {"parallel"},
+    "checkpoint": {"parallel", "storage"},
+    "progress": {"parallel", "storage"},
+    "models": {"parallel", "storage"},
     "torch_checkpoint": {"models"},
     "data": {"config", "parallel"},
-    "train": {"parallel", "attacks", "optim", "checkpoint", "data", "models"},
+    "train": {"parallel", "storage", "attacks", "optim", "checkpoint", "data", "models"},
 }
 MAY_IMPORT["evaluate"] = MAY_IMPORT["train"] | {"train"}
 MAY_IMPORT["source"] = MAY_IMPORT["evaluate"] | {"evaluate", "config", "progress"}
@@ -44,6 +45,7 @@ COLLECTIVES = {
     "broadcast_one_to_all",
     "process_index",
     "process_count",
+    "process_allgather",
     "sync_global_devices",
 }
 

@@ -1,13 +1,13 @@
 """Two processes of two devices each over loopback, against one process with four: real ones, real signals."""
 
 import json
+import shutil
 import signal
-import socket
 
 import chex
 import jax
 import pytest
-from faults import finish, launcher, saved_steps, wait_until
+from faults import finish, launcher, saved_steps, together, wait_until
 
 from advtransfer import parallel, stages
 from advtransfer.config import ConfigError, default
@@ -33,17 +33,6 @@ def start(tmp_path_factory):
     return lambda workdir, *arguments, **kwargs: launch("source", workdir, *RECIPE, *arguments, **kwargs)
 
 
-def _two(start, workdir, *arguments):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    return [
-        start(workdir, "--multihost", *arguments, environment=environment | {"JAX_PROCESS_ID": str(i)})
-        for i in range(2)
-    ]
-
-
 def _until_step(step, workdir, processes):
     assert wait_until(lambda: max(saved_steps(workdir), default=0) >= step, processes[0]), finish(
         processes[0]
@@ -54,7 +43,7 @@ def _until_step(step, workdir, processes):
 def lost(start, tmp_path_factory):
     """A training whose second process has been killed; the first one has yet to find out."""
     workdir = tmp_path_factory.mktemp("lost")
-    processes = _two(start, workdir)
+    processes = together(start, workdir)
     _until_step(3, workdir, processes)
     processes[1].kill()
     processes[1].communicate()
@@ -78,7 +67,7 @@ def _assert_same(workdir, one_process):
 
 
 def test_sigterm_at_one_saves_on_all_and_one_device_goes_on(start, one_process, tmp_path):
-    processes = _two(start, tmp_path)
+    processes = together(start, tmp_path)
     _until_step(2, tmp_path, processes)
     processes[1].send_signal(signal.SIGTERM)
     said = [finish(process) for process in processes]
@@ -95,7 +84,7 @@ def test_a_lost_process_ends_the_other_and_both_go_on(start, lost, one_process):
     stderr = finish(process, code=3)
     assert "another process of this run has ended" in stderr.splitlines()[-1]
     assert not (workdir / "model").exists()
-    stdout = [process.communicate(timeout=300)[0] for process in _two(start, workdir)]
+    stdout = [process.communicate(timeout=300)[0] for process in together(start, workdir)]
     _assert_same(workdir, one_process)
     assert "natural accuracy" in stdout[0] and "natural accuracy" not in stdout[1]
     logged = [json.loads(line)["step"] for line in (workdir / "log.jsonl").read_text().splitlines()]
@@ -105,6 +94,16 @@ def test_a_lost_process_ends_the_other_and_both_go_on(start, lost, one_process):
 def test_without_a_cluster_multihost_is_an_error(start, tmp_path):
     said = finish(start(tmp_path / "alone", "--multihost"), code=2)
     assert len(said.splitlines()) == 1 and "set JAX_COORDINATOR_ADDRESS=HOST:PORT" in said
+
+
+def test_the_processes_of_open_mpi_find_each_other(start, tmp_path):
+    """Told from the number of their devices, which does not divide the batch."""
+    if not shutil.which("mpirun"):
+        pytest.skip("Open MPI is absent: apt-get install openmpi-bin")
+    under = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2")
+    process = start(tmp_path, "--multihost", "--config.train.batch_size=202", under=under)
+    stderr = finish(process, code=2)
+    assert stderr.count("a batch of 202 examples cannot be split evenly over 4 devices") == 2, stderr
 
 
 @pytest.mark.parametrize("stage", ["transfer", "study"])

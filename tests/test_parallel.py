@@ -1,5 +1,11 @@
 """Splitting work over two virtual devices, against NumPy."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -48,6 +54,56 @@ def test_one_process_joins_nothing_and_waits_for_nobody(monkeypatch, caplog):
     parallel.barrier("nobody")
     tree = _tree(3)
     assert parallel.from_main(tree) is tree
+
+
+@pytest.mark.parametrize(
+    ("environment", "asked"),
+    [
+        (  # mpirun in a job of Slurm that counts one task
+            {"SLURM_NTASKS": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+            {"cluster_detection_method": None},
+        ),
+        (  # by hand, wherever that is
+            {
+                "SLURM_NTASKS": "1",
+                "JAX_COORDINATOR_ADDRESS": "localhost:1",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": "1",
+            },
+            {"cluster_detection_method": "deactivate", "num_processes": 2, "process_id": 1},
+        ),
+    ],
+)
+def test_what_jax_is_asked_to_join(environment, asked, monkeypatch):
+    calls = []
+    monkeypatch.setattr(parallel.jax.distributed, "initialize", lambda **kwargs: calls.append(kwargs))
+    monkeypatch.setattr(parallel.ctypes, "CDLL", lambda _: SimpleNamespace(signal=lambda *_: None))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    parallel.initialize(heartbeat_seconds=7)
+    assert calls == [asked | {"heartbeat_timeout_seconds": 7, "shutdown_timeout_seconds": 7}]
+
+
+def test_processes_that_do_not_come_end_in_one_line():
+    """With JAX's five minutes cut to one second."""
+    code = (
+        "import functools, jax\n"
+        "from advtransfer import parallel\n"
+        "join = functools.partial(jax.distributed.initialize, initialization_timeout=1)\n"
+        "jax.distributed.initialize = join\n"
+        "parallel.initialize()\n"
+    )
+    by_hand = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    alone = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | by_hand,
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert alone.returncode == parallel.LOST_PROCESS, alone.stderr
+    assert "did not find each other" in alone.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize("size", [5, 8])

@@ -148,7 +148,7 @@ def test_refusals_name_the_place_in_one_line(tmp_path):
     ("column", "value", "words"),
     [
         ("test_accuracy", 71.3, "fractions in [0, 1]"),
-        ("seed", 1.5, "whole number"),
+        ("num_unfrozen_blocks", 1.5, "whole number"),
         ("seed", None, "is empty"),
         ("epoch", "nan", "whole number"),
         ("num_train_images", 0, "at least 1"),

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from advtransfer.report import SUMMARY_COLUMNS, headline, summarise
-from advtransfer.report.summary import collect, format_eps, mean_and_ci95, pooled_deltas
+from advtransfer.report.summary import collect, curves, format_eps, mean_and_ci95, pooled_deltas
 from advtransfer.report.words import notes, points
 
 NATURAL, L2, LINF = ("nat", "none", 0.0), ("rob", "l2", 0.5), ("inf", "linf", 4 / 255)
@@ -82,6 +82,18 @@ def test_summary_equals_scipy(study):
             interval,
             rtol=1e-9,
         )
+
+
+def test_curves_are_the_summary_at_every_epoch(study):
+    rows, _ = study
+    points = curves(collect(rows))
+    assert [point["epoch"] for point in points[:3]] == [1, 2, 5]
+    last = [{name: p[name] for name in SUMMARY_COLUMNS} for p in points if p["epoch"] == 5]
+    for point, row in zip(last, summarise(rows), strict=True):
+        assert tuple(point.values())[:4] == tuple(row.values())[:4]
+        np.testing.assert_allclose(list(point.values())[4:], list(row.values())[4:], rtol=1e-12)
+    early = [p for p in points if p["epoch"] == 2 and p["source"] == "rob"]
+    assert early and all(p["mean"] == pytest.approx(0.02) and p["delta"] == 0 for p in early)
 
 
 def test_pooling_averages_within_a_seed_first(study):

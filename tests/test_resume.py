@@ -131,7 +131,7 @@ def test_sigterm_says_so_and_a_slice_of_the_fault_campaign_changes_nothing(stage
     process.send_signal(signal.SIGTERM)
     assert "SIGTERM: what was finished is saved; resume with the same command" in finish(process)
     assert not (tmp_path / "rows.csv").exists()
-    disturb(start, tmp_path, 6.0, random.Random(0))
+    disturb(lambda workdir: [start(workdir)], tmp_path, 6.0, random.Random(0))
     finish(start(tmp_path))
     assert results(tmp_path) == expected
 
@@ -158,17 +158,17 @@ def test_a_mount_without_space_keeps_the_checkpoint_before(tmp_path):
         pytest.skip("mounting a small disk needs root")
     try:
         states = [{"w": np.random.default_rng(step).normal(size=10_000)} for step in (1, 2)]
-        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-            checkpoints.save(1, states[0])
-            with (tmp_path / "filler").open("wb") as file, contextlib.suppress(OSError):
-                file.write(bytes(2**22))
-            with pytest.raises(SaveError, match="step 2 .*No space left on device.*step 1 is as it was"):
-                checkpoints.save(2, states[1])
-        (tmp_path / "filler").unlink()
-        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
-            chex.assert_trees_all_equal(checkpoints.restore(states[1]), states[0])
+        checkpoints = Checkpoints(tmp_path / "checkpoints")
+        checkpoints.save(1, states[0])
+        with (tmp_path / "filler").open("wb") as file, contextlib.suppress(OSError):
+            file.write(bytes(2**22))
+        with pytest.raises(SaveError, match="step 2 .*No space left on device.*step 1 is as it was"):
             checkpoints.save(2, states[1])
-            assert checkpoints.latest() == 2
+        (tmp_path / "filler").unlink()
+        checkpoints = Checkpoints(tmp_path / "checkpoints")
+        chex.assert_trees_all_equal(checkpoints.restore(states[1]), states[0])
+        checkpoints.save(2, states[1])
+        assert checkpoints.latest() == 2
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
@@ -176,9 +176,9 @@ def test_a_mount_without_space_keeps_the_checkpoint_before(tmp_path):
 def test_a_flipped_bit_anywhere_is_found_and_the_checkpoint_before_used(tmp_path, caplog):
     """Whatever comes back is the state of one of the two steps, bit for bit."""
     states = [{"w": np.random.default_rng(step).normal(size=(64, 64))} for step in (1, 2)]
-    with Checkpoints(tmp_path / "whole") as checkpoints:
-        for step, state in enumerate(states, start=1):
-            checkpoints.save(step, state)
+    checkpoints = Checkpoints(tmp_path / "whole")
+    for step, state in enumerate(states, start=1):
+        checkpoints.save(step, state)
     fallen_back = 0
     for path in [p for p in sorted((tmp_path / "whole" / "2").rglob("*")) if p.is_file()]:
         for part in (1 / 3, 1 / 2, 2 / 3):
@@ -188,8 +188,8 @@ def test_a_flipped_bit_anywhere_is_found_and_the_checkpoint_before_used(tmp_path
             content[int(len(content) * part)] ^= 1
             damaged.write_bytes(content)
             caplog.clear()
-            with Checkpoints(tmp_path / "copy") as checkpoints:
-                restored = checkpoints.restore(states[0])
+            checkpoints = Checkpoints(tmp_path / "copy")
+            restored = checkpoints.restore(states[0])
             said = "checkpoint 2" in caplog.text and "going on from checkpoint 1" in caplog.text
             chex.assert_trees_all_equal(restored, states[0 if said else 1])
             fallen_back += said

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from advtransfer import config as base
 from advtransfer import stages
@@ -164,3 +165,46 @@ def test_two_model_folders_are_told_apart_by_their_parents(study):
     lines = stages.plan(config, study.parent / "unused").splitlines()
     assert [line.split(":")[0] for line in lines[:2]] == ["source natural", "source l2_0.25"]
     assert np.all([not line.endswith("done") for line in lines])
+
+
+def _write_folder(root):
+    """Squares of 5² pixels: 15 bright and 15 dark ones to train on, 4 of each to test with, one broken."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 15), ("test", 4)):
+        for low, name in ((0, "dark"), (128, "bright")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(low, low + 128, (5, 5, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    (root / "test/dark/3.png").write_bytes(b"no image")
+
+
+def test_a_folder_of_small_squares_goes_the_whole_way(study, tmp_path):
+    """Resized on the device, all images where all are asked for, and measured anew when one has changed."""
+    _write_folder(tmp_path / "set")
+    config = tiny()
+    config.study.sources = f"{study}/sources/natural/model"
+    config.study.update(num_train_images=(10, -1), num_seeds=1)
+    config.transfer.target, config.cache_dir = f"folder:{tmp_path / 'set'}", str(tmp_path / "cache")
+    with pytest.raises(ConfigError, match=r"1 of 8 images .* --config.broken_images=skip"):
+        stages.plan(config, tmp_path / "out")
+    config.broken_images = "skip"
+    config.transfer.augmentation.flip = True  # no cached prefix
+    plan = stages.plan(config, tmp_path / "out")
+    assert "fine-tune 2 of 2 models" in plan
+    assert f"inputs on the device: {(30 + 7) * 5 * 5 * 3 / 1e6:,.1f} MB" in plan
+    stages.run(config, tmp_path / "out")
+    with (tmp_path / "out/rows.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["epoch"] == "3"]
+    assert [row["num_train_images"] for row in rows] == ["10", "30"]  # 27 train where 3 validate
+    assert all(0 <= float(row["test_mean_per_class_accuracy"]) <= 1 for row in rows)
+    page = (tmp_path / "out/report.html").read_text()
+    assert f"The classes of folder:{tmp_path / 'set'}: bright, dark." in page
+    assert "could not be decoded and were left out: test/dark/3.png" in page
+
+    config.study.split = "validation"
+    assert "fine-tune 2 of 2 models" in stages.plan(config, tmp_path / "out")
+    config.study.split = "test"
+    assert "fine-tune 0 of 2 models" in stages.plan(config, tmp_path / "out")
+    Image.new("RGB", (5, 5)).save(tmp_path / "set/train/dark/0.png")
+    assert "fine-tune 2 of 2 models" in stages.plan(config, tmp_path / "out")

@@ -18,11 +18,12 @@ from advtransfer import study
 from advtransfer.data import Augmentation, Dataset, Split, subset_indices
 from advtransfer.models import Model, ModelSpec, create_module, init_variables
 from advtransfer.study import Source, Trial, group, make_trials, num_steps, run_trials
+from advtransfer.study import run as study_run
 from advtransfer.transfer import Recipe, fine_tune_many
 
 RECIPE = Recipe(num_epochs=2, evaluate_epochs=(1, 2), batch_size=5, schedule="constant")
 SOURCES = (Source("natural", "none", 0.0, "d0"), Source("robust", "l2", 0.5, "d1"))
-METRICS = ("train_accuracy", "train_loss", "test_accuracy", "test_loss")
+METRICS = ("train_accuracy", "train_loss", "test_accuracy", "test_loss", "test_mean_per_class_accuracy")
 
 
 def _trial(**fields):
@@ -50,14 +51,14 @@ def _grid(num_seeds=3):
     ]
 
 
-def _dataset():
+def _dataset(num_train=40):
     rng = np.random.default_rng(0)
 
     def split(n):
         images = rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8)
         return Split(images, rng.integers(0, 3, n).astype(np.int32))
 
-    return Dataset("random", ("a", "b", "c"), split(40), split(10), split(20))
+    return Dataset("random", ("a", "b", "c"), split(num_train), split(10), split(20))
 
 
 def _models():
@@ -76,15 +77,17 @@ DATASET = _dataset()
 
 
 def _run(folder, *, trials=None, **options):
-    return run_trials(_grid() if trials is None else trials, _models(), lambda _: DATASET, folder, **options)
+    return run_trials(_grid() if trials is None else trials, _models(), {"": DATASET}, folder, **options)
 
 
 def run_and_stay(folder):
     """What a test kills: the same study, whose last group never starts."""
 
-    def progress(groups):
-        yield from groups[:-1]
-        time.sleep(600)
+    def progress(groups, number):
+        for i, name in enumerate(groups, start=1):
+            if i == number:
+                time.sleep(600)
+            yield name
 
     (Path(folder) / "identities.txt").write_text("\n".join(t.identity() for t in _grid()))
     _run(Path(folder) / "rows", progress=progress)
@@ -100,8 +103,8 @@ def ran(monkeypatch):
     """Replaces the training of groups; the list of groups that would have been trained."""
     groups = []
 
-    def run_group(members, model, dataset):
-        del model, dataset
+    def run_group(members, model, dataset, prepared):
+        del model, dataset, prepared
         groups.append(members)
         return [
             row
@@ -109,7 +112,7 @@ def ran(monkeypatch):
             for row in study.history_rows(trial, {name: np.array([0.25, 0.5]) for name in METRICS}, 1.0)
         ]
 
-    monkeypatch.setattr(study, "run_group", run_group)
+    monkeypatch.setattr(study_run, "run_group", run_group)
     return groups
 
 
@@ -151,8 +154,10 @@ def test_identity_is_the_hash_of_everything_but_the_sources_name():
                 "lighting": 0.0,
                 "resized_crop": 0.0,
             },
+            "num_views": 0,
         },
         "view": "natural",
+        "data": "",
     }
     digest = hashlib.sha256(json.dumps(expected, sort_keys=True).encode()).hexdigest()
     assert _trial().identity() == digest
@@ -172,7 +177,7 @@ def test_identity_is_the_hash_of_everything_but_the_sources_name():
 def test_rows_say_what_was_measured_on(view, split, target):
     trial = _trial()._replace(view=view, split=split)
     epochs = len(trial.recipe.evaluate_epochs)
-    history = dict.fromkeys(study._METRICS, np.zeros(epochs))
+    history = dict.fromkeys(METRICS, np.zeros(epochs))
     assert {row["target"] for row in study.history_rows(trial, history, 1.0)} == {target}
     assert (trial.identity() == _trial().identity()) == (target == "random")
 
@@ -208,7 +213,7 @@ def test_the_grid_is_the_configs():
         num_train_images=(20, 50), num_unfrozen_blocks=(0, 1, -1), num_seeds=2, split="validation"
     )
     config.transfer.update(num_epochs=9, evaluate_epochs=(9, 3, 9), batch_size=20)
-    trials = make_trials(config, SOURCES)
+    trials = make_trials(config, SOURCES, lambda *_: _dataset(num_train=60))
     assert len(set(trials)) == len(trials) == 2 * 3 * 2 * 2
     assert [(t.source.name, t.seed) for t in trials[:4]] == [
         ("natural", 0),
@@ -224,6 +229,26 @@ def test_the_grid_is_the_configs():
     assert num_steps(trials[0]) == 9 and num_steps(trials[4]) == 9 * 3
 
 
+def test_a_program_tries_the_same_rates_on_every_seed():
+    rates = [(0.1, 0.0), (0.1, 0.5), (1.0, 0.0)]
+
+    def at(seed, rate):
+        return _trial(seed=seed, recipe=RECIPE._replace(learning_rate=rate[0], weight_decay=rate[1]))
+
+    whole = [at(seed, rate) for rate in rates for seed in range(3)]
+    (members,) = group(whole)
+    assert [(t.seed, (t.recipe.learning_rate, t.recipe.weight_decay)) for t in members] == [
+        (seed, rate) for seed in range(3) for rate in rates
+    ]
+    assert [len(part) for part in group(whole, size=7)] == [6, 3]
+    assert [len(part) for part in group(whole, size=1)] == [3, 3, 3]
+    # Two of the seeds lack another rate each.
+    left = [t for t in whole if t not in (at(0, rates[0]), at(2, rates[1]))]
+    parts = group(left)
+    assert sorted(len(part) for part in parts) == [2, 2, 3]
+    assert {t for part in parts for t in part} == set(left)
+
+
 def test_groups_hold_trials_that_differ_in_their_seed_only():
     trials = _grid(num_seeds=5)
     groups = group(trials)
@@ -237,6 +262,51 @@ def test_groups_hold_trials_that_differ_in_their_seed_only():
     assert sorted(map(len, group(shuffled))) == [5, 5, 5, 5]
 
 
+def test_the_longest_groups_come_first_and_what_is_prepared_once_stays_together(tmp_path, ran):
+    """Later ones would leave other processes waiting; k = -1 is the most work, k = 0 the least."""
+    trials = [
+        _trial(source=source, num_train_images=n, num_unfrozen_blocks=k)
+        for source in SOURCES
+        for n in (6, 24, 12)
+        for k in (0, -1, 1)
+    ]
+    _run(tmp_path, trials=trials)
+    order = [(t.num_unfrozen_blocks, t.source.name, t.num_train_images) for (t,) in ran]
+    assert [k for k, _, _ in order] == [-1] * 6 + [1] * 6 + [0] * 6
+    assert [n for _, _, n in order] == [24, 12, 6] * 6
+    assert all(order[i][1] == order[i + 1][1] for i in range(18) if i % 3 < 2)
+
+
+def test_out_of_memory_halves_a_group(monkeypatch):
+    sizes = []
+
+    def fitting(model, train, test, *, subsets, keys, rates, **options):
+        sizes.append(len(subsets))
+        if len(subsets) > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+        history = np.float64(jax.random.key_data(keys))[:, -1:, None] * np.ones((1, 1, 2))
+        return dict.fromkeys(METRICS, history)
+
+    monkeypatch.setattr(study_run, "fine_tune_many", fitting)
+    members = [_trial(seed=seed) for seed in range(5)]
+    rows = study_run.run_group(members, _models()["natural"], DATASET)
+    assert sizes == [5, 2, 3, 1, 2]
+    assert [row["trial_id"] for row in rows[::2]] == [t.identity() for t in members]
+    assert [row["test_loss"] for row in rows[::2]] == [
+        float(jax.random.key_data(t.key())[-1]) for t in members
+    ]
+    monkeypatch.setattr(study_run, "fine_tune_many", _raise(jax.errors.JaxRuntimeError("INTERNAL: no")))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        study_run.run_group(members, _models()["natural"], DATASET)
+
+
+def _raise(error):
+    def raiser(*args, **options):
+        raise error
+
+    return raiser
+
+
 # --- what a trial is fed --------------------------------------------------------------------------
 
 
@@ -246,9 +316,9 @@ def test_every_source_sees_the_same_images_and_keys(monkeypatch):
     def spy(model, train, test, *, subsets, keys, **options):
         calls[id(model), subsets.shape[1]] = subsets, jax.random.key_data(keys)
         assert train is DATASET.train and test is DATASET.validation and options["num_classes"] == 3
-        return {name: np.zeros((len(subsets), 2)) for name in METRICS}
+        return {name: np.zeros((len(subsets), 1, 2)) for name in METRICS}
 
-    monkeypatch.setattr(study, "fine_tune_many", spy)
+    monkeypatch.setattr(study_run, "fine_tune_many", spy)
     models = _models()
     for members in group(t._replace(split="validation") for t in _grid()):
         study.run_group(members, models[members[0].source.name], DATASET)
@@ -301,6 +371,27 @@ def test_rows_say_what_was_run_and_measured(undisturbed):
     assert np.abs(np.subtract(*by_source)).max() > 1e-3
 
 
+def test_all_images_are_as_many_as_there_are():
+    """-1 becomes the true number; which dataset that is, is asked of the caller."""
+    config = base.default()
+    config.transfer.batch_size = 5
+    config.study.update(num_train_images=(6, 40, -1), num_unfrozen_blocks=(0,), num_seeds=2)
+    whole = _dataset(num_train=50)
+    trials = make_trials(config, SOURCES, lambda _, n: whole if n == -1 else DATASET)
+    assert [t.num_train_images for t in trials[::4]] == [6, 40, 50]
+    digests = [DATASET.digest("train", "test"), whole.digest("train", "test")]
+    assert [t.data for t in trials[::4]] == [digests[0], digests[0], digests[1]]
+    np.testing.assert_array_equal(np.sort(trials[-1].subset(whole.train.labels)), np.arange(50))
+    assert len(make_trials(config, SOURCES, lambda *_: DATASET)) == 2 * 2 * 2  # 40 and -1 are the same
+    for change, message in (
+        ({"num_train_images": (41,)}, "cannot draw 41 images from random: choose 1 to 40"),
+        ({"num_train_images": (4,)}, "batch_size=5 is larger than the 4 training images"),
+    ):
+        config.study.update(change)
+        with pytest.raises(ValueError, match=message):
+            make_trials(config, SOURCES, lambda *_: DATASET)
+
+
 # --- what is run again ----------------------------------------------------------------------------
 
 
@@ -310,6 +401,21 @@ def test_finished_groups_are_never_run_again(tmp_path, ran):
     ran.clear()
     assert _run(tmp_path, group_size=2) == rows
     assert not ran
+
+
+def test_changed_images_are_run_again(tmp_path, ran):
+    """One pixel of one test image is another set, under the same name."""
+    config = base.default()
+    config.transfer.batch_size = 5
+    config.study.update(num_train_images=(6,), num_unfrozen_blocks=(0,), num_seeds=2)
+    images = DATASET.test.images.copy()
+    images[-1, -1, -1, -1] ^= 1
+    changed = DATASET._replace(test=DATASET.test._replace(images=images))
+    for dataset, groups in ((DATASET, 2), (DATASET, 0), (changed, 2), (changed, 0), (DATASET, 0)):
+        ran.clear()
+        trials = make_trials(config, SOURCES, lambda *_: dataset)  # noqa: B023
+        run_trials(trials, _models(), {dataset.digest("train", "test"): dataset}, tmp_path)
+        assert len(ran) == groups
 
 
 def test_more_seeds_run_only_the_new_ones(tmp_path, ran):
@@ -329,7 +435,7 @@ def test_the_same_weights_under_two_names_are_one_trial(tmp_path, ran):
     trials = [_trial(source=source, seed=seed) for source in (SOURCES[0], twin) for seed in range(2)]
     models = _models() | {"twin": _models()["natural"]}
     for _ in range(2):
-        rows = run_trials(trials, models, lambda _: DATASET, tmp_path)
+        rows = run_trials(trials, models, {"": DATASET}, tmp_path)
         assert [r["source"] for r in rows] == ["natural"] * 4 + ["twin"] * 4
         assert [json.loads(r["config"])["source"]["name"] for r in rows] == [r["source"] for r in rows]
     assert len(ran) == 1
@@ -347,40 +453,33 @@ def test_a_trial_that_stands_in_two_files_counts_once(tmp_path, ran):
 
 
 def test_an_exception_in_a_group_loses_nothing_that_was_finished(tmp_path, ran, monkeypatch):
-    finishing = study.run_group
+    finishing = study_run.run_group
 
     def failing(members, *args):
         if len(ran) == 1:
             raise RuntimeError("out of memory")
         return finishing(members, *args)
 
-    monkeypatch.setattr(study, "run_group", failing)
+    monkeypatch.setattr(study_run, "run_group", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         _run(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1
-    monkeypatch.setattr(study, "run_group", finishing)
+    assert len(list(tmp_path.glob("*.jsonl"))) == 1
+    monkeypatch.setattr(study_run, "run_group", finishing)
     rows = _run(tmp_path)
-    assert ran == group(_grid())
+    assert len(ran) == 4 and sorted(ran) == sorted(group(_grid()))
     assert [r["trial_id"] for r in rows[::2]] == [t.identity() for t in _grid()]
 
 
 def test_a_group_appears_under_its_name_only_when_it_is_whole(tmp_path, ran, monkeypatch):
     """A process that dies before the rename has finished nothing, although every row is on the disk."""
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no rename"):
-        patch.setattr(study.os, "replace", _raise(OSError("no rename")))
+        patch.setattr(study_run.storage.os, "replace", _raise(OSError("no rename")))
         _run(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert [len(path.read_text().splitlines()) for path in tmp_path.glob("*.partial*")] == [6]
     assert not study.finished_rows(tmp_path)
     ran.clear()
     assert len(_run(tmp_path)) == 24
     assert len(ran) == 4
-
-
-def _raise(error):
-    def raiser(*args):
-        raise error
-
-    return raiser
 
 
 def test_a_killed_study_goes_on_where_it_was(tmp_path, undisturbed, monkeypatch):
@@ -404,10 +503,14 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path, undisturbed, monkeypatch)
     partial = rows_folder / "0123.partial7"
     partial.write_text('{"source": "natu')  # as a kill during a write leaves it
 
-    groups, run_group = [], study.run_group
-    monkeypatch.setattr(study, "run_group", lambda *args: groups.append(args[0]) or run_group(*args))
+    groups, run_group = [], study_run.run_group
+    monkeypatch.setattr(study_run, "run_group", lambda *args: groups.append(args[0]) or run_group(*args))
     rows = _run(rows_folder)
-    assert groups == group(_grid())[len(finished) :]
+    assert len(groups) + len(finished) == 4
+    left = {trial for members in groups for trial in members}
+    assert {t.identity() for t in _grid() if t not in left} == {
+        json.loads(line)["trial_id"] for content in finished.values() for line in content.splitlines()
+    }
     assert all(path.read_bytes() == content for path, content in finished.items())
     assert _without_seconds(rows) == _without_seconds(undisturbed)
     assert partial.read_text() == '{"source": "natu'

@@ -247,18 +247,18 @@ def _counting_fit(folder, *, num_steps=10, losses=None, grow=0.0, log=lambda *_:
         state = state._replace(step=state.step + 1, params={"w": state.params["w"] + grow})
         return state, {"loss": (np.float32(loss), 1.0), "accuracy": (np.float32(step), 1.0)}
 
-    with Checkpoints(folder) as checkpoints:
-        restored = checkpoints.restore(state)
-        return fit(
-            restored or state,
-            run_step,
-            num_steps=num_steps,
-            schedule=make_schedule("constant", 0.1, 10),
-            checkpoints=checkpoints,
-            save_every=4,
-            log_every=3,
-            log=log,
-        )
+    checkpoints = Checkpoints(folder)
+    restored = checkpoints.restore(state)
+    return fit(
+        restored or state,
+        run_step,
+        num_steps=num_steps,
+        schedule=make_schedule("constant", 0.1, 10),
+        checkpoints=checkpoints,
+        save_every=4,
+        log_every=3,
+        log=log,
+    )
 
 
 def test_fit_logs_means_and_keeps_the_last_checkpoints(tmp_path):
@@ -275,8 +275,8 @@ def test_a_loss_that_is_no_number_names_step_rate_and_checkpoint(tmp_path):
     message = r"at step 6 \(learning rate 0.1\); last good checkpoint: step 4 in .*"
     with pytest.raises(DivergedError, match=message):
         _counting_fit(tmp_path, losses=losses)
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.latest() == 4
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest() == 4
 
 
 def test_weights_that_are_no_numbers_are_never_saved(tmp_path):

@@ -9,18 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advtransfer.data import Augmentation, Split, to_float
+from advtransfer.data import Augmentation, Split, resize, to_float
 from advtransfer.evaluate import evaluate
 from advtransfer.models import Model, ModelSpec, create_module, init_variables, logits_fn
 from advtransfer.transfer import (
     HEAD_INITS,
     Recipe,
+    activations,
+    dual,
     fine_tune,
     fine_tune_many,
+    frozen_mask,
+    program,
     reset_head,
     target_batch_stats,
 )
-from advtransfer.transfer.fine_tune import Task, make_fine_tune
+from advtransfer.transfer.program import Rates, Task, make_fine_tune
 
 # The package's function of this name hides the module.
 fine_tune_module = importlib.import_module("advtransfer.transfer.fine_tune")
@@ -42,13 +46,14 @@ RECIPE = Recipe(
     weight_decay=0.05,
     label_smoothing=0.1,
 )
+RATES = Rates(RECIPE.learning_rate, RECIPE.weight_decay)
 # (k, frozen_batch_norm); the network has two blocks.
 SETTINGS = [(0, "source"), (1, "target"), (1, "update"), (2, "source"), (-1, "source")]
 
 
-def _model(seed=0):
+def _model(seed=0, width=4):
     """Two blocks, 4 and 8 wide, with BatchNorm parameters and statistics that no fresh network has."""
-    module = create_module("resnet_tiny", num_classes=5).clone(width=4, stage_sizes=(1, 1))
+    module = create_module("resnet_tiny", num_classes=5).clone(width=width, stage_sizes=(1, 1))
     shapes = jax.eval_shape(lambda: init_variables(module, jax.random.key(0), 8))
     rng = np.random.default_rng(seed)
 
@@ -186,16 +191,13 @@ def test_target_statistics_are_the_training_images_own():
 @pytest.mark.parametrize("k", [-1, 0, 1, 2])
 def test_the_optimiser_keeps_nothing_for_frozen_parameters(k):
     """Its one buffer, the momentum, is as large as the trained parameters; beside it there are counters."""
-    module = MODEL.module.clone(num_classes=3)
-    task = Task(*(jnp.asarray(x) for x in (*TRAIN, *TEST)))
-    recipe = RECIPE._replace(frozen_batch_norm="update", schedule="step")
-    state, _ = jax.eval_shape(
-        make_fine_tune(module, recipe, k), *VARIABLES, task, np.arange(20), jax.random.key(0)
-    )
-    buffers = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
-    trained = {name: x for name, x in state.params.items() if name not in _frozen_names(k)}
+    params = MODEL.variables["params"]
+    tx = program._optimizer(RECIPE, RATES, 9, frozen_mask(MODEL.module, params, k))
+    state = tx.init(params)
+    buffers = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+    trained = {name: x for name, x in params.items() if name not in _frozen_names(k)}
     assert num_parameters(buffers) == num_parameters(trained)
-    assert len(jax.tree.leaves(state.opt_state)) <= len(buffers) + 2
+    assert len(jax.tree.leaves(state)) <= len(buffers) + 2
 
 
 # --- the result -----------------------------------------------------------------------------------
@@ -232,16 +234,21 @@ def _loss_and_accuracy(features, labels, weights):
     return -log_probs[rows, labels].mean(), (scores.argmax(1) == labels).mean()
 
 
-def test_with_nothing_unfrozen_it_is_softmax_regression(tuned):
-    model, history = tuned(0, "source")
+@pytest.mark.parametrize("width", [4, 16])
+def test_with_nothing_unfrozen_it_is_softmax_regression(width):
+    """On 8 features in primal form, on 32, more than the 20 images, in dual form."""
+    source = _model(width=width)
+    assert dual.is_cheaper(NUM_TRAIN, 2 * width) == (width == 16)
+    options = {"key": KEY, "class_names": CLASSES, "num_unfrozen_blocks": 0, "recipe": RECIPE}
+    model, history = fine_tune(source, TRAIN, TEST, **options)
     head_key, order_key, _ = jax.random.split(KEY, 3)
-    head = reset_head(MODEL.variables, head_key, num_classes=3)["params"]["fc"]
+    head = reset_head(source.variables, head_key, num_classes=3)["params"]["fc"]
     orders = [
         np.asarray(jax.random.permutation(jax.random.fold_in(order_key, epoch), NUM_TRAIN))
         for epoch in range(3)
     ]
     train_features, test_features = (
-        np.float64(MODEL.module.apply(MODEL.variables, to_float(jnp.asarray(images)), stop=2))
+        np.float64(source.module.apply(source.variables, to_float(jnp.asarray(images)), stop=2))
         for images in (TRAIN.images, TEST.images)
     )
     start = np.float64(head["kernel"]), np.float64(head["bias"])
@@ -262,11 +269,9 @@ def test_with_nothing_unfrozen_it_is_softmax_regression(tuned):
 
 def test_the_cached_and_the_recomputed_prefix_give_the_same_weights(tuned, monkeypatch):
     cached, cached_history = tuned(1, "target")
-    programs = fine_tune_module._programs
     with monkeypatch.context() as patch:
         patch.setattr(fine_tune_module, "prefix_is_constant", lambda *_: False)
         patch.setattr(fine_tune_module, "activations", lambda *_: pytest.fail("the cache was used"))
-        patch.setattr(fine_tune_module, "_programs", programs.__wrapped__)
         recomputed, history = _tune(1, RECIPE._replace(frozen_batch_norm="target"))
     chex.assert_trees_all_close(cached.variables, recomputed.variables, rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_close(cached_history, history, rtol=1e-5, atol=1e-5)
@@ -299,9 +304,34 @@ def test_histories_are_what_evaluate_measures(tuned, k, mode):
     for entry, measured in ((0, shorter), (1, model)):
         for name, split in (("train", TRAIN), ("test", TEST)) if measured else ():
             found = evaluate(logits_fn(measured), split, batch_size=16)
-            assert history[f"{name}_accuracy"][entry] == pytest.approx(found["accuracy"], abs=1e-6)
+            for metric in ("accuracy", "mean_per_class_accuracy"):
+                assert history[f"{name}_{metric}"][entry] == pytest.approx(found[metric], abs=1e-6)
             assert history[f"{name}_loss"][entry] == pytest.approx(found["loss"], rel=1e-5)
     assert {x.shape for x in history.values()} == {(2,)}
+
+
+@pytest.mark.parametrize(("k", "mode"), [(1, "target"), (-1, "update")])
+def test_small_images_are_resized_on_the_device(k, mode):
+    """As if the whole set had been resized first: the cached prefix and its statistics, and every step."""
+    train, test = (Split(split.images[:, 1:6, 1:6], split.labels) for split in (TRAIN, TEST))
+    recipe = RECIPE._replace(frozen_batch_norm=mode)
+    options = {"key": KEY, "class_names": CLASSES, "num_unfrozen_blocks": k, "recipe": recipe}
+    found, history = fine_tune(MODEL, train, test, **options)
+
+    images = [resize(to_float(jnp.asarray(split.images)), 8) for split in (train, test)]
+    variables = MODEL.variables
+    if mode == "target":
+        plain = MODEL.module.clone(momentum=0.0)
+        _, changed = plain.apply(variables, images[0], train=True, mutable=["batch_stats"])
+        variables = {**variables, "batch_stats": changed["batch_stats"]}
+        images = [MODEL.module.apply(variables, x, stop=1) for x in images]
+    run = make_fine_tune(MODEL.module.clone(num_classes=3), recipe, k)
+    task = Task(images[0], jnp.asarray(train.labels), images[1], jnp.asarray(test.labels))
+    tuned, expected = jax.jit(run)(
+        variables["params"], variables["batch_stats"], task, np.arange(NUM_TRAIN), KEY, RATES
+    )
+    chex.assert_trees_all_close(found.variables, tuned, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(history, expected, rtol=1e-4, atol=1e-5)
 
 
 # --- many -----------------------------------------------------------------------------------------
@@ -338,15 +368,72 @@ def test_a_trial_is_the_same_alone_and_in_a_group(k, mode):
     assert np.ptp(together["test_loss"], axis=0).min() > 1e-3  # trials do differ
 
 
+def test_rates_tried_together_are_those_tried_alone():
+    """On one subset they share images, order and head; in dual form and with a block of their own."""
+    rates = Rates(np.float32([0.1, 0.02]), np.float32([0.0, 0.1]))
+    for k, source in ((0, _model(width=16)), (1, MODEL)):
+        options = {"subsets": SUBSETS, "keys": KEYS, "num_classes": 3, "num_unfrozen_blocks": k}
+        history = fine_tune_many(source, POOL, TEST, **options, recipe=RECIPE, rates=rates)
+        assert {x.shape for x in history.values()} == {(3, 2, 2)}
+        for r in range(2):
+            own = RECIPE._replace(
+                learning_rate=float(rates.learning_rate[r]), weight_decay=float(rates.weight_decay[r])
+            )
+            alone = fine_tune_many(source, POOL, TEST, **options, recipe=own)
+            for name, x in alone.items():
+                np.testing.assert_allclose(history[name][:, r], x, rtol=1e-5, atol=1e-5, err_msg=name)
+        assert np.abs(np.diff(history["test_loss"], axis=1)).min() > 1e-3  # rates do matter
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_head_in_dual_form_takes_the_steps_of_one_in_feature_space(nesterov, monkeypatch):
+    source, recipe = _model(width=16), RECIPE._replace(nesterov=nesterov)
+    options = {"key": KEY, "class_names": CLASSES, "recipe": recipe}
+    in_dual, _ = fine_tune(source, TRAIN, TEST, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(dual, "is_cheaper", lambda *_: False)
+        patch.setattr(fine_tune_module, "_one", fine_tune_module._one.__wrapped__)
+        primal, _ = fine_tune(source, TRAIN, TEST, **options)
+    start = reset_head(source.variables, jax.random.split(KEY, 3)[0], num_classes=3)["params"]["fc"]
+    for name in start:
+        moved = np.abs(primal.variables["params"]["fc"][name] - start[name]).max()
+        errors = in_dual.variables["params"]["fc"][name] - primal.variables["params"]["fc"][name]
+        assert np.abs(errors).max() < 1e-5 < 1e-2 < moved
+
+
+def test_fixed_views_are_cached_and_one_of_them_is_drawn_each_time():
+    """Two views of images that are their own mirror are the image twice: a plain training."""
+    half = TRAIN.images[:, :, :4]
+    mirrored = Split(np.concatenate([half, half[:, :, ::-1]], axis=2), TRAIN.labels)
+    for source in (MODEL, _model(width=32)):  # 40 rows: more than 8 features, fewer than 64
+        tune = partial(fine_tune, source, test=TEST, key=KEY, class_names=CLASSES)
+        views = RECIPE._replace(augmentation=Augmentation(flip=True), num_views=2)
+        plain, _ = tune(mirrored, recipe=RECIPE)
+        same, _ = tune(mirrored, recipe=views)
+        chex.assert_trees_all_close(same.variables, plain.variables, atol=1e-5)
+        kernels = [tune(TRAIN, recipe=r)[0].variables["params"]["fc"]["kernel"] for r in (views, RECIPE)]
+        assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
+    flipped = activations(
+        *(MODEL.module, MODEL.variables), TRAIN.images, 2, augmentation=views.augmentation, view=1
+    )
+    both = [
+        np.asarray(activations(*(MODEL.module, MODEL.variables), x, 2))
+        for x in (TRAIN.images, TRAIN.images[:, :, ::-1])
+    ]
+    nearest = [min(np.abs(x[i] - flipped[i]).max() for x in both) for i in range(NUM_TRAIN)]
+    assert max(nearest) < 1e-5
+    shares = [np.abs(both[0][i] - flipped[i]).max() > 1e-3 for i in range(NUM_TRAIN)]
+    assert 0 < sum(shares) < NUM_TRAIN
+
+
 def test_a_group_holds_frozen_parameters_once():
     """In the vectorised program no array is a stack of frozen kernels, one for each of 7 trials."""
     module = MODEL.module.clone(num_classes=3)
     task = Task(*(jnp.asarray(x) for x in (*TRAIN, *TEST)))
     run = make_fine_tune(module, RECIPE._replace(frozen_batch_norm="update"), 1)
-    history = jax.vmap(lambda *args: run(*args)[1], in_axes=(None, None, None, 0, 0))
+    history = jax.vmap(lambda *args: run(*args, RATES)[1], in_axes=(None, None, None, 0, 0))
     subsets, keys = np.tile(np.arange(NUM_TRAIN), (7, 1)), jax.random.split(jax.random.key(0), 7)
-    program = jax.make_jaxpr(history)(*VARIABLES, task, subsets, keys)
-    shapes = _carried_shapes(program.jaxpr)
+    shapes = _carried_shapes(jax.make_jaxpr(history)(*VARIABLES, task, subsets, keys).jaxpr)
     params = MODEL.variables["params"]
     assert (7, *params["layer2_0"]["conv2"]["kernel"].shape) in shapes
     for layer in ("conv1", "layer1_0"):

@@ -7,6 +7,7 @@ before any work starts.
 
 from advtransfer.config.checks import ConfigError, conflicts, flatten, names_key, to_json, validate
 from advtransfer.config.keys import NORMS, STAGES, default
+from advtransfer.config.sources import parse_source, set_source
 
 __all__ = [
     "NORMS",
@@ -16,6 +17,8 @@ __all__ = [
     "default",
     "flatten",
     "names_key",
+    "parse_source",
+    "set_source",
     "to_json",
     "validate",
 ]

@@ -71,12 +71,16 @@ _CHECKS = {
     "train.average_decay": _FRACTION,
     "train.validate_every": _NOT_NEGATIVE,
     "transfer.view": _one_of("natural", "low_pass", "grey"),
-    "transfer.num_train_images": _POSITIVE,
+    "transfer.num_train_images": (lambda x: x > 0 or x == -1, "must be positive, or -1 (all)"),
     "transfer.num_unfrozen_blocks": (lambda x: x >= -1, "must be >= -1 (-1: everything)"),
     "transfer.head_init": _one_of("torch", "normal", "zeros"),
     "transfer.head_scale": _NOT_NEGATIVE,
+    "transfer.num_views": (lambda x: x >= 0, "must be >= 0 (0: drawn anew in every step)"),
     "transfer.frozen_batch_norm": _one_of("update", "source", "target"),
-    "study.num_train_images": (lambda x: x and min(x) > 0, "must be positive numbers"),
+    "study.num_train_images": (
+        lambda x: x and all(n > 0 or n == -1 for n in x),
+        "must be positive numbers, or -1 (all)",
+    ),
     "study.num_unfrozen_blocks": (lambda x: x and min(x) >= -1, "must be numbers >= -1"),
     "study.num_seeds": _POSITIVE,
     "study.split": _one_of("test", "validation"),
@@ -90,6 +94,7 @@ _CHECKS = {
     "evaluate.num_images": _NOT_NEGATIVE,
     "evaluate.batch_size": _POSITIVE,
     "report.num_pictures": _NOT_NEGATIVE,
+    "report.reference": _one_of("none", "paper"),
 } | {
     f"{stage}.{key}": check
     for stage in ("train", "transfer")
@@ -101,6 +106,7 @@ _CHECKS = {
         "momentum": _FRACTION,
         "weight_decay": _NOT_NEGATIVE,
         "label_smoothing": _FRACTION,
+        "augmentation.preset": _one_of("", "none", "utrera_color", "salman", "robustness"),
         "augmentation.crop_padding": _NOT_NEGATIVE,
         "augmentation.jitter": _FRACTION,
         "augmentation.rotation": _NOT_NEGATIVE,
@@ -147,15 +153,30 @@ def validate(config: ConfigDict) -> None:
             f"config.transfer.evaluate_epochs={tuple(epochs)} must be epochs from 1 to "
             f"config.transfer.num_epochs={config.transfer.num_epochs}"
         )
-    smallest = {
-        "study": min(config.study.num_train_images),
-        "transfer": config.transfer.num_train_images,
-    }.get(config.stage)
+    _check_presets(values)
+    sizes = {
+        "study": config.study.num_train_images,
+        "transfer": (config.transfer.num_train_images,),
+    }.get(config.stage, ())
+    smallest = min((n for n in sizes if n > 0), default=None)
     if smallest is not None and config.transfer.batch_size > smallest:
         raise ConfigError(
             f"config.transfer.batch_size={config.transfer.batch_size} is larger than the smallest subset of "
             f"{smallest} images: lower it to {smallest} or drop that subset"
         )
+
+
+def _check_presets(values: dict[str, Any]) -> None:
+    """A preset is what somebody published: keys beside it would make it something else."""
+    for stage in ("train", "transfer"):
+        folder = f"{stage}.augmentation."
+        preset = values[f"{folder}preset"]
+        own = [key for key in values if key.startswith(folder) and key != f"{folder}preset" and values[key]]
+        if preset and own:
+            raise ConfigError(
+                f"config.{folder}preset={preset} and config.{own[0]}={values[own[0]]} exclude each other: "
+                "leave one of them away"
+            )
 
 
 def _check_elements(key: str, values: tuple, kind: type) -> None:

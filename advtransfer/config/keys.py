@@ -85,7 +85,8 @@ def _transfer() -> ConfigDict:
     transfer = ConfigDict()
     transfer.target = "builtin:digits"
     transfer.view = "natural"  # of all its images: natural | low_pass (by way of 32² pixels) | grey
-    transfer.num_train_images = 200  # stage=transfer
+    # stage=transfer; -1: all, those included that are otherwise set aside for validation
+    transfer.num_train_images = 200
     transfer.num_unfrozen_blocks = 0  # stage=transfer; -1: everything
     transfer.stratified = True  # subsets hold every class's share to within one image
     transfer.nested = True  # a subset contains the smaller ones of the same seed
@@ -102,6 +103,9 @@ def _transfer() -> ConfigDict:
     transfer.weight_decay = 5e-4
     transfer.label_smoothing = 0.0
     transfer.augmentation = _augmentation()
+    # Each image and its augmentations, drawn once, to choose from in every step: so the frozen part of the
+    # network is computed once for all. 0: the augmentation is drawn anew in every step.
+    transfer.num_views = 0
     return transfer
 
 
@@ -110,7 +114,7 @@ def _study() -> ConfigDict:
     study = ConfigDict()
     # Comma-separated: natural and NORM:EPS are trained by the recipe of config.train; else models by name.
     study.sources = "natural,l2:0.25"
-    study.num_train_images = (200, 400, 800)
+    study.num_train_images = (200, 400, 800)  # -1: all; with split=test as for transfer.num_train_images
     study.num_unfrozen_blocks = (0, 1)  # -1: everything
     study.num_seeds = 20
     study.split = "test"  # what rows are measured on: test | validation (to choose hyper-parameters)
@@ -140,6 +144,7 @@ def _report() -> ConfigDict:
     report.title = "Do robust sources transfer better?"
     report.command = ""  # what a reader types to get the report again; launch.py fills it in
     report.remarks = ()  # sentences for the reader, such as how hyper-parameters were chosen
+    report.reference = "none"  # "paper": its published accuracies behind the figures against n (k = 3)
     report.num_pictures = 8  # source images shown with their adversarial twins, at most 8
     return report
 
@@ -147,6 +152,9 @@ def _report() -> ConfigDict:
 def _augmentation() -> ConfigDict:
     return ConfigDict(
         {
+            # What a paper does, instead of all keys below: none | utrera_color | salman | robustness
+            # (AUGMENTATIONS in data/transforms.py).
+            "preset": "",
             "crop_padding": 0,  # pixels, then a random crop of the old size
             "flip": False,  # left to right, half of the time
             "jitter": 0.0,  # brightness, contrast, saturation by a factor in 1 ± jitter

@@ -5,9 +5,16 @@ from advtransfer.data.datasets import DATASETS, Dataset, Split, check_dataset_na
 from advtransfer.data.feed import Feed, make_feed
 from advtransfer.data.glyphs import LETTERS, render_glyphs
 from advtransfer.data.stream import LostWorker, StreamedSplit
-from advtransfer.data.subsets import subset_indices
+from advtransfer.data.subsets import check_subset, subset_indices
 from advtransfer.data.targets import TARGETS, Target
-from advtransfer.data.transforms import AUGMENTATIONS, Augmentation, augment, resize, to_float
+from advtransfer.data.transforms import (
+    AUGMENTATIONS,
+    Augmentation,
+    augment,
+    choose_augmentation,
+    resize,
+    to_float,
+)
 
 __all__ = [
     "AUGMENTATIONS",
@@ -24,6 +31,8 @@ __all__ = [
     "Target",
     "augment",
     "check_dataset_name",
+    "check_subset",
+    "choose_augmentation",
     "load_dataset",
     "make_batch",
     "make_feed",

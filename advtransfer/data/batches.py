@@ -7,7 +7,7 @@ from typing import NamedTuple
 import chex
 import jax
 
-from advtransfer.data.transforms import Augmentation, augment, resize, to_float
+from advtransfer.data.transforms import Augmentation, augment, to_float
 
 
 class Batch(NamedTuple):
@@ -42,7 +42,5 @@ def make_batch(
     """
     chex.assert_rank([images, labels, indices, keys], [4, 1, 1, 1])
     chex.assert_equal_shape([indices, keys])
-    chosen = to_float(images[indices])
-    if image_size is not None:
-        chosen = resize(chosen, image_size)
+    chosen = to_float(images[indices], image_size)
     return Batch(augment(keys, chosen, augmentation), labels[indices], keys)

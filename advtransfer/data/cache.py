@@ -60,6 +60,15 @@ def fingerprint(root: Path, paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def content_digest(*arrays: np.ndarray) -> str:
+    """SHA-256 of the arrays' types, shapes and values."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
 def _default_folder() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "advtransfer"

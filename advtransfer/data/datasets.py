@@ -9,15 +9,18 @@ says what opens the names of recorded sets, such as `tfds:cifar10`; a new kind o
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from advtransfer.data import glyphs
-from advtransfer.data.cache import cached_arrays
+from advtransfer.data.cache import cached_arrays, content_digest
 from advtransfer.data.decode import VIEWS
 from advtransfer.data.folder import open_folder
 from advtransfer.data.recorded import Recording, count_training, find_size, load_parts
@@ -48,7 +51,10 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """The three splits of one dataset; no image is in two of them."""
+    """The three splits of one dataset; no image is in two of them.
+
+    Images may be smaller than a network's (see `load_dataset`): whoever feeds it resizes them.
+    """
 
     name: str
     class_names: tuple[str, ...]
@@ -56,6 +62,12 @@ class Dataset(NamedTuple):
     validation: Split  # carved out of the training images; hyper-parameters are chosen on it
     test: Split
     skipped: tuple[str, ...] = ()  # images that could not be decoded, with the reason
+    digests: Mapping[str, str] = MappingProxyType({})  # `content_digest` by split, as far as it is known
+
+    def digest(self, *splits: str) -> str:
+        """SHA-256 of the class names and of all images and labels of the splits, which are in memory."""
+        known = [self.digests.get(split) or content_digest(*getattr(self, split)) for split in splits]
+        return hashlib.sha256(json.dumps([self.class_names, known]).encode()).hexdigest()
 
 
 Parts = tuple[tuple[str, ...], Split, Split, Split]
@@ -71,6 +83,8 @@ def load_dataset(
     broken: str = "refuse",
     view: str = "natural",
     loading: str = "memory",
+    enlarge: bool = True,
+    set_aside: bool = True,
 ) -> Dataset:
     """Loads a dataset by name.
 
@@ -93,6 +107,11 @@ def load_dataset(
       view: one of `VIEWS`: "natural", "low_pass" (by way of 32² pixels) or "grey"; for all splits.
       loading: "memory", or "stream": the training images stay on disk (module `stream`), or "auto": they do
         when they would take more than 2 GB. Other splits are always in memory.
+      enlarge: whether recorded squares of one size that are smaller than `image_size` are enlarged to it.
+        Otherwise they keep their size, for the device to enlarge batch by batch (`make_batch`): 60,000 images
+        of 32² take 180 MB, at 224² they would take 9 GB. In the view "low_pass" they are kept at 32².
+      set_aside: whether a tenth of the training images, at most 5,000, validates where a recorded set has no
+        validation images; otherwise all of them train.
 
     Returns:
       A `Dataset` of uint8 images [N, image_size, image_size, 3] and int32 labels [N].
@@ -117,26 +136,31 @@ def load_dataset(
         if loading == "stream":
             raise ValueError(f"{name} is not streamed: its images are made in memory")
         class_names, *parts = DATASETS[name](image_size, seed, cache_dir)
-        return Dataset(name, class_names, *(Split(_view(part.images, view), part.labels) for part in parts))
+        parts = [Split(_view(part.images, view), part.labels) for part in parts]
+        digests = {
+            split: content_digest(*part) for split, part in zip(SPLITS, parts, strict=True) if split in splits
+        }
+        return Dataset(name, class_names, *parts, digests=digests)
     recording = _opener(name)(name)
-    streamed = "train" in splits and _is_streamed(recording, image_size, cache_dir, view, loading)
+    size, _ = find_size(recording, image_size, cache_dir, enlarge=enlarge)
+    streamed = "train" in splits and _is_streamed(recording, size, view, loading)
     in_memory = [split for split in splits if split != "train" or not streamed]
-    parts = load_parts(recording, image_size, cache_dir, in_memory, broken, view)
+    parts = load_parts(
+        recording, image_size, cache_dir, in_memory, broken, view, enlarge=enlarge, set_aside=set_aside
+    )
     skipped = tuple(str(image) for part in parts.values() for image in part.skipped)
     ours = {split: Split(parts[split].images, parts[split].labels) for split in SPLITS}
     if streamed:
         ours["train"] = open_stream(recording, *find_size(recording, image_size, cache_dir), broken)
-    return Dataset(name, recording.class_names, **ours, skipped=skipped)
+    digests = {split: str(part.digest) for split, part in parts.items()}
+    return Dataset(name, recording.class_names, **ours, skipped=skipped, digests=digests)
 
 
-def _is_streamed(
-    recording: Recording, image_size: int | None, cache_dir: str | PathLike | None, view: str, loading: str
-) -> bool:
+def _is_streamed(recording: Recording, size: int, view: str, loading: str) -> bool:
     if loading == "memory" or (loading == "auto" and view != "natural"):
         return False
     if view != "natural":
         raise ValueError(f"{recording.name} cannot be streamed in the view {view}, only loaded into memory")
-    size, _ = find_size(recording, image_size, cache_dir)
     return loading == "stream" or count_training(recording) * size * size * 3 > MAX_IN_MEMORY
 
 

@@ -135,8 +135,12 @@ def fit_image(image: Image.Image, size: int, *, crop: bool) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+LOW_PASS_SIDE = 32  # pixels
+
+
 def _low_pass(image: Image.Image) -> Image.Image:
-    return image.resize((32, 32), Image.Resampling.BILINEAR).resize(image.size, Image.Resampling.BILINEAR)
+    small = image.resize((LOW_PASS_SIDE, LOW_PASS_SIDE), Image.Resampling.BILINEAR)
+    return small.resize(image.size, Image.Resampling.BILINEAR)
 
 
 # How a target set can be shown, for training and testing alike (Utrera et al., ICLR 2021): without its

@@ -35,6 +35,7 @@ def make_feed(
     num_steps: int,
     seed: int,
     num_workers: int,
+    image_size: int | None = None,
 ) -> Feed:
     """Batches that depend on nothing but the step and what is given here.
 
@@ -51,6 +52,8 @@ def make_feed(
       num_steps: of the whole training.
       seed: what order and crops of streamed images are drawn from, instead of `key`.
       num_workers: see `iterate`; streamed images only.
+      image_size: side of the network's images, to which a set that lies on the device is resized; None
+        leaves it as it is.
     """
     order_key, example_key = jax.random.split(key)
     positions = parallel.split(np.arange(batch_size))
@@ -88,7 +91,8 @@ def make_feed(
 
     def make_gathered(shared, rows, step):
         (images, labels, key), (indices, positions) = shared, rows
-        return make_batch(images, labels, indices, example_keys(key, step, positions), augmentation)
+        keys = example_keys(key, step, positions)
+        return make_batch(images, labels, indices, keys, augmentation, image_size=image_size)
 
     shared = parallel.replicate((jnp.asarray(train.images), jnp.asarray(train.labels), example_key))
     return Feed(shared, rows, make_gathered, close=lambda: None)

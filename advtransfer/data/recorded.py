@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from os import PathLike
 from typing import NamedTuple
 
@@ -12,13 +12,14 @@ import PIL
 import psutil
 from PIL import Image
 
-from advtransfer.data.cache import cached_arrays
-from advtransfer.data.decode import Encoded, decode_images
+from advtransfer.data.cache import cached_arrays, content_digest
+from advtransfer.data.decode import LOW_PASS_SIDE, Encoded, decode_images
 from advtransfer.data.subsets import stratified_order
 
 TEST_SHARE = 0.2  # of the images of a set that records no test images
 VALIDATION_SHARE, MAX_VALIDATION = 0.1, 5000  # of the training images, where no validation is recorded
 MAX_STRATIFIED = 200_000  # a larger set is split without its labels, which may take reading all of it
+PLACE_AND_TRAIN = r"(.*?)(?::([a-z]\w*(?:\[[^\]]*\])?(?:\+.+)?))?"  # of names such as /path:train[:10%]
 _CHUNK = 1024  # images whose headers are read at a time
 
 
@@ -49,6 +50,7 @@ class Part(NamedTuple):
     images: np.ndarray  # uint8 [N, H, W, 3]
     labels: np.ndarray  # int32 [N]
     skipped: np.ndarray  # strings: the broken images that are left out
+    digest: np.ndarray  # string: SHA-256 of images and labels
 
 
 def load_parts(
@@ -58,20 +60,25 @@ def load_parts(
     splits: Sequence[str],
     broken: str,
     view: str,
+    *,
+    enlarge: bool = True,
+    set_aside: bool = True,
 ) -> dict[str, Part]:
     """Decodes the asked ones of train, validation and test, or takes them from the cache.
 
     Recorded splits are kept. A set without test images is tested on its validation images, or on a
     stratified fifth of its training images if it has none; a tenth of the training images, at most
-    5,000, validates where nothing else does. The draw is fixed. Without training images there is
-    nothing but test.
+    5,000, validates where nothing else does, unless `set_aside` is False. The draw is fixed. Without
+    training images there is nothing but test.
 
     Raises:
       ValueError: no common size where `image_size` is None, images that cannot be decoded unless
         `broken` is "skip", or more images than half of the free memory holds.
     """
-    size, crop = find_size(recording, image_size, cache_dir)
-    found, sizes = _found(recording)
+    size, crop = find_size(recording, image_size, cache_dir, enlarge=enlarge)
+    if view == "low_pass" and size < (image_size or size):  # enlarging them again is left to the device
+        size, view = min(size, LOW_PASS_SIDE), "natural"
+    found, sizes = _found(recording, set_aside)
     _check_memory(recording.name, sum(sizes[split] for split in splits), size)
     parts = functools.cache(lambda: _assign(found, sizes, splits))
 
@@ -89,7 +96,8 @@ def load_parts(
         skipped = [f"{records.describe(indices[place])} ({reasons[place]})" for place in sorted(reasons)]
         if skipped:
             images, labels = (np.delete(array, list(reasons), axis=0) for array in (images, labels))
-        return Part(images, labels, np.array(skipped, dtype=np.str_))._asdict()
+        digest = np.array(content_digest(images, labels))
+        return Part(images, labels, np.array(skipped, dtype=np.str_), digest)._asdict()
 
     kind = recording.name.partition(":")[0]
     identity = recording.identity | {"size": size, "pillow": PIL.__version__, "sizes": sizes}
@@ -97,11 +105,13 @@ def load_parts(
         "rule": [TEST_SHARE, VALIDATION_SHARE, MAX_VALIDATION, MAX_STRATIFIED],
         "crop": crop,
         "view": view,
+        "holds": Part._fields,
     }
 
     def load(split: str) -> Part:
         if not sizes[split] or split not in splits:
-            return Part(np.empty((0, size, size, 3), np.uint8), np.empty(0, np.int32), np.empty(0, np.str_))
+            none = np.empty(0, np.str_)
+            return Part(np.empty((0, size, size, 3), np.uint8), np.empty(0, np.int32), none, np.array(""))
         make = functools.partial(decode, split)
         part = Part(**cached_arrays(kind, identity | {"split": split}, make, cache_dir=cache_dir))
         if broken == "refuse" and len(part.skipped):
@@ -112,9 +122,15 @@ def load_parts(
 
 
 def find_size(
-    recording: Recording, image_size: int | None, cache_dir: str | PathLike | None
+    recording: Recording,
+    image_size: int | None,
+    cache_dir: str | PathLike | None,
+    *,
+    enlarge: bool = True,
 ) -> tuple[int, bool]:
     """The side that images get, and whether they are cropped to it: unless they are squares of one size.
+
+    Without `enlarge` such squares keep their side where it is the smaller one.
 
     Raises:
       ValueError: `image_size` is None and there is no common one.
@@ -123,28 +139,30 @@ def find_size(
     side = recording.side or _common_side(recording, cache_dir)
     if image_size is None and not side:
         raise ValueError(f"the images of {recording.name} are no squares of one size: give image_size")
-    return image_size or side, not side
+    if not side:
+        return image_size, True
+    return (image_size or side) if enlarge else min(side, image_size or side), False
 
 
 def find_training(recording: Recording) -> tuple[Records, np.ndarray]:
     """The records that `load_parts` trains on, undecoded, and which of them."""
-    return _assign(*_found(recording), ["train"])["train"]
+    return _assign(*_found(recording, True), ["train"])["train"]
 
 
 def count_training(recording: Recording) -> int:
     """How many images `load_parts` trains on."""
-    return _found(recording)[1]["train"]
+    return _found(recording, True)[1]["train"]
 
 
-def _found(recording: Recording) -> tuple[dict[str, Records], dict[str, int]]:
+def _found(recording: Recording, set_aside: bool) -> tuple[dict[str, Records], dict[str, int]]:
     """The recorded splits under our names, and how many images each of ours has."""
     found = dict(recording.splits)
     if "test" not in found and "validation" in found:
         found["test"] = found.pop("validation")
-    return found, _sizes({split: records.count for split, records in found.items()})
+    return found, _sizes({split: records.count for split, records in found.items()}, set_aside)
 
 
-def _sizes(counts: dict[str, int]) -> dict[str, int]:
+def _sizes(counts: dict[str, int], set_aside: bool) -> dict[str, int]:
     """How many images train, validate and test, from how many are recorded in each split."""
     train, test = counts.get("train", 0), counts.get("test")
     if test is None:
@@ -152,7 +170,7 @@ def _sizes(counts: dict[str, int]) -> dict[str, int]:
         train -= test
     validation = counts.get("validation")
     if validation is None:
-        validation = min(round(VALIDATION_SHARE * train), MAX_VALIDATION)
+        validation = min(round(VALIDATION_SHARE * train), MAX_VALIDATION) if set_aside else 0
         train -= validation
     return {"train": train, "validation": validation, "test": test}
 
@@ -166,14 +184,30 @@ def _assign(
         if split in parts or "train" not in parts or not {split, "train", "validation"} & set(splits):
             continue
         records, indices = parts["train"]
-        rng = np.random.default_rng(0)
-        if len(indices) <= MAX_STRATIFIED:
-            drawn = stratified_order(records.labels()[indices], sizes[split], rng)
-        else:
-            drawn = rng.permutation(len(indices))[: sizes[split]]
+        small = len(indices) <= MAX_STRATIFIED  # of others the labels may take reading all of the set
+        drawn = fixed_order(records.labels()[indices] if small else indices, sizes[split])
         parts[split] = records, np.sort(indices[drawn])
         parts["train"] = records, np.delete(indices, drawn)
     return parts
+
+
+def fixed_order(labels: Sequence[int], length: int) -> np.ndarray:
+    """The first places of an order of images that is always the same; stratified, unless there are so many
+    that it would take too long, and `labels` does not matter."""
+    rng = np.random.default_rng(0)
+    if len(labels) > MAX_STRATIFIED:
+        return rng.permutation(len(labels))[:length]
+    return stratified_order(np.asarray(labels), length, rng)
+
+
+def check_training(name: str, used: set[str], recorded: Collection[str]) -> None:
+    """Raises a ValueError if the splits that `name` trains on are those that the set is tested on."""
+    test = "test" if "test" in recorded else "validation"
+    if used & {test, "all"}:
+        raise ValueError(
+            f"{name} would train on its test images, which are {test}: the last part of a name says what is "
+            "trained on; to measure on fewer images set config.evaluate.num_images"
+        )
 
 
 def _common_side(recording: Recording, cache_dir: str | PathLike | None) -> int:
@@ -201,8 +235,8 @@ def _check_memory(name: str, num_images: int, size: int) -> None:
     if needed > free / 2:
         raise ValueError(
             f"{num_images:,} images of {name} at {size}² pixels take {needed / 1e9:,.1f} GB, more than half "
-            f"of the {free / 1e9:,.1f} GB of free memory: lower image_size, take fewer images, or "
-            "stream the training images (loading=stream)"
+            f"of the {free / 1e9:,.1f} GB of free memory: lower image_size, name a slice of the set "
+            "(:train[:10%]), or stream what a source is trained on (--config.train.loading=stream)"
         )
 
 
@@ -210,5 +244,5 @@ def _complain(name: str, skipped: np.ndarray, num_images: int) -> str:
     listed = "; ".join(skipped[:5]) + ("; …" if len(skipped) > 5 else "")
     return (
         f"{len(skipped):,} of {num_images:,} images of {name} cannot be decoded: {listed}. Mend or remove "
-        "them, or leave them out with broken=skip"
+        'them, or leave them out: --config.broken_images=skip (load_dataset: broken="skip")'
     )

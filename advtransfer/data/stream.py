@@ -117,7 +117,9 @@ def read_batch(split: StreamedSplit, order: StreamOrder, step: int) -> HostBatch
             except Exception as error:  # Pillow's readers raise almost anything for a damaged file
                 skipped.append(f"{split.describe(index)} ({reason(error)})")
             if split.broken == "refuse":
-                raise ValueError(f"cannot decode {skipped[0]}: mend or remove it, or set broken_images=skip")
+                raise ValueError(
+                    f"cannot decode {skipped[0]}: mend or remove it, or --config.broken_images=skip"
+                )
         else:
             raise ValueError(f"not one image can be decoded: {skipped[0]}")
     return HostBatch(images, labels, tuple(skipped))
@@ -271,7 +273,8 @@ def _check_shared_memory(needed: int) -> None:
     if needed > free:
         raise ValueError(
             f"batches on their way from worker processes take {needed / 1e9:.1f} GB, {_SHARED_MEMORY} has "
-            f"{free / 1e9:.1f} GB free: enlarge it (docker run --shm-size), or lower num_workers (0: threads)"
+            f"{free / 1e9:.1f} GB free: enlarge it (docker run --shm-size), or lower "
+            "--config.train.num_workers (0: threads)"
         )
 
 

@@ -37,11 +37,7 @@ def subset_indices(
       ValueError: `num_images` is below 1 or above N.
     """
     labels = np.asarray(labels)
-    if not 1 <= num_images <= len(labels):
-        raise ValueError(
-            f"cannot draw {num_images} images from {dataset}: choose 1 to {len(labels)}, "
-            "the number of its training images"
-        )
+    check_subset(num_images, len(labels), dataset)
     identity = f"{dataset}|{seed}" if nested else f"{dataset}|{seed}|{num_images}"
     # Python's own hash of a string differs from process to process.
     digest = hashlib.sha256(identity.encode()).digest()
@@ -49,6 +45,15 @@ def subset_indices(
     if stratified:
         return stratified_order(labels, num_images, rng)
     return rng.permutation(len(labels))[:num_images].astype(np.int32)
+
+
+def check_subset(num_images: int, num_all: int, dataset: str) -> None:
+    """Raises the ValueError of a subset that is empty or larger than the set."""
+    if not 1 <= num_images <= num_all:
+        raise ValueError(
+            f"cannot draw {num_images} images from {dataset}: choose 1 to {num_all}, "
+            "the number of its training images"
+        )
 
 
 def stratified_order(labels: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:

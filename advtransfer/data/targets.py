@@ -2,8 +2,13 @@
 
 Utrera et al., "Adversarially-trained deep nets transfer better" (ICLR 2021), section 3; Salman et al., "Do
 adversarially robust ImageNet models transfer better?" (NeurIPS 2020), appendix A, and the code of both. A
-set with `dataset` "" is not in TFDS: its authors' files go into a folder (`folder:/path`). Of the numbers of
-images, CIFAR-10's are compared with the set by a test; the others are for orientation.
+set with `dataset` "" is not in TFDS: its authors' files go into a folder (`folder:/path`).
+
+Numbers of images are for orientation. CIFAR-10's are counted by a test. The catalogue of TFDS
+(tensorflow.org/datasets/catalog) has those of SVHN, Fashion-MNIST, KMNIST, Caltech-101 (version 3.0.0), cars,
+DTD, flowers, Food-101, pets and SUN397, train and validation added up where both are trained on; CIFAR-100's
+and MNIST's are their authors'. Those of the sets that are not in TFDS, and which sets are measured class by
+class, have not been checked against Salman et al.'s table.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from advtransfer.data.cache import fingerprint
-from advtransfer.data.recorded import Recording, Records
+from advtransfer.data.recorded import PLACE_AND_TRAIN, Recording, Records, check_training
 
 _SPLITS = ("train", "validation", "test")
 _CHUNK = 1024  # records read at a time
@@ -39,7 +39,7 @@ def open_tfds(name: str) -> Recording:
       ValueError: nothing of this name is prepared (with the command that prepares it), it is not
         stored as array_record, or it does not hold images with one label each.
     """
-    where, train = re.fullmatch(r"tfds:(.*?)(?::([a-z]\w*(?:\[[^\]]*\])?(?:\+.+)?))?", name).groups()
+    where, train = re.fullmatch(f"tfds:{PLACE_AND_TRAIN}", name).groups()
     builder = _find_folder(name, where) if where[:1] in ("/", "~", ".") else _find_named(name, where)
     folder = Path(builder.data_dir)
     _check_format(name, builder, folder)
@@ -139,9 +139,7 @@ def _keys(name: str, info: Any) -> tuple[str, str]:
 def _training_on(name: str, known: Sequence[str], train: str) -> dict[str, str]:
     """What serves as each split when `train` is trained on."""
     used = set(re.findall(r"[a-z]\w*", train))
-    test = "test" if "test" in known else "validation"
-    if used & {test, "all"}:
-        raise ValueError(f"{name} would train on its test images, which are {test}")
+    check_training(name, used, known)
     return {split: split for split in known if split not in used} | {"train": train}
 
 

@@ -8,7 +8,8 @@ the batch or the device that it is in.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -46,6 +47,13 @@ AUGMENTATIONS = {
 }
 
 
+def choose_augmentation(keys: Mapping[str, Any]) -> Augmentation:
+    """What config.train.augmentation or config.transfer.augmentation says: a preset, or field by field."""
+    fields = dict(keys)
+    preset = fields.pop("preset")
+    return AUGMENTATIONS[preset] if preset else Augmentation(**fields)
+
+
 def augment(keys: jax.Array, images: jax.Array, augmentation: Augmentation) -> jax.Array:
     """Crops, flips, jitters and rotates; `AUGMENTATIONS` has what the papers do.
 
@@ -69,19 +77,25 @@ def augment(keys: jax.Array, images: jax.Array, augmentation: Augmentation) -> j
     return images
 
 
-def to_float(images: jax.Array) -> jax.Array:
-    """Turns uint8 [0, 255] into float32 [0, 1]."""
+def to_float(images: jax.Array, image_size: int | None = None) -> jax.Array:
+    """Turns uint8 [0, 255] into float32 [0, 1], resized to `image_size` (see `resize`) if one is given."""
     chex.assert_type(images, jnp.uint8)
-    return images.astype(jnp.float32) / jnp.float32(255)
+    images = images.astype(jnp.float32) / jnp.float32(255)
+    return images if image_size is None else resize(images, image_size)
 
 
 def resize(images: jax.Array, size: int) -> jax.Array:
-    """Resizes to [N, size, size, C], bilinear, with antialias when shrinking, as Pillow does."""
+    """Resizes to [N, size, size, C], bilinear, with antialias when shrinking.
+
+    The filter is Pillow's BILINEAR, a triangle whose width is that of the coarser grid's pixels, cut off at
+    the border. Pillow rounds to 8 bits after each direction; nothing is rounded here.
+    """
     chex.assert_rank(images, 4)
     if images.shape[1:3] == (size, size):
         return images
     shape = (images.shape[0], size, size, images.shape[3])
-    return jax.image.resize(images, shape, method="linear", antialias=True)
+    # Rounding may leave the weights' sum a little above 1.
+    return jnp.clip(jax.image.resize(images, shape, method="linear", antialias=True), 0, 1)
 
 
 def random_crop(keys: jax.Array, images: jax.Array, *, padding: int = 4) -> jax.Array:

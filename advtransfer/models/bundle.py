@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,10 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.tree_util import Partial
 
-from advtransfer import parallel
+from advtransfer import storage
 from advtransfer.models.resnet import ResNet, create_module, init_variables
 
 _SPEC_FILE, _VARIABLES = "model.json", "variables"
@@ -87,40 +84,26 @@ def identity(model: Model) -> str:
 
 
 def save_model(model: Model, folder: str | Path, *, overwrite: bool = False) -> None:
-    """Writes a model folder, whole or not at all: it is made beside `folder`, then renamed.
+    """Writes a model folder, whole or not at all: it is made beside `folder`, then renamed. At an address
+    `model.json` goes last, and a folder without it is no model.
 
     Package versions and the SHA-256 of the weights are recorded; `spec.provenance` is the caller's.
 
     Raises:
       ValueError: `folder` exists and `overwrite` is not set, or it holds something else than a model.
     """
-    folder = Path(folder).absolute()
-    if folder.exists() and not overwrite:
+    folder = storage.to_path(folder)
+    described = storage.is_file(folder / _SPEC_FILE)
+    if folder.exists() and not (described or _is_half_an_upload(folder)):
+        raise ValueError(f"{folder} exists, is no model folder and is not overwritten: choose another")
+    if described and not overwrite:
         raise ValueError(f"{folder} exists already: choose another folder, or pass overwrite=True")
-    if folder.exists() and not (folder / _SPEC_FILE).is_file():
-        raise ValueError(f"{folder} is no model folder and is not overwritten: choose another")
-    new, old = (folder.with_name(f".{folder.name}.{word}{os.getpid()}") for word in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), model.variables)
-    with _checkpointer() as checkpointer:
-        checkpointer.save(new / _VARIABLES, variables)
     spec = dataclasses.asdict(dataclasses.replace(model.spec, versions=package_versions()))
     text = json.dumps({"format": _FORMAT, **spec, "sha256": digest(variables)}, indent=2)
-    (new / _SPEC_FILE).write_text(text + "\n")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def load_spec(folder: str | Path) -> ModelSpec:
-    """What a model folder, or the `model` folder of a workdir, holds, without its weights.
-
-    Raises:
-      ValueError: no model folder, or a `model.json` that cannot be read.
-    """
-    return _read(_find(folder))[0]
+    with storage.new_folder(folder, last=_SPEC_FILE) as new:
+        storage.save_tree(new / _VARIABLES, variables)
+        (new / _SPEC_FILE).write_text(text + "\n")
 
 
 def load_model(folder: str | Path, *, dtype: Any = None) -> Model:
@@ -144,11 +127,9 @@ def load_model(folder: str | Path, *, dtype: Any = None) -> Model:
         dtype=dtype or jnp.float32,
     )
     try:
-        with _checkpointer() as checkpointer:
-            variables = checkpointer.restore(folder / _VARIABLES, _stored_shapes(folder))
+        variables = storage.load_tree(folder / _VARIABLES)
     except Exception as error:  # Orbax, TensorStore and the file system each raise their own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"the weights in {folder} cannot be read ({reason})") from error
+        raise ValueError(f"the weights in {folder} cannot be read ({storage.reason(error)})") from error
     expected = jax.eval_shape(lambda: init_variables(module, jax.random.key(0), spec.image_size))
     _check_fit(variables, expected, folder)
     if digest(variables) != sha256:
@@ -156,21 +137,17 @@ def load_model(folder: str | Path, *, dtype: Any = None) -> Model:
     return Model(module, jax.tree.map(jnp.asarray, variables), spec)
 
 
-def _checkpointer() -> ocp.StandardCheckpointer:
-    """This process's own: of several, one may save a model while the others do something else."""
-    process = parallel.process()
-    return ocp.StandardCheckpointer(
-        multiprocessing_options=ocp.options.MultiprocessingOptions(
-            primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process {process}"
-        )
-    )
-
-
 def _find(folder: str | Path) -> Path:
-    for candidate in (Path(folder), Path(folder) / "model"):
-        if (candidate / _SPEC_FILE).is_file():
-            return candidate.absolute()
+    path = storage.to_path(folder)
+    for candidate in (path, path / "model"):
+        if storage.is_file(candidate / _SPEC_FILE):
+            return candidate
     raise ValueError(f"{str(folder)!r} is no model folder: it has no {_SPEC_FILE}")
+
+
+def _is_half_an_upload(folder: Path) -> bool:
+    """Whether all there is are weights that a killed process has sent to an address."""
+    return storage.is_address(folder) and {path.name for path in folder.iterdir()} == {_VARIABLES}
 
 
 def _read(folder: Path) -> tuple[ModelSpec, str]:
@@ -185,13 +162,6 @@ def _read(folder: Path) -> tuple[ModelSpec, str]:
         return ModelSpec(**fields), sha256
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no model description: {error}") from error
-
-
-def _stored_shapes(folder: Path) -> Any:
-    """The stored tree as shapes that restore to host arrays."""
-    with _checkpointer() as checkpointer:
-        stored = checkpointer.metadata(folder / _VARIABLES).item_metadata.tree
-    return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), stored)
 
 
 def _check_fit(variables: Any, expected: Any, folder: Path) -> None:

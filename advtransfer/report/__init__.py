@@ -2,7 +2,7 @@
 
 from advtransfer.report.evidence import Evidence
 from advtransfer.report.page import write_report
-from advtransfer.report.rows import COLUMNS, read_rows, write_rows
+from advtransfer.report.rows import COLUMNS, read_foreign_rows, read_rows, write_rows
 from advtransfer.report.summary import SUMMARY_COLUMNS, summarise
 from advtransfer.report.words import headline
 
@@ -11,6 +11,7 @@ __all__ = [
     "SUMMARY_COLUMNS",
     "Evidence",
     "headline",
+    "read_foreign_rows",
     "read_rows",
     "summarise",
     "write_report",

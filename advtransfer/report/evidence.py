@@ -12,8 +12,7 @@ import numpy as np
 
 from advtransfer.report import figures
 from advtransfer.report.markup import attribute, image, numbers_link, scrolling, table, th
-from advtransfer.report.rows import csv_text
-from advtransfer.report.sections import Material
+from advtransfer.report.plots import Material, add_numbers
 from advtransfer.report.summary import Source
 
 MAX_PICTURES = 8
@@ -67,7 +66,7 @@ def sources_section(material: Material, known: Mapping[str, Source], evidence: E
         material.files["figures/source_accuracy.svg"] = svg
         columns = ("source", "natural_accuracy", "adversarial_accuracy")
         records = [dict(zip(columns, row, strict=True)) for row in measured]
-        material.files["figures/source_accuracy.csv"] = csv_text(records, columns)
+        add_numbers(material, "source_accuracy", records, columns)
         told = "; ".join(f"{a}: natural {_percent(b)}, adversarial {_percent(c)}" for a, b, c in measured)
         caption = (
             "What robustness costs and buys on the sources’ own task. Circle: accuracy on clean "

@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -35,12 +36,21 @@ class Style(NamedTuple):
 
 
 class Series(NamedTuple):
-    """One line: `x`, `mean` and `ci95` (NaN: no interval) of equal length; accuracies in [0, 1]."""
+    """One line: `x`, `mean` (finite) and `ci95` (NaN: no interval), of equal length; in [0, 1]."""
 
     style: Style
     x: Sequence[float]
     mean: Sequence[float]
     ci95: Sequence[float]
+
+
+class Axis(NamedTuple):
+    """A horizontal axis. `ticks` (place -> text) makes it one of categories: error bars, side by side."""
+
+    label: str
+    log: bool = False
+    ticks: Mapping[float, str] = MappingProxyType({})
+    joined: bool = True  # neighbouring marks by a line
 
 
 _NATURAL = (("#4d4d4d", "o", (0, (4, 2))), ("#8a8a8a", "p", (0, (1, 1.5))), ("#4d4d4d", "H", ":"))
@@ -51,6 +61,14 @@ _ROBUST = (
     ("#CC79A7", "v", (0, (6, 1, 1, 1, 1, 1))),
     ("#E69F00", "P", "-"),
     ("#56B4E9", "X", (0, (2, 1))),
+)
+_DEPTHS = (  # viridis, dark to light: the more is trained
+    ("#440154", "o", "-"),
+    ("#414487", "s", "-"),
+    ("#2a788e", "^", "-"),
+    ("#22a884", "D", "-"),
+    ("#62a82f", "v", "-"),
+    ("#b58900", "P", "-"),
 )
 
 
@@ -65,6 +83,12 @@ def styles(sources: Iterable[Source]) -> dict[str, Style]:
         hollow = source.norm == "none"
         found[source.name] = Style(label, *next(natural if hollow else robust), hollow)
     return found
+
+
+def depth_styles(labels: Mapping[int, str]) -> dict[int, Style]:
+    """A style per number of unfrozen blocks, for figures whose lines are these."""
+    looks = itertools.cycle(_DEPTHS)
+    return {blocks: Style(label, *next(looks), False) for blocks, label in labels.items()}
 
 
 def value_range(
@@ -86,20 +110,20 @@ def value_range(
 
 def line_panel(
     series: Sequence[Series],
+    axis: Axis,
     *,
     title: str,
-    xlabel: str,
     ylabel: str,
     yrange: tuple[float, float],
-    log: bool = False,
     zero: str = "",
+    behind: Sequence[Series] = (),
 ) -> bytes:
-    """One panel of lines with shaded intervals, as SVG.
+    """One panel of lines with their intervals, as SVG.
 
     Args:
       yrange: limits of the vertical axis in [0, 1] units; ticks are in percent or points.
-      log: a logarithmic horizontal axis, with ticks where there are data.
       zero: if given, a reference line at zero with this label at its end.
+      behind: thin lines with crosses behind the others, in the style's colour, without intervals.
     """
     with _defaults():
         figure, axes = _panel(title, ylabel, width=4.7, height=3.3)
@@ -110,18 +134,39 @@ def line_panel(
             style = Style(zero, *_NATURAL[0], True)
             axes.axhline(0, color=style.colour, linestyle=style.line, linewidth=1.4, zorder=2)
             ends.append((0.0, style))
-        for line in series:
-            x, mean, ci95 = (np.asarray(values, float) for values in line[1:])
-            low, high = 100 * (mean - np.nan_to_num(ci95)), 100 * (mean + np.nan_to_num(ci95))
-            colour = line.style.colour
-            axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0, zorder=1)
-            axes.plot(x, 100 * mean, color=colour, linestyle=line.style.line, zorder=3, **_dot(line.style))
-            if np.isfinite(mean).any():
-                ends.append((100 * mean[np.isfinite(mean)][-1], line.style))
+        for line in behind:
+            look = {"color": line.style.colour, "alpha": 0.6, "linewidth": 1, "marker": "x", "markersize": 4}
+            axes.plot(line.x, 100 * np.asarray(line.mean), zorder=1.5, **look)
+        for position, line in enumerate(series):
+            dodge = (
+                min(0.07 if axis.joined else 0.11, 0.6 / len(series)) * (position - (len(series) - 1) / 2)
+                if axis.ticks
+                else 0.0
+            )
+            _draw_line(axes, line, axis, dodge)
+            if axis.joined:
+                ends.append((100 * line.mean[-1], line.style))
+            else:  # marks that are not joined have no end: the names stand in their order
+                step = 0.08 * (yrange[1] - yrange[0])
+                ends.append((100 * (yrange[1] - step * (position + 1)), line.style))
         axes.set_ylim(100 * yrange[0], 100 * yrange[1])
-        _horizontal_axis(axes, sorted({v for line in series for v in line.x}), xlabel, log=log)
+        _horizontal_axis(axes, sorted({v for line in (*series, *behind) for v in line.x}), axis)
         _label_ends(axes, ends)
         return _svg(figure)
+
+
+def _draw_line(axes: Axes, line: Series, axis: Axis, dodge: float) -> None:
+    x, mean, ci95 = (np.asarray(values, float) for values in line[1:])
+    ci95, look = 100 * np.nan_to_num(ci95), _dot(line.style)
+    x, mean = x + dodge, 100 * mean
+    stroke = line.style.line if axis.joined else ""
+    axes.plot(x, mean, color=line.style.colour, linestyle=stroke, zorder=3, **look)
+    if axis.ticks:
+        axes.vlines(x, mean - ci95, mean + ci95, color=line.style.colour, linewidth=1.4, zorder=2.5)
+    else:
+        axes.fill_between(
+            x, mean - ci95, mean + ci95, color=line.style.colour, alpha=0.16, linewidth=0, zorder=1
+        )
 
 
 def dumbbell_panel(rows: Sequence[tuple[str, float, float]], *, title: str) -> bytes:
@@ -227,13 +272,19 @@ def _place(axes: Axes, *, left: float, right: float, top: float, bottom: float) 
     axes.set_position(box)
 
 
-def _horizontal_axis(axes: Axes, values: list[float], label: str, *, log: bool) -> None:
+def _horizontal_axis(axes: Axes, values: list[float], axis: Axis) -> None:
     from matplotlib.ticker import NullLocator
 
-    if log:
+    axes.set_xlabel(axis.label, labelpad=4)
+    if axis.ticks:
+        size = 9.5 if len(axis.ticks) * max(map(len, axis.ticks.values())) < 48 else 7.5
+        axes.set_xticks(list(axis.ticks), list(axis.ticks.values()), fontsize=size, parse_math=False)
+        axes.set_xlim(min(axis.ticks) - 0.4, max(axis.ticks) + 0.4)
+        return
+    if axis.log:
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
-    place = np.log(values) if log else np.asarray(values, float)
+    place = np.log(values) if axis.log else np.asarray(values, float)
     span = (place[-1] - place[0]) or 1.0
     ticks: dict[float, str] = {}
     taken = math.inf
@@ -245,8 +296,7 @@ def _horizontal_axis(axes: Axes, values: list[float], label: str, *, log: bool) 
     axes.set_xticks(list(ticks), list(ticks.values()))
     margin = 0.035 * span
     limits = np.array([place[0] - margin, place[-1] + margin])
-    axes.set_xlim(*(np.exp(limits) if log else limits))
-    axes.set_xlabel(label, labelpad=4)
+    axes.set_xlim(*(np.exp(limits) if axis.log else limits))
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, Style]]) -> None:

@@ -51,8 +51,9 @@ def attribute(name: str, value: str) -> str:
     return f' {name}="{escape(value)}"' if value else ""
 
 
-def numbers_link(name: str) -> str:
-    return f"Numbers: <a href='figures/{name}.csv'>figures/{name}.csv</a>."
+def numbers_link(name: str, what: str = "Numbers") -> str:
+    path = f"figures/{name}.csv".replace("figures/../", "")
+    return f"{what}: <a href='{path}'>{path}</a>."
 
 
 def span(values: Sequence[int]) -> str:

@@ -14,12 +14,16 @@ from string import Template
 from typing import Any
 
 from advtransfer.report import figures
+from advtransfer.report.cells import clean_rows
+from advtransfer.report.choices import BEST_COLUMNS, best_blocks, paper_tables
 from advtransfer.report.evidence import Evidence, pictures_section, source_of, sources_section
-from advtransfer.report.markup import span
-from advtransfer.report.rows import coerce_rows, csv_text, drop_duplicates, write_atomically
-from advtransfer.report.sections import Material, transfer_section
-from advtransfer.report.summary import SUMMARY_COLUMNS, Results, collect, pooled_deltas, summarise
-from advtransfer.report.words import count, headline, notes
+from advtransfer.report.markup import span, table
+from advtransfer.report.plots import Material
+from advtransfer.report.ratios import RATIO_COLUMNS, ratios
+from advtransfer.report.rows import csv_text, drop_duplicates, write_atomically
+from advtransfer.report.sections import NEEDED, needed_rows, transfer_section
+from advtransfer.report.summary import SUMMARY_COLUMNS, Results, collect, curves, pooled_deltas, summarise
+from advtransfer.report.words import blocks_text, count, headline, notes, ratio_notes
 
 _INTERVAL = (
     "Each seed’s difference is averaged over the numbers of images first; the interval is "
@@ -40,42 +44,57 @@ def write_report(
     *,
     evidence: Evidence = Evidence(),
     title: str = "Robust and natural sources, transferred",
+    reference: str = "none",
 ) -> Path:
-    """Writes summary.csv, figures/ (CSV and SVG) and report.html into `workdir`; returns the last.
+    """Writes the report into `workdir`, a local or any other path object; returns that of report.html.
 
-    The same arguments give the same bytes. Each file appears whole, report.html last.
+    Beside it: `summary.csv`; `ratios.csv`, images and epochs needed; `best_k.csv`; `table_kK.csv`, accuracies
+    in the layout of the paper's table; `figures/` (CSV and SVG). The same arguments give the same bytes. Each
+    file appears whole, report.html last. What the rows cannot tell is said in the report.
+
+    Args:
+      reference: "paper" draws the paper's published accuracies behind the figures against n.
 
     Raises:
-      ValueError: in one line: a row lacks a column or holds a value of the wrong kind, or the
-        shapes of the pictures do not match.
+      ValueError: in one line: no row can be used, or the shapes of the pictures do not match.
     """
-    rows = coerce_rows((f"rows[{index}]", row) for index, row in enumerate(rows))
+    rows, problems = clean_rows((f"rows[{index}]", row) for index, row in enumerate(rows))
+    if problems and not rows:
+        raise ValueError(problems[0].first)
     kept = drop_duplicates(rows)
     results = collect(kept)
     known = {source.name: source for source in map(source_of, evidence.sources)} | results.sources
+    summary = summarise(results)
     material = Material(
         results=results,
-        summary=summarise(results),
+        summary=summary,
+        curves=curves(results),
         pooled=pooled_deltas(results),
+        ratios=ratios(results),
+        best=best_blocks(results),
         styles=figures.styles(known.values()),
-        files={},
+        reference=reference,
+        files={"summary.csv": csv_text(summary, SUMMARY_COLUMNS)},
     )
-    material.files["summary.csv"] = csv_text(material.summary, SUMMARY_COLUMNS)
+    material.files["ratios.csv"] = csv_text(material.ratios, RATIO_COLUMNS)
+    material.files["best_k.csv"] = csv_text(material.best, BEST_COLUMNS)
+    for blocks, records in paper_tables(results, summary).items():
+        name = f"table_k{'all' if blocks < 0 else blocks}.csv"
+        material.files[name] = csv_text(records, list(records[0]))
     body = [
         _opening(material, title),
         *(transfer_section(material, target) for target in results.targets),
         sources_section(material, known, evidence),
         pictures_section(material, evidence),
-        _limits(results, evidence, num_repeats=len(rows) - len(kept)),
-        _reproduction(evidence),
+        _limits(material, evidence, [problem.sentence for problem in problems], len(rows) - len(kept)),
+        _reproduction(evidence, material.files),
     ]
     template = Template(resources.files(__package__).joinpath("template.html").read_text("utf-8"))
     page = template.substitute(title=escape(title), body="\n".join(filter(None, body)))
-    for name, content in material.files.items():
-        write_atomically(Path(workdir, name), content)
-    path = Path(workdir, "report.html")
-    write_atomically(path, page)
-    return path
+    folder = Path(workdir) if isinstance(workdir, str) else workdir
+    for name, content in (material.files | {"report.html": page}).items():
+        write_atomically(folder / name, content)
+    return folder / "report.html"
 
 
 def _opening(material: Material, title: str) -> str:
@@ -93,7 +112,29 @@ def _opening(material: Material, title: str) -> str:
             f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in _facts(material.results)
         )
         parts.append(f"<dl class=facts>{facts}</dl>")
+    parts.append(_needed(material))
     return "\n".join(parts)
+
+
+def _needed(material: Material) -> str:
+    """Images and epochs needed on every target, for the fewest trained layers as in the headline."""
+    groups = []
+    for target in material.results.targets:
+        rows = [
+            next(iter(needed_rows(material, target, quantity, f"{target}, {quantity}").values()), None)
+            for quantity in ("images", "epochs")
+        ]
+        groups.append([row for row in rows if row])
+    if not any(groups):
+        return ""
+    names = [name for name, source in material.results.sources.items() if source.norm != "none"]
+    heads = ["", *(material.styles[name].label for name in names)]
+    blocks = sorted({blocks_text(material.results.blocks(target)[0]) for target in material.results.targets})
+    caption = (
+        "How many times fewer images and epochs than from the natural source, for the same accuracy "
+        f"({', '.join(blocks)}; epochs at the n of the figures against epochs; below 1 it is more). {NEEDED}"
+    )
+    return table(heads, [group for group in groups if group], caption, numbers="../ratios")
 
 
 def _unbroken(text: str) -> str:
@@ -116,21 +157,26 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     ]
 
 
-def _limits(results: Results, evidence: Evidence, *, num_repeats: int) -> str:
+def _limits(material: Material, evidence: Evidence, problems: list[str], num_repeats: int) -> str:
     """What the reader must know before trusting the numbers: choices made, what is incomplete."""
-    said = [*map(str, evidence.remarks), *notes(results)]
+    results = material.results
+    said = [*map(str, evidence.remarks), *problems, *notes(results), *ratio_notes(results, material.ratios)]
     if num_repeats:
         said.append(f"{count(num_repeats, 'duplicate row')} dropped: same trial and epoch, last one kept.")
+    if material.reference == "paper" and "figures/reference.csv" not in material.files:
+        said.append(
+            "No published numbers are drawn: no rows have the paper’s k = 3, a target and a source of it."
+        )
     if results.accuracies:
         said.append(
-            "Intervals are Student’s t at 95 % over seeds, each on its own; they are not corrected "
+            "Intervals are Student’s t, 95 % over seeds (of factors, a bootstrap), each alone: not corrected "
             "for looking at several cells at once."
         )
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in said)
     return f"<h2>Limits and choices</h2>\n<ul>{items}</ul>" if said else ""
 
 
-def _reproduction(evidence: Evidence) -> str:
+def _reproduction(evidence: Evidence, files: Iterable[str]) -> str:
     parts = ["<h2>Reproduce</h2>"]
     if evidence.command:
         words = (f"<span>{escape(word)}</span>" for word in evidence.command.split(" "))
@@ -144,8 +190,10 @@ def _reproduction(evidence: Evidence) -> str:
         parts.append(f"<details><summary>Full configuration</summary><pre>{escape(text)}</pre></details>")
     if len(parts) == 1:
         parts.append("<p class=caveat>No command, versions or configuration were handed over.</p>")
+    tables = [f"<a href='{name}'>{name}</a>" for name in files if name.startswith("table_")]
+    layout = f" In the layout of the paper’s table, in %: {', '.join(tables)}." if tables else ""
     parts.append(
-        "<p>The table behind every number above: <a href='summary.csv'>summary.csv</a> "
-        "(accuracies as fractions).</p>"
+        "<p>The table behind every number above: <a href='summary.csv'>summary.csv</a> (accuracies as "
+        f"fractions).{layout}</p>"
     )
     return "\n".join(parts)

@@ -1,4 +1,8 @@
-"""Result rows on disk: one dict per evaluated epoch of one trial, as JSON lines, CSV or Parquet."""
+"""Result rows on disk: one dict per evaluated epoch of one trial, as JSON lines, CSV or Parquet.
+
+Files are reached through the path object that is given, with methods that `pathlib.Path` and
+`etils.epath.Path` share, so rows and reports may lie in a bucket.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-COLUMNS = (
-    "source",
-    "source_norm",
-    "source_eps",
-    "target",
-    "num_train_images",
-    "num_unfrozen_blocks",
-    "seed",
-    "epoch",
-    "train_accuracy",
-    "train_loss",
-    "test_accuracy",
-    "test_loss",
-    "seconds",
-    "trial_id",
-    "config",
-)
-REQUIRED = COLUMNS[:11]
+from advtransfer.report.cells import COLUMNS, REQUIRED, Problem, Row, clean_rows
 
-Row = dict[str, Any]
+Record = tuple[str, Mapping[str, Any] | str]  # where it stands, and what: the cells, or why there are none
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
@@ -42,24 +29,48 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
 
     Returns:
       Rows with every column of `COLUMNS`: counts as int, measurements as float (NaN where the
-      cell was empty), the rest as str. Of a trial and epoch that occurs twice the last is kept.
+      cell was empty), the rest as str; a seed that is no number stays a str. Of a trial and epoch
+      that occurs twice the last is kept.
 
     Raises:
       ValueError: in one line, with the file (and the line): nothing to read, columns missing, a
         line that is not a row, a value of the wrong kind, accuracies outside [0, 1].
     """
-    path = Path(path)
+    rows, problems, repeats = _read(path)
+    if problems:
+        raise ValueError(problems[0].first)
+    if repeats:
+        logging.getLogger(__name__).info("%s: %s", path, _repeated(repeats))
+    return rows
+
+
+def read_foreign_rows(path: str | os.PathLike[str]) -> tuple[list[Row], list[str]]:
+    """As `read_rows`, but what cannot be used is left out, and told: rows, and a sentence on each kind.
+
+    Raises:
+      ValueError: in one line: nothing to read, columns missing, no row that can be used.
+    """
+    rows, problems, repeats = _read(path)
+    if not rows:
+        raise ValueError(problems[0].first)
+    told = [problem.sentence for problem in problems]
+    return rows, [*told, _repeated(repeats)] if repeats else told
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[list[Row], list[Problem], int]:
+    path = Path(path) if isinstance(path, str) else path
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder of rows")
-    read = [row for file in _row_files(path) for row in coerce_rows(_records(file))]
-    if not read:
+    read, problems = clean_rows(record for file in _row_files(path) for record in _records(file))
+    if not read and not problems:
         raise ValueError(f"{path}: holds no rows")
     rows = drop_duplicates(read)
-    if len(rows) < len(read):
-        logging.getLogger(__name__).info(
-            "%s: %d duplicate rows dropped, the last of each kept", path, len(read) - len(rows)
-        )
-    return rows
+    return rows, problems, len(read) - len(rows)
+
+
+def _repeated(number: int) -> str:
+    rows = "1 duplicate row" if number == 1 else f"{number:,} duplicate rows"
+    return f"{rows} dropped: same trial and epoch, the last of each kept."
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
@@ -68,7 +79,7 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) 
     Raises:
       ValueError: the ending of `path` is neither .csv nor .jsonl.
     """
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path
     if path.suffix == ".csv":
         extra = {name: None for row in rows for name in row if name not in COLUMNS}
         text = csv_text(rows, (*COLUMNS, *extra))
@@ -90,33 +101,18 @@ def csv_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes beside `path` and renames: a reader sees the old file or the new one, never half."""
+    """Writes a whole file or none: a local one beside `path` and renamed, one in a bucket as one object."""
+    content = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(path, Path):
+        path.write_bytes(content)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
+        temporary.write_bytes(content)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def coerce_rows(records: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Row]:
-    """Gives every record its columns and types; `records` are pairs (where, record)."""
-    rows = []
-    for where, record in records:
-        missing = [name for name in REQUIRED if name not in record]
-        if missing:
-            raise ValueError(
-                f"{where}: columns missing: {', '.join(missing)} (rows need {', '.join(REQUIRED)})"
-            )
-        row = dict(record)
-        for name, convert in _CONVERSIONS.items():
-            try:
-                row[name] = convert(row.get(name))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{where}: {name} = {row.get(name)!r}: {error}") from None
-        rows.append(row)
-    return rows
 
 
 def drop_duplicates(rows: Iterable[Row]) -> list[Row]:
@@ -129,137 +125,81 @@ def drop_duplicates(rows: Iterable[Row]) -> list[Row]:
 def _row_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
+    files = list(_files(path))
     for suffix in _READERS:
-        files = sorted(file for file in path.rglob(f"*{suffix}") if not file.name.startswith("."))
-        files = [file for file in files if _looks_like_rows(file)]
-        if files:
-            return files
+        rows = [file for file in files if file.suffix == suffix and _looks_like_rows(file)]
+        if rows:
+            return rows
     raise ValueError(f"{path}: no rows found in this folder ({', '.join(_READERS)})")
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file below, in order; hidden files are passed over."""
+    for entry in sorted(folder.iterdir(), key=str):
+        if entry.is_dir():
+            yield from _files(entry)
+        elif not entry.name.startswith("."):
+            yield entry
 
 
 def _looks_like_rows(file: Path) -> bool:
     """At least half of the required columns in the first record: then it is meant to be rows."""
-    _, first = next(_records(file), ("", {}))
-    return 2 * sum(name in first for name in REQUIRED) >= len(REQUIRED)
+    _, first = next(_records(file), ("", ""))
+    return not isinstance(first, str) and 2 * sum(name in first for name in REQUIRED) >= len(REQUIRED)
 
 
-def _records(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _records(file: Path) -> Iterator[Record]:
     reader = _READERS.get(file.suffix)
     if reader is None:
         raise ValueError(f"{file}: rows are read from {', '.join(_READERS)} files")
     return reader(file)
 
 
-def _read_jsonl(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with open(file, "rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{file}:{number}: not a line of JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{file}:{number}: a row is a JSON object, not {line[:40]!r}")
-            yield f"{file}:{number}", record
-
-
-def _read_csv(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    with open(file, newline="", encoding="utf-8-sig", errors="replace") as stream:
-        reader = csv.reader(stream)
-        header = next(reader, [])
+def _read_jsonl(file: Path) -> Iterator[Record]:
+    for number, line in enumerate(io.BytesIO(file.read_bytes()), start=1):
+        if not line.strip():
+            continue
         try:
-            for cells in reader:
-                where = f"{file}:{reader.line_num}"
-                if cells and len(cells) != len(header):
-                    raise ValueError(f"{where}: {len(cells)} cells under {len(header)} columns")
-                if cells:
-                    yield where, dict(zip(header, cells, strict=True))
-        except csv.Error as error:
-            raise ValueError(f"{file}:{reader.line_num}: not a line of CSV ({error})") from None
+            record = json.loads(line)
+            yield f"{file}:{number}", record if isinstance(record, dict) else "no JSON object"
+        except ValueError:
+            yield f"{file}:{number}", "not a line of JSON"
 
 
-def _read_parquet(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _read_csv(file: Path) -> Iterator[Record]:
+    reader = csv.reader(io.StringIO(file.read_bytes().decode("utf-8-sig", errors="replace"), newline=""))
+    header = next(reader, [])
+    try:
+        for cells in reader:
+            where = f"{file}:{reader.line_num}"
+            if cells and len(cells) != len(header):
+                yield where, f"{len(cells)} cells under {len(header)} columns"
+            elif cells:
+                yield where, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        yield f"{file}:{reader.line_num}", f"not a line of CSV ({error}), and nothing after it was read"
+
+
+def _read_parquet(file: Path) -> Iterator[Record]:
     try:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{file}: reading Parquet needs pyarrow: pip install pyarrow") from None
     try:
-        records = pyarrow.parquet.read_table(file).to_pylist()
+        records = pyarrow.parquet.read_table(io.BytesIO(file.read_bytes())).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"{file}: not a Parquet file ({str(error).splitlines()[0]})") from None
     for number, record in enumerate(records, start=1):
         yield f"{file}:{number}", record
 
 
-_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Mapping[str, Any]]]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
 
 
-def _integer(value: Any) -> int:
-    if value is None or value == "":
-        raise ValueError("is empty")
-    number = float(value)
-    if not number.is_integer():
-        raise ValueError("is not a whole number")
-    return int(number)
-
-
-def _positive(value: Any) -> int:
-    number = _integer(value)
-    if number < 1:
-        raise ValueError("must be at least 1")
-    return number
-
-
-def _float(value: Any) -> float:
-    return math.nan if value is None or value == "" else float(value)
-
-
-def _accuracy(value: Any) -> float:
-    number = _float(value)
-    if not (math.isnan(number) or -1e-6 <= number <= 1 + 1e-6):
-        raise ValueError("accuracies are fractions in [0, 1], not percent")
-    return number
-
-
-def _name(value: Any) -> str:
-    if value is None or value == "":
-        raise ValueError("is empty")
-    return str(value)
-
-
-def _norm(value: Any) -> str:
-    # Writers that know a natural source as None leave an empty cell.
-    return "none" if value is None else str(value).strip().lower() or "none"
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
-
-
 def _null(value: Any) -> Any:
     value = value.item() if hasattr(value, "item") else value  # NumPy's scalars are no JSON
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-_CONVERSIONS: dict[str, Callable[[Any], Any]] = {
-    "source": _name,
-    "source_norm": _norm,
-    "source_eps": _float,
-    "target": _name,
-    "num_train_images": _positive,
-    "num_unfrozen_blocks": _integer,
-    "seed": _integer,
-    "epoch": _integer,
-    "train_accuracy": _accuracy,
-    "train_loss": _float,
-    "test_accuracy": _accuracy,
-    "test_loss": _float,
-    "seconds": _float,
-    "trial_id": _text,
-    "config": _text,
-}

@@ -1,42 +1,27 @@
-"""The report's part on one target: few images, accuracy, difference, epochs, all numbers."""
+"""The report's part on one target: few images, what is needed, figures, the best k, all numbers."""
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any
 
-from advtransfer.report import figures
-from advtransfer.report.markup import image, listing, numbers_link, span, table, th
-from advtransfer.report.rows import csv_text
-from advtransfer.report.summary import FEW_IMAGES, SUMMARY_COLUMNS, Pooled, Results, curves
+from advtransfer.report.markup import listing, table, th
+from advtransfer.report.plots import Material, add_numbers, axis_figures, epoch_size
+from advtransfer.report.summary import FEW_IMAGES, Pooled
 from advtransfer.report.words import blocks_text, count, is_clear, points
 
 
-class Material(NamedTuple):
-    """What the sections are made from, and `files`: what they add beside the page, by path."""
-
-    results: Results
-    summary: list[dict[str, Any]]
-    pooled: list[Pooled]
-    styles: dict[str, figures.Style]
-    files: dict[str, str | bytes]
-
-
 def transfer_section(material: Material, target: str) -> str:
-    seeds = {row["num_seeds"] for row in material.summary if row["target"] == target}
-    band = f"band: 95 % interval (Student’s t) over {span(sorted(seeds))} seeds"
-    if seeds == {1}:
-        band = "one seed, so no interval"
     return "\n".join(
         [
             f"<h2>Transfer to {escape(target)}</h2>",
             _pooled_table(material, target),
-            _accuracy_figure(material, target, band),
-            _delta_figure(material, target, band),
-            _epoch_figure(material, target, band),
+            _needed_table(material, target, "images"),
+            _needed_table(material, target, "epochs"),
+            *axis_figures(material, target),
+            _best_table(material, target),
             _accuracy_table(material, target),
         ]
     )
@@ -57,7 +42,7 @@ def _pooled_table(material: Material, target: str) -> str:
     records = [
         p._asdict() | {"source": p.source.name, "sizes": " ".join(map(str, p.sizes))} for p in pooled.values()
     ]
-    _numbers(material, "pooled_delta", records, columns)
+    add_numbers(material, "pooled_delta", records, columns)
     fewer = any(len(p.sizes) < len(sizes) for p in pooled.values())
     some = ", or those of them that both sources have" if fewer else ""
     few = "" if max(sizes) <= FEW_IMAGES else f" (the fewest there are; none is ≤ {FEW_IMAGES})"
@@ -81,118 +66,100 @@ def _pooled_cell(p: Pooled | None) -> str:
     return f"<td>{lead} <small>({interval})</small></td>"
 
 
-def _accuracy_figure(material: Material, target: str, band: str) -> str:
-    rows = [row for row in material.summary if row["target"] == target]
-    _numbers(material, "accuracy_vs_n", rows, SUMMARY_COLUMNS[:7])
-    return _line_figure(
-        material,
-        target,
-        [row | {"x": row["num_train_images"], "y": row["mean"], "half": row["ci95"]} for row in rows],
-        heading="Accuracy against the number of labelled images",
-        name="accuracy_vs_n",
-        xlabel="labelled target images, n (logarithmic)",
-        ylabel="Test accuracy, %",
-        log=True,
-        caption=f"Test accuracy on {target} at each seed’s last epoch. Line: mean; {band}.",
-    )
+def needed_rows(material: Material, target: str, quantity: str, title: str = "") -> dict[int, list[str]]:
+    """Per k a table's row: the factor over the whole curve for every robust source (epochs: at one n)."""
+    size = epoch_size(material.results, target)
+    found = {
+        (row["num_unfrozen_blocks"], row["source"]): row
+        for row in material.ratios
+        if (row["target"], row["quantity"]) == (target, quantity)
+        and "accuracy" not in row
+        and row.get("num_train_images", size) == size
+    }
+    names = [name for name in material.results.sources if material.results.sources[name].norm != "none"]
+    return {
+        k: [
+            th(escape(title or blocks_text(k)), "row"),
+            *(needed_cell(found.get((k, name))) for name in names),
+        ]
+        for k in material.results.blocks(target)
+        if any(k == blocks for blocks, _ in found)
+    }
 
 
-def _delta_figure(material: Material, target: str, band: str) -> str:
-    columns = ("source", "target", "num_train_images", "num_unfrozen_blocks", "delta", "delta_ci95")
-    rows = [row for row in material.summary if row["target"] == target and not math.isnan(row["delta"])]
+def needed_cell(row: Mapping[str, Any] | None) -> str:
+    if row is None or math.isnan(row["factor"]):
+        return "<td>–</td>"
+    if row["bound"]:
+        said = f"≥ {_times(row['factor'])}" if row["bound"] == "at least" else "not reached"
+        return f"<td>{said}</td>"
+    factor = _times(row["factor"])
+    if math.isnan(row["ci95_low"]):
+        return f"<td>{factor} <small>(1 seed)</small></td>"
+    clear = not row["ci95_low"] <= 1 <= row["ci95_high"]
+    low, high = (_times(row[end])[:-1] if row[end] < math.inf else "∞" for end in ("ci95_low", "ci95_high"))
+    return f"<td>{f'<b>{factor}</b>' if clear else factor} <small>({low} … {high})</small></td>"
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.2f}×" if factor < 9.995 else f"{factor:.0f}×"
+
+
+def _needed_table(material: Material, target: str, quantity: str) -> str:
+    rows = list(needed_rows(material, target, quantity).values())
     if not rows:
+        return ""  # notes() says why
+    robust = [name for name, source in material.results.sources.items() if source.norm != "none"]
+    size = epoch_size(material.results, target)
+    where = "" if quantity == "images" else f", fine-tuned on n = {size:,}"
+    return table(
+        ["Trained layers", *(material.styles[name].label for name in robust)],
+        [rows],
+        f"{quantity.capitalize()} needed{where}: how many times fewer than the natural source, for the same "
+        f"accuracy on {target}; below 1 it is more. In brackets: 95 % interval; bold: it excludes 1.",
+        numbers="../ratios",
+    )
+
+
+NEEDED = (
+    "Mean of the factor’s logarithm over the accuracies that both sources reach, each curve non-decreasing "
+    "and interpolated in the logarithm; 95 % interval by bootstrap over seeds, paired. "
+    "“≥”: the robust source is better with its fewest than the natural one with its most; “not reached”: the "
+    "other way round. Bold: the interval excludes 1."
+)
+
+
+def _best_table(material: Material, target: str) -> str:
+    found = {(r["num_train_images"], r["source"]): r for r in material.best if r["target"] == target}
+    if not found:
         return ""
-    _numbers(material, "delta_vs_n", rows, columns)
-    return _line_figure(
-        material,
-        target,
-        [row | {"x": row["num_train_images"], "y": row["delta"], "half": row["delta_ci95"]} for row in rows],
-        heading="Difference to the natural source",
-        name="delta_vs_n",
-        xlabel="labelled target images, n (logarithmic)",
-        ylabel="Lead over the natural source, points",
-        log=True,
-        zero="natural",
-        caption=(
-            "Accuracy minus that of the natural source with the same seed, so on the same target "
-            f"images. Line: mean difference, paired by seed; {band}. Above the dashed line the "
-            "robust source is ahead."
-        ),
+    names = [name for name in material.results.by_name(target) if any(name == s for _, s in found)]
+    rows = [
+        [th(f"{size:,}", "row"), *(_best_cell(found.get((size, name))) for name in names)]
+        for size in sorted({size for size, _ in found})
+    ]
+    content = table(
+        ["n", *(material.styles[name].label for name in names)],
+        [rows],
+        f"The k of the highest mean accuracy on {target}, its lead over the second in points (paired by "
+        "seed, 95 % interval), and in brackets every k that it cannot be told from: the interval of the "
+        "difference includes zero. The best was picked after looking, so its lead is rather too large.",
+        numbers="../best_k",
     )
+    return f"<h3>Which k is best</h3>\n{content}"
 
 
-def _epoch_figure(material: Material, target: str, band: str) -> str:
-    sizes = material.results.sizes(target)
-    chosen = max((n for n in sizes if n <= FEW_IMAGES), default=sizes[0])
-    curve = curves(material.results, target, chosen)
-    if len({point["epoch"] for point in curve}) < 2:
-        return "<p class=caveat>Accuracy against epoch is left out: one epoch was evaluated.</p>"
-    columns = (*SUMMARY_COLUMNS[:4], "epoch", "mean", "ci95", "num_seeds")
-    _numbers(material, "accuracy_vs_epoch", curve, columns)
-    return _line_figure(
-        material,
-        target,
-        [point | {"x": point["epoch"], "y": point["mean"], "half": point["ci95"]} for point in curve],
-        heading=f"Accuracy against epoch, n = {chosen:,}",
-        name="accuracy_vs_epoch",
-        xlabel="epoch",
-        ylabel="Test accuracy, %",
-        caption=f"Test accuracy on {target}, fine-tuned on {chosen:,} images. Line: mean; {band}.",
-    )
+def _best_cell(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return "<td>–</td>"
+    best = _k(row["best"]) if row["tied"] else f"<b>{_k(row['best'])}</b>"
+    tied = f" [or {', '.join(_k(k) for k in row['tied'].split())}]" if row["tied"] else ""
+    half = "" if math.isnan(row["lead_ci95"]) else f" ± {100 * row['lead_ci95']:.1f}"
+    return f"<td>{best}{tied} <small>{points(row['lead'])}{half}</small></td>"
 
 
-def _line_figure(
-    material: Material,
-    target: str,
-    marks: list[dict[str, Any]],
-    *,
-    heading: str,
-    name: str,
-    caption: str,
-    xlabel: str,
-    ylabel: str,
-    log: bool = False,
-    zero: str = "",
-) -> str:
-    """One panel per k from marks with `x`, `y` and `half` (the interval's half-width)."""
-    panels: dict[int, list[figures.Series]] = {}
-    for blocks in material.results.blocks(target):
-        for source, style in material.styles.items():
-            line = [
-                (p["x"], p["y"], p["half"])
-                for p in marks
-                if (p["num_unfrozen_blocks"], p["source"]) == (blocks, source)
-            ]
-            if not all(math.isnan(y) for _, y, _ in line):
-                columns = zip(*sorted(line), strict=True)
-                panels.setdefault(blocks, []).append(figures.Series(style, *columns))
-    if not panels:
-        return f"<p class=caveat>{escape(heading)} is left out: nothing was measured.</p>"
-    low, high = figures.value_range(panels.values(), include=(0.0,) if zero else ())
-    # Intervals of few seeds can reach beyond what an accuracy can be; the axis does not.
-    yrange = (low, high) if zero else (max(low, -0.02), min(high, 1.02))
-    images = []
-    for blocks, series in panels.items():
-        title = blocks_text(blocks).capitalize()
-        svg = figures.line_panel(
-            series, title=title, xlabel=xlabel, ylabel=ylabel, yrange=yrange, log=log, zero=zero
-        )
-        suffix = f"{_slug(material.results.targets, target)}_k{'all' if blocks < 0 else blocks}"
-        material.files[f"figures/{name}_{suffix}.svg"] = svg
-        images.append(image(svg, "svg+xml", _describe(title, xlabel, ylabel, series)))
-    return (
-        f"<h3>{escape(heading)}</h3>\n<figure class=plot><div class=panels>{''.join(images)}</div>"
-        f"<figcaption>{escape(caption)} {numbers_link(name)}</figcaption></figure>"
-    )
-
-
-def _describe(title: str, xlabel: str, ylabel: str, series: Sequence[figures.Series]) -> str:
-    """What a reader who cannot see the panel needs from it: both ends of every line."""
-    told = []
-    for style, x, mean, _ in series:
-        known = [f"{100 * y:.1f} at {at:,}" for at, y in zip(x, mean, strict=True) if not math.isnan(y)]
-        told.append(f"{style.label} {' to '.join(dict.fromkeys((known[0], known[-1])))}")
-    return f"{title}: {ylabel} against {xlabel}. {'; '.join(told)}."
+def _k(blocks: int | str) -> str:
+    return "all" if int(blocks) < 0 else str(blocks)
 
 
 def _accuracy_table(material: Material, target: str) -> str:
@@ -244,20 +211,3 @@ def _lead_cell(row: dict[str, Any] | None) -> str:
         return f"<td>{lead}</td>"
     lead = f"<b>{lead}</b>" if is_clear(row["delta"], row["delta_ci95"]) else lead
     return f"<td>{lead} <small>± {100 * row['delta_ci95']:.1f}</small></td>"
-
-
-def _numbers(
-    material: Material, name: str, records: Sequence[Mapping[str, Any]], columns: Sequence[str]
-) -> None:
-    """Adds a figure's numbers; later targets of the same figure are appended."""
-    path = f"figures/{name}.csv"
-    before = material.files.get(path, csv_text([], columns))
-    material.files[path] = before + csv_text(records, columns).partition("\n")[2]
-
-
-def _slug(targets: Sequence[str], target: str) -> str:
-    """A target's name for a file name; targets that would share one get their position too."""
-    slugs = [re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") for name in targets]
-    position = targets.index(target)
-    slug = slugs[position]
-    return slug if slug and slugs.count(slug) == 1 else f"{slug}-{position}".lstrip("-")

@@ -7,6 +7,7 @@ or none, there is nothing to subtract and the differences stay NaN.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ SUMMARY_COLUMNS = (
     "delta",
     "delta_ci95",
 )
+CURVE_COLUMNS = (*SUMMARY_COLUMNS[:4], "epoch", *SUMMARY_COLUMNS[4:])
 FEW_IMAGES = 100  # what the headline calls few: the regime of the paper's title claim
 
 
@@ -81,6 +83,9 @@ class Results(NamedTuple):
 
     def natural(self, target: str) -> list[str]:
         return [source.name for source in self.by_target[target] if source.norm == "none"]
+
+    def by_name(self, target: str) -> list[str]:
+        return [source.name for source in self.by_target[target]]
 
     def robust(self, target: str) -> list[str]:
         return [source.name for source in self.by_target[target] if source.norm != "none"]
@@ -149,17 +154,8 @@ def summarise(rows: Iterable[Mapping[str, Any]] | Results) -> list[dict[str, Any
     seed. What cannot be computed is NaN (an empty cell in summary.csv).
     """
     results = rows if isinstance(rows, Results) else collect(rows)
-    rank = {name: position for position, name in enumerate(results.sources)}
     summary = []
-    for cell in sorted(
-        results.accuracies,
-        key=lambda c: (
-            c.target,
-            _blocks_order(c.num_unfrozen_blocks),
-            c.num_train_images,
-            rank[c.source],
-        ),
-    ):
+    for cell in sorted(results.accuracies, key=functools.partial(_place, results)):
         final = results.final(cell)
         measures = (
             *mean_and_ci95(list(final.values())),
@@ -170,19 +166,31 @@ def summarise(rows: Iterable[Mapping[str, Any]] | Results) -> list[dict[str, Any
     return summary
 
 
-def curves(results: Results, target: str, num_train_images: int) -> list[dict[str, Any]]:
-    """Mean and interval at every epoch for one n: what the accuracy-against-epoch figure shows."""
+def curves(results: Results) -> list[dict[str, Any]]:
+    """As `summarise`, but at every epoch: what is drawn against epochs, one dict of `CURVE_COLUMNS` each."""
     points = []
-    for cell, seeds in results.accuracies.items():
-        if (cell.target, cell.num_train_images) != (target, num_train_images):
-            continue
+    for cell in sorted(results.accuracies, key=functools.partial(_place, results)):
+        seeds = results.accuracies[cell]
+        natural = results.natural(cell.target)
+        robust = len(natural) == 1 and results.sources[cell.source].norm != "none"
+        base = results.accuracies.get(cell._replace(source=natural[0]), {}) if robust else {}
         for epoch in sorted({epoch for epochs in seeds.values() for epoch in epochs}):
-            values = [epochs.get(epoch, math.nan) for epochs in seeds.values()]
-            values = [value for value in values if not math.isnan(value)]
-            mean, ci95 = mean_and_ci95(values)
-            point = {"epoch": epoch, "mean": mean, "ci95": ci95, "num_seeds": len(values)}
-            points.append(cell._asdict() | point)
+            mine, theirs = _at(seeds, epoch), _at(base, epoch)
+            leads = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+            values = (*mean_and_ci95(list(mine.values())), len(mine), *mean_and_ci95(leads))
+            points.append(dict(zip(CURVE_COLUMNS, (*cell, epoch, *values), strict=True)))
     return points
+
+
+def _at(seeds: Mapping[int | str, Mapping[int, float]], epoch: int) -> dict[int | str, float]:
+    """Accuracies measured at an epoch, by seed."""
+    return {s: e[epoch] for s, e in seeds.items() if not math.isnan(e.get(epoch, math.nan))}
+
+
+def _place(results: Results, cell: Cell) -> tuple[Any, ...]:
+    """The order of tables: by target, k, n, then the sources as they are ranked."""
+    rank = list(results.sources).index(cell.source)
+    return cell.target, _blocks_order(cell.num_unfrozen_blocks), cell.num_train_images, rank
 
 
 def pooled_deltas(results: Results, *, max_images: int = FEW_IMAGES) -> list[Pooled]:
@@ -204,7 +212,7 @@ def pooled_deltas(results: Results, *, max_images: int = FEW_IMAGES) -> list[Poo
                 if len(seeds) < 2:
                     pairs = dict(list(pairs.items())[:1])
                     seeds = set(*pairs.values())
-                per_seed = [np.mean([d[seed] for d in pairs.values()]) for seed in sorted(seeds)]
+                per_seed = [np.mean([d[seed] for d in pairs.values()]) for seed in sorted(seeds, key=str)]
                 delta, ci95 = mean_and_ci95(per_seed)
                 source = results.sources[name]
                 pooled.append(Pooled(source, target, blocks, tuple(pairs), delta, ci95, len(per_seed)))
@@ -224,7 +232,7 @@ def _paired(results: Results, cell: Cell) -> dict[int, float]:
         return {}
     base = results.final(cell._replace(source=natural[0]))
     mine = results.final(cell)
-    return {seed: mine[seed] - base[seed] for seed in sorted(mine.keys() & base.keys())}
+    return {seed: mine[seed] - base[seed] for seed in sorted(mine.keys() & base.keys(), key=str)}
 
 
 def _blocks_order(num_unfrozen_blocks: int) -> float:

@@ -106,6 +106,19 @@ def notes(results: Results) -> list[str]:
     return said
 
 
+def ratio_notes(results: Results, ratios: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Why targets have no factors for images or epochs needed, one sentence each."""
+    found = {(row["target"], row["quantity"]) for row in ratios}
+    few = {"images": "two n", "epochs": "two evaluated epochs"}
+    return [
+        f"{target}: {quantity} needed cannot be computed, because it takes {few[quantity]} per source."
+        for target in results.targets
+        if results.robust(target) and len(results.natural(target)) == 1
+        for quantity in few
+        if (target, quantity) not in found
+    ]
+
+
 def is_clear(delta: float, ci95: float) -> bool:
     """Whether the interval excludes zero."""
     return abs(delta) > ci95

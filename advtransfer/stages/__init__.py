@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from advtransfer import parallel
+from advtransfer import parallel, storage
 from advtransfer.checkpoint import SaveError
 from advtransfer.config import ConfigError, validate
 from advtransfer.source import compute_dtype
@@ -37,7 +37,7 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
       ConfigError: a bad value, or a workdir that holds another config's results.
       Preempted: SIGTERM came; the state of a source training is saved.
       DivergedError: a loss or a weight is no longer a number.
-      SaveError: the disk is full; what was written before is whole.
+      SaveError: the disk is full, or the object store refuses; what was written before is whole.
     """
     config, workdir = _resolve(config), _folder(workdir)
     try:
@@ -74,9 +74,7 @@ def _resolve(config: ConfigDict) -> ConfigDict:
 
 
 def _folder(workdir: str | Path) -> Path:
-    if "://" in str(workdir):
-        raise ConfigError(
-            f"--workdir={workdir}: addresses of object stores are not built yet; mount the bucket (gcsfuse, "
-            "mountpoint-s3) and name the folder"
-        )
-    return Path(workdir)
+    try:
+        return storage.to_path(workdir)
+    except ValueError as error:
+        raise ConfigError(f"--workdir={error}") from error

@@ -9,17 +9,15 @@ from ml_collections import ConfigDict
 from advtransfer import parallel
 from advtransfer.config import names_key
 from advtransfer.data import Dataset
-from advtransfer.models import ModelSpec
+from advtransfer.models import Model
 from advtransfer.source import check_classes, check_evaluation, compute_dtype, load_data
-from advtransfer.stages.named_models import find_model, find_spec, model_name
+from advtransfer.stages.named_models import find_model, model_name
 from advtransfer.stages.source import describe, measure_once
 from advtransfer.stages.workdir import check_workdir, open_workdir
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    _, dataset = _check(config, workdir)
-    with names_key("evaluate.model"):
-        model = find_model(config.evaluate.model, compute_dtype(config.dtype))
+    model, dataset = _check(config, workdir)
     open_workdir(config, workdir)
     name = model_name(config.evaluate.model)
     evaluation = measure_once(config, model, dataset, workdir, name=name)
@@ -28,23 +26,23 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def plan(config: ConfigDict, workdir: Path) -> str:
-    spec, dataset = _check(config, workdir)
+    model, dataset = _check(config, workdir)
     recipe = config.evaluate
     number = len(getattr(dataset, recipe.split).labels)
     number = min(recipe.num_images or number, number)
     attack = "" if recipe.norm == "none" else f", {recipe.num_restarts} × PGD-{recipe.num_steps}"
-    return f"evaluate {spec.architecture} on {number:,} images of {recipe.dataset}{attack}"
+    return f"evaluate {model.spec.architecture} on {number:,} images of {recipe.dataset}{attack}"
 
 
-def _check(config: ConfigDict, workdir: Path) -> tuple[ModelSpec, Dataset]:
+def _check(config: ConfigDict, workdir: Path) -> tuple[Model, Dataset]:
     with names_key("evaluate.model"):
         if not config.evaluate.model:
             raise ValueError("name a model: a folder, hf:REPO/FILE or a PyTorch file")
-        spec = find_spec(config.evaluate.model)
+        model = find_model(config.evaluate.model, compute_dtype(config.dtype))
     splits = (config.evaluate.split,)
-    dataset = load_data(config, "evaluate.dataset", image_size=spec.image_size, splits=splits)
+    dataset = load_data(config, "evaluate.dataset", image_size=model.spec.image_size, splits=splits)
     with names_key("evaluate.dataset"):
-        check_classes(dataset, spec)
+        check_classes(dataset, model.spec)
     check_evaluation(config)
     check_workdir(config, workdir)
-    return spec, dataset
+    return model, dataset

@@ -6,26 +6,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from advtransfer.models import Model, ModelSpec, load_model, load_spec
+from advtransfer.models import Model, load_model
 from advtransfer.torch_checkpoint import import_torch_checkpoint
 
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")  # of a file that is not there
-
-
-def find_spec(name: str) -> ModelSpec:
-    """What the named model is.
-
-    Raises:
-      ValueError: there is no such model, or it cannot be read.
-    """
-    return import_torch_checkpoint(name).spec if _is_checkpoint(name) else load_spec(name)
 
 
 def find_model(name: str, dtype: Any) -> Model:
     """The named model, computing in `dtype`.
 
     Raises:
-      ValueError: as `find_spec`.
+      ValueError: there is no such model, or it cannot be read.
     """
     if _is_checkpoint(name):
         return import_torch_checkpoint(name, dtype=dtype)

@@ -6,27 +6,32 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from advtransfer import storage
 from advtransfer.config import names_key
-from advtransfer.report import Evidence, headline, read_rows, write_report
+from advtransfer.report import Evidence, headline, read_foreign_rows, write_report
 from advtransfer.stages.workdir import check_workdir, versions
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    rows = _read(config)
+    rows, told = _read(config)
     check_workdir(config, workdir)
-    evidence = Evidence(versions=versions(), command=config.report.command, remarks=config.report.remarks)
-    path = write_report(rows, workdir, evidence=evidence, title=config.report.title)
-    print(*headline(rows), f"report: {path}", sep="\n")
+    remarks = (*config.report.remarks, *told)
+    evidence = Evidence(versions=versions(), command=config.report.command, remarks=remarks)
+    shown = {"title": config.report.title, "reference": config.report.reference}
+    path = write_report(rows, workdir, evidence=evidence, **shown)
+    print(*told, *headline(rows), f"report: {path}", sep="\n")
 
 
 def plan(config: ConfigDict, workdir: Path) -> str:
-    rows = _read(config)
+    rows, told = _read(config)
     check_workdir(config, workdir)
-    return f"report on {len(rows):,} rows of {config.rows} in {workdir}"
+    return "\n".join([*told, f"report on {len(rows):,} rows of {config.rows} in {workdir}"])
 
 
-def _read(config: ConfigDict) -> list[dict]:
+def _read(config: ConfigDict) -> tuple[list[dict], list[str]]:
     with names_key("rows"):
         if not config.rows:
             raise ValueError("name a file or folder of rows (CSV, Parquet or JSON lines)")
-        return read_rows(config.rows)
+        rows = storage.to_path(config.rows)
+        with storage.reading(rows):
+            return read_foreign_rows(rows)

@@ -60,9 +60,10 @@ def training_plan(config: ConfigDict, dataset: Dataset, folder: Path) -> str:
 def measure_once(
     config: ConfigDict, model: Model, dataset: Dataset, folder: Path, *, name: str
 ) -> dict[str, Any]:
-    """`measure`, kept in `folder`/evaluation.json for as long as model and dataset stay the same."""
+    """`measure`, kept in `folder`/evaluation.json for as long as the model and the images stay the same."""
     path = folder / "evaluation.json"
-    subject = {"model": identity(model), "dataset": dataset.name}
+    data = dataset.digest(config.evaluate.split)
+    subject = {"model": identity(model), "dataset": dataset.name, "data": data}
     if path.exists():
         evaluation = json.loads(path.read_text())
         if subject.items() <= evaluation.items():

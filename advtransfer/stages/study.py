@@ -6,15 +6,15 @@ Leaves in the workdir: `sources/NAME/` as stage=source does, `rows/` with a file
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from advtransfer.config import names_key
-from advtransfer.data import Dataset, subset_indices, to_float
+from advtransfer import storage
+from advtransfer.config import names_key, parse_source
+from advtransfer.data import Dataset, to_float
 from advtransfer.evaluate import predict
 from advtransfer.models import Model, create_module, identity, logits_fn
 from advtransfer.progress import progress_bar
@@ -28,11 +28,24 @@ from advtransfer.source import (
     load_source_data,
     train_source,
 )
-from advtransfer.stages.named_models import find_model, find_spec, model_name
+from advtransfer.stages.named_models import find_model, model_name
 from advtransfer.stages.source import measure_once, training_plan
 from advtransfer.stages.workdir import check_workdir, open_workdir, versions
-from advtransfer.study import Source, finished_rows, group, make_recipe, make_trials, num_steps, run_trials
+from advtransfer.study import (
+    Source,
+    Trial,
+    finished_rows,
+    group,
+    make_recipe,
+    make_trials,
+    num_steps,
+    run_trials,
+)
 from advtransfer.transfer import activation_shape, first_unfrozen_block, prefix_is_constant
+
+Targets = dict[tuple[int, bool], Dataset]  # by image size, and whether nothing is set aside
+
+_MAX_NAMED = 30  # classes in the report
 
 
 class Asked(NamedTuple):
@@ -41,36 +54,40 @@ class Asked(NamedTuple):
     name: str
     norm: str
     eps: float
-    config: ConfigDict | None  # of its training; None for a model from elsewhere
+    config: ConfigDict | None  # of its training; None for one from elsewhere
+    model: Model | None  # one from elsewhere
     place: str  # the folder where it is trained, or the name of the model
     architecture: str
     image_size: int
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-    asked = check(config, workdir)
+    asked, targets = check(config, workdir)
     open_workdir(config, workdir)
-    models = {source.name: _get_model(config, source) for source in asked}
+    models = {
+        source.name: source.model or train_source(source.config, source.place, name=source.name)
+        for source in asked
+    }
     dataset = load_source_data(config)
     trained = [source for source in asked if source.config is not None]
     evaluations = [
         {"name": source.name, "norm": source.norm, "eps": source.eps}
-        | measure_once(config, models[source.name], dataset, Path(source.place), name=source.name)
+        | measure_once(config, models[source.name], dataset, storage.to_path(source.place), name=source.name)
         for source in trained
     ]
     sources = [Source(s.name, s.norm, s.eps, identity(models[s.name])) for s in asked]
-    targets = {size: _load_target(config, size) for size in {s.image_size for s in asked}}
     rows = run_trials(
-        make_trials(config, sources),
+        _make_trials(config, asked, sources, targets),
         models,
-        lambda model: targets[model.spec.image_size],
+        {target.digest("train", config.study.split): target for target in targets.values()},
         workdir / "rows",
         group_size=config.study.group_size,
-        progress=lambda groups: progress_bar(groups, "fine-tune", "groups"),
+        progress=lambda groups, number: progress_bar(groups, "fine-tune", "groups", total=number),
     )
     write_rows(rows, workdir / "rows.csv")
     twins = {source.name: models[source.name] for source in trained}
-    pictures, captions = _pictures(config, twins, dataset, next(iter(targets.values())))
+    target = next(iter(targets.values()))
+    pictures, captions = _pictures(config, twins, dataset, target)
     evidence = Evidence(
         sources=evaluations,
         pictures=pictures,
@@ -78,22 +95,24 @@ def run(config: ConfigDict, workdir: Path) -> None:
         config=config.to_dict(),
         versions=versions(),
         command=config.report.command,
-        remarks=config.report.remarks,
+        remarks=(*config.report.remarks, *_remarks(dataset, target)),
     )
-    path = write_report(rows, workdir, evidence=evidence, title=config.report.title)
+    shown = {"title": config.report.title, "reference": config.report.reference}
+    path = write_report(rows, workdir, evidence=evidence, **shown)
     print(*headline(rows), f"report: {path}", sep="\n")
 
 
 def plan(config: ConfigDict, workdir: Path) -> str:
-    asked = check(config, workdir)
+    asked, targets = check(config, workdir)
     dataset = load_source_data(config)
     lines = [
-        training_plan(source.config, dataset, Path(source.place))
+        training_plan(source.config, dataset, storage.to_path(source.place))
         if source.config is not None
         else f"source {source.name}: {source.place}"
         for source in asked
     ]
-    trials = make_trials(config, [_planned_source(config, source) for source in asked])
+    sources = [_planned_source(config, source) for source in asked]
+    trials = _make_trials(config, asked, sources, targets)
     rows = finished_rows(workdir / "rows")
     left = [trial for trial in trials if trial.identity() not in rows]
     steps = sum(num_steps(trial) for trial in left)
@@ -102,35 +121,38 @@ def plan(config: ConfigDict, workdir: Path) -> str:
         f"fine-tune {len(left):,} of {len(trials):,} models in {num_groups:,} groups, "
         f"{steps:,} steps of {config.transfer.batch_size} images"
     )
-    bytes_needed = max(_input_bytes(config, source) for source in asked)
+    bytes_needed = max(_input_bytes(config, source, targets) for source in asked)
     return "\n".join([*lines, f"inputs on the device: {bytes_needed / 1e6:,.1f} MB at most"])
 
 
 def _planned_source(config: ConfigDict, source: Asked) -> Source:
     """The source of a trial; one that is not trained yet has finished none."""
-    trained = source.config is None or (Path(source.place) / "model" / "model.json").exists()
-    model = find_model(source.place, compute_dtype(config.dtype)) if trained else None
+    model = source.model
+    if source.config is not None and (storage.to_path(source.place) / "model" / "model.json").exists():
+        model = find_model(source.place, compute_dtype(config.dtype))
     return Source(source.name, source.norm, source.eps, identity(model) if model else "")
 
 
-def _input_bytes(config: ConfigDict, source: Asked) -> int:
+def _input_bytes(config: ConfigDict, source: Asked, targets: Targets) -> int:
     """Bytes of the images, or of their activations at the first trained block, over all of the grid's k."""
-    target = _load_target(config, source.image_size)
-    num_images = len(target.train.labels) + len(getattr(target, config.study.split).labels)
+    ours = [target for (size, _), target in targets.items() if size == source.image_size]
+    largest = max(ours, key=lambda target: target.train.num_images)
+    splits = largest.train, getattr(largest, config.study.split)
+    num_images = sum(split.num_images for split in splits)
     module = create_module(source.architecture, dtype=compute_dtype(config.dtype))
     recipe = make_recipe(config.transfer)
     sizes = []
     for k in config.study.num_unfrozen_blocks:
-        if prefix_is_constant(k, recipe.frozen_batch_norm, recipe.augmentation):
+        if prefix_is_constant(k, recipe):
             entering = activation_shape(module, first_unfrozen_block(module, k), source.image_size)
             sizes.append(num_images * entering.size * entering.dtype.itemsize)
         else:
-            sizes.append(num_images * 3 * source.image_size**2)
+            sizes.append(sum(split.nbytes for split in splits))
     return max(sizes)
 
 
-def check(config: ConfigDict, workdir: Path) -> list[Asked]:
-    """The sources, after everything that the config names has been looked up.
+def check(config: ConfigDict, workdir: Path) -> tuple[list[Asked], Targets]:
+    """The sources and the target, after everything that the config names has been looked up.
 
     Raises:
       ConfigError: naming the key.
@@ -147,44 +169,61 @@ def check(config: ConfigDict, workdir: Path) -> list[Asked]:
             module = create_module(source.architecture, num_classes=1)
             for k in config.study.num_unfrozen_blocks:
                 first_unfrozen_block(module, k)
-    labels = _load_target(config, asked[0].image_size).train.labels
+    targets = _load_targets(config, asked)
     with names_key("study.num_train_images"):
-        for n in config.study.num_train_images:
-            subset_indices(labels, n, dataset=config.transfer.target, seed=0)
+        _make_trials(config, asked, [Source(s.name, s.norm, s.eps, "") for s in asked], targets)
     check_workdir(config, workdir)
-    return asked
+    return asked, targets
 
 
 def _ask(config: ConfigDict, text: str, workdir: Path) -> Asked:
     """ "natural", "l2:0.5" (both trained here, by the one recipe of config.train), or a model by name."""
-    norm, colon, eps = text.partition(":")
+    norm, colon, _ = text.partition(":")
     if text != "natural" and not (colon and norm in ("l2", "linf")):
-        spec = find_spec(text)
-        return Asked(model_name(text), spec.norm, spec.eps, None, text, spec.architecture, spec.image_size)
-    try:
-        radius = float(eps) if colon else 0.0
-    except ValueError:
-        radius = -1.0
-    if colon and not 0 < radius < math.inf:
-        raise ValueError(f"{text!r}: write NORM:EPS with a positive number, such as l2:0.5")
+        model = find_model(text, compute_dtype(config.dtype))
+        norm, eps, architecture = model.spec.norm, model.spec.eps, model.spec.architecture
+        return Asked(model_name(text), norm, eps, None, model, text, architecture, model.spec.image_size)
     own = config.copy_and_resolve_references()
-    own.train.norm, own.train.eps = (norm, radius) if colon else ("none", 0.0)
+    own.train.norm, own.train.eps = parse_source(text)
     place = str(workdir / "sources" / text.replace(":", "_"))
-    return Asked(text, own.train.norm, radius, own, place, own.train.architecture, own.train.image_size)
+    train = own.train
+    return Asked(text, train.norm, train.eps, own, None, place, train.architecture, train.image_size)
 
 
-def _get_model(config: ConfigDict, source: Asked) -> Model:
-    if source.config is None:
-        with names_key("study.sources"):
-            return find_model(source.place, compute_dtype(config.dtype))
-    return train_source(source.config, source.place, name=source.name)
+def _load_targets(config: ConfigDict, asked: list[Asked]) -> Targets:
+    splits, view = ("train", config.study.split), config.transfer.view
+    return {
+        (size, whole): load_data(
+            config, "transfer.target", image_size=size, splits=splits, view=view, set_aside=not whole
+        )
+        for size in sorted({source.image_size for source in asked})
+        for whole in sorted({_is_whole(config, n) for n in config.study.num_train_images})
+    }
 
 
-def _load_target(config: ConfigDict, image_size: int) -> Dataset:
-    splits = ("train", config.study.split)
-    return load_data(
-        config, "transfer.target", image_size=image_size, splits=splits, view=config.transfer.view
-    )
+def _is_whole(config: ConfigDict, num_train_images: int) -> bool:
+    """Whether nothing is set aside for validation: all images are asked for, and nothing is validated."""
+    return num_train_images == -1 and config.study.split == "test"
+
+
+def _make_trials(
+    config: ConfigDict, asked: list[Asked], sources: list[Source], targets: Targets
+) -> list[Trial]:
+    sizes = {source.name: source.image_size for source in asked}
+    return make_trials(config, sources, lambda source, n: targets[sizes[source.name], _is_whole(config, n)])
+
+
+def _remarks(*datasets: Dataset) -> list[str]:
+    """What a reader should know of the source's and the target's images."""
+    *_, target = datasets
+    more = f", … ({len(target.class_names)})" if len(target.class_names) > _MAX_NAMED else ""
+    names = ", ".join(target.class_names[:_MAX_NAMED])
+    skipped = {dataset.name: dataset.skipped for dataset in datasets if dataset.skipped}
+    return [f"The classes of {target.name}: {names}{more}."] + [
+        f"{len(images):,} images of {name} could not be decoded and were left out: {'; '.join(images[:5])}"
+        + ("; …" if len(images) > 5 else ".")
+        for name, images in skipped.items()
+    ]
 
 
 def _pictures(
@@ -199,7 +238,7 @@ def _pictures(
         return pictures, captions
     names = dataset.class_names
     labels = dataset.test.labels[:number]
-    images = to_float(np.asarray(dataset.test.images[:number]))
+    images = to_float(np.asarray(dataset.test.images[:number]), config.train.image_size)
     pictures["source_images"] = np.asarray(images)
     captions["source_labels"] = [names[i] for i in labels]
     for source, model in models.items():

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from advtransfer import parallel
+from advtransfer import parallel, storage
 from advtransfer.config import ConfigError, conflicts, to_json
 from advtransfer.models import package_versions
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Raises a ConfigError if `workdir` holds another config's results or cannot be written."""
+    """Raises a ConfigError if `workdir` cannot be written or holds another config's results."""
+    try:
+        storage.check_writable(workdir)
+    except ValueError as error:
+        raise ConfigError(f"--workdir={workdir} cannot be written: {error}") from error
     saved = workdir / "config.json"
     if saved.exists():
         try:
@@ -29,29 +34,45 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
                 f"--workdir={workdir} holds the results of another config ({'; '.join(different)}): "
                 "choose another --workdir, or go back to that config"
             )
-    parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-    try:
-        # Permissions alone do not tell: root has them all, a mount may be read-only, a disk full.
-        with tempfile.TemporaryFile(dir=parent, buffering=0) as probe:
-            probe.write(bytes(4096))
-    except OSError as error:
-        raise ConfigError(f"--workdir={workdir} cannot be written: {parent}: {error.strerror}") from error
 
 
 def open_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Checks the workdir, makes it, and leaves `config.json` in it."""
+    """Checks the workdir, makes it, and leaves `config.json` in it.
+
+    Raises:
+      ConfigError: as `check_workdir`, or the processes of this run do not share `workdir`.
+    """
     check_workdir(config, workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    storage.make_folder(workdir)
+    _check_shared(workdir)
     write_json(workdir / "config.json", json.loads(to_json(config)))
+
+
+def _check_shared(workdir: Path, *, seconds: float = 5.0) -> None:
+    """Every process looks for a token of process 0; network file systems may take a moment to show it."""
+    if parallel.num_processes() == 1:
+        return
+    token = workdir / f".shared{int(parallel.from_main(np.int32(os.getpid())))}"
+    if parallel.is_main_process():
+        storage.write(token, b"")
+    parallel.barrier("token")
+    deadline = time.monotonic() + seconds
+    while not (seen := token.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    shared = parallel.everywhere(seen)
+    if parallel.is_main_process():
+        token.unlink()
+    if not shared:
+        raise ConfigError(
+            f"--workdir={workdir} is not one folder: another process does not see what process 0 writes "
+            "there. Name a folder on a file system that all processes share, or a bucket (gs://, s3://)"
+        )
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON whole or not at all; process 0 does."""
-    if not parallel.is_main_process():
-        return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    os.replace(partial, path)
+    if parallel.is_main_process():
+        storage.write(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Transfer: a new head, frozen blocks, the constant prefix computed once, fine-tuning of one or many."""
 
-from advtransfer.transfer.fine_tune import fine_tune, fine_tune_many
+from advtransfer.transfer.fine_tune import Prepared, fine_tune, fine_tune_many, own_statistics, prepare
 from advtransfer.transfer.freezing import (
     activation_shape,
     activations,
@@ -10,18 +10,24 @@ from advtransfer.transfer.freezing import (
     target_batch_stats,
 )
 from advtransfer.transfer.head import HEAD_INITS, reset_head
-from advtransfer.transfer.recipe import Recipe
+from advtransfer.transfer.program import Rates
+from advtransfer.transfer.recipe import Recipe, check_recipe
 
 __all__ = [
     "HEAD_INITS",
+    "Prepared",
+    "Rates",
     "Recipe",
     "activation_shape",
     "activations",
+    "check_recipe",
     "fine_tune",
     "fine_tune_many",
     "first_unfrozen_block",
     "frozen_mask",
+    "own_statistics",
     "prefix_is_constant",
+    "prepare",
     "reset_head",
     "target_batch_stats",
 ]

@@ -9,8 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from advtransfer import optim, parallel
-from advtransfer.data import Augmentation, to_float
+from advtransfer.data import Augmentation, augment, to_float
 from advtransfer.models import init_variables
+from advtransfer.transfer.recipe import Recipe
+
+NO_AUGMENTATION = Augmentation()
+
+# Of the keys that fixed views are drawn with.
+_VIEW_STREAM = 0xF1E5
 
 
 def first_unfrozen_block(module: Any, num_unfrozen_blocks: int) -> int | None:
@@ -39,9 +45,10 @@ def frozen_mask(module: Any, params: Any, num_unfrozen_blocks: int) -> Any:
     return optim.freeze_mask(params, trainable=[*blocks[start:], "fc/"], frozen=[*stem, *blocks[:start]])
 
 
-def prefix_is_constant(num_unfrozen_blocks: int, frozen_batch_norm: str, augmentation: Augmentation) -> bool:
-    """Whether the activations at the first trained block are a fixed function of the image."""
-    return num_unfrozen_blocks != -1 and frozen_batch_norm != "update" and augmentation == Augmentation()
+def prefix_is_constant(num_unfrozen_blocks: int, recipe: Recipe) -> bool:
+    """Whether the activations at the first trained block are a fixed function of the image and its view."""
+    fixed = recipe.augmentation == NO_AUGMENTATION or recipe.num_views > 0
+    return num_unfrozen_blocks != -1 and recipe.frozen_batch_norm != "update" and fixed
 
 
 def activation_shape(module: Any, start: int, image_size: int) -> jax.ShapeDtypeStruct:
@@ -52,39 +59,63 @@ def activation_shape(module: Any, start: int, image_size: int) -> jax.ShapeDtype
 
 
 def activations(
-    module: Any, variables: Any, images: np.ndarray, start: int, *, batch_size: int = 256
+    module: Any,
+    variables: Any,
+    images: np.ndarray,
+    start: int,
+    image_size: int | None = None,
+    *,
+    augmentation: Augmentation = NO_AUGMENTATION,
+    view: int = 0,
+    batch_size: int = 256,
 ) -> jax.Array:
-    """What enters block `start` in evaluation mode, for uint8 images [N, H, W, 3]: [N, h, w, c] or [N, C]."""
+    """What enters block `start` in evaluation mode, [N, h, w, c] or [N, C], for uint8 images [N, H, W, 3],
+    which are resized to `image_size` on the device (None: left as they are).
+
+    View 0 is the images as they are, view v > 0 their v-th augmentation, which is the same in every call.
+    """
+    augmentation = augmentation if view else NO_AUGMENTATION
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(_VIEW_STREAM), view), len(images))
     batch_size = min(batch_size, len(images))
-    batches = [
-        _enter(module, variables, parallel.pad(images[i : i + batch_size], batch_size)[0], start)
-        for i in range(0, len(images), batch_size)
-    ]
+    batches = []
+    for i in range(0, len(images), batch_size):
+        piece, _ = parallel.pad((images[i : i + batch_size], keys[i : i + batch_size]), batch_size)
+        batches.append(_enter(module, variables, *piece, augmentation, start, image_size))
     return jnp.concatenate(batches)[: len(images)]
 
 
-def target_batch_stats(module: Any, variables: Any, images: np.ndarray, *, batch_size: int = 256) -> Any:
+def target_batch_stats(
+    module: Any,
+    variables: Any,
+    images: np.ndarray,
+    image_size: int | None = None,
+    *,
+    batch_size: int = 256,
+) -> Any:
     """BatchNorm statistics re-estimated on a target set, uint8 [N, H, W, 3]: averages of the batches' own.
 
     The set is cut into equal batches of at most `batch_size`, as equal as N allows; each counts by its size.
+    Images are resized as in `activations`.
     """
     pieces = np.array_split(np.arange(len(images)), -(-len(images) // batch_size))
     plain = module.clone(momentum=0.0)  # the statistics of the last batch, not a running average
     totals = None
     for piece in pieces:
-        stats = _batch_statistics(plain, variables, images[piece])
+        stats = _batch_statistics(plain, variables, images[piece], image_size)
         weight = len(piece) / len(images)
         weighted = jax.tree.map(lambda x, weight=weight: weight * x, stats)
         totals = weighted if totals is None else jax.tree.map(jnp.add, totals, weighted)
     return totals
 
 
-@jax.jit(static_argnames=("module", "start"))
-def _enter(module, variables, images, start):
-    return module.apply(variables, to_float(images), stop=start)
+@jax.jit(static_argnames=("module", "augmentation", "start", "image_size"))
+def _enter(module, variables, images, keys, augmentation, start, image_size):
+    images = augment(keys, to_float(images, image_size), augmentation)
+    return module.apply(variables, images, stop=start)
 
 
-@jax.jit(static_argnames=("module",))
-def _batch_statistics(module, variables, images):
-    _, changed = module.apply(variables, to_float(images), train=True, mutable=["batch_stats"])
+@jax.jit(static_argnames=("module", "image_size"))
+def _batch_statistics(module, variables, images, image_size):
+    images = to_float(images, image_size)
+    _, changed = module.apply(variables, images, train=True, mutable=["batch_stats"])
     return changed["batch_stats"]

@@ -29,6 +29,7 @@ class Recipe(NamedTuple):
     head_scale: float = 1.0
     frozen_batch_norm: str = "source"  # update | source | target
     augmentation: Augmentation = Augmentation()
+    num_views: int = 0  # the image and its fixed augmentations to choose from; 0: drawn anew in every step
 
 
 def check_recipe(recipe: Recipe, num_images: int) -> Recipe:

@@ -1,0 +1,228 @@
+"""Images and epochs needed: by what factor a robust source needs fewer to be as accurate as the natural one.
+
+A source's curve is its mean test accuracy over seeds against log n (or log epoch), made non-decreasing by
+least squares (isotonic regression, min-max formula: Barlow et al. 1972) and joined by straight lines. Read
+the other way round it says how many images an accuracy takes: where the curve first reaches it. The factor
+at an accuracy is what the natural source needs over what the robust one needs. One factor for a whole curve
+is the mean of its logarithm over the accuracies that both curves reach (Bjøntegaard's delta rate, VCEG-M33,
+2001). Nothing is extrapolated: where the robust source is better with its fewest images already, the factor
+is "at least" the one to these; where it never gets there, "not reached": less than the one to its most.
+
+Intervals are percentiles over 2,000 resamples of the seeds, with levels widened for few seeds (Hesterberg
+2015, The American Statistician 69(4)); under six seeds, whose resamples are too few for that, Student's t
+times the resamples' standard deviation, on the logarithm. A seed is resampled with all that belongs to it:
+both sources, every n. Seeds that are there at other n, or for one source only, are resampled among their
+like, so a point with a single seed adds nothing to the interval.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import ndtr, stdtrit
+
+from advtransfer.report.summary import Cell, Results
+
+RATIO_COLUMNS = (
+    "quantity",  # images or epochs
+    "source",
+    "target",
+    "num_unfrozen_blocks",
+    "num_train_images",  # images: where the natural source has this accuracy; epochs: of the fine-tuning
+    "epoch",  # epochs: where the natural source has this accuracy
+    "accuracy",  # of the natural source there; empty (as is where it stands): over the whole curve
+    "factor",  # how many times fewer the robust source needs
+    "ci95_low",
+    "ci95_high",
+    "num_seeds",
+    "bound",  # empty, "at least" or "not reached"
+)
+NUM_RESAMPLES = 2000
+_FEW_SEEDS = 6  # 5 seeds have 126 different resamples
+_MOST_POINTS = 24  # of a curve; of more, so many are taken, evenly spread
+
+Curve = Mapping[int | str, Mapping[int, float]]  # seed -> n or epoch -> accuracy
+
+
+class Factor(NamedTuple):
+    """How many times fewer: `low` and `high` end its 95 % interval (0 and inf: no end, NaN: no interval)."""
+
+    value: float
+    low: float
+    high: float
+    bound: str = ""
+
+
+class Comparison(NamedTuple):
+    """One robust curve against the natural one: at the natural one's points, and over the whole curve."""
+
+    places: np.ndarray  # the natural source's n, or epochs
+    accuracies: np.ndarray
+    factors: list[Factor]
+    whole: Factor
+    num_seeds: int  # of the source that has fewer
+
+
+def ratios(results: Results) -> list[dict[str, Any]]:
+    """One dict of `RATIO_COLUMNS` per robust source, target, k and point of the natural source's curve,
+    and one for the curve as a whole; targets without a single natural source have none."""
+    found = []
+    for target in results.targets:
+        natural = results.natural(target)
+        for blocks in results.blocks(target) if len(natural) == 1 else ():
+            by_size = {name: _curves(results, name, target, blocks) for name in results.by_name(target)}
+            for name in results.robust(target):
+                mine, base = by_size[name], by_size[natural[0]]
+                place = {"source": name, "target": target, "num_unfrozen_blocks": blocks}
+                images = compare(_finals(base), _finals(mine))
+                found += _records(images, place | {"quantity": "images"}, "num_train_images")
+                for size in sorted(base.keys() & mine.keys()):
+                    here = place | {"quantity": "epochs", "num_train_images": size}
+                    found += _records(compare(base[size], mine[size]), here, "epoch")
+    return found
+
+
+def compare(natural: Curve, robust: Curve) -> Comparison | None:
+    """By what factor `robust` needs fewer to reach the accuracies of `natural`; None if there is no curve."""
+    seeds = sorted(natural.keys() | robust.keys(), key=str)
+    (x, ours), (z, theirs) = (_table(curve, seeds) for curve in (natural, robust))
+    if len(x) < 2 or len(z) < 2:
+        return None
+    there = np.isfinite(np.hstack([ours, theirs]))
+    weights = _resamples(tuple(np.unique(there, axis=0, return_inverse=True)[1].ravel().tolist()))
+    base, mine = _rising(ours, weights), _rising(theirs, weights)
+    log_x, log_z = np.log(x), np.log(z)
+    num_seeds = min(len(natural), len(robust))
+    factors = []
+    for i in range(len(x)):
+        level = base[:, i]
+        shift = _first_reach(log_x, base, level) - _first_reach(log_z, mine, level)
+        factors.append(_factor(shift, num_seeds, least=log_x[i] - log_z[0], most=log_x[i] - log_z[-1]))
+    whole = _factor(
+        _mean_shift(log_x, base, log_z, mine),
+        num_seeds,
+        least=log_x[-1] - log_z[0],
+        most=log_x[0] - log_z[-1],
+    )
+    return Comparison(x, base[0], factors, whole, num_seeds)
+
+
+def _curves(results: Results, source: str, target: str, blocks: int) -> dict[int, Curve]:
+    cells = {size: Cell(source, target, size, blocks) for size in results.sizes(target)}
+    return {size: results.accuracies[cell] for size, cell in cells.items() if cell in results.accuracies}
+
+
+def _finals(by_size: Mapping[int, Curve]) -> Curve:
+    """Each seed's accuracy at its last epoch, against n."""
+    finals: dict[int | str, dict[int, float]] = {}
+    for size, seeds in by_size.items():
+        for seed, epochs in seeds.items():
+            finals.setdefault(seed, {})[size] = epochs[max(epochs)]
+    return finals
+
+
+def _records(compared: Comparison | None, place: dict[str, Any], axis: str) -> list[dict[str, Any]]:
+    if compared is None:
+        return []
+    levels = [
+        {axis: int(x), "accuracy": y}
+        for x, y in zip(compared.places, compared.accuracies.tolist(), strict=True)
+    ]
+    return [
+        place
+        | level
+        | dict(zip(RATIO_COLUMNS[7:], (*factor[:3], compared.num_seeds, factor.bound), strict=True))
+        for level, factor in zip([*levels, {}], [*compared.factors, compared.whole], strict=True)
+    ]
+
+
+def _table(curve: Curve, seeds: list[int | str]) -> tuple[np.ndarray, np.ndarray]:
+    """The places (n or epochs, [m], positive) of a curve and its accuracies [seeds, m], NaN if missing."""
+    places = {x for values in curve.values() for x, y in values.items() if x > 0 and not math.isnan(y)}
+    x = sorted(places)
+    if len(x) > _MOST_POINTS:
+        x = [x[i] for i in np.unique(np.linspace(0, len(x) - 1, _MOST_POINTS).round().astype(int))]
+    table = [[curve.get(seed, {}).get(place, math.nan) for place in x] for seed in seeds]
+    return np.array(x, float), np.array(table, float).reshape(len(seeds), len(x))
+
+
+@functools.lru_cache(maxsize=64)
+def _resamples(strata: tuple[int, ...]) -> np.ndarray:
+    """How often each seed is drawn within its stratum, [1 + resamples, seeds]; first the sample itself."""
+    rng = np.random.default_rng(0)
+    weights = np.ones((1 + NUM_RESAMPLES, len(strata)))
+    for stratum in sorted(set(strata)):
+        members = [i for i, s in enumerate(strata) if s == stratum]
+        weights[1:, members] = rng.multinomial(len(members), [1 / len(members)] * len(members), NUM_RESAMPLES)
+    return weights
+
+
+def _rising(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Means over the weighted seeds [resamples, m], made non-decreasing by least squares."""
+    there = np.isfinite(table)
+    counts = there.sum(0)  # the same in every resample, because strata are by what is there
+    totals = np.cumsum(np.pad(weights @ np.where(there, table, 0), ((0, 0), (1, 0))), axis=1)
+    counts = np.cumsum(np.pad(counts, (1, 0)))
+    best = np.full((len(weights), table.shape[1]), -np.inf)
+    for j in range(table.shape[1]):  # max over j <= i of min over l >= i of the mean of points j..l
+        means = (totals[:, j + 1 :] - totals[:, j, None]) / (counts[j + 1 :] - counts[j])
+        least = np.minimum.accumulate(means[:, ::-1], axis=1)[:, ::-1]
+        best[:, j:] = np.maximum(best[:, j:], least)
+    return best
+
+
+def _first_reach(x: np.ndarray, y: np.ndarray, level: np.ndarray) -> np.ndarray:
+    """Where curves `y` [B, m] over `x` [m] first reach `level` [B]; -inf: before, inf: not at all."""
+    level = level[:, None]
+    rise = np.diff(y, axis=1)
+    steep = rise > 0
+    share = np.where(steep, (level - y[:, :-1]) / np.where(steep, rise, 1), level > y[:, :-1])
+    at = x[0] + np.clip(share, 0, 1) @ np.diff(x)
+    slack = 1e-12  # a curve reaches its own ends, rounding or not
+    at = np.where(level[:, 0] < y[:, 0] - slack, -np.inf, at)
+    return np.where(level[:, 0] > y[:, -1] + slack, np.inf, at)
+
+
+def _mean_shift(x: np.ndarray, base: np.ndarray, z: np.ndarray, mine: np.ndarray) -> np.ndarray:
+    """Mean of (x of the natural curve - z of the robust one) over the accuracies that both reach, [B].
+
+    Infinite where one is better everywhere; NaN where there is nothing to compare (a curve is flat).
+    """
+    low = np.maximum(base[:, 0], mine[:, 0])[:, None]
+    high = np.minimum(base[:, -1], mine[:, -1])[:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shift = (_area(x, base, low, high) - _area(z, mine, low, high)) / (high - low)[:, 0]
+    ahead, behind = mine[:, 0] >= base[:, -1], mine[:, -1] <= base[:, 0]
+    shift = np.where(high[:, 0] > low[:, 0], shift, np.nan)
+    return np.where(ahead & ~behind, np.inf, np.where(behind & ~ahead, -np.inf, shift))
+
+
+def _area(x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Integral of x over y from `low` to `high`, for curves [B, m] of straight lines."""
+    start, end = y[:, :-1], y[:, 1:]
+    rise = np.where(end > start, end - start, 1)
+    a, b = np.clip(start, low, high), np.clip(end, low, high)
+    middle = ((a + b) / 2 - start) / rise
+    return ((b - a) * (x[:-1] + middle * np.diff(x))).sum(1)
+
+
+def _factor(shifts: np.ndarray, num_seeds: int, *, least: float, most: float) -> Factor:
+    """From log factors, the sample's first; `least` and `most`: to the ends of the robust curve."""
+    shift, low, high = shifts[0], math.nan, math.nan
+    if num_seeds > 1 and not math.isnan(shift):
+        t = stdtrit(num_seeds - 1, 0.975) * math.sqrt(num_seeds / (num_seeds - 1))
+        # What lies beyond an end of the robust curve is known on one side only, and a flat curve on neither.
+        at_least = np.nan_to_num(shifts[1:], nan=-math.inf, posinf=least, neginf=-math.inf)
+        at_most = np.nan_to_num(shifts[1:], nan=math.inf, posinf=math.inf, neginf=most)
+        low = np.quantile(at_least, ndtr(-t), method="lower")
+        high = np.quantile(at_most, ndtr(t), method="higher")
+        if num_seeds < _FEW_SEEDS and np.isfinite(shifts).all():
+            half = t * shifts[1:].std()
+            low, high = shift - half, shift + half
+    bound = {math.inf: "at least", -math.inf: "not reached"}.get(shift, "")
+    shift = {math.inf: least, -math.inf: most}.get(shift, shift)
+    return Factor(*(float(np.exp(value)) for value in (shift, low, high)), bound)

@@ -1,0 +1,66 @@
+"""Several processes, one folder of results: who does what, without a word between them.
+
+A claim is a lock on a file beside the result (flock), which ends with the process that holds it, however that
+ends. Network file systems of Linux know it too (NFS since 4, Lustre and CephFS by default or with `flock`).
+Object stores do not: there work is divided beforehand, by the process's number in the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from advtransfer import parallel, storage
+
+_LOOK_EVERY = 0.5  # seconds, for what others have finished
+
+
+def divide(names: Sequence[str], folder: Any, is_done: Callable[[str], bool]) -> Iterator[str]:
+    """The names that this process is to work on, in their order, each held while its turn of the loop lasts.
+
+    Any number of processes, started at any time, iterate over the same names. No name is worked on by two
+    at once, or again once it is done; that of a process that died is taken by another. Ends when all are
+    done, by whomever.
+
+    Args:
+      names: of the pieces of work; also of their locks, NAME.lock.
+      folder: where the locks lie.
+      is_done: whether the result of a name is there.
+    """
+    if storage.is_address(folder):
+        yield from (
+            name for name in names[parallel.process() :: parallel.num_processes()] if not is_done(name)
+        )
+        while not all(map(is_done, names)):
+            time.sleep(_LOOK_EVERY)
+        return
+    pending = list(names)
+    while pending:
+        others = []
+        for name in pending:
+            with claim(folder / f"{name}.lock") as mine:
+                if not mine:
+                    others.append(name)
+                elif not is_done(name):
+                    yield name
+        pending = others
+        if pending:
+            time.sleep(_LOOK_EVERY)
+
+
+@contextlib.contextmanager
+def claim(lock: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process holds `lock` inside; with `wait`, it comes in when it does."""
+    with lock.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+        # Whoever has opened it by now will hold a lock that no one else can see, and find the work done.
+        lock.unlink(missing_ok=True)

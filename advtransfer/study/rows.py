@@ -1,0 +1,90 @@
+"""The rows that finished trials leave: a file for each group, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from advtransfer import storage
+from advtransfer.study.trials import Trial
+
+_METRICS = ("train_accuracy", "train_loss", "test_accuracy", "test_loss", "test_mean_per_class_accuracy")
+
+Row = dict[str, Any]
+
+
+def history_rows(trial: Trial, history: dict[str, np.ndarray], seconds: float) -> list[Row]:
+    """One row per evaluated epoch of a trial; `history` as `fine_tune` returns it."""
+    return [
+        {
+            "source": trial.source.name,
+            "source_norm": trial.source.norm,
+            "source_eps": trial.source.eps,
+            "target": _row_target(trial),
+            "num_train_images": trial.num_train_images,
+            "num_unfrozen_blocks": trial.num_unfrozen_blocks,
+            "seed": trial.seed,
+            "epoch": epoch,
+            **{name: _number(history[name][e]) for name in _METRICS},
+            "seconds": round(seconds, 4),
+            "trial_id": trial.identity(),
+            "config": trial.config(),
+        }
+        for e, epoch in enumerate(trial.recipe.evaluate_epochs)
+    ]
+
+
+def _row_target(trial: Trial) -> str:
+    """Validation accuracy must never pass for test accuracy, nor another view for the images as they are."""
+    marks = [mark for mark in (trial.view, trial.split) if mark not in ("natural", "test")]
+    return ":".join([trial.target, *marks])
+
+
+def _number(x: np.ndarray) -> float | None:
+    """JSON knows no NaN: what a diverged trial measured is null."""
+    return float(x) if np.isfinite(x) else None
+
+
+def finished_rows(folder: str | Path, *, set_aside: bool = False) -> dict[str, list[Row]]:
+    """Rows of every finished trial in `folder`, by trial identity.
+
+    A damaged file is warned about and counts for nothing, so its trials are run again; with `set_aside` it is
+    renamed to NAME.corrupt, out of the way of every reader of rows.
+    """
+    finished: dict[str, list[Row]] = {}
+    for path in sorted(storage.to_path(folder).glob("*.jsonl")):
+        try:
+            finished |= _read_group(path)
+        except (ValueError, KeyError, TypeError) as error:
+            logging.warning("%s is damaged (%r): its trials are run again", path, error)
+            if set_aside:
+                path.replace(path.with_suffix(".corrupt"))
+    return finished
+
+
+def holds(path: Path, trials: Iterable[Trial]) -> bool:
+    """Whether the file of a group is there, and holds the rows of all of `trials`."""
+    try:
+        return path.exists() and _read_group(path).keys() >= {trial.identity() for trial in trials}
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _read_group(path: Path) -> dict[str, list[Row]]:
+    """Rows of one file by trial identity; ValueError, KeyError or TypeError for anything but whole trials."""
+    trials: dict[str, list[Row]] = {}
+    for line in path.read_text().splitlines():
+        row = dict(json.loads(line))
+        row |= {name: math.nan for name in _METRICS if row.get(name, 0.0) is None}
+        trials.setdefault(row["trial_id"], []).append(row)
+    for rows in trials.values():
+        epochs = json.loads(rows[0]["config"])["recipe"]["evaluate_epochs"]
+        if [row["epoch"] for row in rows] != epochs:
+            raise ValueError(f"a trial has no row for each of its epochs {epochs}")
+    return trials

@@ -1,0 +1,160 @@
+"""Running a study: group after group, each by one process, what is finished never again."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from advtransfer import parallel, storage
+from advtransfer.data import Dataset
+from advtransfer.models import Model
+from advtransfer.study.claims import divide
+from advtransfer.study.rows import Row, finished_rows, history_rows, holds
+from advtransfer.study.trials import Trial, group, num_steps, rates_of
+from advtransfer.transfer import Prepared, Rates, fine_tune_many, own_statistics, prepare
+
+
+def run_group(
+    trials: Sequence[Trial], model: Model, dataset: Dataset, prepared: Prepared | None = None
+) -> list[Row]:
+    """Runs a group; one row per trial and evaluated epoch. Out of memory, it is run in halves.
+
+    Args:
+      trials: as `group` puts them together.
+      model, dataset: their source and target.
+      prepared: of `transfer.prepare`, if it is at hand.
+    """
+    first = trials[0]
+    rates = list(dict.fromkeys(rates_of(trials)))
+    seeds = trials[:: len(rates)]
+    started = time.monotonic()
+    try:
+        history = fine_tune_many(
+            model,
+            dataset.train,
+            getattr(dataset, first.split),
+            subsets=np.stack([trial.subset(dataset.train.labels) for trial in seeds]),
+            keys=jnp.stack([trial.key() for trial in seeds]),
+            num_classes=len(dataset.class_names),
+            num_unfrozen_blocks=first.num_unfrozen_blocks,
+            recipe=first.recipe,
+            rates=Rates(*np.float32(rates).T),
+            prepared=prepared,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) or len(seeds) == 1:
+            raise
+        logging.warning("out of memory with %d trials at once: half as many", len(trials))
+        half = len(seeds) // 2 * len(rates)
+        halves = trials[:half], trials[half:]
+        return [row for part in halves for row in run_group(part, model, dataset, prepared)]
+    seconds = (time.monotonic() - started) / len(trials)
+    return [
+        row
+        for t, trial in enumerate(trials)
+        for row in history_rows(
+            trial, {name: x[divmod(t, len(rates))] for name, x in history.items()}, seconds
+        )
+    ]
+
+
+def run_trials(
+    trials: Sequence[Trial],
+    models: dict[str, Model],
+    datasets: Mapping[str, Dataset],
+    folder: str | Path,
+    *,
+    group_size: int = 0,
+    progress: Callable[[Iterable, int], Iterable] = lambda groups, number: groups,
+) -> list[Row]:
+    """Rows of all trials; those that `folder` already holds are not run again, damaged files are set aside.
+
+    Args:
+      trials: the grid.
+      models: the sources' networks by name.
+      datasets: targets by the digest that trials know them by, `Trial.data`.
+      folder: where every finished group leaves its file.
+      group_size: as `group`.
+      progress: (groups of this process, number of all that are left) to the same groups, to draw a bar.
+    """
+    folder = storage.to_path(folder)
+    storage.make_folder(folder)
+    finished = finished_rows(folder, set_aside=True)
+    # The same weights under two names are one trial. Groups are of the whole grid, whatever is finished, so
+    # that all processes divide it in the same way.
+    groups, missing = {}, {}
+    for members in group({t.identity(): t for t in trials}.values(), size=group_size):
+        name = hashlib.sha256("".join(t.identity() for t in members).encode()).hexdigest()[:32]
+        groups[name] = members
+        missing[name] = [trial for trial in members if trial.identity() not in finished]
+    left = sorted(filter(missing.get, groups), key=_longest_first(groups))
+    prepared_for, prepared = None, None
+    # Closed here, or the traceback of an exception would hold its claim for as long as a notebook keeps it.
+    with contextlib.closing(
+        divide(left, folder, lambda name: holds(folder / f"{name}.jsonl", missing[name]))
+    ) as own:
+        for name in progress(own, len(left)):
+            first, model = missing[name][0], models[missing[name][0].source.name]
+            dataset = datasets[first.data]
+            if _prepared_for(first) != prepared_for:
+                prepared = None  # before the next: there may be no room for both
+                prepared_for, prepared = _prepared_for(first), _prepare(first, model, dataset)
+            rows = [
+                row
+                for members in group(missing[name])
+                for row in run_group(members, model, dataset, prepared)
+            ]
+            storage.write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    finished = finished_rows(folder)
+    return [
+        row | {"source": trial.source.name, "config": trial.config()}
+        for trial in trials
+        for row in finished[trial.identity()]
+    ]
+
+
+def _longest_first(groups: Mapping[str, Sequence[Trial]]) -> Callable[[str], tuple]:
+    """A key to sort groups by: the longest last would leave the other processes waiting. What shares its
+    prepared inputs stays together."""
+
+    def work(name):
+        return sum(num_steps(trial) for trial in groups[name])
+
+    shared: dict[tuple, int] = {}
+    for name, members in groups.items():
+        key = _prepared_for(members[0])
+        shared[key] = max(shared.get(key, 0), work(name))
+
+    def key(name):
+        prepared_for = _prepared_for(groups[name][0])
+        # Networks with more to train take longer for a step.
+        k = prepared_for[0] % _EVERYTHING
+        return -k, -shared[prepared_for], prepared_for, -work(name), name
+
+    return key
+
+
+_EVERYTHING = 10**6  # -1 unfrozen blocks are more than any number
+
+
+def _prepared_for(trial: Trial) -> tuple:
+    """What `transfer.prepare` depends on."""
+    recipe = trial.recipe
+    shared = (trial.source.identity, trial.data, trial.split, recipe.frozen_batch_norm, recipe.num_views)
+    return trial.num_unfrozen_blocks, *shared, recipe.augmentation
+
+
+def _prepare(trial: Trial, model: Model, dataset: Dataset) -> Prepared | None:
+    if own_statistics(trial.recipe, trial.num_unfrozen_blocks):
+        return None
+    splits = dataset.train, getattr(dataset, trial.split)
+    return parallel.replicate(prepare(model, *splits, trial.recipe, trial.num_unfrozen_blocks))

@@ -1,0 +1,169 @@
+"""Trials: who they are, which of them the grid holds, and which of them one program can run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from advtransfer.data import Dataset, check_subset, choose_augmentation, subset_indices
+from advtransfer.transfer import Recipe, check_recipe
+
+# Folded into each trial's seed, apart from the source's own use of the same number.
+_TRIAL_STREAM = 0x7A5C
+
+
+class Source(NamedTuple):
+    """A network that trials start from, and what rows say of it."""
+
+    name: str
+    norm: str
+    eps: float
+    identity: str  # SHA-256 of its weights, architecture and normalisation
+
+
+class Trial(NamedTuple):
+    """One fine-tuning; everything that decides its result is in here."""
+
+    source: Source
+    target: str
+    split: str  # what is measured: test | validation
+    num_train_images: int
+    num_unfrozen_blocks: int
+    seed: int
+    stratified: bool
+    nested: bool
+    recipe: Recipe
+    view: str = "natural"  # of the target's images
+    data: str = ""  # SHA-256 of the target's training images and of those measured on
+
+    def config(self) -> str:
+        """The trial as one line of JSON."""
+        fields = self._asdict() | {
+            "source": self.source._asdict(),
+            "recipe": self.recipe._asdict() | {"augmentation": self.recipe.augmentation._asdict()},
+        }
+        return json.dumps(fields, sort_keys=True)
+
+    def identity(self) -> str:
+        """SHA-256 of `config`, without the source's name: the same weights are the same source."""
+        fields = json.loads(self.config())
+        del fields["source"]["name"]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+    def subset(self, labels: np.ndarray) -> np.ndarray:
+        """int32 [n]: its training images, which depend on (target, n, seed) and no source."""
+        return subset_indices(
+            labels,
+            self.num_train_images,
+            dataset=self.target,
+            seed=self.seed,
+            stratified=self.stratified,
+            nested=self.nested,
+        )
+
+    def key(self) -> jax.Array:
+        """Of the head, the batch order and the augmentation: the same for every source."""
+        return jax.random.fold_in(jax.random.key(_TRIAL_STREAM), self.seed)
+
+
+def make_recipe(transfer: ConfigDict) -> Recipe:
+    """config.transfer as a `Recipe`."""
+    fields = {name: transfer[name] for name in Recipe._fields}
+    epochs = tuple(sorted(set(transfer.evaluate_epochs)))
+    return Recipe(
+        **fields | {"augmentation": choose_augmentation(transfer.augmentation), "evaluate_epochs": epochs}
+    )
+
+
+def make_trial(
+    config: ConfigDict, source: Source, dataset: Dataset, *, split: str, n: int, k: int, seed: int
+) -> Trial:
+    """A trial by the recipe of config.transfer.
+
+    Args:
+      config, source: what is asked for.
+      dataset: the target, where `n` and the images are looked up.
+      split: what is measured.
+      n: number of training images; -1: all that the dataset has.
+      k: number of unfrozen blocks.
+      seed: of the subset, the head, the order and the augmentation.
+
+    Raises:
+      ValueError: the dataset has fewer images, or a batch holds more of them.
+    """
+    recipe, num_all = make_recipe(config.transfer), dataset.train.num_images
+    n = num_all if n == -1 else n
+    check_subset(n, num_all, dataset.name)
+    check_recipe(recipe, n)
+    return Trial(
+        source=source,
+        target=config.transfer.target,
+        split=split,
+        num_train_images=n,
+        num_unfrozen_blocks=k,
+        seed=seed,
+        stratified=config.transfer.stratified,
+        nested=config.transfer.nested,
+        recipe=recipe,
+        view=config.transfer.view,
+        data=dataset.digest("train", split),
+    )
+
+
+def make_trials(
+    config: ConfigDict, sources: Sequence[Source], target_of: Callable[[Source, int], Dataset]
+) -> list[Trial]:
+    """The grid of config.study, in the order that it runs in: seeds vary fastest.
+
+    Args:
+      config: which trials.
+      sources: what they start from.
+      target_of: the target for a source and a number of training images (-1: all).
+
+    Raises:
+      ValueError: as `make_trial`.
+    """
+    trials = []
+    for k in config.study.num_unfrozen_blocks:
+        for n in config.study.num_train_images:
+            for source in sources:
+                split = config.study.split
+                first = make_trial(config, source, target_of(source, n), split=split, n=n, k=k, seed=0)
+                trials += [first._replace(seed=seed) for seed in range(config.study.num_seeds)]
+    return list(dict.fromkeys(trials))  # all images may be as many as another n
+
+
+def group(trials: Iterable[Trial], *, size: int = 0) -> list[list[Trial]]:
+    """Trials that one program can run together, at most `size` of them (0: no limit) but all rates of a seed:
+    seed after seed, each with the same rates in the same order."""
+    shapes: dict[Trial, dict[int, list[Trial]]] = {}
+    for trial in trials:
+        shape = trial._replace(seed=0, recipe=trial.recipe._replace(learning_rate=0.0, weight_decay=0.0))
+        shapes.setdefault(shape, {}).setdefault(trial.seed, []).append(trial)
+    groups = []
+    for by_seed in shapes.values():
+        alike: dict[tuple, list[list[Trial]]] = {}
+        for own in by_seed.values():
+            alike.setdefault(tuple(rates_of(own)), []).append(own)
+        for rates, seeds in alike.items():
+            step = max(1, size // len(rates)) if size else len(seeds)
+            groups += [
+                [trial for own in seeds[i : i + step] for trial in own] for i in range(0, len(seeds), step)
+            ]
+    return groups
+
+
+def rates_of(trials: Sequence[Trial]) -> list[tuple[float, float]]:
+    """(learning rate, weight decay) of each."""
+    return [(trial.recipe.learning_rate, trial.recipe.weight_decay) for trial in trials]
+
+
+def num_steps(trial: Trial) -> int:
+    """Gradient steps of a trial."""
+    return trial.recipe.num_epochs * -(-trial.num_train_images // trial.recipe.batch_size)

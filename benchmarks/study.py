@@ -1,0 +1,259 @@
+"""What a study costs by the engine, and one fine-tuning after another, as ratios taken turn by turn.
+
+    python -m benchmarks.study [--parts=cache,heads,groups,torch] [--turns=7]
+
+cache: a training step of ResNet-50's last k blocks from cached activations, against the same step that
+  computes its frozen prefix; the bound is what the floating-point operations alone allow. At k = 0 a training
+  of 150 epochs, the making of the cache included; the recomputing one is timed for 2 epochs and multiplied.
+heads: trials of 150 epochs on n images, 2,048 features and 10 classes, time for each: a compiled one alone in
+  feature space, alone in dual form, 20 seeds in one program, 20 rates on one subset.
+groups: 8 seeds of ResNet-50's last k blocks in one program, side by side (vmap) and in turn (lax.map),
+  against one compiled trial after another.
+torch: a process of PyTorch for every head (n = 400), against a head among 20 seeds, and among 20 rates.
+
+`ratio` is the first way's time over each way's: median [quartiles] over the turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from advtransfer.models import create_module, init_variables
+from advtransfer.transfer import Rates, Recipe, activation_shape, dual
+from advtransfer.transfer.cost import block_flops
+from advtransfer.transfer.program import Task, make_fine_tune
+
+CLASSES, FEATURES, POOL = 10, 2048, 3200
+RATES = Rates(jnp.float32(0.01), jnp.float32(5e-4))
+GRID = Rates(jnp.linspace(0.005, 0.02, 20), jnp.full(20, 5e-4))
+
+TORCH_HEAD = """
+import sys, numpy as np, torch
+data = np.load(sys.argv[1])
+x, y = torch.tensor(data["x"]), torch.tensor(data["y"]).long()
+head = torch.nn.Linear(x.shape[1], 10)
+optimizer = torch.optim.SGD(head.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+for epoch in range(150):
+    order = torch.randperm(len(x))
+    for i in range(0, len(x), 128):
+        chosen = order[i : i + 128]
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(head(x[chosen]), y[chosen]).backward()
+        optimizer.step()
+"""
+
+
+class Way(NamedTuple):
+    """One way to do the same work."""
+
+    name: str
+    run: Callable[[], Any]
+    trials: float = 1  # that one call does
+
+
+def compare(case: str, ways: list[Way], turns: int) -> None:
+    """Prints each way's time for a trial, and the first way's over it."""
+    for way in ways:
+        jax.block_until_ready(way.run())
+    times = np.empty((len(ways), turns))
+    for turn in range(turns):
+        for i, way in enumerate(ways):
+            started = time.perf_counter()
+            jax.block_until_ready(way.run())
+            times[i, turn] = (time.perf_counter() - started) / way.trials
+    for way, found in zip(ways, times, strict=True):
+        low, ratio, high = np.quantile(times[0] / found, [0.25, 0.5, 0.75])
+        milliseconds = np.median(found) * 1e3
+        print(
+            f"{case:32} {way.name:26} {milliseconds:9.2f} ms  {ratio:7.2f} [{low:.2f}, {high:.2f}]",
+            flush=True,
+        )
+
+
+@functools.cache
+def network() -> tuple[Any, tuple[Any, Any]]:
+    module = create_module("resnet50", num_classes=CLASSES)
+    variables = init_variables(module, jax.random.key(0))
+    return module, (variables["params"], variables["batch_stats"])
+
+
+def make_task(shape: tuple[int, ...], num_images: int, *, images: bool = False) -> Task:
+    """Random images or activations of so many, and one to test on."""
+    rng = np.random.default_rng(0)
+    if images:
+        inputs = rng.integers(0, 256, (num_images, *shape)).astype(np.uint8)
+    else:
+        inputs = np.maximum(rng.normal(size=(num_images, *shape)), 0).astype(np.float32) / 2
+    labels = rng.integers(0, CLASSES, num_images).astype(np.int32)
+    return Task(*(jnp.asarray(x) for x in (inputs, labels, inputs[:1], labels[:1])))
+
+
+def make_trial(recipe: Recipe, k: int, *, in_dual: bool = True) -> Callable:
+    """(task, indices, key, rates) -> (trained head, history)."""
+    module, variables = network()
+
+    def trial(*args):
+        with mock.patch.object(dual, "is_cheaper", lambda *_: in_dual):
+            tuned, history = make_fine_tune(module, recipe, k)(*variables, *args)
+        return tuned["params"]["fc"], history
+
+    return trial
+
+
+def train_all(recipe: Recipe, k: int, task: Task) -> Callable[[], Any]:
+    """A compiled training on all of the task's images."""
+    trial = jax.jit(make_trial(recipe, k))
+    return lambda: trial(task, np.arange(len(task.train_labels)), jax.random.key(0), RATES)
+
+
+def cache(turns: int, size: int, batch_size: int) -> None:
+    module, _ = network()
+    flops = block_flops(module, size)
+    recipe = Recipe(num_epochs=2, evaluate_epochs=(2,), batch_size=batch_size)
+    images = make_task((size, size, 3), 2 * batch_size, images=True)
+    for k in (1, 3, 9):
+        start = module.num_blocks - k
+        entering = make_task(activation_shape(module, start, size).shape[1:], 2 * batch_size)
+        bound = 1 + sum(flops[: start + 1]) / (3 * sum(flops[start + 1 :]))
+        # Evaluation takes one image, of 4 batches.
+        ways = [
+            Way("recomputed", train_all(recipe, k, images), 4),
+            Way("cached", train_all(recipe, k, entering), 4),
+        ]
+        compare(f"step, k = {k}, bound {bound:.2f}", ways, turns)
+    whole_training(recipe, images, turns)
+
+
+def whole_training(recipe: Recipe, images: Task, turns: int) -> None:
+    module, (params, batch_stats) = network()
+    enter = jax.jit(
+        lambda x: module.apply({"params": params, "batch_stats": batch_stats}, x, stop=module.num_blocks)
+    )
+    pixels = np.split(np.float32(images.train_inputs) / 255, 2)
+    train = train_all(
+        recipe._replace(num_epochs=150, evaluate_epochs=(150,)),
+        0,
+        make_task((FEATURES,), 2 * recipe.batch_size),
+    )
+
+    def cached():
+        jax.block_until_ready([enter(batch) for batch in pixels])
+        return train()
+
+    ways = [
+        Way("recomputed", train_all(recipe, 0, images), recipe.num_epochs / 150),
+        Way("cached, making included", cached),
+    ]
+    compare("150 epochs, k = 0", ways, turns)
+
+
+class Heads(NamedTuple):
+    """20 trials on features, in every way."""
+
+    alone: Callable
+    alone_in_dual: Callable
+    seeds: Callable
+    rates: Callable
+
+
+def make_heads(n: int) -> tuple[Task, Heads]:
+    task, recipe = make_task((FEATURES,), POOL), Recipe(batch_size=min(n, 128))
+    keys = jax.random.split(jax.random.key(1), 20)
+    subsets = jnp.stack([jax.random.permutation(key, POOL)[:n] for key in keys])
+    primal, in_dual = (make_trial(recipe, 0, in_dual=form) for form in (False, True))
+    alone, alone_in_dual = jax.jit(primal), jax.jit(in_dual)
+    # The data are arguments: of constants XLA would compute results while it compiles.
+    seeds = jax.jit(
+        lambda task, *trials: jax.lax.map(lambda trial: in_dual(task, *trial, RATES), trials, batch_size=4)
+    )
+    rates = jax.jit(jax.vmap(in_dual, in_axes=(None, None, None, 0)))
+    one = (task, subsets[0], keys[0], RATES)
+    return task, Heads(
+        alone=lambda: alone(*one),
+        alone_in_dual=lambda: alone_in_dual(*one),
+        seeds=lambda: seeds(task, subsets, keys),
+        rates=lambda: rates(task, subsets[0], keys[0], GRID),
+    )
+
+
+def heads(turns: int) -> None:
+    for n in (100, 400, 1600):
+        _, ways = make_heads(n)
+        named = [
+            Way("alone, feature space", ways.alone),
+            Way("alone, dual", ways.alone_in_dual),
+            Way("20 seeds", ways.seeds, 20),
+            Way("20 rates on one subset", ways.rates, 20),
+        ]
+        compare(f"head, n = {n}", named, turns)
+
+
+def groups(turns: int, size: int, batch_size: int, trials: int = 8) -> None:
+    module, _ = network()
+    keys = jax.random.split(jax.random.key(1), trials)
+    for k in (1, 3):
+        task = make_task(activation_shape(module, module.num_blocks - k, size).shape[1:], 4 * batch_size)
+        run = make_trial(Recipe(num_epochs=1, evaluate_epochs=(1,), batch_size=batch_size), k)
+        trial = functools.partial(last_metrics, run)
+        alone, beside = jax.jit(trial), jax.jit(jax.vmap(trial, in_axes=(None, 0)))
+        in_turn = jax.jit(lambda task, keys, trial=trial: jax.lax.map(lambda key: trial(task, key), keys))
+        ways = [
+            Way("one after another", lambda f=alone, x=task: [f(x, key) for key in keys], trials),
+            Way("side by side (vmap)", functools.partial(beside, task, keys), trials),
+            Way("in turn (lax.map)", functools.partial(in_turn, task, keys), trials),
+        ]
+        compare(f"k = {k}, {size}², batch {batch_size}", ways, turns)
+
+
+def last_metrics(run: Callable, task: Task, key: jax.Array) -> Any:
+    return run(task, np.arange(len(task.train_labels)), key, RATES)[1]
+
+
+def torch(turns: int) -> None:
+    task, ways = make_heads(400)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "head.npz")
+        np.savez(path, x=np.asarray(task.train_inputs[:400]), y=np.asarray(task.train_labels[:400]))
+        command = [sys.executable, "-c", TORCH_HEAD, path]
+        named = [
+            Way("a PyTorch process", lambda: subprocess.run(command, check=True).returncode),
+            Way("20 seeds", ways.seeds, 20),
+            Way("20 rates on one subset", ways.rates, 20),
+        ]
+        compare("head, n = 400", named, turns)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--parts", default="cache,heads,groups")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=16)
+    args = parser.parse_args()
+    device = jax.devices()[0].device_kind
+    print(
+        f"{device} ({os.cpu_count()} cores, {platform.machine()}), JAX {jax.__version__}, {args.turns} turns"
+    )
+    shape = {"size": args.image_size, "batch_size": args.batch_size}
+    parts = {"cache": (cache, shape), "heads": (heads, {}), "groups": (groups, shape), "torch": (torch, {})}
+    for name in args.parts.split(","):
+        part, options = parts[name]
+        part(args.turns, **options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Rows that others wrote, and folders that are no folders: used as far as they go, and the rest told."""
+
+import csv
+import io
+import math
+
+import pytest
+
+from advtransfer import config as base
+from advtransfer import stages
+from advtransfer.report import COLUMNS, read_foreign_rows, read_rows, write_report, write_rows
+from tests.test_report_rows import make_row
+
+
+def foreign(tmp_path, rows):
+    path = tmp_path / "foreign.csv"
+    with open(path, "w", newline="") as stream:
+        names = [*COLUMNS[:11], "test_mean_per_class_accuracy"]
+        writer = csv.DictWriter(stream, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_rows_are_used_as_far_as_they_go_and_the_rest_is_told(tmp_path):
+    rows = [make_row(seed=seed, test_mean_per_class_accuracy=0.5) for seed in range(6)]
+    rows += [make_row(seed="first"), make_row(seed="second")]  # names are as good as numbers
+    rows += [make_row(seed=7, test_accuracy="n/a"), make_row(seed=8, test_accuracy=1.7)]
+    rows += [make_row(target=""), make_row(num_train_images="all"), make_row(num_train_images="all", seed=9)]
+    rows += [make_row(seed=5, test_accuracy=0.25), make_row(seed=11, source_norm="ℓ_2", source_eps="three")]
+    path = foreign(tmp_path, rows)
+    with open(path, "a") as stream:
+        stream.write("natural,none,0")  # the writer was stopped here
+    read, told = read_foreign_rows(path)
+    assert [row["seed"] for row in read] == [0, 1, 2, 3, 4, 5, "first", "second", 7, 8, 11]
+    assert [row["seed"] for row in read if math.isnan(row["test_accuracy"])] == [7, 8]
+    assert read[5]["test_accuracy"] == 0.25 and read[-1]["source_norm"] == "l2"
+    assert read[0]["test_mean_per_class_accuracy"] == "0.5"
+    for words in (
+        f"1 row: test_accuracy counts as missing; the first is {path}:10: test_accuracy = 'n/a'",
+        ":11: test_accuracy = 1.7: accuracies are fractions",
+        f"1 row: left out; the first is {path}:12: target = '': is empty",
+        f"2 rows: left out; the first is {path}:13: num_train_images = 'all'",
+        "source_eps counts as missing",
+        ":17: 3 cells under 12 columns",
+        "1 duplicate row dropped",
+    ):
+        assert sum(words in sentence for sentence in told) == 1, (words, told)
+    assert len(told) == 7
+    text = write_report(rows, tmp_path / "report").read_text()
+    assert "num_train_images = &#x27;all&#x27;" in text and "1 duplicate row dropped" in text
+
+
+def test_a_column_in_percent_is_taken_as_such_and_told(tmp_path):
+    rows = [make_row(seed=seed, train_accuracy=1.0, test_accuracy=70.0 + seed) for seed in range(10)]
+    rows.append(make_row(seed=10, test_accuracy=0.9))  # a network that has just begun
+    read, [told] = read_foreign_rows(foreign(tmp_path, rows))
+    expected = [*(0.7 + seed / 100 for seed in range(10)), 0.009]
+    assert [row["test_accuracy"] for row in read] == pytest.approx(expected)
+    assert {row["train_accuracy"] for row in read} == {1.0}
+    assert "10 rows: test_accuracy is above 1, so all 11 were taken as percent" in told
+    # Where fractions and percent are mixed nobody can tell: what cannot be a fraction is missing.
+    mixed = rows[:2] + [make_row(seed=seed) for seed in range(5, 9)]
+    read, [told] = read_foreign_rows(foreign(tmp_path, mixed))
+    assert [math.isnan(row["test_accuracy"]) for row in read] == [True] * 2 + [False] * 4
+    assert "2 rows: test_accuracy counts as missing" in told
+
+
+def test_the_stage_tells_it_too_and_draws_the_papers_numbers(tmp_path, capsys):
+    rows = [
+        make_row(source=s, source_norm=norm, target="tfds:svhn", num_unfrozen_blocks=3, num_train_images=n)
+        for s, norm in (("a", "none"), ("b", "l2"))
+        for n in (100, 400)
+    ]
+    config = base.default()
+    config.stage, config.rows = "report", str(foreign(tmp_path, [*rows, make_row(target="")]))
+    config.report.reference = "paper"
+    stages.run(config, tmp_path / "report")
+    assert "1 row: left out" in capsys.readouterr().out
+    text = (tmp_path / "report" / "report.html").read_text()
+    assert "1 row: left out" in text and "arXiv:2007.05869" in text
+    config.report.reference = "other"
+    with pytest.raises(ValueError, match="config.report.reference='other' must be one of none, paper"):
+        stages.run(config, tmp_path / "report")
+
+
+def test_rows_of_which_none_can_be_used_are_refused(tmp_path):
+    path = foreign(tmp_path, [make_row(target="")])
+    with pytest.raises(ValueError, match=r"foreign.csv:2: target = '': is empty"):
+        read_foreign_rows(path)
+
+
+class Bucket:
+    """A folder of an object store: no more than pathlib's and etils' paths share, and no renaming."""
+
+    def __init__(self, store, parts=()):
+        self.store, self.parts = store, parts
+
+    def __truediv__(self, name):
+        return Bucket(self.store, (*self.parts, *name.split("/")))
+
+    def __str__(self):
+        return "bucket://" + "/".join(self.parts)
+
+    name = property(lambda self: self.parts[-1] if self.parts else "")
+    suffix = property(lambda self: "." + self.name.rpartition(".")[2] if "." in self.name else "")
+    parent = property(lambda self: Bucket(self.store, self.parts[:-1]))
+
+    def mkdir(self, parents=False, exist_ok=False):
+        assert parents and exist_ok
+
+    def is_file(self):
+        return self.parts in self.store
+
+    def is_dir(self):
+        return any(key[: len(self.parts)] == self.parts for key in self.store if key != self.parts)
+
+    def exists(self):
+        return self.is_file() or self.is_dir()
+
+    def iterdir(self):
+        depth = len(self.parts)
+        below = {key[: depth + 1] for key in self.store if key[:depth] == self.parts}
+        return (Bucket(self.store, key) for key in below)
+
+    def write_bytes(self, content):
+        self.store[self.parts] = bytes(content)
+
+    def read_bytes(self):
+        return self.store[self.parts]
+
+
+def test_rows_and_report_may_lie_in_a_bucket(tmp_path):
+    rows = [make_row(), make_row(source="l2", source_norm="l2", source_eps=0.5)]
+    bucket = Bucket({})
+    write_rows(rows[:1], bucket / "runs" / "rows.jsonl")
+    write_rows(rows[1:], bucket / "runs/deep/rows.jsonl")
+    write_rows(rows[1:], bucket / "runs/deep/rows.csv")
+    assert sorted(row["source"] for row in read_rows(bucket / "runs")) == ["l2", "natural"]
+    assert [row["source"] for row in read_rows(bucket / "runs/deep/rows.csv")] == ["l2"]
+    path = write_report(rows, bucket / "report")
+    assert str(path) == "bucket://report/report.html"
+    write_report(rows, tmp_path)
+    here = {
+        file.relative_to(tmp_path).parts: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()
+    }
+    assert {key[1:]: content for key, content in bucket.store.items() if key[0] == "report"} == here
+
+
+def test_parquet_in_a_bucket():
+    pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
+    buffer, bucket = io.BytesIO(), Bucket({})
+    parquet.write_table(pyarrow.Table.from_pylist([make_row()]), buffer)
+    (bucket / "rows.parquet").write_bytes(buffer.getvalue())
+    assert read_rows(bucket) == [make_row()]
+
+
+def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
+    path = write_rows([make_row()], tmp_path / "rows.csv")
+    before = path.read_bytes()
+
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(path), "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        write_rows([make_row(), make_row(seed=1)], path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,189 @@
+"""Images and epochs needed: closed forms, other implementations, and how often intervals cover the truth."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+from scipy.optimize import isotonic_regression
+
+from advtransfer.report import read_rows, write_report
+from advtransfer.report.ratios import _first_reach, _mean_shift, _rising, compare, ratios
+from advtransfer.report.summary import collect
+
+SIZES = (100, 200, 400, 800, 1600)
+
+
+def line(n, factor=1.0):
+    """Accuracy a + b log n; `factor` times fewer images are needed."""
+    return 0.2 + 0.08 * np.log(factor * n)
+
+
+def curve(factor=1.0, seeds=5, sizes=SIZES, noise=None):
+    noise = np.zeros((seeds, len(sizes))) if noise is None else noise
+    return {s: {n: line(n, factor) + noise[s, i] for i, n in enumerate(sizes)} for s in range(seeds)}
+
+
+def rows_of(by_source, **fixed):
+    """Rows from source -> seed -> n -> epoch -> accuracy."""
+    norms = {"nat": ("none", 0.0)}
+    return [
+        {
+            "source": source,
+            "source_norm": norms.get(source, ("l2", 3.0))[0],
+            "source_eps": norms.get(source, ("l2", 3.0))[1],
+            "target": "digits",
+            "num_train_images": n,
+            "num_unfrozen_blocks": 3,
+            "seed": seed,
+            "epoch": epoch,
+            "train_accuracy": 1.0,
+            "train_loss": 0.0,
+            "test_accuracy": accuracy,
+        }
+        | fixed
+        for source, seeds in by_source.items()
+        for seed, sizes in seeds.items()
+        for n, epochs in sizes.items()
+        for epoch, accuracy in epochs.items()
+    ]
+
+
+@pytest.mark.parametrize("factor", [3.0, 1.0, 0.4])
+def test_a_shift_in_log_n_is_found_exactly(factor):
+    shared = np.random.default_rng(0).normal(0, 0.05, (5, 1)) * np.ones((1, 5))  # a seed's luck
+    found = compare(curve(noise=shared), curve(factor, noise=shared))
+    assert found.whole[:3] == pytest.approx((factor,) * 3, rel=1e-9) and found.whole.bound == ""
+    for n, one in zip(found.places, found.factors, strict=True):
+        if n / factor < 100 - 1e-6:
+            assert one.bound == "at least" and one.value == pytest.approx(n / 100)
+            assert one.low == pytest.approx(n / 100) and one.high == math.inf
+        elif n / factor > 1600 + 1e-6:
+            assert one.bound == "not reached" and one.value == pytest.approx(n / 1600)
+            assert one.low == 0 and one.high == pytest.approx(n / 1600)
+        else:
+            assert one[:3] == pytest.approx((factor,) * 3, rel=1e-9)
+
+
+def test_one_better_everywhere_has_a_bound_and_no_factor():
+    ahead = compare(curve(), curve(100)).whole
+    assert ahead.bound == "at least" and ahead.value == pytest.approx(16) and ahead.high == math.inf
+    behind = compare(curve(), curve(0.01)).whole
+    assert behind.bound == "not reached" and behind.value == pytest.approx(1 / 16) and behind.low == 0
+    flat = {s: dict.fromkeys(SIZES, 0.5) for s in range(5)}
+    assert math.isnan(compare(flat, flat).whole.value)
+
+
+def test_what_has_no_interval_or_no_curve():
+    assert compare(curve(sizes=SIZES[:1]), curve()) is None
+    one = compare(curve(seeds=1), curve(2, seeds=1)).whole
+    assert one.value == pytest.approx(2) and math.isnan(one.low) and math.isnan(one.high)
+    # A seed that lacks some n, and one that only one source has, still count where they are.
+    natural, robust = curve(), curve(2, seeds=7)
+    del natural[3][400]
+    natural[2][100] = math.nan
+    assert compare(natural, robust).whole.value == pytest.approx(2)
+    assert compare(natural, robust).num_seeds == 5
+
+
+def test_curves_are_made_to_rise_as_scipy_does():
+    rng = np.random.default_rng(1)
+    table = rng.uniform(0, 1, (6, 8))
+    table[rng.uniform(size=table.shape) < 0.3] = np.nan
+    table[0] = 0.5
+    weights = np.isfinite(table).sum(0)
+    expected = isotonic_regression(np.nanmean(table, 0), weights=weights).x
+    np.testing.assert_allclose(_rising(table, np.ones((1, 6)))[0], expected, rtol=1e-12)
+
+
+def test_inverse_and_mean_shift_equal_a_fine_grid():
+    rng = np.random.default_rng(2)
+    x, z = np.log([10, 20, 50, 400, 900]), np.log([10, 30, 70, 300])
+    y, v = np.sort(rng.uniform(0, 1, (4, 5))), np.sort(rng.uniform(0, 1, (4, 4)))
+    y[0, 2] = y[0, 3] = y[0, 1]  # a plateau: the first place of it counts
+    for i in range(4):
+        levels = np.linspace(max(y[i, 0], v[i, 0]), min(y[i, -1], v[i, -1]), 20_001)
+        at = [_first_reach(p, q[i : i + 1].repeat(len(levels), 0), levels) for p, q in ((x, y), (z, v))]
+        np.testing.assert_allclose(at[1], np.interp(levels, v[i], z), atol=1e-9)
+        if levels[-1] > levels[0]:
+            expected = np.mean((at[0] - at[1])[1:])
+            np.testing.assert_allclose(_mean_shift(x, y, z, v)[i], expected, atol=2e-3)
+    assert _first_reach(x, y[:1], y[:1, 2])[0] == pytest.approx(x[1])
+
+
+@pytest.mark.parametrize("seeds", [3, 10])
+def test_intervals_cover_the_truth_as_often_as_they_say(seeds):
+    rng = np.random.default_rng(seeds)
+    hits, trials = np.zeros(2), 300
+    for _ in range(trials):
+        luck = rng.normal(0, 0.02, (seeds, 1))
+        natural, robust = (
+            curve(factor, seeds, noise=luck + rng.normal(0, 0.02, (seeds, 5))) for factor in (1, 3)
+        )
+        found = compare(natural, robust)
+        hits += [f.low <= 3 <= f.high for f in (found.whole, found.factors[3])]
+    # 95 % of 300 with a binomial's three standard deviations, and a little for the bootstrap itself
+    assert np.all(hits / trials >= 0.90) and np.all(hits / trials <= 0.99)
+
+
+def test_seeds_are_resampled_together_where_both_sources_have_them():
+    rng = np.random.default_rng(3)
+    luck = rng.normal(0, 0.05, (10, 1))
+    natural = curve(seeds=10, noise=luck + rng.normal(0, 0.002, (10, 5)))
+    robust = curve(3, 10, noise=luck + rng.normal(0, 0.002, (10, 5)))
+    paired = compare(natural, robust).whole
+    apart = compare(natural, {f"other {seed}": values for seed, values in robust.items()}).whole
+    assert paired.value == pytest.approx(apart.value)
+    assert math.log(paired.high / paired.low) < math.log(apart.high / apart.low) / 5
+
+
+def test_epochs_needed_are_compared_at_every_n():
+    epochs = (11, 21, 41, 81, 150)
+    accuracy = {"nat": 1.0, "rob": 2.5}
+    rows = rows_of(
+        {
+            s: {seed: {n: {e: line(e, f) - 5 / n for e in epochs} for n in (100, 3200)} for seed in range(3)}
+            for s, f in accuracy.items()
+        }
+    )
+    found = [row for row in ratios(collect(rows)) if row["quantity"] == "epochs"]
+    whole = [row for row in found if "accuracy" not in row]
+    assert [row["num_train_images"] for row in whole] == [100, 3200]
+    assert [row["factor"] for row in whole] == pytest.approx([2.5, 2.5])
+    [last] = [row for row in found if row.get("epoch") == 150 and row["num_train_images"] == 100]
+    assert last["factor"] == pytest.approx(2.5) and last["accuracy"] == pytest.approx(line(150) - 0.05)
+
+
+def test_each_k_is_compared_with_its_own():
+    by_k = {0: 2.0, 3: 4.0}
+    rows = [
+        row
+        for k, f in by_k.items()
+        for row in rows_of(
+            {s: {0: {n: {1: line(n, g) + 0.1 * k} for n in SIZES}} for s, g in (("nat", 1), ("rob", f))},
+            num_unfrozen_blocks=k,
+        )
+    ]
+    found = [row for row in ratios(collect(rows)) if "accuracy" not in row]
+    assert {row["num_unfrozen_blocks"]: row["factor"] for row in found} == pytest.approx(by_k)
+
+
+def test_they_stand_in_a_file_and_in_the_report(tmp_path):
+    rows = rows_of(
+        {
+            source: {s: {n: {1: line(n, f) + 0.001 * s} for n in SIZES} for s in range(4)}
+            for source, f in {"nat": 1, "rob": 3, "far": 100}.items()
+        }
+    )
+    text = write_report(rows, tmp_path).read_text()
+    with open(tmp_path / "ratios.csv", newline="") as stream:
+        written = list(csv.DictReader(stream))
+    [whole] = [row for row in written if not row["accuracy"] and row["source"] == "rob"]
+    assert float(whole["factor"]) == pytest.approx(3) and whole["bound"] == ""
+    assert len([row for row in written if row["accuracy"]]) == 2 * len(SIZES)
+    assert "<b>3.00×</b>" in text and "≥ 16×" in text
+    assert "epochs needed cannot be computed" in text
+    alone = write_report([row for row in rows if row["num_train_images"] == 100], tmp_path).read_text()
+    assert "images needed cannot be computed" in alone
+    with pytest.raises(ValueError):
+        read_rows(tmp_path)  # none of its own tables passes for rows
