@@ -27,7 +27,7 @@ STAGES = {
     "report": report,
 }
 
-_OVER_PROCESSES = ("source", "evaluate")
+_OVER_PROCESSES = ("source", "study", "evaluate")
 
 
 def run(config: ConfigDict, workdir: str | Path) -> None:

@@ -6,13 +6,14 @@ Leaves in the workdir: `sources/NAME/` as stage=source does, `rows/` with a file
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from advtransfer import storage
+from advtransfer import parallel, storage
 from advtransfer.config import names_key, parse_source
 from advtransfer.data import Dataset, to_float
 from advtransfer.evaluate import predict
@@ -34,6 +35,7 @@ from advtransfer.stages.workdir import check_workdir, open_workdir, versions
 from advtransfer.study import (
     Source,
     Trial,
+    claim,
     finished_rows,
     group,
     make_recipe,
@@ -64,17 +66,20 @@ class Asked(NamedTuple):
 def run(config: ConfigDict, workdir: Path) -> None:
     asked, targets = check(config, workdir)
     open_workdir(config, workdir)
-    models = {
-        source.name: source.model or train_source(source.config, source.place, name=source.name)
-        for source in asked
-    }
     dataset = load_source_data(config)
     trained = [source for source in asked if source.config is not None]
-    evaluations = [
-        {"name": source.name, "norm": source.norm, "eps": source.eps}
-        | measure_once(config, models[source.name], dataset, storage.to_path(source.place), name=source.name)
-        for source in trained
-    ]
+    with _one_at_a_time(workdir / "sources.lock"):
+        models = {
+            source.name: source.model or train_source(source.config, source.place, name=source.name)
+            for source in asked
+        }
+        evaluations = [
+            {"name": source.name, "norm": source.norm, "eps": source.eps}
+            | measure_once(
+                config, models[source.name], dataset, storage.to_path(source.place), name=source.name
+            )
+            for source in trained
+        ]
     sources = [Source(s.name, s.norm, s.eps, identity(models[s.name])) for s in asked]
     rows = run_trials(
         _make_trials(config, asked, sources, targets),
@@ -84,7 +89,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         group_size=config.study.group_size,
         progress=lambda groups, number: progress_bar(groups, "fine-tune", "groups", total=number),
     )
-    write_rows(rows, workdir / "rows.csv")
+    if not parallel.is_main_process():
+        return
     twins = {source.name: models[source.name] for source in trained}
     target = next(iter(targets.values()))
     pictures, captions = _pictures(config, twins, dataset, target)
@@ -98,8 +104,15 @@ def run(config: ConfigDict, workdir: Path) -> None:
         remarks=(*config.report.remarks, *_remarks(dataset, target)),
     )
     shown = {"title": config.report.title, "reference": config.report.reference}
-    path = write_report(rows, workdir, evidence=evidence, **shown)
+    with _one_at_a_time(workdir / "report.lock"):
+        write_rows(rows, workdir / "rows.csv")
+        path = write_report(rows, workdir, evidence=evidence, **shown)
     print(*headline(rows), f"report: {path}", sep="\n")
+
+
+def _one_at_a_time(lock: Path) -> AbstractContextManager:
+    """For processes that know nothing of each other; those of one run work together, or one does it."""
+    return nullcontext() if parallel.num_processes() > 1 else claim(lock, wait=True)
 
 
 def plan(config: ConfigDict, workdir: Path) -> str:
