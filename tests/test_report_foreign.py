@@ -5,11 +5,11 @@ import io
 import math
 
 import pytest
+from test_report_rows import make_row
 
 from advtransfer import config as base
 from advtransfer import stages
 from advtransfer.report import COLUMNS, read_foreign_rows, read_rows, write_report, write_rows
-from tests.test_report_rows import make_row
 
 
 def foreign(tmp_path, rows):

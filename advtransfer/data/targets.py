@@ -7,7 +7,7 @@ set with `dataset` "" is not in TFDS: its authors' files go into a folder (`fold
 Numbers of images are for orientation. CIFAR-10's are counted by a test. The catalogue of TFDS
 (tensorflow.org/datasets/catalog) has those of SVHN, Fashion-MNIST, KMNIST, Caltech-101 (version 3.0.0), cars,
 DTD, flowers, Food-101, pets and SUN397, train and validation added up where both are trained on; CIFAR-100's
-and MNIST's are their authors'. Those of the sets that are not in TFDS, and which sets are measured class by
+and MNIST's were not looked up. Those of the sets that are not in TFDS, and which sets are measured class by
 class, have not been checked against Salman et al.'s table.
 """
 
