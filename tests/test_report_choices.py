@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from scipy import stats
 from test_report_rows import make_row
+from test_report_summary import L2, NATURAL, rows_of
 
 from advtransfer.report import figures, summarise, write_report
 from advtransfer.report.choices import best_blocks, paper_tables
 from advtransfer.report.plots import _published
 from advtransfer.report.reference import CITATION, column_of, published_line, target_of
 from advtransfer.report.summary import Source, collect
-from tests.test_report_summary import L2, NATURAL, rows_of
 
 PAPER = importlib.resources.files("advtransfer.report").joinpath("paper_summary_k3.csv").read_text()
 SOURCES = {"0": ("none", 0.0), "3": ("l2", 3.0), "4": ("linf", 4 / 255), "8": ("linf", 0.0314)}
