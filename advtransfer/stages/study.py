@@ -43,7 +43,12 @@ from advtransfer.study import (
     num_steps,
     run_trials,
 )
-from advtransfer.transfer import activation_shape, first_unfrozen_block, prefix_is_constant
+from advtransfer.transfer import (
+    activation_shape,
+    fine_tune_flops,
+    first_unfrozen_block,
+    prefix_is_constant,
+)
 
 Targets = dict[tuple[int, bool], Dataset]  # by image size, and whether nothing is set aside
 
@@ -129,13 +134,28 @@ def plan(config: ConfigDict, workdir: Path) -> str:
     rows = finished_rows(workdir / "rows")
     left = [trial for trial in trials if trial.identity() not in rows]
     steps = sum(num_steps(trial) for trial in left)
-    num_groups = len(group(left, size=config.study.group_size))
-    lines.append(
-        f"fine-tune {len(left):,} of {len(trials):,} models in {num_groups:,} groups, "
-        f"{steps:,} steps of {config.transfer.batch_size} images"
-    )
+    groups = group(left, size=config.study.group_size)
+    flops = sum(len(members) * _flops(members[0], asked, targets) for members in groups)
     bytes_needed = max(_input_bytes(config, source, targets) for source in asked)
-    return "\n".join([*lines, f"inputs on the device: {bytes_needed / 1e6:,.1f} MB at most"])
+    lines += [
+        f"fine-tune {len(left):,} of {len(trials):,} models in {len(groups):,} groups, "
+        f"{steps:,} steps of {config.transfer.batch_size} images, {flops / 1e12:,.3g} TFLOP",
+        f"inputs on the device: {bytes_needed / 1e6:,.1f} MB at most",
+    ]
+    return "\n".join(lines)
+
+
+def _flops(trial: Trial, asked: list[Asked], targets: Targets) -> float:
+    source = next(source for source in asked if source.name == trial.source.name)
+    target = next(target for (size, _), target in targets.items() if size == source.image_size)
+    return fine_tune_flops(
+        create_module(source.architecture, num_classes=len(target.class_names)),
+        source.image_size,
+        trial.recipe,
+        num_unfrozen_blocks=trial.num_unfrozen_blocks,
+        num_train=trial.num_train_images,
+        num_test=getattr(target, trial.split).num_images,
+    )
 
 
 def _planned_source(config: ConfigDict, source: Asked) -> Source:
@@ -151,7 +171,8 @@ def _input_bytes(config: ConfigDict, source: Asked, targets: Targets) -> int:
     ours = [target for (size, _), target in targets.items() if size == source.image_size]
     largest = max(ours, key=lambda target: target.train.num_images)
     splits = largest.train, getattr(largest, config.study.split)
-    num_images = sum(split.num_images for split in splits)
+    num_views = max(1, config.transfer.num_views)
+    num_images = num_views * splits[0].num_images + splits[1].num_images
     module = create_module(source.architecture, dtype=compute_dtype(config.dtype))
     recipe = make_recipe(config.transfer)
     sizes = []

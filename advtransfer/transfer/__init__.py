@@ -1,5 +1,6 @@
 """Transfer: a new head, frozen blocks, the constant prefix computed once, fine-tuning of one or many."""
 
+from advtransfer.transfer.cost import block_flops, fine_tune_flops
 from advtransfer.transfer.fine_tune import Prepared, fine_tune, fine_tune_many, own_statistics, prepare
 from advtransfer.transfer.freezing import (
     activation_shape,
@@ -20,8 +21,10 @@ __all__ = [
     "Recipe",
     "activation_shape",
     "activations",
+    "block_flops",
     "check_recipe",
     "fine_tune",
+    "fine_tune_flops",
     "fine_tune_many",
     "first_unfrozen_block",
     "frozen_mask",
