@@ -11,7 +11,8 @@ from faults import finish, launcher, saved_steps, together, wait_until
 
 from advtransfer import parallel, stages
 from advtransfer.config import ConfigError, default
-from advtransfer.models import init_variables, load_model
+from advtransfer.models import init_variables, load_model, save_model
+from advtransfer.report import read_rows
 
 # A small rate: at a larger one a ReLU that rounding tips over grows into another network within these steps.
 RECIPE = (
@@ -26,10 +27,13 @@ NUM_STEPS = 32
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """start(workdir, *arguments, devices=2): one process that trains by RECIPE."""
-    launch = launcher(tmp_path_factory.mktemp("multihost"))
+def launch(tmp_path_factory):
+    return launcher(tmp_path_factory.mktemp("multihost"))
 
+
+@pytest.fixture(scope="module")
+def start(launch):
+    """start(workdir, *arguments, devices=2): one process that trains by RECIPE."""
     return lambda workdir, *arguments, **kwargs: launch("source", workdir, *RECIPE, *arguments, **kwargs)
 
 
@@ -106,10 +110,30 @@ def test_the_processes_of_open_mpi_find_each_other(start, tmp_path):
     assert stderr.count("a batch of 202 examples cannot be split evenly over 4 devices") == 2, stderr
 
 
-@pytest.mark.parametrize("stage", ["transfer", "study"])
+def test_a_study_is_divided_among_the_processes(launch, one_process, tmp_path):
+    """The rows are those of one process, and one report is written."""
+    save_model(one_process, tmp_path / "source")
+
+    def study(workdir, *arguments, **options):
+        return launch(
+            "study", workdir, f"--config.study.sources={tmp_path / 'source'}", *arguments, **options
+        )
+
+    finish(study(tmp_path / "alone"))
+    for process in together(study, tmp_path / "two"):
+        finish(process)
+    rows = [
+        [{key: value for key, value in row.items() if key != "seconds"} for row in read_rows(folder / "rows")]
+        for folder in (tmp_path / "alone", tmp_path / "two")
+    ]
+    assert len(rows[0]) > 0 and sorted(map(str, rows[0])) == sorted(map(str, rows[1]))
+    assert (tmp_path / "two" / "report.html").exists()
+
+
+@pytest.mark.parametrize("stage", ["transfer", "import", "report"])
 def test_what_runs_in_one_process_says_so(stage, monkeypatch):
     monkeypatch.setattr(parallel, "num_processes", lambda: 2)
     config = default()
     config.stage = stage
-    with pytest.raises(ConfigError, match=f"config.stage={stage} over several processes is not built yet"):
+    with pytest.raises(ConfigError, match=f"config.stage={stage} runs in one process"):
         stages.plan(config, "unused")

@@ -65,8 +65,7 @@ def _resolve(config: ConfigDict) -> ConfigDict:
     validate(config)
     if parallel.num_processes() > 1 and config.stage not in _OVER_PROCESSES:
         raise ConfigError(
-            f"config.stage={config.stage} over several processes is not built yet: leave --multihost away "
-            "and start one process"
+            f"config.stage={config.stage} runs in one process: leave --multihost away and start one process"
         )
     resolved = config.copy_and_resolve_references()
     resolved.dtype = compute_dtype(config.dtype).name
