@@ -28,7 +28,7 @@ def get_config(source="natural"):
         attack_step_ratio=0.2,
         validate_every=10,
     )
-    config.train.augmentation.update(crop_padding=4, flip=True, jitter=0.25, rotation=2.0)
+    config.train.augmentation.preset = "utrera_color"  # robustness takes the same for CIFAR
     config.evaluate.update(norm="l2", eps=0.5, num_images=2000)
     base.set_source(config, source)
     return config

@@ -32,7 +32,7 @@ def get_config(source="natural"):
         validate_every=5,
     )
     config.train.learning_rate = config.train.get_oneway_ref("batch_size").to_float() * (0.1 / 256)
-    config.train.augmentation.update(flip=True, jitter=0.1, lighting=0.05, resized_crop=0.08)
+    config.train.augmentation.preset = "robustness"
     config.evaluate.update(norm="l2", eps=3.0, num_images=5000)
     base.set_source(config, source)
     return config

@@ -10,6 +10,7 @@ import pytest
 from advtransfer import config as base
 from advtransfer import stages
 from advtransfer.config import ConfigError, validate
+from advtransfer.data import choose_augmentation
 
 ROOT = Path(__file__).parent.parent
 
@@ -188,7 +189,7 @@ CIFAR = (0.1, 5e-4, 128, 150, 7, 0.2, 4, 0.25, 2.0, 0.0, 0.0)
 )
 def test_recipes_of_sources(recipe, source, norm, eps, attacked, numbers):
     config = _config(f"source_{recipe}", source)
-    train, augmentation = config.train, config.train.augmentation
+    train, augmentation = config.train, choose_augmentation(config.train.augmentation)
     assert (train.norm, train.eps) == (norm, eps)
     assert (config.evaluate.norm, config.evaluate.eps) == attacked
     assert numbers == (

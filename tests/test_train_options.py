@@ -13,7 +13,7 @@ import pytest
 from advtransfer import config as base
 from advtransfer import parallel
 from advtransfer.config import ConfigError, validate
-from advtransfer.data import AUGMENTATIONS, Augmentation, Batch, load_dataset
+from advtransfer.data import AUGMENTATIONS, Batch, choose_augmentation, load_dataset
 from advtransfer.evaluate import evaluate
 from advtransfer.models import load_model, logits_fn
 from advtransfer.optim import make_schedule, sgd
@@ -144,8 +144,8 @@ def test_the_imagenet_recipe_is_the_published_one():
     assert [round(float(schedule(epoch)), 6) for epoch in (0, 29, 31, 59, 61, 89)] == [
         *(0.4, 0.4, 0.04, 0.04, 0.004, 0.004)
     ]
-    assert Augmentation(**resolved.augmentation) == AUGMENTATIONS["robustness"]
+    assert choose_augmentation(resolved.augmentation) == AUGMENTATIONS["robustness"]
     cifar = _experiment("source_cifar10").train
-    assert Augmentation(**cifar.augmentation) == AUGMENTATIONS["utrera_color"]
+    assert choose_augmentation(cifar.augmentation) == AUGMENTATIONS["utrera_color"]
     with pytest.raises(ValueError, match="l2_3, linf_4"):
         _experiment("source_imagenet", "l2")
