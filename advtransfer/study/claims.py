@@ -35,7 +35,8 @@ def divide(names: Sequence[str], folder: Any, is_done: Callable[[str], bool]) ->
         yield from (
             name for name in names[parallel.process() :: parallel.num_processes()] if not is_done(name)
         )
-        while not all(map(is_done, names)):
+        left = list(names)
+        while left := [name for name in left if not is_done(name)]:
             time.sleep(_LOOK_EVERY)
         return
     pending = list(names)
