@@ -220,7 +220,7 @@ def groups(turns: int, size: int, batch_size: int, trials: int = 8) -> None:
 
 
 def last_metrics(run: Callable, task: Task, key: jax.Array) -> Any:
-    return run(task, np.arange(len(task.train_labels)), key, RATES)[1]
+    return run(task, jnp.arange(len(task.train_labels)), key, RATES)[1]
 
 
 def torch(turns: int) -> None:
