@@ -15,10 +15,8 @@ from advtransfer.models import Model, ModelSpec, create_module, init_variables, 
 from advtransfer.transfer import (
     HEAD_INITS,
     Recipe,
-    activations,
     dual,
     fine_tune,
-    fine_tune_many,
     frozen_mask,
     program,
     reset_head,
@@ -334,128 +332,6 @@ def test_small_images_are_resized_on_the_device(k, mode):
     chex.assert_trees_all_close(history, expected, rtol=1e-4, atol=1e-5)
 
 
-# --- many -----------------------------------------------------------------------------------------
-
-POOL = _split(50, 4)
-SUBSETS = np.stack([np.random.default_rng(i).permutation(50)[:NUM_TRAIN] for i in range(3)])
-KEYS = jax.random.split(jax.random.key(11), 3)
-
-
-@pytest.mark.parametrize(("k", "mode"), [(0, "source"), (1, "target")])
-def test_a_trial_is_the_same_alone_and_in_a_group(k, mode):
-    """Three trials on two devices, so that one of them is run twice."""
-    recipe = RECIPE._replace(frozen_batch_norm=mode)
-    together = fine_tune_many(
-        MODEL,
-        POOL,
-        TEST,
-        subsets=SUBSETS,
-        keys=KEYS,
-        num_classes=3,
-        num_unfrozen_blocks=k,
-        recipe=recipe,
-    )
-    assert {x.shape for x in together.values()} == {(3, 2)}
-    for t, subset in enumerate(SUBSETS):
-        _, alone = _tune(k, recipe, train=Split(*(x[subset] for x in POOL)), key=KEYS[t])
-        for name in ("train_accuracy", "test_accuracy"):
-            num_images = {"train": NUM_TRAIN, "test": NUM_TEST}[name.split("_")[0]]
-            counts = [np.asarray(x) * num_images for x in (together[name][t], alone[name])]
-            np.testing.assert_allclose(counts[0], np.rint(counts[0]), atol=1e-4)
-            np.testing.assert_array_equal(*np.rint(counts), err_msg=name)
-        for name in ("train_loss", "test_loss"):
-            np.testing.assert_allclose(together[name][t], alone[name], rtol=1e-5, atol=1e-5)
-    assert np.ptp(together["test_loss"], axis=0).min() > 1e-3  # trials do differ
-
-
-def test_rates_tried_together_are_those_tried_alone():
-    """On one subset they share images, order and head; in dual form and with a block of their own."""
-    rates = Rates(np.float32([0.1, 0.02]), np.float32([0.0, 0.1]))
-    for k, source in ((0, _model(width=16)), (1, MODEL)):
-        options = {"subsets": SUBSETS, "keys": KEYS, "num_classes": 3, "num_unfrozen_blocks": k}
-        history = fine_tune_many(source, POOL, TEST, **options, recipe=RECIPE, rates=rates)
-        assert {x.shape for x in history.values()} == {(3, 2, 2)}
-        for r in range(2):
-            own = RECIPE._replace(
-                learning_rate=float(rates.learning_rate[r]), weight_decay=float(rates.weight_decay[r])
-            )
-            alone = fine_tune_many(source, POOL, TEST, **options, recipe=own)
-            for name, x in alone.items():
-                np.testing.assert_allclose(history[name][:, r], x, rtol=1e-5, atol=1e-5, err_msg=name)
-        assert np.abs(np.diff(history["test_loss"], axis=1)).min() > 1e-3  # rates do matter
-
-
-@pytest.mark.parametrize("nesterov", [False, True])
-def test_a_head_in_dual_form_takes_the_steps_of_one_in_feature_space(nesterov, monkeypatch):
-    source, recipe = _model(width=16), RECIPE._replace(nesterov=nesterov)
-    options = {"key": KEY, "class_names": CLASSES, "recipe": recipe}
-    in_dual, _ = fine_tune(source, TRAIN, TEST, **options)
-    with monkeypatch.context() as patch:
-        patch.setattr(dual, "is_cheaper", lambda *_: False)
-        patch.setattr(fine_tune_module, "_one", fine_tune_module._one.__wrapped__)
-        primal, _ = fine_tune(source, TRAIN, TEST, **options)
-    start = reset_head(source.variables, jax.random.split(KEY, 3)[0], num_classes=3)["params"]["fc"]
-    for name in start:
-        moved = np.abs(primal.variables["params"]["fc"][name] - start[name]).max()
-        errors = in_dual.variables["params"]["fc"][name] - primal.variables["params"]["fc"][name]
-        assert np.abs(errors).max() < 1e-5 < 1e-2 < moved
-
-
-def test_fixed_views_are_cached_and_one_of_them_is_drawn_each_time():
-    """Two views of images that are their own mirror are the image twice: a plain training."""
-    half = TRAIN.images[:, :, :4]
-    mirrored = Split(np.concatenate([half, half[:, :, ::-1]], axis=2), TRAIN.labels)
-    for source in (MODEL, _model(width=32)):  # 40 rows: more than 8 features, fewer than 64
-        tune = partial(fine_tune, source, test=TEST, key=KEY, class_names=CLASSES)
-        views = RECIPE._replace(augmentation=Augmentation(flip=True), num_views=2)
-        plain, _ = tune(mirrored, recipe=RECIPE)
-        same, _ = tune(mirrored, recipe=views)
-        chex.assert_trees_all_close(same.variables, plain.variables, atol=1e-5)
-        kernels = [tune(TRAIN, recipe=r)[0].variables["params"]["fc"]["kernel"] for r in (views, RECIPE)]
-        assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
-    flipped = activations(
-        *(MODEL.module, MODEL.variables), TRAIN.images, 2, augmentation=views.augmentation, view=1
-    )
-    both = [
-        np.asarray(activations(*(MODEL.module, MODEL.variables), x, 2))
-        for x in (TRAIN.images, TRAIN.images[:, :, ::-1])
-    ]
-    nearest = [min(np.abs(x[i] - flipped[i]).max() for x in both) for i in range(NUM_TRAIN)]
-    assert max(nearest) < 1e-5
-    shares = [np.abs(both[0][i] - flipped[i]).max() > 1e-3 for i in range(NUM_TRAIN)]
-    assert 0 < sum(shares) < NUM_TRAIN
-
-
-def test_a_group_holds_frozen_parameters_once():
-    """In the vectorised program no array is a stack of frozen kernels, one for each of 7 trials."""
-    module = MODEL.module.clone(num_classes=3)
-    task = Task(*(jnp.asarray(x) for x in (*TRAIN, *TEST)))
-    run = make_fine_tune(module, RECIPE._replace(frozen_batch_norm="update"), 1)
-    history = jax.vmap(lambda *args: run(*args, RATES)[1], in_axes=(None, None, None, 0, 0))
-    subsets, keys = np.tile(np.arange(NUM_TRAIN), (7, 1)), jax.random.split(jax.random.key(0), 7)
-    shapes = _carried_shapes(jax.make_jaxpr(history)(*VARIABLES, task, subsets, keys).jaxpr)
-    params = MODEL.variables["params"]
-    assert (7, *params["layer2_0"]["conv2"]["kernel"].shape) in shapes
-    for layer in ("conv1", "layer1_0"):
-        for kernel in (x for x in jax.tree.leaves(params[layer]) if x.ndim == 4):
-            assert (7, *kernel.shape) not in shapes, layer
-
-
-def _carried_shapes(jaxpr):
-    """Shapes of everything that goes into or comes out of the loops of a program, nested ones too."""
-    shapes = set()
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "scan":
-            shapes |= {v.aval.shape for v in (*equation.invars, *equation.outvars)}
-        for inner in jax.tree.leaves(
-            equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                shapes |= _carried_shapes(inner)
-    return shapes
-
-
 # --- the head -------------------------------------------------------------------------------------
 
 
@@ -498,35 +374,3 @@ def test_two_sources_get_the_same_head_from_the_same_key(init):
     ]
     chex.assert_trees_all_equal(heads[0], heads[1])
     assert np.abs(heads[0]["kernel"] - heads[2]["kernel"]).max() > 0.1
-
-
-# --- errors ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("k", "change", "message"),
-    [
-        (3, {}, "cannot unfreeze 3 blocks: this network has 2"),
-        (-2, {}, "cannot unfreeze -2 blocks"),
-        (0, {"batch_size": 21}, "batch_size=21 is larger than the 20 training images"),
-        (0, {"evaluate_epochs": (3, 1)}, r"evaluate_epochs=\(3, 1\) must be .* in ascending order"),
-        (0, {"evaluate_epochs": (4,)}, r"evaluate_epochs=\(4,\) must be .* num_epochs=3"),
-        (0, {"frozen_batch_norm": "sources"}, "frozen_batch_norm='sources' must be one of update, source"),
-        (0, {"head_init": "zero"}, "unknown head init 'zero'; nearest: zeros"),
-    ],
-)
-def test_what_cannot_be_is_refused_in_one_line(k, change, message):
-    with pytest.raises(ValueError, match=message) as single:
-        _tune(k, RECIPE._replace(**change))
-    with pytest.raises(ValueError, match=message) as many:
-        fine_tune_many(
-            MODEL,
-            POOL,
-            TEST,
-            subsets=SUBSETS,
-            keys=KEYS,
-            num_classes=3,
-            num_unfrozen_blocks=k,
-            recipe=RECIPE._replace(**change),
-        )
-    assert "\n" not in str(single.value) + str(many.value)

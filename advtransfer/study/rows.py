@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -64,7 +65,8 @@ def finished_rows(folder: str | Path, *, set_aside: bool = False) -> dict[str, l
         except (ValueError, KeyError, TypeError) as error:
             logging.warning("%s is damaged (%r): its trials are run again", path, error)
             if set_aside:
-                path.replace(path.with_suffix(".corrupt"))
+                with contextlib.suppress(FileNotFoundError):  # another process has done it
+                    path.replace(path.with_suffix(".corrupt"))
     return finished
 
 
