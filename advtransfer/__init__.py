@@ -8,6 +8,7 @@ twins = at.pgd(at.logits_fn(model), images, labels, at.L2(eps=0.25))
 """
 
 from advtransfer import config, models, report, stages, study
+from advtransfer.analysis import influence, matches, saliency, shape, visualise
 from advtransfer.attacks import L2, Linf, Unconstrained, make_attack, pgd
 from advtransfer.data import (
     Augmentation,
@@ -29,9 +30,10 @@ from advtransfer.models import (
     save_model,
 )
 from advtransfer.source import train_source
+from advtransfer.stages.one_model import FineTuned, fine_tune
 from advtransfer.torch_checkpoint import CheckpointError, export_torch_state_dict, import_torch_checkpoint
 from advtransfer.train import TrainState, fit, make_train_step
-from advtransfer.transfer import Recipe, fine_tune, fine_tune_many, reset_head
+from advtransfer.transfer import Recipe, fine_tune_many, reset_head
 
 __version__ = "0.1.0"
 
@@ -41,6 +43,7 @@ __all__ = [
     "Batch",
     "CheckpointError",
     "Dataset",
+    "FineTuned",
     "Linf",
     "Model",
     "ModelSpec",
@@ -56,21 +59,26 @@ __all__ = [
     "fine_tune_many",
     "fit",
     "import_torch_checkpoint",
+    "influence",
     "init_variables",
     "load_dataset",
     "load_model",
     "logits_fn",
     "make_attack",
     "make_train_step",
+    "matches",
     "models",
     "pgd",
     "predict",
     "render_glyphs",
     "report",
     "reset_head",
+    "saliency",
     "save_model",
+    "shape",
     "stages",
     "study",
     "subset_indices",
     "train_source",
+    "visualise",
 ]

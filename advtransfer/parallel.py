@@ -8,11 +8,13 @@ of a batch, arrays stay local to a process, and process 0 decides and writes wha
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -131,6 +133,31 @@ def platform() -> str:
 def num_devices() -> int:
     """Devices that this process feeds."""
     return jax.local_device_count()
+
+
+def free_bytes() -> int:
+    """Memory that new arrays may take on each device of this process: the least that one of them has left.
+
+    CPU devices share what the machine has left, or what the control group of this process leaves.
+    """
+    known = [device.memory_stats() for device in jax.local_devices()]
+    if all(known):
+        return min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in known)
+    return _free_host_bytes() // num_devices()
+
+
+def _free_host_bytes() -> int:
+    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    with contextlib.suppress(OSError, StopIteration):  # Linux counts what it would give back from its caches
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free[0] = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, ValueError, StopIteration):  # "max" is no limit
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        lines = (group / "memory.stat").read_text().splitlines()
+        cached = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file"))
+        free.append(limit - used + cached)
+    return max(0, min(free))
 
 
 def is_main_process() -> bool:

@@ -1,10 +1,13 @@
-"""Fine-tune one source network on one small target set.
+"""Fine-tune one source network on one target set, and see what it is worth.
 
     python launch.py --config=experiments/transfer.py --config.source=runs/l2/model --workdir=runs/digits
 
-Trains the head alone on 200 handwritten digits; `--config.transfer.num_train_images=100
---config.transfer.num_unfrozen_blocks=1` takes fewer images and one residual block more. Leaves `model/` and
-`rows.csv` (accuracy on the subset and on the test split by epoch) in the workdir.
+Trains the head alone on 200 handwritten digits; `--config.transfer.num_train_images=100` takes fewer images
+(-1: all), `--config.transfer.num_unfrozen_blocks=1` one residual block more. How many blocks to train is
+chosen with `--config.transfer.choose_num_unfrozen_blocks=rule`, by a rule of thumb on the number of images,
+or with `=cross_validation`, on the training images alone; `--plan` says what that takes. Leaves in the
+workdir `model/`, `report.html` (accuracy by epoch and by class, confusion matrix, the most confident
+mistakes) with the tables behind it, and `rows.csv`.
 """
 
 from advtransfer import config as base
@@ -15,5 +18,5 @@ def get_config():
     config.stage = "transfer"
     config.transfer.batch_size = 20
     config.transfer.num_epochs = 30
-    config.transfer.evaluate_epochs = (1, 3, 10, 30)
+    config.transfer.evaluate_epochs = (1, 2, 3, 5, 10, 20, 30)
     return config

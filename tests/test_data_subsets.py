@@ -49,7 +49,9 @@ def test_nested_subsets_contain_one_another(labels, stratified):
     large = draw(labels, 200, stratified=stratified)
     for num_images in (1, 7, 50, 100):
         small = draw(labels, num_images, stratified=stratified)
-        np.testing.assert_array_equal(small, large[:num_images])
+        assert len({*small}) == num_images and {*small} <= {*large}
+        if stratified:
+            np.testing.assert_array_equal(small, large[:num_images])
 
 
 @pytest.mark.parametrize("stratified", [True, False])
@@ -84,6 +86,23 @@ def test_random_subsets_vary_in_their_class_counts():
     counts = [np.bincount(BALANCED[draw(BALANCED, 100, s, stratified=False)]) for s in range(200)]
     # Hypergeometric: 100 * 0.1 * 0.9 * 200 / 299
     assert abs(np.var(counts) - 6.02) < 1
+
+
+@pytest.mark.parametrize("labels", [BALANCED, UNBALANCED], ids=["balanced", "unbalanced"])
+def test_random_subsets_keep_their_last_places_for_missing_classes(labels):
+    """The rule image by image: one is taken if places are left beyond those that missing classes need."""
+    for seed in range(20):
+        order = draw(labels, len(labels), seed=seed, stratified=False)
+        for num_images in (1, 3, 9, 12, 40):
+            missing, expected = {*labels.tolist()}, []
+            for i in order:
+                label, left = labels[i], num_images - len(expected)
+                if left and (left > len(missing) or label in missing):
+                    expected.append(i)
+                    missing.discard(label)
+            drawn = draw(labels, num_images, seed=seed, stratified=False)
+            np.testing.assert_array_equal(drawn, expected)
+            assert len({*labels[drawn]}) == min(num_images, len({*labels})) or missing == set()
 
 
 def test_what_the_draw_depends_on():

@@ -25,7 +25,7 @@ from test_transfer import (
 )
 
 from advtransfer.data import Augmentation, Split
-from advtransfer.transfer import activations, dual, fine_tune, fine_tune_many, reset_head
+from advtransfer.transfer import activations, dual, fine_tune_many, fine_tune_one, reset_head
 from advtransfer.transfer.program import Rates, Task, make_fine_tune
 
 POOL = _split(50, 4)
@@ -81,11 +81,11 @@ def test_rates_tried_together_are_those_tried_alone():
 def test_a_head_in_dual_form_takes_the_steps_of_one_in_feature_space(nesterov, monkeypatch):
     source, recipe = _model(width=16), RECIPE._replace(nesterov=nesterov)
     options = {"key": KEY, "class_names": CLASSES, "recipe": recipe}
-    in_dual, _ = fine_tune(source, TRAIN, TEST, **options)
+    in_dual, _ = fine_tune_one(source, TRAIN, TEST, **options)
     with monkeypatch.context() as patch:
         patch.setattr(dual, "is_cheaper", lambda *_: False)
         patch.setattr(fine_tune_module, "_one", fine_tune_module._one.__wrapped__)
-        primal, _ = fine_tune(source, TRAIN, TEST, **options)
+        primal, _ = fine_tune_one(source, TRAIN, TEST, **options)
     start = reset_head(source.variables, jax.random.split(KEY, 3)[0], num_classes=3)["params"]["fc"]
     for name in start:
         moved = np.abs(primal.variables["params"]["fc"][name] - start[name]).max()
@@ -98,20 +98,20 @@ def test_fixed_views_are_cached_and_one_of_them_is_drawn_each_time():
     half = TRAIN.images[:, :, :4]
     mirrored = Split(np.concatenate([half, half[:, :, ::-1]], axis=2), TRAIN.labels)
     for source in (MODEL, _model(width=32)):  # 40 rows: more than 8 features, fewer than 64
-        tune = partial(fine_tune, source, test=TEST, key=KEY, class_names=CLASSES)
+        tune = partial(fine_tune_one, source, test=TEST, key=KEY, class_names=CLASSES)
         views = RECIPE._replace(augmentation=Augmentation(flip=True), num_views=2)
         plain, _ = tune(mirrored, recipe=RECIPE)
         same, _ = tune(mirrored, recipe=views)
         chex.assert_trees_all_close(same.variables, plain.variables, atol=1e-5)
         kernels = [tune(TRAIN, recipe=r)[0].variables["params"]["fc"]["kernel"] for r in (views, RECIPE)]
         assert np.abs(kernels[0] - kernels[1]).max() > 1e-4
-    flipped = activations(
-        *(MODEL.module, MODEL.variables), TRAIN.images, 2, augmentation=views.augmentation, view=1
-    )
-    both = [
-        np.asarray(activations(*(MODEL.module, MODEL.variables), x, 2))
-        for x in (TRAIN.images, TRAIN.images[:, :, ::-1])
-    ]
+    enter = partial(activations, MODEL.module, MODEL.variables, start=2, augmentation=views.augmentation)
+    plain, flipped = np.split(enter(TRAIN.images, num_views=2), 2)
+    both = [np.asarray(enter(x)) for x in (TRAIN.images, TRAIN.images[:, :, ::-1])]
+    np.testing.assert_allclose(plain, both[0], atol=1e-5)
+    # An image's views depend on its number, not on its neighbours.
+    few = enter(TRAIN.images[5:12], num_views=2, numbers=np.arange(5, 12), batch_size=3)
+    np.testing.assert_allclose(few, np.concatenate([plain[5:12], flipped[5:12]]), atol=1e-5)
     nearest = [min(np.abs(x[i] - flipped[i]).max() for x in both) for i in range(NUM_TRAIN)]
     assert max(nearest) < 1e-5
     shares = [np.abs(both[0][i] - flipped[i]).max() > 1e-3 for i in range(NUM_TRAIN)]

@@ -51,9 +51,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(argument, words, tmp_path):
 
 
 def test_plan_says_what_would_run_and_writes_nothing(tmp_path):
-    done = launch("--plan", "--config.study.num_seeds=3", cwd=tmp_path)
+    done = launch("--plan", "--config.study.num_seeds=3", "--config.study.calibration=0.1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    natural, robust, trials, size = done.stdout.splitlines()
+    natural, robust, trials, _, size, there, here, training = done.stdout.splitlines()
     assert natural.startswith("source natural: train resnet_tiny, ")
     assert robust.startswith("source l2:") and "PGD-3" in robust
     config = _config("quickstart")
@@ -61,6 +61,8 @@ def test_plan_says_what_would_run_and_writes_nothing(tmp_path):
     assert f"fine-tune {grid * 3} of {grid * 3} models in {grid} groups" in trials
     # At k = 1: 1,597 images, and what enters the last block of a network of width 16, 4 × 4 × 64 floats.
     assert f"{1597 * 4 * 4 * 64 * 4 / 1e6:.1f} MB" in size
+    assert all(name in there for name in ("H200", "A100", "v5e"))
+    assert "by running the beginning of 1 of 7 kinds" in here and "training of the sources" in training
     assert list(tmp_path.iterdir()) == []
 
 
@@ -69,6 +71,7 @@ def _config(name="quickstart", *argument):
     exec((ROOT / "experiments" / f"{name}.py").read_text(), scope)
     config = scope["get_config"](*argument)
     config.dtype = "float32"
+    config.study.calibration = 0.0
     return config
 
 
@@ -89,7 +92,11 @@ def _set(config, changes):
         ({"study.num_unfrozen_blocks": (0, 5)}, "config.study.num_unfrozen_blocks: .* has 4"),
         ({"study.num_unfrozen_blocks": (-2,)}, "config.study.num_unfrozen_blocks=.*-1"),
         ({"study.num_train_images": (50, 801)}, "config.study.num_train_images: .*801.* 1 to 800"),
-        ({"transfer.batch_size": 21}, "config.transfer.batch_size=21 is larger .* lower it to 20"),
+        ({"study.views": ("red",)}, "config.study.views=.*must be some of natural"),
+        ({"study.fewer_seeds": ((100, 0),)}, "config.study.fewer_seeds=.*pairs of positive numbers"),
+        ({"study.learning_rates": (0.1, "x")}, "config.study.learning_rates=.*'x' is no float"),
+        ({"study.targets": "builtin:digits,tfds"}, "config.study.targets: unknown dataset 'tfds'"),
+        ({"study.epochs": (1,), "study.split": "validation"}, "chosen on these images: report on test"),
         ({"transfer.evaluate_epochs": (1, 999)}, "config.transfer.evaluate_epochs"),
         ({"transfer.target": "builtin:digit"}, "config.transfer.target: .*did you mean builtin:digits"),
         ({"transfer.head_init": "xavier"}, "config.transfer.head_init='xavier' must be one of"),

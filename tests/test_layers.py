@@ -32,8 +32,9 @@ MAY_IMPORT["evaluate"] = MAY_IMPORT["train"] | {"train"}
 MAY_IMPORT["source"] = MAY_IMPORT["evaluate"] | {"evaluate", "config", "progress"}
 MAY_IMPORT["transfer"] = MAY_IMPORT["evaluate"] | {"evaluate"}
 MAY_IMPORT["study"] = MAY_IMPORT["transfer"] | {"transfer"}
+MAY_IMPORT["analysis"] = {"parallel", "attacks", "models", "data", "evaluate"}
 MAY_IMPORT["stages"] = (
-    MAY_IMPORT["study"] | MAY_IMPORT["source"] | {"study", "source", "report", "torch_checkpoint"}
+    MAY_IMPORT["study"] | MAY_IMPORT["source"] | {"study", "source", "analysis", "report", "torch_checkpoint"}
 )
 
 COLLECTIVES = {

@@ -22,7 +22,7 @@ def tiny():
     config.train.update(save_every=4, log_every=3, attack_random_start=True, attack_batch_norm="batch")
     config.train.augmentation.crop_padding = 1
     config.transfer.update(batch_size=10, num_epochs=3, evaluate_epochs=(1, 3))
-    config.study.update(num_train_images=(10, 25), num_unfrozen_blocks=(0,), num_seeds=2)
+    config.study.update(num_train_images=(10, 25), num_unfrozen_blocks=(0,), num_seeds=2, calibration=0.0)
     config.evaluate.update(num_steps=2, num_restarts=2, num_images=50, batch_size=16)
     config.evaluate.dataset = "builtin:digits"
     config.report.num_pictures = 3
@@ -192,7 +192,7 @@ def test_a_folder_of_small_squares_goes_the_whole_way(study, tmp_path):
     config.transfer.augmentation.flip = True  # no cached prefix
     plan = stages.plan(config, tmp_path / "out")
     assert "fine-tune 2 of 2 models" in plan
-    assert f"inputs on the device: {(30 + 7) * 5 * 5 * 3 / 1e6:,.1f} MB" in plan
+    assert f"or {(30 + 7) * 5 * 5 * 3 / 1e6:,.1f} MB of images" in plan
     stages.run(config, tmp_path / "out")
     with (tmp_path / "out/rows.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["epoch"] == "3"]

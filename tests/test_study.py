@@ -13,9 +13,9 @@ from advtransfer import config as base
 from advtransfer import study
 from advtransfer.data import Augmentation, Dataset, Split, subset_indices
 from advtransfer.models import Model, ModelSpec, create_module, init_variables
-from advtransfer.study import Source, Trial, group, make_trials, num_steps, run_trials
+from advtransfer.study import Source, Trial, flatten, group, make_trials, num_steps, run_trials
 from advtransfer.study import run as study_run
-from advtransfer.transfer import Recipe, fine_tune_many
+from advtransfer.transfer import Recipe, fine_tune_many, prepare
 
 RECIPE = Recipe(num_epochs=2, evaluate_epochs=(1, 2), batch_size=5, schedule="constant")
 SOURCES = (Source("natural", "none", 0.0, "d0"), Source("robust", "l2", 0.5, "d1"))
@@ -57,6 +57,12 @@ def _dataset(num_train=40):
     return Dataset("random", ("a", "b", "c"), split(num_train), split(10), split(20))
 
 
+def grid_of(config, dataset_of):
+    """`make_trials` from SOURCES; the target of a cell is `dataset_of(cell)`."""
+    sources = {source.name: source for source in SOURCES}
+    return make_trials(config, list(sources), lambda cell: (sources[cell.source], dataset_of(cell)))
+
+
 def _models():
     module = create_module("resnet_tiny", num_classes=5).clone(width=4, stage_sizes=(1,))
     spec = ModelSpec("resnet_tiny", 5, 8, module.mean, module.std)
@@ -66,7 +72,7 @@ def _models():
         rng = np.random.default_rng(seed)
         return jax.tree.map(lambda x: rng.uniform(0.0, 1.0, x.shape).astype(np.float32), shapes)
 
-    return {source.name: Model(module, weights(seed), spec) for seed, source in enumerate(SOURCES)}
+    return {source.identity: Model(module, weights(seed), spec) for seed, source in enumerate(SOURCES)}
 
 
 DATASET = _dataset()
@@ -209,7 +215,7 @@ def test_the_grid_is_the_configs():
         num_train_images=(20, 50), num_unfrozen_blocks=(0, 1, -1), num_seeds=2, split="validation"
     )
     config.transfer.update(num_epochs=9, evaluate_epochs=(9, 3, 9), batch_size=20)
-    trials = make_trials(config, SOURCES, lambda *_: _dataset(num_train=60))
+    trials = flatten(grid_of(config, lambda _: _dataset(num_train=60)))
     assert len(set(trials)) == len(trials) == 2 * 3 * 2 * 2
     assert [(t.source.name, t.seed) for t in trials[:4]] == [
         ("natural", 0),
@@ -220,7 +226,7 @@ def test_the_grid_is_the_configs():
     assert {t.num_train_images for t in trials} == {20, 50}
     assert {t.num_unfrozen_blocks for t in trials} == {0, 1, -1}
     assert {(t.split, t.target, t.recipe.evaluate_epochs) for t in trials} == {
-        ("validation", "builtin:digits", (3, 9))
+        ("validation", "random", (3, 9))
     }
     assert num_steps(trials[0]) == 9 and num_steps(trials[4]) == 9 * 3
 
@@ -285,7 +291,7 @@ def test_out_of_memory_halves_a_group(monkeypatch):
 
     monkeypatch.setattr(study_run, "fine_tune_many", fitting)
     members = [_trial(seed=seed) for seed in range(5)]
-    rows = study_run.run_group(members, _models()["natural"], DATASET)
+    rows = study_run.run_group(members, _models()["d0"], DATASET)
     assert sizes == [5, 2, 3, 1, 2]
     assert [row["trial_id"] for row in rows[::2]] == [t.identity() for t in members]
     assert [row["test_loss"] for row in rows[::2]] == [
@@ -293,7 +299,7 @@ def test_out_of_memory_halves_a_group(monkeypatch):
     ]
     monkeypatch.setattr(study_run, "fine_tune_many", _raise(jax.errors.JaxRuntimeError("INTERNAL: no")))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        study_run.run_group(members, _models()["natural"], DATASET)
+        study_run.run_group(members, _models()["d0"], DATASET)
 
 
 def _raise(error):
@@ -317,8 +323,8 @@ def test_every_source_sees_the_same_images_and_keys(monkeypatch):
     monkeypatch.setattr(study_run, "fine_tune_many", spy)
     models = _models()
     for members in group(t._replace(split="validation") for t in _grid()):
-        study.run_group(members, models[members[0].source.name], DATASET)
-    natural, robust = id(models["natural"]), id(models["robust"])
+        study.run_group(members, models[members[0].source.identity], DATASET)
+    natural, robust = id(models["d0"]), id(models["d1"])
     for n in (6, 12):
         for one, other in zip(calls[natural, n], calls[robust, n], strict=True):
             np.testing.assert_array_equal(one, other)
@@ -334,10 +340,12 @@ def test_rows_say_what_was_run_and_measured(undisturbed):
     trials = _grid()
     assert len(undisturbed) == 2 * len(trials)
     models = _models()
+    splits = DATASET.train, DATASET.test
+    used = np.unique(np.concatenate([trial.subset(DATASET.train.labels) for trial in trials]))
     for members, rows in zip(group(trials), np.reshape(undisturbed, (4, 3, 2)), strict=True):
         first = members[0]
         history = fine_tune_many(
-            models[first.source.name],
+            models[first.source.identity],
             DATASET.train,
             DATASET.test,
             subsets=np.stack([trial.subset(DATASET.train.labels) for trial in members]),
@@ -345,6 +353,7 @@ def test_rows_say_what_was_run_and_measured(undisturbed):
             num_classes=3,
             num_unfrozen_blocks=0,
             recipe=RECIPE,
+            prepared=prepare(models[first.source.identity], *splits, RECIPE, 0, used=used),
         )
         for t, trial in enumerate(members):
             for e, row in enumerate(rows[t]):
@@ -373,16 +382,16 @@ def test_all_images_are_as_many_as_there_are():
     config.transfer.batch_size = 5
     config.study.update(num_train_images=(6, 40, -1), num_unfrozen_blocks=(0,), num_seeds=2)
     whole = _dataset(num_train=50)
-    trials = make_trials(config, SOURCES, lambda _, n: whole if n == -1 else DATASET)
+    trials = flatten(grid_of(config, lambda cell: whole if cell.num_train_images == -1 else DATASET))
     assert [t.num_train_images for t in trials[::4]] == [6, 40, 50]
     digests = [DATASET.digest("train", "test"), whole.digest("train", "test")]
     assert [t.data for t in trials[::4]] == [digests[0], digests[0], digests[1]]
     np.testing.assert_array_equal(np.sort(trials[-1].subset(whole.train.labels)), np.arange(50))
-    assert len(make_trials(config, SOURCES, lambda *_: DATASET)) == 2 * 2 * 2  # 40 and -1 are the same
+    assert len(flatten(grid_of(config, lambda _: DATASET))) == 2 * 2 * 2  # 40 and -1 are the same
     for change, message in (
         ({"num_train_images": (41,)}, "cannot draw 41 images from random: choose 1 to 40"),
         ({"num_train_images": (4,)}, "batch_size=5 is larger than the 4 training images"),
     ):
         config.study.update(change)
         with pytest.raises(ValueError, match=message):
-            make_trials(config, SOURCES, lambda *_: DATASET)
+            grid_of(config, lambda _: DATASET)

@@ -36,7 +36,7 @@ def work(folder):
     study_run.run_group = run_group
     study_run._prepare = lambda *_: None
     trials = grid()
-    rows = run_trials(trials, {"natural": None}, {"": None}, folder / "rows")
+    rows = run_trials(trials, {"d0": None}, {"": None}, folder / "rows")
     assert [row["trial_id"] for row in rows[::2]] == [t.identity() for t in trials]
 
 

@@ -20,13 +20,14 @@ from test_study import (
     _run,
     _trial,
     _without_seconds,
+    grid_of,
     ran,  # noqa: F401, a fixture
     undisturbed,  # noqa: F401, a fixture
 )
 
 from advtransfer import config as base
 from advtransfer import study
-from advtransfer.study import group, make_trials, run_trials
+from advtransfer.study import flatten, group, run_trials
 from advtransfer.study import run as study_run
 
 # --- what is run again ----------------------------------------------------------------------------
@@ -50,7 +51,7 @@ def test_changed_images_are_run_again(tmp_path, ran):
     changed = DATASET._replace(test=DATASET.test._replace(images=images))
     for dataset, groups in ((DATASET, 2), (DATASET, 0), (changed, 2), (changed, 0), (DATASET, 0)):
         ran.clear()
-        trials = make_trials(config, SOURCES, lambda *_: dataset)  # noqa: B023
+        trials = flatten(grid_of(config, lambda _: dataset))  # noqa: B023
         run_trials(trials, _models(), {dataset.digest("train", "test"): dataset}, tmp_path)
         assert len(ran) == groups
 
@@ -70,9 +71,8 @@ def test_the_same_weights_under_two_names_are_one_trial(tmp_path, ran):
     """Rows come back under the name that is asked for, once each."""
     twin = SOURCES[0]._replace(name="twin")
     trials = [_trial(source=source, seed=seed) for source in (SOURCES[0], twin) for seed in range(2)]
-    models = _models() | {"twin": _models()["natural"]}
     for _ in range(2):
-        rows = run_trials(trials, models, {"": DATASET}, tmp_path)
+        rows = run_trials(trials, _models(), {"": DATASET}, tmp_path)
         assert [r["source"] for r in rows] == ["natural"] * 4 + ["twin"] * 4
         assert [json.loads(r["config"])["source"]["name"] for r in rows] == [r["source"] for r in rows]
     assert len(ran) == 1

@@ -16,8 +16,9 @@ from advtransfer.transfer import (
     HEAD_INITS,
     Recipe,
     dual,
-    fine_tune,
+    fine_tune_one,
     frozen_mask,
+    prepared,
     program,
     reset_head,
     target_batch_stats,
@@ -84,7 +85,9 @@ VARIABLES = MODEL.variables["params"], MODEL.variables["batch_stats"]
 
 
 def _tune(k, recipe, train=TRAIN, key=KEY):
-    return fine_tune(MODEL, train, TEST, key=key, class_names=CLASSES, num_unfrozen_blocks=k, recipe=recipe)
+    return fine_tune_one(
+        MODEL, train, TEST, key=key, class_names=CLASSES, num_unfrozen_blocks=k, recipe=recipe
+    )
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +241,7 @@ def test_with_nothing_unfrozen_it_is_softmax_regression(width):
     source = _model(width=width)
     assert dual.is_cheaper(NUM_TRAIN, 2 * width) == (width == 16)
     options = {"key": KEY, "class_names": CLASSES, "num_unfrozen_blocks": 0, "recipe": RECIPE}
-    model, history = fine_tune(source, TRAIN, TEST, **options)
+    model, history = fine_tune_one(source, TRAIN, TEST, **options)
     head_key, order_key, _ = jax.random.split(KEY, 3)
     head = reset_head(source.variables, head_key, num_classes=3)["params"]["fc"]
     orders = [
@@ -268,8 +271,8 @@ def test_with_nothing_unfrozen_it_is_softmax_regression(width):
 def test_the_cached_and_the_recomputed_prefix_give_the_same_weights(tuned, monkeypatch):
     cached, cached_history = tuned(1, "target")
     with monkeypatch.context() as patch:
-        patch.setattr(fine_tune_module, "prefix_is_constant", lambda *_: False)
-        patch.setattr(fine_tune_module, "activations", lambda *_: pytest.fail("the cache was used"))
+        patch.setattr(prepared, "prefix_is_constant", lambda *_: False)
+        patch.setattr(prepared, "activations", lambda *_, **__: pytest.fail("the cache was used"))
         recomputed, history = _tune(1, RECIPE._replace(frozen_batch_norm="target"))
     chex.assert_trees_all_close(cached.variables, recomputed.variables, rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_close(cached_history, history, rtol=1e-5, atol=1e-5)
@@ -281,7 +284,7 @@ def test_random_augmentation_is_applied_and_never_cached(monkeypatch):
     mirrored = Split(np.concatenate([half, half[:, :, ::-1]], axis=2), TRAIN.labels)
     flipping = RECIPE._replace(augmentation=Augmentation(flip=True))
     with monkeypatch.context() as patch:
-        patch.setattr(fine_tune_module, "activations", lambda *_: pytest.fail("the cache was used"))
+        patch.setattr(prepared, "activations", lambda *_, **__: pytest.fail("the cache was used"))
         same, _ = _tune(0, flipping, train=mirrored)
         moved, _ = _tune(0, flipping)
     still, _ = _tune(0, RECIPE, train=mirrored)
@@ -314,7 +317,7 @@ def test_small_images_are_resized_on_the_device(k, mode):
     train, test = (Split(split.images[:, 1:6, 1:6], split.labels) for split in (TRAIN, TEST))
     recipe = RECIPE._replace(frozen_batch_norm=mode)
     options = {"key": KEY, "class_names": CLASSES, "num_unfrozen_blocks": k, "recipe": recipe}
-    found, history = fine_tune(MODEL, train, test, **options)
+    found, history = fine_tune_one(MODEL, train, test, **options)
 
     images = [resize(to_float(jnp.asarray(split.images)), 8) for split in (train, test)]
     variables = MODEL.variables

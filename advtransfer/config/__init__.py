@@ -7,6 +7,7 @@ before any work starts.
 
 from advtransfer.config.checks import ConfigError, conflicts, flatten, names_key, to_json, validate
 from advtransfer.config.keys import NORMS, STAGES, default
+from advtransfer.config.paper import set_paper_grid
 from advtransfer.config.sources import parse_source, set_source
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "flatten",
     "names_key",
     "parse_source",
+    "set_paper_grid",
     "set_source",
     "to_json",
     "validate",

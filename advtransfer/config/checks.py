@@ -14,6 +14,7 @@ from advtransfer.config.keys import NORMS, STAGES, default
 
 # Keys that change what is computed or shown beside the results, but not the results that a workdir holds.
 _FREE_KEYS = (
+    "interpret.",
     "report.",
     "rows",
     "verify",
@@ -30,6 +31,9 @@ _FREE_KEYS = (
 class ConfigError(ValueError):
     """One line that names the key and the fix."""
 
+
+ANALYSES = default().interpret.analyses
+VIEWS = ("natural", "low_pass", "grey", "patch_shuffle", "amplitude_swap", "edges", "silhouette")
 
 _POSITIVE = (lambda x: x > 0, "must be positive")
 _NOT_NEGATIVE = (lambda x: x >= 0, "must not be negative")
@@ -70,19 +74,37 @@ _CHECKS = {
     "train.num_parts": _POSITIVE,
     "train.average_decay": _FRACTION,
     "train.validate_every": _NOT_NEGATIVE,
-    "transfer.view": _one_of("natural", "low_pass", "grey"),
+    "transfer.view": _one_of(*VIEWS),
     "transfer.num_train_images": (lambda x: x > 0 or x == -1, "must be positive, or -1 (all)"),
     "transfer.num_unfrozen_blocks": (lambda x: x >= -1, "must be >= -1 (-1: everything)"),
+    "transfer.choose_num_unfrozen_blocks": _one_of("given", "rule", "cross_validation"),
+    "transfer.num_folds": (lambda x: x >= 2, "must be at least 2"),
     "transfer.head_init": _one_of("torch", "normal", "zeros"),
     "transfer.head_scale": _NOT_NEGATIVE,
     "transfer.num_views": (lambda x: x >= 0, "must be >= 0 (0: drawn anew in every step)"),
     "transfer.frozen_batch_norm": _one_of("update", "source", "target"),
+    "transfer.input_norm": _one_of("source", "target"),
+    "transfer.max_steps": _NOT_NEGATIVE,
     "study.num_train_images": (
         lambda x: x and all(n > 0 or n == -1 for n in x),
         "must be positive numbers, or -1 (all)",
     ),
     "study.num_unfrozen_blocks": (lambda x: x and min(x) >= -1, "must be numbers >= -1"),
+    "study.views": (lambda x: {*x} <= {*VIEWS}, f"must be some of {', '.join(VIEWS)}"),
     "study.num_seeds": _POSITIVE,
+    "study.seeds": (
+        lambda x: all(0 <= s < 2**32 for s in x),
+        "must be whole numbers from 0 to 2**32 - 1",
+    ),
+    "study.fewer_seeds": (
+        lambda x: all(len(p) == 2 and all(type(q) is int and q > 0 for q in p) for p in x),
+        "must be pairs of positive numbers (images, seeds)",
+    ),
+    "study.learning_rates": (lambda x: all(r > 0 for r in x), "must be positive numbers"),
+    "study.weight_decays": (lambda x: all(d >= 0 for d in x), "must be numbers, not negative"),
+    "study.epochs": (lambda x: all(e > 0 for e in x), "must be positive numbers"),
+    "study.search_seeds": _POSITIVE,
+    "study.calibration": _NOT_NEGATIVE,
     "study.split": _one_of("test", "validation"),
     "study.group_size": _NOT_NEGATIVE,
     "evaluate.split": _one_of("train", "test", "validation"),
@@ -93,9 +115,33 @@ _CHECKS = {
     "evaluate.num_restarts": _POSITIVE,
     "evaluate.num_images": _NOT_NEGATIVE,
     "evaluate.batch_size": _POSITIVE,
+    "interpret.split": _one_of("train", "test", "validation"),
+    **{
+        f"interpret.{key}": _POSITIVE
+        for key in (
+            *("num_images", "num_measured", "smooth_samples", "integration_steps"),
+            *("num_steps", "step_size", "eps", "num_queries"),
+        )
+    },
+    "interpret.num_train": (lambda x: x > 1, "must be at least 2"),
+    "interpret.smooth_noise": _NOT_NEGATIVE,
+    "interpret.baseline": (lambda x: 0 <= x <= 1, "must be in [0, 1]"),
+    "interpret.parameterisation": _one_of("pixels", "fourier"),
+    "interpret.solver": _one_of("damped", "truncated", "cg"),
+    "interpret.damping": _NOT_NEGATIVE,
+    "interpret.rcond": (lambda x: 0 < x < 1, "must be between 0 and 1"),
     "report.num_pictures": _NOT_NEGATIVE,
     "report.reference": _one_of("none", "paper"),
-} | {
+}
+_CHECKS |= {
+    f"{key}.analyses": (lambda x: {*x} <= {*ANALYSES}, f"must be some of {', '.join(ANALYSES)}")
+    for key in ("interpret", "report")
+}
+_CHECKS |= {
+    f"{stage}.augmentation.preset": _one_of("", "none", "utrera_color", "salman", "robustness", *more)
+    for stage, more in (("train", ()), ("transfer", ("utrera",)))
+}
+_CHECKS |= {
     f"{stage}.{key}": check
     for stage in ("train", "transfer")
     for key, check in {
@@ -106,7 +152,6 @@ _CHECKS = {
         "momentum": _FRACTION,
         "weight_decay": _NOT_NEGATIVE,
         "label_smoothing": _FRACTION,
-        "augmentation.preset": _one_of("", "none", "utrera_color", "salman", "robustness"),
         "augmentation.crop_padding": _NOT_NEGATIVE,
         "augmentation.jitter": _FRACTION,
         "augmentation.rotation": _NOT_NEGATIVE,
@@ -117,7 +162,18 @@ _CHECKS = {
 
 
 # What stands in the tuples that are empty by default.
-_EMPTY = {"report.remarks": str, "checkpoint.mean": float, "checkpoint.std": float}
+_EMPTY = {
+    "report.remarks": str,
+    "report.analyses": str,
+    "checkpoint.mean": float,
+    "checkpoint.std": float,
+    "study.views": str,
+    "study.seeds": int,
+    "study.fewer_seeds": tuple,
+    "study.learning_rates": float,
+    "study.weight_decays": float,
+    "study.epochs": int,
+}
 
 
 def validate(config: ConfigDict) -> None:
@@ -153,16 +209,32 @@ def validate(config: ConfigDict) -> None:
             f"config.transfer.evaluate_epochs={tuple(epochs)} must be epochs from 1 to "
             f"config.transfer.num_epochs={config.transfer.num_epochs}"
         )
+    _check_choice_of_blocks(values)
     _check_presets(values)
-    sizes = {
-        "study": config.study.num_train_images,
-        "transfer": (config.transfer.num_train_images,),
-    }.get(config.stage, ())
-    smallest = min((n for n in sizes if n > 0), default=None)
-    if smallest is not None and config.transfer.batch_size > smallest:
+    if config.study.split != "test" and any(
+        values[f"study.{key}"] for key in ("learning_rates", "weight_decays", "epochs")
+    ):
         raise ConfigError(
-            f"config.transfer.batch_size={config.transfer.batch_size} is larger than the smallest subset of "
-            f"{smallest} images: lower it to {smallest} or drop that subset"
+            "config.study.split=validation, but hyper-parameters are chosen on these images: report on test"
+        )
+
+
+def _check_choice_of_blocks(values: dict[str, Any]) -> None:
+    """A study has its own numbers of blocks, and a number that is given is no choice."""
+    usual = flatten(default())
+    chosen, given, folds = (
+        f"transfer.{name}" for name in ("choose_num_unfrozen_blocks", "num_unfrozen_blocks", "num_folds")
+    )
+    for key in (chosen, folds):
+        if values["stage"] == "study" and values[key] != usual[key]:
+            raise ConfigError(
+                f"config.{key}={values[key]} is for config.stage=transfer: a study compares the numbers of "
+                "config.study.num_unfrozen_blocks"
+            )
+    if values[chosen] != "given" and values[given] != usual[given]:
+        raise ConfigError(
+            f"config.{chosen}={values[chosen]} and config.{given}={values[given]} exclude each other: leave "
+            "one of them away"
         )
 
 

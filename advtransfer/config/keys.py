@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-STAGES = ("source", "import", "transfer", "study", "evaluate", "report")
+STAGES = ("source", "import", "transfer", "study", "evaluate", "interpret", "report")
 NORMS = ("none", "l2", "linf")
 
 
@@ -20,12 +20,15 @@ def default() -> ConfigDict:
     # stage=import: "list" prints the known robust models.
     config.source = ""
     config.verify = ""  # stage=import: the dataset to measure the imported model on; "": none
+    config.models = ""  # stage=interpret: models by name, comma-separated
+    config.data = ""  # stage=interpret: the dataset whose images are explained
     config.rows = ""  # stage=report: a file or folder of rows (CSV, Parquet, JSON lines)
     config.checkpoint = _checkpoint()
     config.train = _train()
     config.transfer = _transfer()
     config.study = _study()
     config.evaluate = _evaluate()
+    config.interpret = _interpret()
     config.report = _report()
     return config.lock()
 
@@ -88,14 +91,23 @@ def _transfer() -> ConfigDict:
     # stage=transfer; -1: all, those included that are otherwise set aside for validation
     transfer.num_train_images = 200
     transfer.num_unfrozen_blocks = 0  # stage=transfer; -1: everything
-    transfer.stratified = True  # subsets hold every class's share to within one image
+    # stage=transfer; given: num_unfrozen_blocks; rule: of thumb, by the number of images;
+    # cross_validation: on the training images (transfer/choose_k.py)
+    transfer.choose_num_unfrozen_blocks = "given"
+    transfer.num_folds = 5  # of the cross-validation
+    # Subsets hold every class's share to within one image; False: one of every class, the rest at random
+    transfer.stratified = True
     transfer.nested = True  # a subset contains the smaller ones of the same seed
     transfer.head_init = "torch"  # torch (uniform) | normal | zeros
     transfer.head_scale = 1.0  # standard deviation of head_init=normal
     transfer.frozen_batch_norm = "source"  # statistics of frozen layers: update | source | target
+    # Mean and standard deviation that images are normalised with: source (the network's own) | target
+    # (natural sources take those of the target's training images, as in the paper's code)
+    transfer.input_norm = "source"
     transfer.num_epochs = 150
-    transfer.evaluate_epochs = (150,)  # counted from 1; rows are written after each of them
-    transfer.batch_size = 128
+    transfer.max_steps = 0  # of a training, which then has fewer epochs, but one; 0: no limit
+    transfer.evaluate_epochs = (150,)  # counted from 1; rows are written after each of them, and the last
+    transfer.batch_size = 128  # with fewer images all of them
     transfer.learning_rate = 0.1
     transfer.schedule = "step"  # divided by 10 every third of the epochs
     transfer.momentum = 0.9
@@ -110,15 +122,26 @@ def _transfer() -> ConfigDict:
 
 
 def _study() -> ConfigDict:
-    """The grid: every source × num_train_images × num_unfrozen_blocks × seed is one trial."""
+    """The grid: every source × target × view × num_train_images × num_unfrozen_blocks × seed is one trial."""
     study = ConfigDict()
     # Comma-separated: natural and NORM:EPS are trained by the recipe of config.train; else models by name.
     study.sources = "natural,l2:0.25"
+    study.targets = ""  # comma-separated datasets; "": config.transfer.target
+    study.views = ()  # of the targets' images; (): config.transfer.view
     study.num_train_images = (200, 400, 800)  # -1: all; with split=test as for transfer.num_train_images
     study.num_unfrozen_blocks = (0, 1)  # -1: everything
     study.num_seeds = 20
+    study.seeds = ()  # the first num_seeds of them; (): 0, 1, ...
+    study.fewer_seeds = ()  # pairs (n, number): with n images and more the first so many seeds only
+    # Tried in all combinations for every source, target, n and k; the best on the validation split is
+    # taken. (): the one of config.transfer.
+    study.learning_rates = ()
+    study.weight_decays = ()
+    study.epochs = ()
+    study.search_seeds = 3  # trials for each combination
     study.split = "test"  # what rows are measured on: test | validation (to choose hyper-parameters)
     study.group_size = 0  # trials compiled into one program; 0: all of one shape
+    study.calibration = 30.0  # seconds that --plan may measure for, to predict the hours; 0: no prediction
     return study
 
 
@@ -138,6 +161,30 @@ def _evaluate() -> ConfigDict:
     return evaluate
 
 
+def _interpret() -> ConfigDict:
+    """What is looked at in networks, with which settings; those of visualisation suit images of 16²."""
+    interpret = ConfigDict()
+    interpret.analyses = ("saliency", "visualisation", "influence", "shape")
+    interpret.split = "test"  # of config.data
+    interpret.num_images = 8  # shown in every row of pictures
+    interpret.num_measured = 256  # images behind the numbers about gradients
+    interpret.smooth_samples = 50  # noisy copies of an image, SmoothGrad
+    interpret.smooth_noise = 0.15  # their standard deviation, as a share of the image's range
+    interpret.baseline = 0.0  # of integrated gradients: a grey from 0 to 1
+    interpret.integration_steps = 2048  # at most
+    interpret.num_steps = 200  # of visualisation; the paper's at 224²: 1000 steps of 2, in pixels
+    interpret.step_size = 0.1  # ℓ2, pixel units
+    interpret.eps = 1000.0  # radius of the ℓ2 ball around the start, pixel units
+    interpret.parameterisation = "fourier"  # pixels | fourier
+    interpret.solver = "damped"  # of influence: damped | truncated | cg; the paper's: truncated
+    interpret.damping = 0.0  # added to the Hessian's diagonal; 0: 5e-4 times num_train, for truncated none
+    interpret.rcond = 0.05  # cut-off of solver=truncated
+    interpret.num_train = 800  # training images that are ranked
+    interpret.num_queries = 200  # images that they are ranked for
+    interpret.cue_conflict = ""  # folder of SHAPE1-TEXTURE2.png, for networks of ImageNet's classes
+    return interpret
+
+
 def _report() -> ConfigDict:
     """What the report is made of, and what it says beside the rows."""
     report = ConfigDict()
@@ -145,6 +192,7 @@ def _report() -> ConfigDict:
     report.command = ""  # what a reader types to get the report again; launch.py fills it in
     report.remarks = ()  # sentences for the reader, such as how hyper-parameters were chosen
     report.reference = "none"  # "paper": its published accuracies behind the figures against n (k = 3)
+    report.analyses = ()  # stage=study: of the sources it trains; some of config.interpret.analyses
     report.num_pictures = 8  # source images shown with their adversarial twins, at most 8
     return report
 
@@ -153,7 +201,8 @@ def _augmentation() -> ConfigDict:
     return ConfigDict(
         {
             # What a paper does, instead of all keys below: none | utrera_color | salman | robustness
-            # (AUGMENTATIONS in data/transforms.py).
+            # (AUGMENTATIONS in data/transforms.py); for transfer also utrera: utrera_color, or none for grey
+            # targets.
             "preset": "",
             "crop_padding": 0,  # pixels, then a random crop of the old size
             "flip": False,  # left to right, half of the time

@@ -21,12 +21,12 @@ from PIL import Image
 
 from advtransfer.data import glyphs
 from advtransfer.data.cache import cached_arrays, content_digest
-from advtransfer.data.decode import VIEWS
 from advtransfer.data.folder import open_folder
 from advtransfer.data.recorded import Recording, count_training, find_size, load_parts
 from advtransfer.data.stream import StreamedSplit, open_stream
 from advtransfer.data.subsets import stratified_order
 from advtransfer.data.tfds import open_tfds
+from advtransfer.data.views import VIEWS
 
 SPLITS = ("train", "validation", "test")
 BROKEN = ("refuse", "skip")
@@ -104,7 +104,7 @@ def load_dataset(
       splits: which of `SPLITS` the caller needs; the others of a recorded set come back empty.
       broken: what becomes of images that cannot be decoded: "refuse" raises, "skip" leaves them out
         and lists them in `Dataset.skipped`.
-      view: one of `VIEWS`: "natural", "low_pass" (by way of 32² pixels) or "grey"; for all splits.
+      view: one of `VIEWS`, such as "low_pass" (module `views`); for all splits.
       loading: "memory", or "stream": the training images stay on disk (module `stream`), or "auto": they do
         when they would take more than 2 GB. Other splits are always in memory.
       enlarge: whether recorded squares of one size that are smaller than `image_size` are enlarged to it.
@@ -136,7 +136,7 @@ def load_dataset(
         if loading == "stream":
             raise ValueError(f"{name} is not streamed: its images are made in memory")
         class_names, *parts = DATASETS[name](image_size, seed, cache_dir)
-        parts = [Split(_view(part.images, view), part.labels) for part in parts]
+        parts = [Split(VIEWS[view](part.images), part.labels) for part in parts]
         digests = {
             split: content_digest(*part) for split, part in zip(SPLITS, parts, strict=True) if split in splits
         }
@@ -204,25 +204,42 @@ def _load_digits(image_size: int | None, seed: int, cache_dir: str | PathLike | 
     return names, *(Split(images[part], labels[part]) for part in (train, validation, test))
 
 
-_GLYPHS_SPLITS = {"train": 8192, "validation": 1024, "test": 2048}
-
-
 def _load_glyphs(image_size: int | None, seed: int, cache_dir: str | PathLike | None) -> Parts:
     """Letters whose background texture agrees with the letter nine times in ten."""
+    sizes = {"train": 8192, "validation": 1024, "test": 2048}
+    arrays = _draw("glyphs", glyphs.draw_labelled, sizes, image_size, seed, cache_dir)
+    return tuple(glyphs.LETTERS), *arrays
+
+
+def _load_lowercase(image_size: int | None, seed: int, cache_dir: str | PathLike | None) -> Parts:
+    """Lower-case letters on textures that say nothing of them."""
+    sizes = {"train": 1600, "validation": 400, "test": 1200}
+    arrays = _draw("lowercase", glyphs.draw_lowercase, sizes, image_size, seed, cache_dir)
+    return tuple(glyphs.LOWERCASE), *arrays
+
+
+def _draw(
+    name: str,
+    draw_labelled: Callable[..., tuple[np.ndarray, np.ndarray]],
+    sizes: Mapping[str, int],
+    image_size: int | None,
+    seed: int,
+    cache_dir: str | PathLike | None,
+) -> list[Split]:
+    """The splits of a drawn set, from the cache if they are there."""
     image_size = glyphs.DEFAULT_SIZE if image_size is None else image_size
 
     def draw() -> dict[str, np.ndarray]:
         arrays = {}
-        for stream, (split, num_images) in enumerate(_GLYPHS_SPLITS.items()):
+        for stream, (split, num_images) in enumerate(sizes.items()):
             rng = np.random.default_rng([seed, stream])
-            images, labels = glyphs.draw_labelled(num_images, image_size=image_size, rng=rng)
+            images, labels = draw_labelled(num_images, image_size=image_size, rng=rng)
             arrays |= {f"{split}_images": images, f"{split}_labels": labels}
         return arrays
 
-    identity = {"size": image_size, "seed": seed, "splits": _GLYPHS_SPLITS, **glyphs.versions()}
-    arrays = cached_arrays("glyphs", identity, draw, cache_dir=cache_dir)
-    parts = (Split(arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in _GLYPHS_SPLITS)
-    return tuple(glyphs.LETTERS), *parts
+    identity = {"size": image_size, "seed": seed, "splits": sizes, **glyphs.versions()}
+    arrays = cached_arrays(name, identity, draw, cache_dir=cache_dir)
+    return [Split(arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in sizes]
 
 
 def _resize(images: np.ndarray, size: int | None) -> np.ndarray:
@@ -233,15 +250,10 @@ def _resize(images: np.ndarray, size: int | None) -> np.ndarray:
     return np.stack([np.asarray(Image.fromarray(im).resize((size, size), bilinear)) for im in images])
 
 
-def _view(images: np.ndarray, view: str) -> np.ndarray:
-    if view == "natural":
-        return images
-    return np.stack([np.asarray(VIEWS[view](Image.fromarray(image))) for image in images])
-
-
 DATASETS: dict[str, Callable[..., Parts]] = {
     "builtin:digits": _load_digits,
     "builtin:glyphs": _load_glyphs,
+    "builtin:lowercase": _load_lowercase,
 }
 
 OPENERS: dict[str, Callable[[str], Recording]] = {"tfds": open_tfds, "folder": open_folder}

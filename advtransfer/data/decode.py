@@ -135,23 +135,6 @@ def fit_image(image: Image.Image, size: int, *, crop: bool) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-LOW_PASS_SIDE = 32  # pixels
-
-
-def _low_pass(image: Image.Image) -> Image.Image:
-    small = image.resize((LOW_PASS_SIDE, LOW_PASS_SIDE), Image.Resampling.BILINEAR)
-    return small.resize(image.size, Image.Resampling.BILINEAR)
-
-
-# How a target set can be shown, for training and testing alike (Utrera et al., ICLR 2021): without its
-# fine detail, by way of 32² pixels, or without its colour.
-VIEWS: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "natural": lambda image: image,
-    "low_pass": _low_pass,
-    "grey": lambda image: image.convert("L").convert("RGB"),
-}
-
-
 def decode_images(
     read: Callable[[Sequence[int]], Sequence[Encoded]],
     indices: np.ndarray,
@@ -159,7 +142,6 @@ def decode_images(
     *,
     crop: bool,
     upright: bool = False,
-    view: str = "natural",
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Decodes and fits images in one thread per core; Pillow works outside Python's lock.
 
@@ -169,7 +151,6 @@ def decode_images(
       size: side of the results in pixels.
       crop: see `fit_image`.
       upright: see `decode_image`.
-      view: one of `VIEWS`.
 
     Returns:
       Images uint8 [N, size, size, 3], and the reason for each place that could not be decoded, whose
@@ -181,8 +162,7 @@ def decode_images(
     def work(start: int) -> None:
         for place, encoded in enumerate(read(indices[start : start + _CHUNK]), start):
             try:
-                image = fit_image(decode_image(encoded, upright=upright), size, crop=crop)
-                images[place] = VIEWS[view](image)
+                images[place] = fit_image(decode_image(encoded, upright=upright), size, crop=crop)
             except Exception as error:  # Pillow's readers raise almost anything for a damaged file
                 broken[place] = reason(error)
 

@@ -5,6 +5,9 @@ and moved, in a random colour on a random colour. A faint grating covers the bac
 orientation and frequency belong to a class as well, and in nine images of ten to the class of the
 letter. A network can therefore read the label from a strong cue (the shape) or from a weak one (the
 texture), and the two can be set against each other by `render_glyphs`.
+
+A small target task goes with it: lower-case letters that are no capitals made small, whose gratings say
+nothing of their class.
 """
 
 from __future__ import annotations
@@ -19,6 +22,9 @@ from PIL import Image, ImageDraw, ImageFont, features
 # I, O and Q are left out: at 16² an I is a bare stroke, and O and Q differ by a pixel. They are
 # also the digits 1 and 0 by another name, and no class of a target task should be a source class.
 LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
+
+# Of a shape that none of the capitals has.
+LOWERCASE = "abdefghmnqrt"
 
 # Only faces that ship inside matplotlib, so that no picture depends on the fonts of a machine.
 _FACES = (
@@ -60,46 +66,79 @@ def draw_labelled(
     return render_glyphs(labels, textures, image_size=image_size, rng=rng), labels
 
 
+def draw_lowercase(
+    num_images: int, *, image_size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws images of balanced classes, indices into `LOWERCASE`, on gratings of any class.
+
+    Returns:
+      As `draw_labelled`.
+    """
+    labels = rng.permutation(np.arange(num_images, dtype=np.int32) % len(LOWERCASE))
+    textures = rng.integers(len(LETTERS), size=num_images)
+    return render_glyphs(labels, textures, image_size=image_size, rng=rng, alphabet=LOWERCASE), labels
+
+
 def render_glyphs(
-    letters: np.ndarray, textures: np.ndarray, *, image_size: int, rng: np.random.Generator
+    letters: np.ndarray,
+    textures: np.ndarray,
+    *,
+    image_size: int,
+    rng: np.random.Generator,
+    alphabet: str = LETTERS,
+    amplitude: tuple[float, float] = _GRATING_AMPLITUDE,
+    opacity: float = 1.0,
 ) -> np.ndarray:
     """Draws images with the letter of one class and the texture of another.
 
     Args:
-      letters: integers [N], classes whose letter is drawn (indices into `LETTERS`).
+      letters: integers [N], classes whose letter is drawn (indices into `alphabet`).
       textures: integers [N], classes whose grating is drawn.
       image_size: side in pixels, at least 13.
       rng: decides faces, geometry, colours and phases, the same ones at every size.
+      alphabet: the letters.
+      amplitude: least and largest amplitude of the gratings, of a range of 1. From 0.15 on colours are cut
+        off at the ends of the range.
+      opacity: of the letters, from 0 to 1. Neither of the two changes the rest of the picture.
 
     Returns:
       uint8 [N, image_size, image_size, 3].
 
     Raises:
-      ValueError: the image is too small for the finest grating, or a class does not exist.
+      ValueError: the image is too small for the finest grating, a class does not exist, or amplitude
+        or opacity is impossible.
     """
     letters, textures = np.asarray(letters), np.asarray(textures)
     if image_size < MIN_SIZE:
         raise ValueError(f"glyphs need {MIN_SIZE} pixels or more a side, got image_size {image_size}")
-    for name, classes in (("letters", letters), ("textures", textures)):
-        if classes.shape != (len(letters),) or not np.all((classes >= 0) & (classes < len(LETTERS))):
-            raise ValueError(f"{name} must be [N] classes from 0 to {len(LETTERS) - 1}")
+    for name, classes, number in (
+        ("letters", letters, len(alphabet)),
+        ("textures", textures, len(LETTERS)),
+    ):
+        if classes.shape != (len(letters),) or not np.all((classes >= 0) & (classes < number)):
+            raise ValueError(f"{name} must be [N] classes from 0 to {number - 1}")
+    if not 0 <= amplitude[0] <= amplitude[1] < np.inf:
+        raise ValueError(f"amplitude must be two numbers, not negative and in order, got {amplitude}")
+
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"opacity must be from 0 to 1, got {opacity}")
 
     num_images = len(letters)
     faces = rng.integers(len(_FACES), size=num_images)
     transforms = _draw_transforms(num_images, rng)
     ink, paper = _draw_colours(num_images, rng)
-    amplitude = rng.uniform(*_GRATING_AMPLITUDE, num_images).astype(np.float32)
+    amplitudes = rng.uniform(*amplitude, num_images).astype(np.float32)
     phase = rng.uniform(0, 2 * np.pi, num_images).astype(np.float32)
 
     images = np.empty((num_images, image_size, image_size, 3), np.uint8)
-    masters = _letter_masters(image_size * _OVERSAMPLING)
+    masters = _letter_masters(alphabet, image_size * _OVERSAMPLING)
     for start in range(0, num_images, _CHUNK):
         part = slice(start, start + _CHUNK)
         chosen = [masters[pair] for pair in zip(letters[part], faces[part], strict=True)]
         coverage = _warp(chosen, transforms[part], image_size)[..., None]
-        grating = _gratings(textures[part], amplitude[part], phase[part], image_size)[..., None]
+        grating = _gratings(textures[part], amplitudes[part], phase[part], image_size)[..., None]
         background = paper[part, None, None] + grating
-        blended = background + coverage * (ink[part, None, None] - background)
+        blended = background + np.float32(opacity) * coverage * (ink[part, None, None] - background)
         images[part] = np.rint(255 * np.clip(blended, 0, 1))
     return images
 
@@ -153,13 +192,13 @@ def _gratings(textures: np.ndarray, amplitude: np.ndarray, phase: np.ndarray, im
     return amplitude[:, None, None] * np.sin(wave_x + wave_y + phase[:, None, None])
 
 
-def _letter_masters(side: int) -> dict[tuple[int, int], Image.Image]:
+def _letter_masters(alphabet: str, side: int) -> dict[tuple[int, int], Image.Image]:
     """Every letter in every face, as coverage (mode L), centred on a canvas of `side` pixels."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     masters = {}
     for face, file in enumerate(_FACES):
         large = _open_face(folder / f"{file}.ttf", side)
-        for letter, text in enumerate(LETTERS):
+        for letter, text in enumerate(alphabet):
             left, top, right, bottom = large.getbbox(text)
             fit = min(_LETTER_WIDTH / (right - left), _LETTER_HEIGHT / (bottom - top)) * side
             font = _open_face(folder / f"{file}.ttf", fit * side)

@@ -13,8 +13,9 @@ import psutil
 from PIL import Image
 
 from advtransfer.data.cache import cached_arrays, content_digest
-from advtransfer.data.decode import LOW_PASS_SIDE, Encoded, decode_images
+from advtransfer.data.decode import Encoded, decode_images
 from advtransfer.data.subsets import stratified_order
+from advtransfer.data.views import LOW_PASS_SIDE, VIEWS
 
 TEST_SHARE = 0.2  # of the images of a set that records no test images
 VALIDATION_SHARE, MAX_VALIDATION = 0.1, 5000  # of the training images, where no validation is recorded
@@ -90,12 +91,12 @@ def load_parts(
             size,
             crop=crop,
             upright=recording.upright,
-            view=view,
         )
         labels = records.labels()[indices]
         skipped = [f"{records.describe(indices[place])} ({reasons[place]})" for place in sorted(reasons)]
         if skipped:
             images, labels = (np.delete(array, list(reasons), axis=0) for array in (images, labels))
+        images = VIEWS[view](images)
         digest = np.array(content_digest(images, labels))
         return Part(images, labels, np.array(skipped, dtype=np.str_), digest)._asdict()
 

@@ -25,10 +25,11 @@ def subset_indices(
       num_images: how many to draw, 1 to N.
       dataset: name of the dataset, part of the seed.
       seed: which of the many subsets.
-      stratified: every class has its share of the subset to within one image; otherwise all
-        subsets of the size are equally likely.
-      nested: the subset of size n is the first n of one order, so that it contains every smaller
-        subset of the same seed; otherwise subsets of different sizes are drawn independently.
+      stratified: every class has its share of the subset to within one image; otherwise images are taken in
+        random order, but the last places are kept for classes that have none yet (Utrera et al., 2021, their
+        code).
+      nested: a subset contains every smaller one of the same seed; otherwise subsets of different sizes are
+        drawn independently.
 
     Returns:
       int32 [num_images], indices into `labels`, each at most once.
@@ -44,7 +45,18 @@ def subset_indices(
     rng = np.random.default_rng(int.from_bytes(digest[:16], "big"))
     if stratified:
         return stratified_order(labels, num_images, rng)
-    return rng.permutation(len(labels))[:num_images].astype(np.int32)
+    return _covering(labels, rng.permutation(len(labels)), num_images)
+
+
+def _covering(labels: np.ndarray, order: np.ndarray, num_images: int) -> np.ndarray:
+    """The first images of `order`, and the first of every class that they have none of; in its sequence."""
+    _, first = np.unique(labels[order], return_index=True)
+    first.sort()  # places at which the order comes to a new class
+    # With so many taken in sequence, all that is left is wanted for the classes that are still to come.
+    taken = np.arange(num_images + 1)
+    head = taken[taken + np.sum(first[None] >= taken[:, None], axis=1) <= num_images].max(initial=0)
+    rest = first[first >= head][: num_images - head]
+    return order[np.concatenate([np.arange(head), rest])].astype(np.int32)
 
 
 def check_subset(num_images: int, num_all: int, dataset: str) -> None:

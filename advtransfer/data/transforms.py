@@ -47,10 +47,16 @@ AUGMENTATIONS = {
 }
 
 
-def choose_augmentation(keys: Mapping[str, Any]) -> Augmentation:
-    """What config.train.augmentation or config.transfer.augmentation says: a preset, or field by field."""
+def choose_augmentation(keys: Mapping[str, Any], images: np.ndarray | None = None) -> Augmentation:
+    """What config.train.augmentation or config.transfer.augmentation says: a preset, or field by field.
+
+    The preset "utrera" looks at `images`, uint8 [N, H, W, 3]: grey ones (all channels alike) are not
+    augmented, others by "utrera_color", as in the paper's code.
+    """
     fields = dict(keys)
     preset = fields.pop("preset")
+    if preset == "utrera":
+        preset = "none" if np.array_equal(images[..., :-1], images[..., 1:]) else "utrera_color"
     return AUGMENTATIONS[preset] if preset else Augmentation(**fields)
 
 

@@ -44,7 +44,7 @@ class ResidualBlock(nn.Module):
     momentum: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, fake_relu: bool = False) -> jax.Array:
         def conv_bn(x, name, features, kernel_size, **options):
             conv = Conv(features, kernel_size, dtype=self.dtype, name=name.format("conv"), **options)
             norm = BatchNorm(features, self.axis_name, self.momentum, name=name.format("bn"))
@@ -62,7 +62,9 @@ class ResidualBlock(nn.Module):
             y = conv_bn(y, "{}2", features, 3)
         if self.stride != 1 or x.shape[-1] != features:
             x = conv_bn(x, "downsample_{}", features, 1, stride=self.stride)
-        return nn.relu(x + y)
+        x = x + y
+        # Forward the same bits: what is added is 0, or cancels x.
+        return x + jax.lax.stop_gradient(nn.relu(x) - x) if fake_relu else nn.relu(x)
 
 
 class ResNet(nn.Module):
@@ -107,6 +109,7 @@ class ResNet(nn.Module):
         train: bool = False,
         start: int | None = None,
         stop: int | None = None,
+        fake_relu: bool = False,
     ) -> jax.Array:
         """Runs the network, or the part of it between two seams.
 
@@ -121,6 +124,8 @@ class ResNet(nn.Module):
                 blocks that did not run as they were).
             start: the seam to start from. None: the images.
             stop: the seam to stop at. None: the logits.
+            fake_relu: let gradients through the ReLU at the end of the last block that runs as if it were
+                the identity; the outputs stay the same (Engstrom et al. 2019, arXiv:1906.00945).
 
         Returns:
             float32 logits [N, num_classes], or the activation at seam `stop`.
@@ -143,6 +148,7 @@ class ResNet(nn.Module):
 
         if first < 0:
             x = self._stem(x, train)
+        last_block = min(last, num_blocks) - 1
         for index, (stage, i) in enumerate(
             (stage, i) for stage, size in enumerate(self.stage_sizes) for i in range(size)
         ):
@@ -157,7 +163,7 @@ class ResNet(nn.Module):
                     axis_name=self.axis_name,
                     momentum=self.momentum,
                     name=f"layer{stage + 1}_{i}",
-                )(x, train)
+                )(x, train, fake_relu and index == last_block)
         if first < num_blocks <= last:
             x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
         if last > num_blocks:

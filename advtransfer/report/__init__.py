@@ -1,6 +1,9 @@
 """Rows and pictures in, summary tables, figures and one HTML file out; knows no JAX."""
 
 from advtransfer.report.evidence import Evidence
+from advtransfer.report.interpretation import Interpretation, Section, write_interpretation
+from advtransfer.report.model_page import ModelPage, write_model_page
+from advtransfer.report.outcome import Outcome, make_outcome
 from advtransfer.report.page import write_report
 from advtransfer.report.rows import COLUMNS, read_foreign_rows, read_rows, write_rows
 from advtransfer.report.summary import SUMMARY_COLUMNS, summarise
@@ -10,10 +13,17 @@ __all__ = [
     "COLUMNS",
     "SUMMARY_COLUMNS",
     "Evidence",
+    "Interpretation",
+    "ModelPage",
+    "Outcome",
+    "Section",
     "headline",
+    "make_outcome",
     "read_foreign_rows",
     "read_rows",
     "summarise",
+    "write_interpretation",
+    "write_model_page",
     "write_report",
     "write_rows",
 ]

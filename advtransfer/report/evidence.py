@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from advtransfer.report import figures
-from advtransfer.report.markup import attribute, image, numbers_link, scrolling, table, th
+from advtransfer.report.interpretation import Section
+from advtransfer.report.markup import image, numbers_link, picture_row, scrolling, table, th
 from advtransfer.report.plots import Material, add_numbers
 from advtransfer.report.summary import Source
 
@@ -34,6 +35,7 @@ class Evidence(NamedTuple):
       config: the run's configuration; `versions`: package -> version.
       command: what to type to get this report again.
       remarks: sentences that the reader should know, such as how ε and the epochs were chosen.
+      sections: what the source networks look at.
     """
 
     sources: Sequence[Mapping[str, Any]] = ()
@@ -43,6 +45,7 @@ class Evidence(NamedTuple):
     versions: Mapping[str, str] = _EMPTY
     command: str = ""
     remarks: Sequence[str] = ()
+    sections: Sequence[Section] = ()
 
 
 def source_of(entry: Mapping[str, Any]) -> Source:
@@ -120,15 +123,15 @@ def _twins(material: Material, evidence: Evidence) -> str:
             )
     gain = figures.difference_gain((images, clean) for images in twins.values())
     labels = _texts(evidence, "source_labels", len(clean))
-    rows = [_picture_row("Source image", clean, [escape(label) for label in labels])]
+    rows = [picture_row("Source image", clean, [escape(label) for label in labels])]
     for name, images in twins.items():
         label = material.styles[name].label if name in material.styles else name
         before = _texts(evidence, f"natural_predictions/{name}", len(clean))
         after = _texts(evidence, f"adversarial_predictions/{name}", len(clean))
         read = list(map(_reading, labels, before, after))
-        rows.append(_picture_row(f"{label}: adversarial", images, read, "first"))
+        rows.append(picture_row(f"{label}: adversarial", images, read, "first"))
         difference = 0.5 + gain * (images - clean)
-        rows.append(_picture_row(f"{label}: difference × {gain}", difference, [""] * len(clean)))
+        rows.append(picture_row(f"{label}: difference × {gain}", difference, [""] * len(clean)))
     caption = "Images of the source task, as the networks see them."
     if twins:
         caption = (
@@ -141,16 +144,6 @@ def _twins(material: Material, evidence: Evidence) -> str:
     caption += f" Attack: {'; '.join(attacks)}." if twins and attacks else ""
     content = f"<table class=pictures><tbody>{''.join(rows)}</tbody></table>"
     return "<h3>Adversarial twins</h3>\n" + scrolling(content, caption, kind="plot")
-
-
-def _picture_row(head: str, images: np.ndarray, labels: Sequence[str], classes: str = "") -> str:
-    """A row of the table of pictures; `labels` are ready-made HTML."""
-    cells = "".join(
-        f"<td>{image(figures.png(pixels), 'png', f'{head}, image {number}', 'picture')}"
-        f"<span class=label>{label}</span></td>"
-        for number, (pixels, label) in enumerate(zip(images, labels, strict=True), start=1)
-    )
-    return f"<tr{attribute('class', classes)}>{th(escape(head), 'row')}{cells}</tr>"
 
 
 def _reading(label: str, before: str, after: str) -> str:

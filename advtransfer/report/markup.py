@@ -6,6 +6,10 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
+import numpy as np
+
+from advtransfer.report import figures
+
 
 def table(
     heads: Sequence[str],
@@ -44,6 +48,16 @@ def image(content: bytes, kind: str, alt: str, classes: str = "") -> str:
     data = base64.b64encode(content).decode()
     source = attribute("src", f"data:image/{kind};base64,{data}")
     return f"<img{attribute('class', classes)}{source}{attribute('alt', alt)}>"
+
+
+def picture_row(head: str, images: np.ndarray, labels: Sequence[str], classes: str = "") -> str:
+    """A row of the table of pictures; `labels` are ready-made HTML."""
+    cells = "".join(
+        f"<td>{image(figures.png(pixels), 'png', f'{head}, image {number}', 'picture')}"
+        f"<span class=label>{label}</span></td>"
+        for number, (pixels, label) in enumerate(zip(images, labels, strict=True), start=1)
+    )
+    return f"<tr{attribute('class', classes)}>{th(escape(head), 'row')}{cells}</tr>"
 
 
 def attribute(name: str, value: str) -> str:

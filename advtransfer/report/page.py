@@ -17,6 +17,7 @@ from advtransfer.report import figures
 from advtransfer.report.cells import clean_rows
 from advtransfer.report.choices import BEST_COLUMNS, best_blocks, paper_tables
 from advtransfer.report.evidence import Evidence, pictures_section, source_of, sources_section
+from advtransfer.report.interpretation import section_files, section_html
 from advtransfer.report.markup import span, table
 from advtransfer.report.plots import Material
 from advtransfer.report.ratios import RATIO_COLUMNS, ratios
@@ -86,6 +87,7 @@ def write_report(
         *(transfer_section(material, target) for target in results.targets),
         sources_section(material, known, evidence),
         pictures_section(material, evidence),
+        _sections(material, evidence),
         _limits(material, evidence, [problem.sentence for problem in problems], len(rows) - len(kept)),
         _reproduction(evidence, material.files),
     ]
@@ -155,6 +157,13 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         ("Seeds", span(sorted({len(seeds) for seeds in cells.values()}))),
         ("Fine-tuned models", f"{sum(map(len, cells.values())):,}"),
     ]
+
+
+def _sections(material: Material, evidence: Evidence) -> str:
+    for section in evidence.sections:
+        material.files |= {f"figures/{name}": text for name, text in section_files(section).items()}
+    drawn = "\n".join(section_html(section, level=3) for section in evidence.sections)
+    return f"<h2>What the networks look at</h2>\n{drawn}" if drawn else ""
 
 
 def _limits(material: Material, evidence: Evidence, problems: list[str], num_repeats: int) -> str:

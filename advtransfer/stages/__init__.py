@@ -15,7 +15,7 @@ from advtransfer import parallel, storage
 from advtransfer.checkpoint import SaveError
 from advtransfer.config import ConfigError, validate
 from advtransfer.source import compute_dtype
-from advtransfer.stages import evaluate, importing, report, source, study, transfer
+from advtransfer.stages import evaluate, importing, interpret, report, source, study, transfer
 from advtransfer.train import on_sigterm, stop_on_sigterm
 
 STAGES = {
@@ -24,6 +24,7 @@ STAGES = {
     "transfer": transfer,
     "study": study,
     "evaluate": evaluate,
+    "interpret": interpret,
     "report": report,
 }
 

@@ -6,22 +6,48 @@ which runs as one compiled program and leaves one file of rows, written whole or
 processes may run the same study in the same folder: each group is one's.
 """
 
+from advtransfer.study.calibrate import measure_speed, predict_seconds
 from advtransfer.study.claims import claim
+from advtransfer.study.plan import accelerator_hours, caches_of, format_seconds, pieces_of
 from advtransfer.study.rows import finished_rows, history_rows
 from advtransfer.study.run import run_group, run_trials
-from advtransfer.study.trials import Source, Trial, group, make_recipe, make_trial, make_trials, num_steps
+from advtransfer.study.search import candidates, choose, is_asked, to_csv, with_choices
+from advtransfer.study.trials import (
+    Cell,
+    Source,
+    Trial,
+    flatten,
+    group,
+    make_recipe,
+    make_trial,
+    make_trials,
+    num_steps,
+)
 
 __all__ = [
+    "Cell",
     "Source",
     "Trial",
+    "accelerator_hours",
+    "caches_of",
+    "candidates",
+    "choose",
     "claim",
     "finished_rows",
+    "flatten",
+    "format_seconds",
     "group",
     "history_rows",
+    "is_asked",
     "make_recipe",
     "make_trial",
     "make_trials",
+    "measure_speed",
     "num_steps",
+    "pieces_of",
+    "predict_seconds",
     "run_group",
     "run_trials",
+    "to_csv",
+    "with_choices",
 ]

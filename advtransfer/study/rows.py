@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 def history_rows(trial: Trial, history: dict[str, np.ndarray], seconds: float) -> list[Row]:
-    """One row per evaluated epoch of a trial; `history` as `fine_tune` returns it."""
+    """One row per evaluated epoch of a trial; `history` as `fine_tune_one` returns it."""
     return [
         {
             "source": trial.source.name,

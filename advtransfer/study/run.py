@@ -80,7 +80,7 @@ def run_trials(
 
     Args:
       trials: the grid.
-      models: the sources' networks by name.
+      models: the sources' networks by their identity.
       datasets: targets by the digest that trials know them by, `Trial.data`.
       folder: where every finished group leaves its file.
       group_size: as `group`.
@@ -103,11 +103,16 @@ def run_trials(
         divide(left, folder, lambda name: holds(folder / f"{name}.jsonl", missing[name]))
     ) as own:
         for name in progress(own, len(left)):
-            first, model = missing[name][0], models[missing[name][0].source.name]
+            first, model = missing[name][0], models[missing[name][0].source.identity]
             dataset = datasets[first.data]
-            if _prepared_for(first) != prepared_for:
+            if shared_inputs(first) != prepared_for:
                 prepared = None  # before the next: there may be no room for both
-                prepared_for, prepared = _prepared_for(first), _prepare(first, model, dataset)
+                prepared_for = shared_inputs(first)
+                # Finished ones too: rounding depends on the number of images, and must not on what is left.
+                alike = [
+                    t for members in groups.values() for t in members if shared_inputs(t) == prepared_for
+                ]
+                prepared = _prepare(alike, model, dataset)
             rows = [
                 row
                 for members in group(missing[name])
@@ -131,11 +136,11 @@ def _longest_first(groups: Mapping[str, Sequence[Trial]]) -> Callable[[str], tup
 
     shared: dict[tuple, int] = {}
     for name, members in groups.items():
-        key = _prepared_for(members[0])
+        key = shared_inputs(members[0])
         shared[key] = max(shared.get(key, 0), work(name))
 
     def key(name):
-        prepared_for = _prepared_for(groups[name][0])
+        prepared_for = shared_inputs(groups[name][0])
         # Networks with more to train take longer for a step.
         k = prepared_for[0] % _EVERYTHING
         return -k, -shared[prepared_for], prepared_for, -work(name), name
@@ -146,15 +151,21 @@ def _longest_first(groups: Mapping[str, Sequence[Trial]]) -> Callable[[str], tup
 _EVERYTHING = 10**6  # -1 unfrozen blocks are more than any number
 
 
-def _prepared_for(trial: Trial) -> tuple:
+def shared_inputs(trial: Trial) -> tuple:
     """What `transfer.prepare` depends on."""
     recipe = trial.recipe
     shared = (trial.source.identity, trial.data, trial.split, recipe.frozen_batch_norm, recipe.num_views)
     return trial.num_unfrozen_blocks, *shared, recipe.augmentation
 
 
-def _prepare(trial: Trial, model: Model, dataset: Dataset) -> Prepared | None:
-    if own_statistics(trial.recipe, trial.num_unfrozen_blocks):
+def _prepare(trials: Sequence[Trial], model: Model, dataset: Dataset) -> Prepared | None:
+    """For all `trials`, which share what `transfer.prepare` depends on."""
+    first, labels = trials[0], dataset.train.labels
+    if own_statistics(first.recipe, first.num_unfrozen_blocks):
         return None
-    splits = dataset.train, getattr(dataset, trial.split)
-    return parallel.replicate(prepare(model, *splits, trial.recipe, trial.num_unfrozen_blocks))
+    one_each = {trial._replace(source=first.source, recipe=first.recipe) for trial in trials}
+    used = np.unique(np.concatenate([trial.subset(labels) for trial in one_each]))
+    splits = dataset.train, getattr(dataset, first.split)
+    prepared = prepare(model, *splits, first.recipe, first.num_unfrozen_blocks, used=used)
+    shared = parallel.replicate((prepared.batch_stats, prepared.task))
+    return Prepared(*shared, prepared.rows)

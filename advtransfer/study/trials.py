@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -72,17 +72,43 @@ class Trial(NamedTuple):
         return jax.random.fold_in(jax.random.key(_TRIAL_STREAM), self.seed)
 
 
-def make_recipe(transfer: ConfigDict) -> Recipe:
-    """config.transfer as a `Recipe`."""
-    fields = {name: transfer[name] for name in Recipe._fields}
-    epochs = tuple(sorted(set(transfer.evaluate_epochs)))
-    return Recipe(
-        **fields | {"augmentation": choose_augmentation(transfer.augmentation), "evaluate_epochs": epochs}
-    )
+class Cell(NamedTuple):
+    """A point of the grid: its trials differ in their seed."""
+
+    source: str  # name
+    target: str
+    view: str
+    num_train_images: int  # as asked for; -1: all
+    num_unfrozen_blocks: int
+
+
+def make_recipe(transfer: ConfigDict, images: np.ndarray, num_images: int) -> Recipe:
+    """config.transfer as a `Recipe` for so many of the target's training images, uint8 [N, H, W, 3]."""
+    recipe = Recipe(**{name: transfer[name] for name in Recipe._fields})
+    batch_size, num_epochs = min(recipe.batch_size, num_images), recipe.num_epochs
+    if transfer.max_steps:
+        num_epochs = min(num_epochs, max(1, transfer.max_steps // -(-num_images // batch_size)))
+    augmentation = choose_augmentation(transfer.augmentation, images)
+    recipe = recipe._replace(augmentation=augmentation, batch_size=batch_size, num_epochs=num_epochs)
+    return evaluated_to_the_end(recipe)
+
+
+def evaluated_to_the_end(recipe: Recipe) -> Recipe:
+    """The recipe, evaluated after those of its `evaluate_epochs` that it comes to, and after the last."""
+    asked = {epoch for epoch in recipe.evaluate_epochs if epoch < recipe.num_epochs}
+    return recipe._replace(evaluate_epochs=(*sorted(asked), recipe.num_epochs))
 
 
 def make_trial(
-    config: ConfigDict, source: Source, dataset: Dataset, *, split: str, n: int, k: int, seed: int
+    config: ConfigDict,
+    source: Source,
+    dataset: Dataset,
+    *,
+    split: str,
+    n: int,
+    k: int,
+    seed: int,
+    view: str | None = None,
 ) -> Trial:
     """A trial by the recipe of config.transfer.
 
@@ -93,17 +119,19 @@ def make_trial(
       n: number of training images; -1: all that the dataset has.
       k: number of unfrozen blocks.
       seed: of the subset, the head, the order and the augmentation.
+      view: that the dataset was loaded in; None: config.transfer.view.
 
     Raises:
-      ValueError: the dataset has fewer images, or a batch holds more of them.
+      ValueError: the dataset has fewer images.
     """
-    recipe, num_all = make_recipe(config.transfer), dataset.train.num_images
+    num_all = dataset.train.num_images
     n = num_all if n == -1 else n
     check_subset(n, num_all, dataset.name)
+    recipe = make_recipe(config.transfer, dataset.train.images, n)
     check_recipe(recipe, n)
     return Trial(
         source=source,
-        target=config.transfer.target,
+        target=dataset.name,
         split=split,
         num_train_images=n,
         num_unfrozen_blocks=k,
@@ -111,32 +139,61 @@ def make_trial(
         stratified=config.transfer.stratified,
         nested=config.transfer.nested,
         recipe=recipe,
-        view=config.transfer.view,
+        view=view or config.transfer.view,
         data=dataset.digest("train", split),
     )
 
 
 def make_trials(
-    config: ConfigDict, sources: Sequence[Source], target_of: Callable[[Source, int], Dataset]
-) -> list[Trial]:
-    """The grid of config.study, in the order that it runs in: seeds vary fastest.
+    config: ConfigDict, source_names: Sequence[str], start_of: Callable[[Cell], tuple[Source, Dataset]]
+) -> dict[Cell, list[Trial]]:
+    """The grid of config.study, cell by cell in the order of its reports.
 
     Args:
       config: which trials.
-      sources: what they start from.
-      target_of: the target for a source and a number of training images (-1: all).
+      source_names: what they start from.
+      start_of: a cell's source and target.
 
     Raises:
       ValueError: as `make_trial`.
     """
-    trials = []
-    for k in config.study.num_unfrozen_blocks:
-        for n in config.study.num_train_images:
-            for source in sources:
-                split = config.study.split
-                first = make_trial(config, source, target_of(source, n), split=split, n=n, k=k, seed=0)
-                trials += [first._replace(seed=seed) for seed in range(config.study.num_seeds)]
-    return list(dict.fromkeys(trials))  # all images may be as many as another n
+    study = config.study
+    targets = [name.strip() for name in (study.targets or config.transfer.target).split(",")]
+    views = study.views or (config.transfer.view,)
+    cells = [
+        Cell(name, target, view, n, k)
+        for target in targets
+        for view in views
+        for k in study.num_unfrozen_blocks
+        for n in study.num_train_images
+        for name in source_names
+    ]
+    grid = {}
+    for cell in cells:
+        first = make_trial(
+            config,
+            *start_of(cell),
+            split=study.split,
+            n=cell.num_train_images,
+            k=cell.num_unfrozen_blocks,
+            seed=0,
+            view=cell.view,
+        )
+        grid[cell] = [first._replace(seed=seed) for seed in seeds_of(study, first.num_train_images)]
+    return grid
+
+
+def flatten(grid: Mapping[Cell, Sequence[Trial]]) -> list[Trial]:
+    """The trials of all cells, each once: all images may be as many as another n."""
+    return list(dict.fromkeys(trial for members in grid.values() for trial in members))
+
+
+def seeds_of(study: ConfigDict, num_images: int) -> Sequence[int]:
+    """The seeds that config.study asks for with so many images."""
+    number = study.num_seeds
+    for threshold, fewer in sorted(study.fewer_seeds):
+        number = min(number, fewer) if num_images >= threshold else number
+    return (study.seeds or range(number))[:number]
 
 
 def group(trials: Iterable[Trial], *, size: int = 0) -> list[list[Trial]]:

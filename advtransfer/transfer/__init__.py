@@ -1,7 +1,16 @@
 """Transfer: a new head, frozen blocks, the constant prefix computed once, fine-tuning of one or many."""
 
+from advtransfer.transfer.choose_k import (
+    METHODS,
+    RULE,
+    Choice,
+    choose_k,
+    depths,
+    possible_folds,
+    rule_of_thumb,
+)
 from advtransfer.transfer.cost import block_flops, fine_tune_flops
-from advtransfer.transfer.fine_tune import Prepared, fine_tune, fine_tune_many, own_statistics, prepare
+from advtransfer.transfer.fine_tune import fine_tune_many, fine_tune_one
 from advtransfer.transfer.freezing import (
     activation_shape,
     activations,
@@ -11,26 +20,37 @@ from advtransfer.transfer.freezing import (
     target_batch_stats,
 )
 from advtransfer.transfer.head import HEAD_INITS, reset_head
+from advtransfer.transfer.input_norm import normalised_by
+from advtransfer.transfer.prepared import Prepared, cache_bytes, own_statistics, prepare
 from advtransfer.transfer.program import Rates
 from advtransfer.transfer.recipe import Recipe, check_recipe
 
 __all__ = [
     "HEAD_INITS",
+    "METHODS",
+    "RULE",
+    "Choice",
     "Prepared",
     "Rates",
     "Recipe",
     "activation_shape",
     "activations",
     "block_flops",
+    "cache_bytes",
     "check_recipe",
-    "fine_tune",
+    "choose_k",
+    "depths",
     "fine_tune_flops",
     "fine_tune_many",
+    "fine_tune_one",
     "first_unfrozen_block",
     "frozen_mask",
+    "normalised_by",
     "own_statistics",
+    "possible_folds",
     "prefix_is_constant",
     "prepare",
     "reset_head",
+    "rule_of_thumb",
     "target_batch_stats",
 ]

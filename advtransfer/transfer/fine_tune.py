@@ -14,27 +14,15 @@ import numpy as np
 from advtransfer import parallel
 from advtransfer.data import Split
 from advtransfer.models import Model
-from advtransfer.transfer.freezing import (
-    activations,
-    first_unfrozen_block,
-    prefix_is_constant,
-    target_batch_stats,
-)
-from advtransfer.transfer.program import Rates, Task, make_fine_tune
+from advtransfer.transfer.prepared import Prepared, cache_bytes, own_statistics, prepare
+from advtransfer.transfer.program import Rates, make_fine_tune
 from advtransfer.transfer.recipe import Recipe, check_recipe
 
 
-class Prepared(NamedTuple):
-    """What the trials of one source, target and k share, on the device."""
-
-    batch_stats: Any  # that they start from
-    task: Task
-
-
-def fine_tune(
+def fine_tune_one(
     model: Model,
     train: Split,
-    test: Split,
+    test: Split | None,
     *,
     key: jax.Array,
     class_names: tuple[str, ...],
@@ -46,7 +34,8 @@ def fine_tune(
     Args:
       model: the source.
       train, test: uint8 images, and labels. Images of another resolution than the source's lie on the device
-        as they are and are resized batch by batch (see `resize`), before augmentation.
+        as they are and are resized batch by batch (see `resize`), before augmentation. Without test images
+        the history is of the training images alone.
       key: of the new head, the batch order and the augmentation.
       class_names: of the target, one per class.
       num_unfrozen_blocks: residual blocks trained beside the head, counted from the end; -1: everything.
@@ -65,9 +54,13 @@ def fine_tune(
     recipe = check_recipe(recipe, num_images)
     module = model.module.clone(num_classes=len(class_names))
     run = _one(module, _shape_of(recipe), num_unfrozen_blocks, model.spec.image_size)
-    inputs = prepare(model, train, test, recipe, num_unfrozen_blocks)
+    # The program measures on two sets; where there is one, the other is an image that costs nothing.
+    measured = Split(*(array[:1] for array in train)) if test is None else test
+    inputs = prepare(model, train, measured, recipe, num_unfrozen_blocks)[:2]
     rates = Rates(recipe.learning_rate, recipe.weight_decay)
     variables, history = run(model.variables["params"], *inputs, np.arange(num_images), key, rates)
+    if test is None:
+        history = {name: x for name, x in history.items() if name.startswith("train_")}
     spec = dataclasses.replace(
         model.spec,
         num_classes=len(class_names),
@@ -100,7 +93,8 @@ def fine_tune_many(
     """Histories of T fine-tunings that differ in their images, keys and rates only, as one compiled program.
 
     Args:
-      model, train, test, num_unfrozen_blocks, recipe: as for `fine_tune`; `train` is the pool of all images.
+      model, train, test, num_unfrozen_blocks, recipe: as for `fine_tune_one`; `train` is the pool of all
+        images.
       subsets: integers [T, n], the images of each trial.
       keys: PRNG keys [T].
       num_classes: of the target.
@@ -109,56 +103,62 @@ def fine_tune_many(
       prepared: of `prepare`, for more than one call; None: prepared here.
 
     Returns:
-      As the history of `fine_tune`, float32 [T, E] each, or [T, R, E] with `rates`: what separate calls give,
-      up to rounding.
+      As the history of `fine_tune_one`, float32 [T, E] each, or [T, R, E] with `rates`: what separate calls
+      give, up to rounding.
 
     Raises:
-      ValueError: as `fine_tune`.
+      ValueError: as `fine_tune_one`.
     """
     recipe = check_recipe(recipe, subsets.shape[1])
     module = model.module.clone(num_classes=num_classes)
-    programs = _many(module, _shape_of(recipe), num_unfrozen_blocks, model.spec.image_size)
+    lanes = _lanes(module, num_unfrozen_blocks, *subsets.shape)
+    programs = _many(module, _shape_of(recipe), num_unfrozen_blocks, model.spec.image_size, lanes)
     tried = rates or Rates(recipe.learning_rate, recipe.weight_decay)
     tried = Rates(*(jnp.atleast_1d(jnp.asarray(x, jnp.float32)) for x in tried))
     params = model.variables["params"]
     if own_statistics(recipe, num_unfrozen_blocks):
         # Every subset has its own statistics, hence its own prefix: trials share the parameters only.
-        inputs = [
-            prepare(model, Split(*(x[subset] for x in train)), test, recipe, num_unfrozen_blocks)
-            for subset in subsets
-        ]
-        own_images = jnp.broadcast_to(jnp.arange(subsets.shape[1]), subsets.shape)
-        trials = (*jax.tree.map(lambda *x: jnp.stack(x), *inputs), own_images, keys)
-        history = _spread(programs.separate, (params, tried), trials)
+        step = _subsets_at_once(model, recipe, num_unfrozen_blocks, subsets.shape[1], test.num_images)
+        histories = []
+        for i in range(0, len(subsets), step):
+            inputs = [
+                prepare(model, Split(*(x[subset] for x in train)), test, recipe, num_unfrozen_blocks)[:2]
+                for subset in subsets[i : i + step]
+            ]
+            own_images = np.broadcast_to(np.arange(subsets.shape[1]), (len(inputs), subsets.shape[1]))
+            trials = (*jax.tree.map(lambda *x: jnp.stack(x), *inputs), own_images, keys[i : i + step])
+            histories.append(_spread(programs.separate, (params, tried), trials))
+        history = {name: np.concatenate([part[name] for part in histories]) for name in histories[0]}
     else:
-        inputs = prepared or prepare(model, train, test, recipe, num_unfrozen_blocks)
-        history = _spread(programs.sharing, (params, tried, *inputs), (jnp.asarray(subsets), keys))
+        if prepared is None:
+            used = np.unique(subsets)
+            prepared = prepare(model, train, test, recipe, num_unfrozen_blocks, used=used)
+        own = subsets if prepared.rows is None else prepared.rows[subsets]
+        shared = (params, tried, prepared.batch_stats, prepared.task)
+        history = _spread(programs.sharing, shared, (jnp.asarray(own), keys))
     return history if rates is not None else {name: x[:, 0] for name, x in history.items()}
 
 
-def own_statistics(recipe: Recipe, num_unfrozen_blocks: int) -> bool:
-    """Whether every subset has BatchNorm statistics of its own, so that trials share no activations."""
-    return recipe.frozen_batch_norm == "target" and num_unfrozen_blocks != -1
+def _lanes(module: Any, num_unfrozen_blocks: int, num_trials: int, num_images: int) -> int:
+    """How many trials go side by side, as measured best (benchmarks/RESULTS.md), if there is memory for them.
+
+    A trial with kernels of its own keeps a whole CPU busy, and side by side its convolutions would be grouped
+    ones. Of heads a few at once hide what a step costs beside its products; more fall out of a CPU's caches.
+    """
+    if num_unfrozen_blocks != 0:
+        return 1
+    if parallel.platform() == "cpu":
+        return next(lanes for lanes in (4, 3, 2, 1) if -(-num_trials // parallel.num_devices()) % lanes == 0)
+    one = 4 * num_images * (num_images + 2 * module.num_features)  # the Gram matrix, the features twice
+    # A power of two: what is free changes a little all the time, and the program is compiled for the number.
+    return min(num_trials, 2 ** max(0, (parallel.free_bytes() // 8 // one).bit_length() - 1))
 
 
-def prepare(model: Model, train: Split, test: Split, recipe: Recipe, num_unfrozen_blocks: int) -> Prepared:
-    """Starting BatchNorm statistics, and the task: cached activations where the prefix is constant."""
-    module, variables, size = model.module, model.variables, model.spec.image_size
-    if own_statistics(recipe, num_unfrozen_blocks):
-        stats = target_batch_stats(module, variables, train.images, size)
-        variables = {**variables, "batch_stats": stats}
-    if prefix_is_constant(num_unfrozen_blocks, recipe):
-        start = first_unfrozen_block(module, num_unfrozen_blocks)
-        enter = functools.partial(activations, module, variables, start=start, image_size=size)
-        views = [
-            enter(train.images, augmentation=recipe.augmentation, view=view)
-            for view in range(max(1, recipe.num_views))
-        ]
-        inputs = [jnp.concatenate(views), enter(test.images)]
-    else:
-        inputs = [jnp.asarray(split.images) for split in (train, test)]
-    labels = [jnp.asarray(split.labels) for split in (train, test)]
-    return Prepared(variables["batch_stats"], Task(inputs[0], labels[0], inputs[1], labels[1]))
+def _subsets_at_once(model: Model, recipe: Recipe, k: int, num_train: int, num_test: int) -> int:
+    """Trials with activations of their own, held twice while they are put together, that fit into memory."""
+    size = cache_bytes(model.module, recipe, k, model.spec.image_size, num_train, num_test)
+    one = max(size, num_train + num_test)
+    return parallel.num_devices() * max(1, int(0.5 * parallel.free_bytes() / (2 * one)))
 
 
 def _spread(program: Callable, shared: tuple, trials: tuple) -> dict[str, np.ndarray]:
@@ -187,41 +187,27 @@ def _one(module: Any, recipe: Recipe, num_unfrozen_blocks: int, image_size: int)
 
 
 @functools.lru_cache(maxsize=64)
-def _many(module: Any, recipe: Recipe, num_unfrozen_blocks: int, image_size: int) -> _Programs:
-    """Compiled once for every (network, recipe, k), whatever the source's weights, rates and images are."""
+def _many(module: Any, recipe: Recipe, num_unfrozen_blocks: int, image_size: int, lanes: int) -> _Programs:
+    """Compiled once for every (network, recipe, k), whatever the source's weights, rates and images are;
+    `lanes` trials go side by side."""
     run = make_fine_tune(module, recipe, num_unfrozen_blocks, image_size)
+    each = functools.partial(jax.lax.map, batch_size=lanes if lanes > 1 else None)
 
     def one(params, rates, *trial):
         def own(rates):
             return run(params, *trial, rates)[1]
 
         # One product serves all rates of a head, on any machine.
-        return jax.vmap(own)(rates) if num_unfrozen_blocks == 0 else _each(own, rates, num_unfrozen_blocks)
+        return jax.vmap(own)(rates) if num_unfrozen_blocks == 0 else jax.lax.map(own, rates)
 
     def sharing(params, rates, batch_stats, task, indices, keys):
         own = functools.partial(one, params, rates, batch_stats, task)
-        return _each(lambda trial: own(*trial), (indices, keys), num_unfrozen_blocks)
+        return each(lambda trial: own(*trial), (indices, keys))
 
     def separate(params, rates, *trials):
-        return _each(lambda trial: one(params, rates, *trial), trials, num_unfrozen_blocks)
+        return each(lambda trial: one(params, rates, *trial), trials)
 
     return _Programs(
         sharing=parallel.map_parallel(sharing, num_shared=4, num_split=2),
         separate=parallel.map_parallel(separate, num_shared=2, num_split=4),
     )
-
-
-def _each(function: Callable, trials: Any, num_unfrozen_blocks: int) -> Any:
-    """`function` of every trial, as many side by side as measured best (benchmarks/RESULTS.md).
-
-    A trial with kernels of its own keeps a whole CPU busy, and side by side its convolutions would be grouped
-    ones. Of heads a few at once hide what a step costs beside its products; more fall out of the caches.
-    """
-    number = len(jax.tree.leaves(trials)[0])
-    if num_unfrozen_blocks != 0:
-        lanes = 1
-    elif parallel.platform() == "cpu":
-        lanes = next(lanes for lanes in (4, 3, 2, 1) if number % lanes == 0)
-    else:
-        lanes = number
-    return jax.lax.map(function, trials, batch_size=lanes if lanes > 1 else None)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advtransfer import optim, parallel
+from advtransfer import optim
 from advtransfer.data import Augmentation, augment, to_float
 from advtransfer.models import init_variables
 from advtransfer.transfer.recipe import Recipe
@@ -66,22 +66,29 @@ def activations(
     image_size: int | None = None,
     *,
     augmentation: Augmentation = NO_AUGMENTATION,
-    view: int = 0,
+    num_views: int = 1,
+    numbers: np.ndarray | None = None,
     batch_size: int = 256,
 ) -> jax.Array:
-    """What enters block `start` in evaluation mode, [N, h, w, c] or [N, C], for uint8 images [N, H, W, 3],
-    which are resized to `image_size` on the device (None: left as they are).
+    """What enters block `start` in evaluation mode, [V N, h, w, c] or [V N, C] for V views of uint8 images
+    [N, H, W, 3], which are resized to `image_size` on the device (None: left as they are).
 
-    View 0 is the images as they are, view v > 0 their v-th augmentation, which is the same in every call.
+    Views follow one another. View 0 is the images as they are, view v > 0 their v-th augmentation, the same
+    in every call for the same number of an image, integers `numbers` [N] (None: 0 to N - 1).
     """
-    augmentation = augmentation if view else NO_AUGMENTATION
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(_VIEW_STREAM), view), len(images))
+    numbers = np.arange(len(images)) if numbers is None else numbers
     batch_size = min(batch_size, len(images))
-    batches = []
-    for i in range(0, len(images), batch_size):
-        piece, _ = parallel.pad((images[i : i + batch_size], keys[i : i + batch_size]), batch_size)
-        batches.append(_enter(module, variables, *piece, augmentation, start, image_size))
-    return jnp.concatenate(batches)[: len(images)]
+    entering = activation_shape(module, start, image_size or images.shape[1])
+    # Filled in place: there may be room for the activations once, not twice.
+    found = jnp.zeros((num_views * len(images), *entering.shape[1:]), entering.dtype)
+    for view in range(num_views):
+        drawn = augmentation if view else NO_AUGMENTATION
+        for i in range(0, len(images), batch_size):
+            i = min(i, len(images) - batch_size)  # the last batch takes some again
+            piece = images[i : i + batch_size], numbers[i : i + batch_size]
+            place = view * len(images) + i
+            found = _enter(found, place, module, variables, *piece, view, drawn, start, image_size)
+    return found
 
 
 def target_batch_stats(
@@ -108,10 +115,13 @@ def target_batch_stats(
     return totals
 
 
-@jax.jit(static_argnames=("module", "augmentation", "start", "image_size"))
-def _enter(module, variables, images, keys, augmentation, start, image_size):
+@jax.jit(static_argnames=("module", "augmentation", "start", "image_size"), donate_argnames="found")
+def _enter(found, place, module, variables, images, numbers, view, augmentation, start, image_size):
+    key = jax.random.fold_in(jax.random.key(_VIEW_STREAM), view)
+    keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
     images = augment(keys, to_float(images, image_size), augmentation)
-    return module.apply(variables, images, stop=start)
+    entering = module.apply(variables, images, stop=start)
+    return jax.lax.dynamic_update_slice_in_dim(found, entering, place, axis=0)
 
 
 @jax.jit(static_argnames=("module", "image_size"))

@@ -1,0 +1,257 @@
+"""What a network looks at: the gradient of its loss with respect to the pixels, and two numbers about it.
+
+    gradients(logits_fn, images, labels)                     # plain
+    smooth_grad(logits_fn, images, labels, key=key)          # averaged over noisy copies
+    integrated_gradients(logits_fn, images, labels)          # along the way from a baseline
+    to_picture(...), low_frequency_share(...), alignment(...)
+
+The images may be natural ones or what `pgd` has made of them in any threat model; and
+`threat_model.step(images, gradients, eps)` is the first step of an attack along these gradients. Everything
+is per image, and does not depend on the other images or on `batch_size`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+
+from advtransfer import parallel
+from advtransfer.attacks import LogitsFn
+
+LossFn = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Softmax cross-entropy per example, float32 [N], whose gradient is right however sure the network is.
+
+    Through a softmax the gradient is a difference of probabilities, in float32 without a correct digit when
+    the label's is within 1e-7 of 1, on images the network is sure of. Written as
+    log(1 + exp(-margin)) it is a small factor times the gradient of the margin.
+    """
+    logits = logits.astype(jnp.float32)
+    of_label = jnp.arange(logits.shape[-1])[None] == labels[:, None]
+    others = jax.nn.logsumexp(jnp.where(of_label, -jnp.inf, logits), axis=-1)
+    return jax.nn.softplus(others - jnp.sum(jnp.where(of_label, logits, 0.0), axis=-1))
+
+
+def gradients(
+    logits_fn: LogitsFn,
+    images: np.ndarray | jax.Array,
+    labels: np.ndarray | jax.Array,
+    *,
+    loss_fn: LossFn = cross_entropy,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """Gradient of each image's loss with respect to its pixels, float32 [N, H, W, C], loss per unit of pixel.
+
+    Args:
+      logits_fn: images [N, H, W, C] in [0, 1] to logits [N, classes], such as `at.logits_fn(model)`.
+      images: float [N, H, W, C].
+      labels: int [N].
+      loss_fn: (logits, labels) to a loss per image [N].
+      batch_size: images on the device at once.
+
+    Raises:
+      ValueError: images that are no floats.
+    """
+    step = functools.partial(_gradients, _as_pytree(logits_fn), loss_fn=loss_fn)
+    return _in_batches(step, batch_size, images, labels)
+
+
+def smooth_grad(
+    logits_fn: LogitsFn,
+    images: np.ndarray | jax.Array,
+    labels: np.ndarray | jax.Array,
+    *,
+    key: jax.Array,
+    num_samples: int = 50,
+    noise: float = 0.15,
+    loss_fn: LossFn = cross_entropy,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """SmoothGrad (Smilkov et al., 2017, arXiv:1706.03825): the mean of `gradients` over noisy copies.
+
+    Args, Returns and Raises as `gradients`, and
+      key: of the noise; image i draws from `fold_in(key, i)`.
+      num_samples: noisy copies of every image.
+      noise: standard deviation of the Gaussian noise, as a share of the image's own range (max - min).
+        The defaults are within the paper's 10-20 % and up to 50 samples. Nothing is clipped.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}: SmoothGrad needs at least one noisy copy")
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(images)))
+    step = functools.partial(
+        _smooth_grad, _as_pytree(logits_fn), num_samples=num_samples, noise=noise, loss_fn=loss_fn
+    )
+    return _in_batches(step, batch_size, images, labels, keys)
+
+
+class IntegratedGradients(NamedTuple):
+    """Attributions, and how far each image's are from adding up as they should."""
+
+    attributions: np.ndarray  # float32 [N, H, W, C], units of the loss
+    errors: np.ndarray  # float32 [N], see `integrated_gradients`
+
+
+def integrated_gradients(
+    logits_fn: LogitsFn,
+    images: np.ndarray | jax.Array,
+    labels: np.ndarray | jax.Array,
+    *,
+    baseline: float | np.ndarray = 0.0,
+    num_steps: int = 256,
+    max_steps: int = 16384,
+    tolerance: float = 1e-3,
+    loss_fn: LossFn = cross_entropy,
+    batch_size: int = 64,
+) -> IntegratedGradients:
+    """Integrated gradients of the loss (Sundararajan et al., 2017, arXiv:1703.01365, eq. 1).
+
+    attributions = (image - baseline) · ∫₀¹ gradient(baseline + t (image - baseline)) dt; they sum to
+    loss(image) - loss(baseline), "completeness". What raises the loss is positive.
+
+    The integral is a trapezium sum whose steps are halved, every gradient serving again, until the error in
+    completeness is at most `tolerance`. The error is relative to |loss(image) - loss(baseline)|, or to 1
+    where that is less. With ReLUs the integrand jumps, so the error falls as 1 / steps only, Gauss-Legendre's
+    too.
+
+    Args, Returns and Raises as `gradients`, and
+      baseline: the image where nothing is to be seen, a number or [H, W, C]; black if not given.
+      num_steps: of the first sum (paper, §5: 20 to 300).
+      max_steps: no finer sum than this is tried; `errors` tells of the images that would have needed it.
+      tolerance: see above.
+    """
+    if not 1 <= num_steps <= max_steps:
+        raise ValueError(f"num_steps is {num_steps}: choose 1 to max_steps, which is {max_steps}")
+    step = functools.partial(
+        _integrated_gradients,
+        _as_pytree(logits_fn),
+        baseline=baseline,
+        num_steps=num_steps,
+        max_steps=max_steps,
+        tolerance=tolerance,
+        loss_fn=loss_fn,
+    )
+    return _in_batches(step, batch_size, images, labels)
+
+
+@functools.partial(jax.jit, static_argnames="loss_fn")
+def _gradients(logits_fn, images, labels, loss_fn):
+    return jax.grad(lambda x: jnp.sum(loss_fn(logits_fn(x), labels)))(images)
+
+
+@functools.partial(jax.jit, static_argnames="loss_fn")
+def _smooth_grad(logits_fn, images, labels, keys, num_samples, noise, loss_fn):
+    pixels = tuple(range(1, images.ndim))
+    scale = noise * jnp.ptp(images, axis=pixels, keepdims=True)
+
+    def add(i, total):
+        draws = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), images.shape[1:]))(keys)
+        return total + _gradients(logits_fn, images + scale * draws, labels, loss_fn)
+
+    return jax.lax.fori_loop(0, num_samples, add, jnp.zeros_like(images)) / num_samples
+
+
+def _integrated_gradients(
+    logits_fn, images, labels, *, baseline, num_steps, max_steps, tolerance, loss_fn
+) -> IntegratedGradients:
+    baseline = jnp.broadcast_to(jnp.float32(baseline), images.shape)
+    way, steps = np.float64(images - baseline), num_steps
+    losses = [np.float64(_losses(logits_fn, x, labels, loss_fn)) for x in (baseline, images)]
+    change = losses[1] - losses[0]
+
+    def mean_at(offset, steps):
+        args = logits_fn, baseline, images, labels, offset, steps
+        return np.float64(_mean_gradients(*args, loss_fn))
+
+    def errors(mean):
+        return np.abs(np.sum(mean * way, axis=(1, 2, 3)) - change) / np.maximum(np.abs(change), 1.0)
+
+    mean = mean_at(0.0, steps)
+    while 2 * steps <= max_steps and np.any(unfinished := errors(mean) > tolerance):
+        mean[unfinished] = 0.5 * (mean + mean_at(0.5, steps))[unfinished]
+        steps *= 2
+    return IntegratedGradients(np.float32(mean * way), np.float32(errors(mean)))
+
+
+@functools.partial(jax.jit, static_argnames="loss_fn")
+def _losses(logits_fn, images, labels, loss_fn):
+    return loss_fn(logits_fn(images), labels)
+
+
+@functools.partial(jax.jit, static_argnames="loss_fn")
+def _mean_gradients(logits_fn, baseline, images, labels, offset, steps, loss_fn):
+    """On the way from the baseline to the images: with offset 0 the trapezium rule over so many steps, with
+    offset 0.5 their midpoints."""
+
+    def add(i, total):
+        t = (i + offset) / steps
+        weight = jnp.where((t == 0) | (t == 1), 0.5, 1.0)
+        return total + weight * _gradients(logits_fn, baseline + t * (images - baseline), labels, loss_fn)
+
+    return jax.lax.fori_loop(0, steps + (offset == 0), add, jnp.zeros_like(images)) / steps
+
+
+def _as_pytree(logits_fn: LogitsFn) -> Partial:
+    return logits_fn if isinstance(logits_fn, Partial) else Partial(logits_fn)
+
+
+def _in_batches(step: Callable[..., Any], batch_size: int, images: Any, *others: Any) -> Any:
+    """`step` of (images, *others), so many examples at a time; a tree of NumPy arrays [N, ...]."""
+    chex.assert_equal_shape_prefix([images, *others], 1)
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images are {images.dtype}: pass floats in [0, 1], such as images / 255")
+    arrays = (jnp.asarray(images, jnp.float32), *others)
+    size = min(batch_size, len(images))
+    results = []
+    for i in range(0, len(images), size):
+        batch, _ = parallel.pad([array[i : i + size] for array in arrays], size)
+        results.append(jax.device_get(step(*batch)))
+    return jax.tree.map(lambda *x: np.concatenate(x)[: len(images)], *results)
+
+
+def to_picture(values: np.ndarray) -> np.ndarray:
+    """Gradients [N, H, W, C] as pictures, float32 in [0, 1]: clipped at ±3 standard deviations of the image's
+    own values and scaled from there (Tsipras et al., 2019, arXiv:1805.12152, figure 2). The standard
+    deviation is taken about zero, so that a zero is mid-grey."""
+    values = np.asarray(values, np.float64)
+    deviation = np.sqrt(np.mean(values**2, axis=(1, 2, 3), keepdims=True))
+    return np.float32(np.clip(0.5 + values / np.where(deviation > 0, 6 * deviation, 1.0), 0.0, 1.0))
+
+
+def low_frequency_share(values: np.ndarray, *, cutoff: float = 0.25) -> np.ndarray:
+    """Share of each image's energy at low spatial frequencies, float64 [N] in [0, 1].
+
+    The energy is the sum of the squares, by Parseval over the two-dimensional Fourier transform too, of all
+    channels together. A frequency of u cycles over the height H and v over the width W counts as low where
+    hypot(2u / H, 2v / W) <= cutoff: as a share of the Nyquist frequency, constants included. White noise has
+    there the share of such frequencies among all H·W. An image of zeros has the share 0.
+
+    Args:
+      values: [N, H, W, C], gradients or images.
+      cutoff: share of the Nyquist frequency; up to 1 along the axes, sqrt(2) in the corners.
+    """
+    height, width = values.shape[1:3]
+    radius = np.hypot(2 * np.fft.fftfreq(height)[:, None], 2 * np.fft.fftfreq(width)[None])
+    low = radius <= cutoff + 1e-12
+    energy = np.stack([np.sum(np.abs(np.fft.fft2(x, axes=(0, 1))) ** 2, axis=-1) for x in np.float64(values)])
+    total = energy.sum((1, 2))
+    return (energy * low).sum((1, 2)) / np.where(total > 0, total, 1.0)
+
+
+def alignment(values: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """|⟨image, gradient⟩| / (‖image‖ ‖gradient‖), float64 [N] in [0, 1]; 0 where either is all zeros.
+
+    The alignment of Etmann et al. (2019, arXiv:1905.04172) divided by ‖image‖, so that it is a
+    cosine. As there the image is not centred: its origin is black.
+    """
+    values, images = (np.float64(x).reshape(len(x), -1) for x in (values, images))
+    norms = np.linalg.norm(values, axis=1) * np.linalg.norm(images, axis=1)
+    return np.abs(np.sum(values * images, axis=1)) / np.where(norms > 0, norms, 1.0)

@@ -1,0 +1,147 @@
+"""Whether networks go by shape or by texture: a section of a page, side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from advtransfer.analysis import cue_conflict, shape
+from advtransfer.config import names_key
+from advtransfer.data import LETTERS
+from advtransfer.models import logits_fn
+from advtransfer.report.figures import Axis, Series
+from advtransfer.report.interpretation import Bars, Lines, Section, Table
+from advtransfer.stages.explain_pixels import Case, Subject
+
+# What the glyphs' two cues are balanced with; sources are trained at 0.02 to 0.06, opaque.
+AMPLITUDES = (0.02, 0.06, 0.1, 0.15, 0.2, 0.3)
+OPACITIES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+AMPLITUDE = 0.06  # while the letters fade
+
+
+def shape_section(case: Case) -> Section:
+    """Shape bias on images whose cues disagree, for networks that know the cues' classes."""
+    letters = [s for s in case.subjects if tuple(s.model.spec.class_names) == tuple(LETTERS)]
+    thousand = [s for s in case.subjects if s.model.spec.num_classes == 1000]
+    if letters:
+        return _glyph_section(case, letters)
+    if thousand and case.settings.cue_conflict:
+        return _folder_section(case, thousand)
+    finding = (
+        "Not measured: these networks read neither the 23 letters of builtin:glyphs nor, with a folder of "
+        "cue-conflict images named by config.interpret.cue_conflict, ImageNet’s 1,000 classes."
+    )
+    return Section("Shape against texture", finding)
+
+
+def _glyph_section(case: Case, subjects: Sequence[Subject]) -> Section:
+    strengths = [(a, 1.0) for a in AMPLITUDES] * (not case.brief) + [(AMPLITUDE, o) for o in OPACITIES]
+    found = {}
+    for amplitude, opacity in strengths:
+        conflict = cue_conflict.glyph_cue_conflict(
+            amplitude, opacity, seed=case.seed, image_size=case.image_size
+        )
+        for s in subjects:
+            measured = shape.measure(logits_fn(s.model), conflict, cue_conflict.LETTER_OUTPUTS)
+            found[s.label, amplitude, opacity] = measured
+    records = [
+        row
+        for (label, amplitude, opacity), measured in found.items()
+        for row in _shape_records({"model": label, "amplitude": amplitude, "opacity": opacity}, measured)
+    ]
+
+    def series(points):
+        return [_bias_series(s, [(x, found[s.label, *at]) for x, at in points]) for s in subjects]
+
+    panels = {
+        "Letters that fade": (
+            Axis("opacity of the letter", log=True),
+            series([(o, (AMPLITUDE, o)) for o in OPACITIES]),
+        )
+    }
+    if not case.brief:
+        panels["Gratings that grow"] = (
+            Axis("amplitude of the grating"),
+            series([(a, (a, 1.0)) for a in AMPLITUDES]),
+        )
+    halves = {
+        s.label: shape.half_point(
+            OPACITIES, [float(found[s.label, AMPLITUDE, o].overall.shape_bias.value) for o in OPACITIES]
+        )
+        for s in subjects
+    }
+    known = [x for x in halves.values() if not math.isnan(x)]
+    parts = [Lines(_glyph_caption(case, found), panels, "Shape bias, %", "shape")]
+    if not case.brief:
+        balanced = min(OPACITIES, key=lambda o: abs(o - (np.mean(known) if known else 0)))
+        of = {s.label: found[s.label, AMPLITUDE, balanced] for s in subjects}
+        where = f"on gratings of amplitude {AMPLITUDE:g} below letters of opacity {balanced:g}"
+        parts += _cue_parts(of, where)
+    told = (f"{x:.2f} ({label})" for label, x in halves.items() if not math.isnan(x))
+    finding = "Letters outweigh gratings at every opacity that was tried."
+    if known:
+        finding = f"Fading letters and gratings decide equally often at an opacity of {', '.join(told)}."
+    return Section("Shape against texture", finding, parts, {"shape": records})
+
+
+def _glyph_caption(case: Case, found: dict[Any, shape.ShapeBias]) -> str:
+    number = int(next(iter(found.values())).overall.shape.total)
+    grown = "" if case.brief else " Right: opaque letters on gratings of growing amplitude."
+    return (
+        f"Shape bias on {number} pictures, every letter on the grating of every other: of the answers that "
+        "are the letter’s or the grating’s class, the share of the letter’s. Left: letters fade on gratings "
+        f"of amplitude {AMPLITUDE:g}.{grown} Trained on opaque letters and amplitudes of 0.02 to 0.06. Band: "
+        "half the width of Wilson’s 95 % interval to either side (its ends in the numbers)."
+    )
+
+
+def _bias_series(subject: Subject, points: Sequence[tuple[float, shape.ShapeBias]]) -> Series:
+    biases = [(x, measured.overall.shape_bias) for x, measured in points]
+    known = [(x, float(b.value), float(b.upper - b.lower) / 2) for x, b in biases if not np.isnan(b.value)]
+    return Series(subject.style, *zip(*known, strict=True))
+
+
+def _folder_section(case: Case, subjects: Sequence[Subject]) -> Section:
+    with names_key("interpret.cue_conflict"):
+        conflict = cue_conflict.read_cue_conflict(case.settings.cue_conflict, image_size=case.image_size)
+        found = {s.label: shape.measure(logits_fn(s.model), conflict) for s in subjects}
+    records = [row for label, x in found.items() for row in _shape_records({"model": label}, x)]
+    told = (f"{100 * float(x.overall.shape_bias.value):.1f} % ({label})" for label, x in found.items())
+    finding = f"Where shape and texture point to different classes, the shape decides for {', '.join(told)}."
+    where = f"on {int(next(iter(found.values())).overall.shape.total):,} cue-conflict images"
+    return Section("Shape against texture", finding, _cue_parts(found, where), {"shape": records})
+
+
+def _cue_parts(found: dict[str, shape.ShapeBias], where: str) -> list[Table | Bars]:
+    rows = []
+    for label, measured in found.items():
+        shares = (measured.overall.shape_bias, measured.overall.shape, measured.overall.texture)
+        rows.append(
+            [label, *(f"{100 * x.value:.1f} ({100 * x.lower:.1f} … {100 * x.upper:.1f})" for x in shares)]
+        )
+    heads = ["Network", "Shape bias, %", "Answers by shape, %", "Answers by texture, %"]
+    caption = f"Answers {where}, with Wilson’s 95 % interval; the rest are other classes."
+    of_class = [measured.per_class.shape_bias for measured in found.values()]
+    names = next(iter(found.values())).class_names
+    bars = [
+        (name, [(float(x.value[i]), float(x.lower[i]), float(x.upper[i])) for x in of_class])
+        for i, name in enumerate(names)
+    ]
+    by_class = f"Shape bias by the class of the shape, in %, {where}; line: Wilson’s 95 % interval."
+    return [Table(caption, heads, rows, "shape"), Bars(by_class, ["Shape", *found], bars, "shape")]
+
+
+def _shape_records(head: dict[str, Any], measured: shape.ShapeBias) -> list[dict]:
+    """Over all images first, class "", then class by class."""
+    records = []
+    for i, name in enumerate(["", *measured.class_names]):
+        record = head | {"class": name}
+        for what in ("shape_bias", "shape", "texture"):
+            share = getattr(measured.per_class if i else measured.overall, what)
+            value, low, high = (float(x[i - 1] if i else x) for x in share[:3])
+            record |= {what: value, f"{what}_low95": low, f"{what}_high95": high}
+        records.append(record)
+    return records

@@ -1,0 +1,181 @@
+"""stage=interpret: what networks look at, side by side; leaves `report.html` and the numbers as CSV."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from advtransfer.config import names_key, to_json
+from advtransfer.data import Dataset
+from advtransfer.models import Model
+from advtransfer.report.figures import styles
+from advtransfer.report.interpretation import Interpretation, Section, write_interpretation
+from advtransfer.report.summary import Source
+from advtransfer.source import compute_dtype, load_data
+from advtransfer.stages.explain_cues import shape_section
+from advtransfer.stages.explain_data import influence_cost, influence_section, matrix_seconds
+from advtransfer.stages.explain_pixels import (
+    Case,
+    Subject,
+    owns_classes,
+    saliency_section,
+    visualisation_section,
+)
+from advtransfer.stages.named_models import find_model, model_name
+from advtransfer.stages.workdir import check_workdir, open_workdir, versions
+
+# In a study's report pictures are few, and so are the images behind the numbers.
+_BRIEF = {
+    "num_measured": 128,
+    "smooth_samples": 25,
+    "num_steps": 200,
+    "step_size": 0.1,
+    "parameterisation": "fourier",
+    "num_train": 200,
+    "num_queries": 200,
+}
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    case = _check(config, workdir)
+    open_workdir(config, workdir)
+    sections = _sections(case, config, config.interpret.analyses)
+    settings = json.loads(to_json(config))
+    page = Interpretation(
+        title="What networks look at",
+        sections=sections,
+        facts=_facts(case, config),
+        command=config.report.command,
+        versions=versions(),
+        config={
+            name: settings[name] for name in ("models", "data", "interpret", "transfer", "seed", "dtype")
+        },
+    )
+    path = write_interpretation(page, workdir)
+    print(*(section.finding for section in sections), f"report: {path}", sep="\n")
+
+
+def plan(config: ConfigDict, workdir: Path) -> str:
+    case, settings = _check(config, workdir), config.interpret
+    lines = [f"explain {len(case.subjects)} networks with images of {config.data} ({settings.split}):"]
+    saliency = (
+        f"  saliency: {settings.num_images:,} images shown, {settings.num_measured:,} measured; SmoothGrad "
+        f"of {settings.smooth_samples:,} copies, integrated gradients in up to {settings.integration_steps:,} "
+        "steps"
+    )
+    visualisation = (
+        f"  visualisation: 5 × {settings.num_images:,} pictures a network, {settings.num_steps:,} steps each"
+    )
+    told = {
+        "saliency": [saliency],
+        "visualisation": [visualisation],
+        "influence": [],
+        "shape": ["  shape bias"],
+    }
+    for subject in case.subjects if "influence" in settings.analyses else ():
+        price = influence_cost(case, subject)
+        new = "" if owns_classes(subject.model, case.dataset) else "a new head, then "
+        told["influence"].append(
+            f"  influence, {subject.label}: {new}{settings.num_queries:,} + {settings.num_train:,} queries "
+            f"of {settings.num_train:,} training images, {price.num_parameters:,} parameters, "
+            f"{settings.solver}: about {matrix_seconds(price.flops):.0f} s and {price.num_bytes / 1e9:.2f} GB"
+        )
+    return "\n".join([*lines, *(line for name in settings.analyses for line in told[name])])
+
+
+def study_sections(
+    config: ConfigDict, models: dict[str, Model], dataset: Dataset | None, target: Dataset
+) -> list[Section]:
+    """The most telling pictures of config.report.analyses, of the sources that a study trained.
+
+    Saliency, visualisation and shape on the sources' own data, influence by heads trained on the target.
+    """
+    wanted = config.report.analyses
+    if not wanted or not models:
+        return []
+    specs = {name: model.spec for name, model in models.items()}
+    looks = styles(Source(name, spec.norm, spec.eps) for name, spec in specs.items())
+    subjects = [Subject(looks[name], model) for name, model in models.items()]
+    settings = config.interpret.copy_and_resolve_references()
+    with settings.unlocked():
+        settings.update(_BRIEF)
+    cases = [Case(subjects, x, "test", settings, config.seed, brief=True) for x in (dataset, target)]
+    return _sections(cases[0], config, wanted, cases[1])
+
+
+def _sections(
+    case: Case, config: ConfigDict, wanted: Sequence[str], transferred: Case | None = None
+) -> list[Section]:
+    """In the order of `wanted`; influence, which can fail, is computed first."""
+    compute = {
+        "saliency": lambda: saliency_section(case),
+        "visualisation": lambda: visualisation_section(case),
+        "influence": lambda: influence_section(transferred or case, config),
+        "shape": lambda: shape_section(case),
+    }
+    found = {}
+    for name in sorted(wanted, key=lambda name: name != "influence"):
+        begin = time.monotonic()
+        found[name] = compute[name]()
+        print(f"{name}: {time.monotonic() - begin:.1f} s", flush=True)
+    return [found[name] for name in wanted]
+
+
+def _check(config: ConfigDict, workdir: Path) -> Case:
+    settings = config.interpret
+    models = _models(config)
+    splits = (settings.split, "train") if "influence" in settings.analyses else (settings.split,)
+    size = next(iter(models.values())).spec.image_size
+    dataset = load_data(config, "data", image_size=size, splits=tuple(dict.fromkeys(splits)))
+    numbers = {"num_images": settings.split, "num_measured": settings.split}
+    if "influence" in settings.analyses:
+        numbers |= {"num_queries": settings.split, "num_train": "train"}
+    for key, split in numbers.items():
+        with names_key(f"interpret.{key}"):
+            number, known = settings[key], getattr(dataset, split).num_images
+            if number > known:
+                raise ValueError(f"{number:,} is too many: {config.data} has {known:,} {split} images")
+    if settings.cue_conflict and not Path(settings.cue_conflict).expanduser().is_dir():
+        with names_key("interpret.cue_conflict"):
+            raise ValueError(f"{settings.cue_conflict} is no folder")
+    check_workdir(config, workdir)
+    looks = styles(Source(name, model.spec.norm, model.spec.eps) for name, model in models.items())
+    subjects = [Subject(looks[name], model) for name, model in models.items()]
+    return Case(subjects, dataset, settings.split, settings, config.seed)
+
+
+def _models(config: ConfigDict) -> dict[str, Model]:
+    """The networks by what they are called; they take images of one size."""
+    names = [name.strip() for name in config.models.split(",") if name.strip()]
+    with names_key("models"):
+        if not names:
+            raise ValueError("name models, comma-separated: folders, hf:REPO/FILE or PyTorch files")
+        models: dict[str, Model] = {}
+        for name in names:
+            called = model_name(name)
+            if called in models:
+                raise ValueError(f"two models are called {called!r}: rename a folder, or leave one away")
+            models[called] = find_model(name, compute_dtype(config.dtype))
+        sizes = {model.spec.image_size for model in models.values()}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"these networks take images of {' and '.join(map(str, sorted(sizes)))} pixels: compare "
+                "those of one size"
+            )
+    return models
+
+
+def _facts(case: Case, config: ConfigDict) -> list[tuple[str, str]]:
+    names = [name.strip() for name in config.models.split(",") if name.strip()]
+    networks = [
+        (
+            subject.label[0].upper() + subject.label[1:],
+            f"{model_name(name)}, {subject.model.spec.architecture}",
+        )
+        for name, subject in zip(names, case.subjects, strict=True)
+    ]
+    return [*networks, ("Data", f"{config.data} ({case.split})"), ("Image size", f"{case.image_size} pixels")]

@@ -1,0 +1,309 @@
+"""One network for one target, and what it is worth: what `at.fine_tune` and stage=transfer share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from advtransfer import parallel, storage
+from advtransfer.data import Split, to_float
+from advtransfer.evaluate import predict
+from advtransfer.models import Model, logits_fn, package_versions, save_model
+from advtransfer.report import ModelPage, Outcome, make_outcome, write_model_page
+from advtransfer.report.summary import Source
+from advtransfer.train import DivergedError
+from advtransfer.transfer import RULE, Choice, Recipe, choose_k, fine_tune_one
+
+_EVALUATE_EPOCHS = (1, 2, 5, 10, 20, 50, 100, 150)
+_MAX_SIDE = 224  # pixels of a picture on the page
+_NUM_PICTURES = 16
+_BATCH = 256
+
+
+class FineTuned(NamedTuple):
+    """A transferred network and everything that was measured of it."""
+
+    model: Model
+    history: dict[str, np.ndarray]  # "epoch", int [E], and those of `fine_tune_one`, float32 [E]
+    choice: Choice | None  # of the number of blocks, where it was not given
+    outcome: Outcome | None  # on the test images, where there are any
+    test: Split | None
+
+
+def fine_tune(
+    model: Model,
+    images: Any,
+    labels: Any,
+    *,
+    test_images: Any = None,
+    test_labels: Any = None,
+    class_names: Sequence[str] | None = None,
+    num_unfrozen_blocks: int | str = 0,
+    num_folds: int = 5,
+    recipe: Recipe | None = None,
+    key: jax.Array | None = None,
+    folder: str | os.PathLike[str] | None = None,
+) -> FineTuned:
+    """Fine-tunes a source network on all of the labelled images.
+
+    Args:
+      model: the source, of `load_model` or `import_torch_checkpoint`.
+      images: uint8, or floats in [0, 1], which are rounded to 8 bits; [N, H, H, 3]. Those of another
+        resolution than the source's are resized on the device, batch by batch.
+      labels: integers [N], from 0 to C - 1.
+      test_images, test_labels: as `images` and `labels`, to measure on, and nothing else; or neither.
+      class_names: of the C classes; None: "0", "1", ..., and there is an image of each.
+      num_unfrozen_blocks: residual blocks trained beside the head, counted from the end; -1: everything;
+        "rule": by `rule_of_thumb`; "cross_validation": by `cross_validate`, on `images` alone.
+      num_folds: of the cross-validation.
+      recipe: the hyper-parameters; None: the paper's, in batches of at most all images.
+      key: of the new head, the batch order, the augmentation and the folds; None: `jax.random.key(0)`.
+      folder: where to leave `model/`, `report.html` and its tables (see `write_model_page`), in the place of
+        what an earlier call left there; None: nowhere.
+
+    Returns:
+      `FineTuned`: the model, its history by epoch, and its predictions on the test images with the confusion
+      matrix, the accuracy of each class and the mistakes, most confident first.
+
+    Raises:
+      ValueError: images or labels that are not as above, a network with fewer blocks, a batch larger than the
+        set, too few images of a class to cross-validate, or a folder that cannot be written.
+      DivergedError: the loss became NaN or infinite; nothing was written.
+    """
+    train = _split(images, labels, "images", "labels")
+    names = _class_names(train.labels, class_names)
+    test = None
+    if test_images is not None or test_labels is not None:
+        if test_images is None or test_labels is None:
+            raise ValueError("test_images and test_labels go together: give both, or neither")
+        test = _split(test_images, test_labels, "test_images", "test_labels")
+        _check_range(test.labels, len(names), "test_labels")
+    if folder is not None:
+        folder = storage.to_path(folder)
+        storage.check_writable(folder)
+    key = jax.random.key(0) if key is None else key
+    if recipe is None:
+        recipe = Recipe(
+            batch_size=min(Recipe().batch_size, len(train.labels)), evaluate_epochs=_EVALUATE_EPOCHS
+        )
+    choice = None
+    if isinstance(num_unfrozen_blocks, str):
+        options = {"num_classes": len(names), "key": key, "num_folds": num_folds, "recipe": recipe}
+        choice = choose_k(num_unfrozen_blocks, model, train, **options)
+        num_unfrozen_blocks = choice.num_unfrozen_blocks
+    tuned = tune(
+        model,
+        train,
+        test,
+        key=key,
+        class_names=names,
+        num_unfrozen_blocks=num_unfrozen_blocks,
+        recipe=recipe,
+        choice=choice,
+    )
+    if folder is not None:
+        save_model(tuned.model, folder / "model", overwrite=True)
+        write_model_page(make_page(tuned, title="A fine-tuned network"), folder)
+    return tuned
+
+
+def tune(
+    model: Model,
+    train: Split,
+    test: Split | None,
+    *,
+    key: jax.Array,
+    class_names: tuple[str, ...],
+    num_unfrozen_blocks: int,
+    recipe: Recipe,
+    choice: Choice | None = None,
+) -> FineTuned:
+    """Trains as `fine_tune_one`, and looks at every test image.
+
+    Raises:
+      ValueError: as `fine_tune_one`.
+      DivergedError: the loss became NaN or infinite.
+    """
+    tuned, history = fine_tune_one(
+        model,
+        train,
+        test,
+        key=key,
+        class_names=class_names,
+        num_unfrozen_blocks=num_unfrozen_blocks,
+        recipe=recipe,
+    )
+    if not np.isfinite(history["train_loss"][-1]):
+        raise DivergedError(
+            f"the loss became NaN or infinite (learning rate {recipe.learning_rate:g}); nothing was saved. "
+            "Lower the learning rate (recipe.learning_rate, config.transfer.learning_rate)"
+        )
+    history = {"epoch": np.asarray(recipe.evaluate_epochs), **history}
+    outcome = None if test is None else make_outcome(test.labels, _logits(tuned, test.images), class_names)
+    return FineTuned(tuned, history, choice, outcome, test)
+
+
+def make_page(
+    tuned: FineTuned,
+    *,
+    title: str,
+    source: str = "",
+    target: str = "",
+    command: str = "",
+    config: Any = None,
+    versions: dict[str, str] | None = None,
+) -> ModelPage:
+    """What there is to tell; `source` and `target` in words, and `config` for the recipe of the model."""
+    provenance = tuned.model.spec.provenance
+    parent, k = provenance["source"], provenance["num_unfrozen_blocks"]
+    threat = Source("", parent["norm"], parent["eps"]).constraint
+    facts = [
+        ("Source", ", ".join(filter(None, [source, parent["architecture"], threat]))),
+        ("Target", target or f"{len(tuned.model.spec.class_names):,} classes"),
+        ("Training images", f"{provenance['num_train_images']:,}"),
+        ("Trained blocks", {0: "none, the head alone", -1: "all"}.get(k, f"{k}, and the head")),
+        ("Epochs", f"{provenance['recipe']['num_epochs']:,}"),
+        ("Test images", f"{len(tuned.test.labels) if tuned.test else 0:,}"),
+    ]
+    said, rows = _told(tuned.choice, provenance["num_train_images"])
+    return ModelPage(
+        title=title,
+        history=tuned.history,
+        facts=facts,
+        outcome=tuned.outcome,
+        pictures=() if tuned.outcome is None else _pictures(tuned),
+        choice=said,
+        choice_rows=rows,
+        command=command,
+        versions=versions or package_versions(),
+        config=config or provenance["recipe"],
+    )
+
+
+def _told(choice: Choice | None, num_images: int) -> tuple[str, list[dict[str, Any]]]:
+    """How the number of blocks was chosen: in a sentence, and as a table."""
+    if choice is None:
+        return "", []
+    k = choice.num_unfrozen_blocks
+    chosen = {0: "the head alone", 1: "the last block and the head", -1: "everything"}.get(
+        k, f"the last {k} blocks and the head"
+    )
+    if choice.method == "rule":
+        rows = [
+            {"below_num_images": below, "num_unfrozen_blocks": blocks}
+            for below, blocks in (*RULE, (None, -1))
+        ]
+        said = (
+            f"By the rule of thumb, the fewer images the fewer blocks: with {num_images:,} training images "
+            f"{chosen}. The direction is the advice of Utrera et al. (2021), the numbers are this library’s."
+        )
+        taken = next(
+            row for row in rows if row["below_num_images"] is None or num_images < row["below_num_images"]
+        )
+        return said, [row | {"chosen": int(row is taken)} for row in rows]
+    num_folds = choice.accuracies.shape[1]
+    rows = [
+        {
+            "num_unfrozen_blocks": candidate,
+            "mean_accuracy": float(mean),
+            "standard_error": float(error),
+            "chosen": int(candidate == k),
+            **{f"fold_{f + 1}": float(x) for f, x in enumerate(accuracies)},
+        }
+        for candidate, mean, error, accuracies in zip(
+            choice.candidates, choice.means, choice.standard_errors, choice.accuracies, strict=True
+        )
+    ]
+    said = (
+        f"By cross-validation on the training images alone, in {num_folds} folds: {chosen}, the fewest "
+        "trained blocks whose accuracy is within one standard error of the best (Breiman et al., 1984). No "
+        "test image had a part in it."
+    )
+    return said, rows
+
+
+def _pictures(tuned: FineTuned) -> np.ndarray:
+    """The most confident mistakes [M, h, w, 3] in [0, 1]; of large images every second, third, ... pixel."""
+    images = tuned.test.images[tuned.outcome.mistakes[:_NUM_PICTURES]]
+    step = -(-max(images.shape[1:3]) // _MAX_SIDE)
+    return images[:, ::step, ::step] / np.float32(255)
+
+
+def _logits(model: Model, images: np.ndarray) -> np.ndarray:
+    """Logits [N, C] of uint8 images, which are enlarged batch by batch; all batches are of one size."""
+    network, size = logits_fn(model), min(_BATCH, len(images))
+    pieces = []
+    for i in range(0, len(images), size):
+        piece, _ = parallel.pad(np.asarray(images[i : i + size]), size)
+        pieces.append(predict(network, to_float(jnp.asarray(piece), model.spec.image_size), batch_size=size))
+    return np.concatenate(pieces)[: len(images)]
+
+
+def _split(images: Any, labels: Any, images_name: str, labels_name: str) -> Split:
+    """Images and labels as the engine takes them, or a ValueError that says what is wrong with them."""
+    images, labels = np.asarray(images), np.asarray(labels)
+    if images.ndim != 4 or images.shape[-1] != 3:
+        hint = ""
+        if images.ndim == 4 and images.shape[1] == 3:
+            hint = f": move the channels last, np.moveaxis({images_name}, 1, -1)"
+        elif images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 1):
+            hint = ": repeat grey images three times along a last axis"
+        raise ValueError(f"{images_name} have the shape {images.shape}, not [N, H, H, 3]{hint}")
+    if not len(images):
+        raise ValueError(f"{images_name} are empty: give at least one image of every class")
+    if images.shape[1] != images.shape[2]:
+        raise ValueError(
+            f"{images_name} of {images.shape[1]} × {images.shape[2]} are no squares: crop or pad them"
+        )
+    if labels.ndim != 1 or len(labels) != len(images):
+        hint = f": give {labels_name}.argmax(-1)" if labels.ndim == 2 else ""
+        raise ValueError(
+            f"{labels_name} have the shape {labels.shape}, not [{len(images)}], one for each image{hint}"
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{labels_name} are {labels.dtype}, not integers from 0 to C - 1")
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        images = _to_bytes(images, images_name)
+    if images.dtype != np.uint8:
+        raise ValueError(f"{images_name} are {images.dtype}: give uint8, or floats in [0, 1]")
+    if labels.min() < 0:
+        raise ValueError(f"{labels_name} hold {labels.min()}: classes are numbered from 0 to C - 1")
+    return Split(images, labels.astype(np.int32))
+
+
+def _to_bytes(images: np.ndarray, name: str) -> np.ndarray:
+    low, high = float(images.min()), float(images.max())
+    if not np.isfinite(low + high):
+        raise ValueError(f"{name} hold NaN or infinite values: mend or leave out those images")
+    if low < 0 or high > 1:
+        raise ValueError(
+            f"{name} reach from {low:g} to {high:g}: floats must lie in [0, 1], without normalisation; "
+            "divide 8-bit values by 255"
+        )
+    return np.rint(images.astype(np.float32) * np.float32(255)).astype(np.uint8)
+
+
+def _class_names(labels: np.ndarray, class_names: Sequence[str] | None) -> tuple[str, ...]:
+    if class_names is None:
+        classes = np.unique(labels)
+        missing = np.setdiff1d(np.arange(classes[-1] + 1), classes)
+        if len(missing):
+            raise ValueError(
+                f"no label is {missing[0]}, and the largest is {classes[-1]}: number the classes from 0 "
+                "without gaps, or name all of them in class_names"
+            )
+        class_names = tuple(map(str, classes))
+    if len(class_names) < 2:
+        raise ValueError("there is one class: a classifier needs two at least")
+    _check_range(labels, len(class_names), "labels")
+    return tuple(map(str, class_names))
+
+
+def _check_range(labels: np.ndarray, num_classes: int, name: str) -> None:
+    if labels.max() >= num_classes:
+        raise ValueError(f"{name} hold {labels.max()}, but there are {num_classes} classes, numbered from 0")

@@ -1,0 +1,147 @@
+"""What `--plan` says of a study: what there is to train, the memory, the operations, the hours."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from advtransfer import parallel, storage
+from advtransfer import source as sources
+from advtransfer.data import Dataset
+from advtransfer.models import Model, ModelSpec, create_module, init_variables
+from advtransfer.stages.named_models import find_model
+from advtransfer.stages.source import training_plan
+from advtransfer.stages.study_grid import Asked, Grid, starts, trials_of
+from advtransfer.study import (
+    Trial,
+    accelerator_hours,
+    caches_of,
+    candidates,
+    choose,
+    finished_rows,
+    flatten,
+    format_seconds,
+    group,
+    is_asked,
+    measure_speed,
+    num_steps,
+    pieces_of,
+    predict_seconds,
+    with_choices,
+)
+
+_STEPS = 5  # of a source's training that are timed
+
+
+def plan_lines(config: ConfigDict, grid: Grid, workdir: Path) -> list[str]:
+    """A line for each source, and what the trials take that are not finished."""
+    asked = grid.asked
+    missing = [s for s in asked if s.config is not None and not _is_trained(s)]
+    source_data = sources.load_source_data(config) if any(s.config is not None for s in asked) else None
+    lines = [
+        training_plan(source.config, source_data, storage.to_path(source.place))
+        if source.config is not None
+        else f"source {source.name}: {source.place}"
+        for source in asked
+    ]
+    # One that is not trained yet has finished no trials.
+    models = {s.name: s.model or (None if s in missing else _load(config, s)) for s in asked}
+    found = starts(config, grid, models)
+    trials, tried = trials_of(config, grid, found), []
+    if is_asked(config.study):
+        candidates_of = candidates(config, trials_of(config, grid, found, validate=True))
+        rows = finished_rows(workdir / "search")
+        tried = [trial for trial in flatten(candidates_of) if trial.identity() not in rows]
+        if not tried:
+            trials = with_choices(trials, choose(candidates_of, itertools.chain(*rows.values()))[0])
+    every = flatten(trials)
+    rows = finished_rows(workdir / "rows")
+    left = [trial for trial in every if trial.identity() not in rows]
+    size = config.study.group_size
+    lines.append(
+        f"fine-tune {len(left):,} of {len(every):,} models in {len(group(left, size=size)):,} groups, "
+        f"{sum(map(num_steps, left)):,} steps of {config.transfer.batch_size} images"
+    )
+    if tried:
+        lines.append(f"before them {len(tried):,} on validation images, to choose hyper-parameters")
+    if tried or left:
+        lines += _costs(config, grid, [*tried, *left], {**models, **_untrained(config, missing)})
+    if missing and config.study.calibration:
+        seconds = sum(_training_seconds(source.config, source_data) for source in missing)
+        lines.append(f"predicted here before that, training of the sources: {format_seconds(seconds)}")
+    return lines
+
+
+def _costs(config: ConfigDict, grid: Grid, trials: list[Trial], models: dict[str, Model]) -> list[str]:
+    datasets = {
+        target.digest("train", split): target
+        for target in grid.targets.values()
+        for split in {trial.split for trial in trials}
+        if getattr(target, split).num_images
+    }
+    networks = {name: (model.module, model.spec.image_size) for name, model in models.items()}
+    pieces = pieces_of(trials, networks, datasets)
+    caches = caches_of(pieces, datasets)
+    flops = sum(piece.number * piece.flops for piece in pieces), sum(cache.flops for cache in caches)
+    images = max(target.train.nbytes + target.test.nbytes for target in grid.targets.values())
+    largest = max((cache.num_bytes for cache in caches), default=0)
+    hours = accelerator_hours(pieces, caches)
+    lines = [
+        f"{flops[0] / 1e12:,.3g} TFLOP of fine-tuning, {flops[1] / 1e12:,.3g} of {len(caches):,} caches",
+        f"on a device: {largest / 1e6:,.1f} MB of activations or {images / 1e6:,.1f} MB of images at most; "
+        f"{parallel.free_bytes() / 1e6:,.0f} MB are free here",
+        "on one device, by the operations and MLPerf's share of the peak (study/plan.py): "
+        + ", ".join(f"{name} {format_seconds(3600 * h)}" for name, h in hours.items()),
+    ]
+    if config.study.calibration:
+        speed = measure_speed(pieces, models, datasets, budget=config.study.calibration)
+        seconds = predict_seconds(pieces, caches, speed)
+        device = jax.local_devices()[0].device_kind
+        lines.append(
+            f"predicted here ({parallel.num_devices()} × {device}), by running the beginning of "
+            f"{len(speed.training)} of {len({p.kind for p in pieces})} kinds: {format_seconds(seconds)}"
+        )
+    return lines
+
+
+def _is_trained(source: Asked) -> bool:
+    return (storage.to_path(source.place) / "model" / "model.json").exists()
+
+
+def _load(config: ConfigDict, source: Asked) -> Model:
+    return find_model(source.place, sources.compute_dtype(config.dtype))
+
+
+def _untrained(config: ConfigDict, missing: list[Asked]) -> dict[str, Model]:
+    """Networks in the place of those that are not trained yet: a step takes as long, whatever the weights."""
+    models = {}
+    for source in missing:
+        train = source.config.train
+        module = create_module(
+            source.architecture, mean=train.mean, std=train.std, dtype=sources.compute_dtype(config.dtype)
+        )
+        variables = init_variables(module, jax.random.key(0), source.image_size)
+        spec = ModelSpec(source.architecture, module.num_classes, source.image_size, module.mean, module.std)
+        models[source.name] = Model(module, variables, spec)
+    return models
+
+
+def _training_seconds(config: ConfigDict, dataset: Dataset) -> float:
+    """Of training a source from the beginning, by its first steps."""
+    run = sources.prepare(config, dataset)
+    try:
+        started = time.monotonic()
+        state, metrics = run.run_step(run.state, 0)
+        jax.block_until_ready(metrics)
+        first = time.monotonic() - started
+        started = time.monotonic()
+        for step in range(1, 1 + _STEPS):
+            state, metrics = run.run_step(state, step)
+        jax.block_until_ready(metrics)
+        return first + sources.num_steps(config, dataset) * (time.monotonic() - started) / _STEPS
+    finally:
+        run.close()

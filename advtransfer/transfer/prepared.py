@@ -1,0 +1,118 @@
+"""What the trials of one source, target and k share: computed once, if there is room for it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from advtransfer import parallel
+from advtransfer.data import Split
+from advtransfer.models import Model
+from advtransfer.transfer.freezing import (
+    activation_shape,
+    activations,
+    first_unfrozen_block,
+    prefix_is_constant,
+    target_batch_stats,
+)
+from advtransfer.transfer.program import Task
+from advtransfer.transfer.recipe import Recipe
+
+_SHARE = 0.7  # of the free memory that a cache may take; the rest is for the training
+
+
+class Prepared(NamedTuple):
+    """What trials start from, on the device."""
+
+    batch_stats: Any
+    task: Task
+    rows: np.ndarray | None = None  # int32 [N], each training image's place in the task; None: its own number
+
+
+def own_statistics(recipe: Recipe, num_unfrozen_blocks: int) -> bool:
+    """Whether every subset has BatchNorm statistics of its own, so that trials share no activations."""
+    return recipe.frozen_batch_norm == "target" and num_unfrozen_blocks != -1
+
+
+def prepare(
+    model: Model,
+    train: Split,
+    test: Split,
+    recipe: Recipe,
+    num_unfrozen_blocks: int,
+    *,
+    used: np.ndarray | None = None,
+) -> Prepared:
+    """Starting BatchNorm statistics, and the task: cached activations where the prefix is constant and they
+    fit into memory, otherwise images.
+
+    Args:
+      model, train, test, recipe, num_unfrozen_blocks: as for `fine_tune_one`.
+      used: ascending integers, those of the training images that any trial takes; None: all. BatchNorm
+        statistics of the target are of all images.
+
+    Raises:
+      ValueError: fixed views, which have to be cached, do not fit.
+    """
+    module, variables, size = model.module, model.variables, model.spec.image_size
+    if own_statistics(recipe, num_unfrozen_blocks):
+        stats = target_batch_stats(module, variables, train.images, size)
+        variables = {**variables, "batch_stats": stats}
+    numbers = np.arange(train.num_images) if used is None else np.asarray(used)
+    images, labels = (
+        (train.images, train.labels) if used is None else (train.images[used], train.labels[used])
+    )
+    if is_cached(module, recipe, num_unfrozen_blocks, size, len(numbers), test.num_images):
+        start = first_unfrozen_block(module, num_unfrozen_blocks)
+        views = {
+            "augmentation": recipe.augmentation,
+            "num_views": max(1, recipe.num_views),
+            "numbers": numbers,
+        }
+        inputs = [
+            activations(module, variables, images, start, size, **views),
+            activations(module, variables, test.images, start, size),
+        ]
+    else:
+        inputs = [jnp.asarray(images), jnp.asarray(test.images)]
+    task = Task(inputs[0], jnp.asarray(labels), inputs[1], jnp.asarray(test.labels))
+    rows = None
+    if used is not None:
+        rows = np.zeros(train.num_images, np.int32)
+        rows[used] = np.arange(len(used))
+    return Prepared(variables["batch_stats"], task, rows)
+
+
+def is_cached(
+    module: Any, recipe: Recipe, num_unfrozen_blocks: int, image_size: int, num_train: int, num_test: int
+) -> bool:
+    """Whether the frozen prefix is computed once: it is constant, and its activations fit into what is free.
+
+    Raises:
+      ValueError: fixed views do not fit.
+    """
+    size = cache_bytes(module, recipe, num_unfrozen_blocks, image_size, num_train, num_test)
+    free = parallel.free_bytes()
+    if not size or size <= _SHARE * free:
+        return bool(size)
+    told = (
+        f"the activations of {num_train:,} + {num_test:,} images at k = {num_unfrozen_blocks} take "
+        f"{size / 1e9:,.1f} GB of the {free / 1e9:,.1f} GB that are free"
+    )
+    if recipe.num_views:
+        raise ValueError(f"{told}: lower num_views={recipe.num_views}, or take fewer images or a smaller k")
+    logging.warning("%s: the frozen blocks are computed in every step instead", told)
+    return False
+
+
+def cache_bytes(
+    module: Any, recipe: Recipe, num_unfrozen_blocks: int, image_size: int, num_train: int, num_test: int
+) -> int:
+    """Bytes of the activations that enter the first trained block; 0 if they are no constants."""
+    if not prefix_is_constant(num_unfrozen_blocks, recipe):
+        return 0
+    entering = activation_shape(module, first_unfrozen_block(module, num_unfrozen_blocks), image_size)
+    return (max(1, recipe.num_views) * num_train + num_test) * entering.size * entering.dtype.itemsize

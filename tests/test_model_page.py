@@ -1,0 +1,205 @@
+"""The page of one network: numbers against brute force, and what a browser would find in the file."""
+
+import base64
+import csv
+import io
+import math
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import binomtest
+
+from advtransfer.report import ModelPage, make_outcome, write_model_page
+from advtransfer.report.outcome import class_records, confused_pairs, mistake_records, wilson
+
+RNG = np.random.default_rng(0)
+HISTORY = {"epoch": [1, 10], "train_accuracy": [0.5, 0.75], "test_accuracy": [0.25, 0.5]}
+
+
+def _outcome(num_classes, num_images, names=None):
+    """The last class has no image; ties in probability are there too."""
+    labels = RNG.integers(0, num_classes - 1, num_images)
+    logits = RNG.normal(size=(num_images, num_classes)).round(1)
+    logits[np.arange(num_images), labels] += 1
+    return labels, logits, make_outcome(labels, logits, names or [f"c{i}" for i in range(num_classes)])
+
+
+class _Page(HTMLParser):
+    """Images, cells of every table row, text, and whether every element is closed."""
+
+    VOID = ("img", "meta", "br", "rect", "line")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.rows, self.texts, self.ids = [], [], [], [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "img":
+            self.images.append(dict(attributes))
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.texts.append(data)
+        if self.open and {"td", "th"} & {*self.open}:
+            self.rows[-1][-1] += data
+
+    @property
+    def text(self):
+        return "".join(self.texts).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _written(page, folder):
+    return _Page(write_model_page(page, folder).read_text("utf-8"))
+
+
+def _csv(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_counts_and_mistakes_are_those_of_a_loop():
+    labels, logits, outcome = _outcome(5, 200)
+    confusion, wrong = [[0] * 5 for _ in range(5)], []
+    for i, (label, row) in enumerate(zip(labels, logits, strict=True)):
+        predicted = max(range(5), key=lambda c, row=row: row[c])
+        probability = math.exp(row[predicted]) / sum(map(math.exp, row))
+        assert outcome.predictions[i] == predicted
+        assert outcome.probabilities[i] == pytest.approx(probability, rel=1e-12)
+        confusion[label][predicted] += 1
+        if predicted != label:
+            wrong.append(i)
+    assert outcome.confusion.tolist() == confusion
+    assert sorted(outcome.mistakes.tolist()) == wrong
+    certain = outcome.probabilities[outcome.mistakes]
+    assert (np.diff(certain) <= 0).all() and 0 < len(wrong) < 200
+    assert outcome.accuracy == pytest.approx(1 - len(wrong) / 200)
+    shares = [row[c] / sum(row) if sum(row) else math.nan for c, row in enumerate(confusion)]
+    np.testing.assert_allclose(outcome.class_accuracy, shares)
+    assert math.isnan(shares[-1])
+    for record, row, c in zip(class_records(outcome), confusion, range(5), strict=True):
+        assert (record["num_images"], record["num_correct"]) == (sum(row), row[c])
+    pairs = [(-confusion[a][b], a, b) for a in range(5) for b in range(5) if a != b and confusion[a][b]]
+    expected = [(f"c{a}", f"c{b}", -n, -n / sum(confusion[a])) for n, a, b in sorted(pairs)]
+    assert confused_pairs(outcome, 3) == expected[:3]
+    assert confused_pairs(outcome, 99) == expected
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 1), (1, 1), (0, 30), (17, 30), (30, 30), (9_990, 10_000)])
+def test_intervals_are_wilsons(correct, total):
+    reference = binomtest(correct, total).proportion_ci(0.95, method="wilson")
+    assert wilson(correct, total) == pytest.approx((reference.low, reference.high), abs=1e-12)
+
+
+def test_no_images_have_no_interval():
+    assert all(map(math.isnan, wilson(0, 0)))
+
+
+def test_a_browser_finds_every_number_and_picture(tmp_path):
+    names = ("cat & dog", "<b>", "7")
+    labels, _, outcome = _outcome(3, 60, names)
+    pictures = RNG.uniform(size=(16, 6, 6, 3))
+    rows = [
+        {"num_unfrozen_blocks": 0, "mean_accuracy": 0.5, "standard_error": 0.1, "chosen": 1},
+        {"num_unfrozen_blocks": -1, "mean_accuracy": math.nan, "standard_error": math.nan, "chosen": 0},
+    ]
+    page = _written(
+        ModelPage(
+            "A title <&>",
+            HISTORY,
+            facts=[("Source", "l2 <x>")],
+            outcome=outcome,
+            pictures=pictures,
+            choice="Chosen by hand.",
+            choice_rows=rows,
+            command="python launch.py --x='<y>'",
+            versions={"jax": "1.2"},
+            config={"batch_size": 7},
+        ),
+        tmp_path,
+    )
+    correct = int(np.trace(outcome.confusion))
+    low, high = (100 * x for x in wilson(correct, 60))
+    assert f"{correct / 0.6:.1f} % of 60 test images are read rightly" in page.text
+    assert f"95 % interval {low:.1f} … {high:.1f} %" in page.text
+    for words in ("A title <&>", "l2 <x>", "Chosen by hand.", "--x='<y>'", "jax 1.2", '"batch_size": 7'):
+        assert words in page.text
+    for i, name in enumerate(names[:2]):
+        counts = [str(n or "·") for n in outcome.confusion[i]]
+        assert [name, *counts] in page.rows
+        total = outcome.confusion[i].sum()
+        found = next(row for row in page.rows if row[:2] == [name, str(total)] and len(row) == 5)
+        assert found[2] == f"{100 * outcome.confusion[i, i] / total:.1f}"
+    assert ["head alone", "50.0 ± 10.0", "chosen"] in page.rows
+    assert ["everything", "diverged", ""] in page.rows
+
+    drawn, *shown = page.images
+    kind, _, data = drawn["src"].partition(",")
+    assert kind == "data:image/svg+xml;base64"
+    assert ElementTree.fromstring(base64.b64decode(data)).tag.endswith("svg")
+    assert len(shown) == min(16, len(outcome.mistakes))
+    for picture, pixels, record in zip(shown, pictures, mistake_records(outcome), strict=False):
+        kind, _, data = picture["src"].partition(",")
+        assert kind == "data:image/png;base64"
+        found = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"))
+        np.testing.assert_array_equal(found, np.round(255 * pixels))
+        told = f"Test image {record['index']}: {record['label']}, read as {record['predicted']}"
+        assert picture["alt"].startswith(told)
+
+    assert [row["test_accuracy"] for row in _csv(tmp_path / "epochs.csv")] == ["0.25", "0.5"]
+    assert [row["mean_accuracy"] for row in _csv(tmp_path / "choice.csv")] == ["0.5", ""]
+    table = list(csv.reader(io.StringIO((tmp_path / "confusion.csv").read_text())))
+    assert table[0] == ["label", *names]
+    assert [[int(n) for n in row[1:]] for row in table[1:]] == outcome.confusion.tolist()
+    assert [int(row["index"]) for row in _csv(tmp_path / "mistakes.csv")] == outcome.mistakes.tolist()
+    assert [row["class"] for row in _csv(tmp_path / "classes.csv")] == list(names)
+    assert sum(int(row["num_images"]) for row in _csv(tmp_path / "classes.csv")) == len(labels)
+
+
+def test_of_many_classes_the_worst_are_shown(tmp_path):
+    _, _, outcome = _outcome(200, 3000)
+    page = _written(ModelPage("Many", HISTORY, outcome=outcome, pictures=np.zeros((16, 2, 2, 3))), tmp_path)
+    assert max(map(len, page.rows)) == 5 and len(page.rows) == 2 * (1 + 20)
+    pairs = [row for row in page.rows[1:21]]
+    assert [int(row[2]) for row in pairs] == [n for _, _, n, _ in confused_pairs(outcome, 20)]
+    uppers = sorted(r["high95"] for r in class_records(outcome) if r["num_images"])
+    assert page.rows[22][3].endswith(f"… {100 * uppers[0]:.1f}")
+    assert len(list(csv.reader(io.StringIO((tmp_path / "confusion.csv").read_text())))) == 201
+
+
+def test_the_same_page_has_the_same_bytes_and_an_older_ones_tables_go(tmp_path):
+    _, _, outcome = _outcome(3, 20)
+    page = ModelPage("Page", HISTORY, outcome=outcome, pictures=np.zeros((16, 2, 2, 3)))
+    first = write_model_page(page, str(tmp_path)).read_bytes()
+    assert write_model_page(page, tmp_path).read_bytes() == first
+    (tmp_path / "kept.txt").write_text("of somebody else")
+    history = {"epoch": [3], "train_accuracy": [0.5]}
+    page = _written(ModelPage("Page", history), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epochs.csv", "kept.txt", "report.html"]
+    assert "No test images were given" in page.text and "test images: " not in page.text
+    assert "50.0 % after epoch 3" in page.text and not page.images
+
+
+def test_a_network_without_mistakes_says_so(tmp_path):
+    labels = np.array([0, 1, 1])
+    outcome = make_outcome(labels, 5.0 * np.eye(2)[labels], ("a", "b"))
+    page = _written(ModelPage("Perfect", HISTORY, outcome=outcome), tmp_path)
+    assert "every test image is read rightly" in page.text
+    assert _csv(tmp_path / "mistakes.csv") == []
