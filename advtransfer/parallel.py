@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 from jax.experimental import multihost_utils
 
 AXIS = "devices"
@@ -147,10 +148,7 @@ def free_bytes() -> int:
 
 
 def _free_host_bytes() -> int:
-    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    with contextlib.suppress(OSError, StopIteration):  # Linux counts what it would give back from its caches
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free[0] = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    free = [psutil.virtual_memory().available]
     with contextlib.suppress(OSError, ValueError, StopIteration):  # "max" is no limit
         group = Path("/sys/fs/cgroup")
         limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))

@@ -8,8 +8,8 @@ prediction is explained, and for influence a new head is trained (recipe: config
 `report.html` and the numbers behind every figure as CSV; `--plan` says what influence takes.
 
 The settings suit networks of 16². `--config=experiments/interpret.py:paper` takes those of Utrera et al.
-(2021) for ImageNet's: 1000 steps of 2 in pixels, and the truncated pseudo-inverse for 3,200 training images; with
-`--config.interpret.cue_conflict=FOLDER` the shape bias of networks of 1,000 classes is measured too.
+(2021) for ImageNet's: 1000 steps of 2 in pixels, and the truncated pseudo-inverse for 3,200 training images;
+with `--config.interpret.cue_conflict=FOLDER` the shape bias of networks of 1,000 classes is measured too.
 """
 
 from advtransfer import config as base

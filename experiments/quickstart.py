@@ -36,4 +36,5 @@ def get_config():
     config.study.num_unfrozen_blocks = (0, 1)
     config.study.num_seeds = 20
     config.report.remarks = REMARKS
+    config.report.analyses = config.interpret.analyses
     return config

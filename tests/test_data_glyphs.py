@@ -109,10 +109,11 @@ def test_share_of_agreeing_cues(monkeypatch):
     assert offsets[0] == 0 and offsets[1:].min() > 150
 
 
-def test_letters_stand_out_and_stay_inside():
+@pytest.mark.parametrize("alphabet", [glyphs.LETTERS, glyphs.LOWERCASE])
+def test_letters_stand_out_and_stay_inside(alphabet):
     """Coverage of every letter in every face, turned and moved at random."""
-    masters = glyphs._letter_masters(64)
-    assert len(masters) == NUM_CLASSES * 14
+    masters = glyphs._letter_masters(alphabet, 64)
+    assert len(masters) == len(alphabet) * 14
     transforms = glyphs._draw_transforms(len(masters), np.random.default_rng(0))
     coverage = glyphs._warp(list(masters.values()), transforms, 16)
     assert (coverage.max((1, 2)) > 0.5).all()
@@ -121,7 +122,7 @@ def test_letters_stand_out_and_stay_inside():
     border = np.ones((16, 16), bool)
     border[1:-1, 1:-1] = False
     assert (coverage * border).sum() < 0.01 * coverage.sum()
-    faces = coverage.reshape(14, NUM_CLASSES, -1)
+    faces = coverage.reshape(14, len(alphabet), -1)
     assert len({letter.tobytes() for letter in faces.reshape(-1, 256)}) == len(masters)
 
 
@@ -145,3 +146,21 @@ def test_colours_are_legible():
 def test_impossible_glyphs(letters, textures, size, message):
     with pytest.raises(ValueError, match=message):
         render_glyphs(letters, textures, image_size=size, rng=np.random.default_rng(0))
+
+
+def test_lowercase_letters_are_balanced_and_their_textures_say_nothing(monkeypatch):
+    asked = {}
+
+    def spy(letters, textures, **options):
+        asked.update(letters=letters, textures=textures, **options)
+        return np.zeros((len(letters), 1, 1, 3), np.uint8)
+
+    monkeypatch.setattr(glyphs, "render_glyphs", spy)
+    _, labels = glyphs.draw_lowercase(48_000, image_size=16, rng=np.random.default_rng(0))
+    assert asked["alphabet"] == glyphs.LOWERCASE
+    assert np.bincount(labels).tolist() == [4000] * 12
+    table = np.zeros((12, NUM_CLASSES))
+    np.add.at(table, (asked["letters"], asked["textures"]), 1)
+    # Pearson's statistic of independence, with 11 × 22 degrees of freedom: 242 ± 22.
+    expected = table.sum(1, keepdims=True) * table.sum(0, keepdims=True) / table.sum()
+    assert ((table - expected) ** 2 / expected).sum() < 242 + 4 * 22

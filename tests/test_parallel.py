@@ -10,6 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import pytest
 
 from advtransfer import parallel
@@ -163,3 +164,17 @@ def test_replicated_arrays_lie_on_every_device_whole():
     chex.assert_trees_all_equal(jax.device_get(tree), _tree(4))
     for leaf in jax.tree.leaves(tree):
         assert leaf.sharding.is_fully_replicated and len(leaf.sharding.device_set) == 2
+
+
+def test_free_memory_is_the_control_groups_where_that_is_less(monkeypatch, tmp_path):
+    for name, text in (
+        ("max", "5000000\n"),
+        ("current", "3000000\n"),
+        ("stat", "file 9\ninactive_file 400\n"),
+    ):
+        (tmp_path / f"memory.{name}").write_text(text)
+    monkeypatch.setattr(parallel, "Path", lambda _: tmp_path)
+    assert parallel.free_bytes() == (5_000_000 - 3_000_000 + 400) // parallel.num_devices()
+    (tmp_path / "memory.max").write_text("max\n")
+    available = psutil.virtual_memory().available // parallel.num_devices()
+    assert abs(parallel.free_bytes() - available) < 0.2 * available

@@ -107,7 +107,7 @@ def last_layer_scores(
     free = psutil.virtual_memory().available
     tell(
         f"influence on {num_queries:,} queries of {num_train:,} training images, solver {solver}, "
-        f"{price.num_parameters:,} parameters: about {_seconds(price):.0f} s and "
+        f"{price.num_parameters:,} parameters: about {expected_seconds(price):.0f} s and "
         f"{price.num_bytes / 1e9:.1f} GB ({free / 1e9:.1f} GB are free)"
     )
     if price.num_bytes > free:
@@ -151,7 +151,7 @@ def _block(num_vectors: int, size: int) -> int:
     return max(1, min(_BLOCK, num_vectors, _BLOCK_BYTES // (8 * _COPIES * size)))
 
 
-def _seconds(price: Cost) -> float:
+def expected_seconds(price: Cost) -> float:
     """At the rate of a matrix product of this machine, now."""
     matrix = np.ones((1024, 1024))
     begin = time.perf_counter()

@@ -115,6 +115,11 @@ _CHECKS = {
     "evaluate.num_restarts": _POSITIVE,
     "evaluate.num_images": _NOT_NEGATIVE,
     "evaluate.batch_size": _POSITIVE,
+    "interpret.analyses": (
+        lambda x: x and {*x} <= {*ANALYSES},
+        f"must be some of {', '.join(ANALYSES)}",
+    ),
+    "report.analyses": (lambda x: {*x} <= {*ANALYSES}, f"must be some of {', '.join(ANALYSES)}"),
     "interpret.split": _one_of("train", "test", "validation"),
     **{
         f"interpret.{key}": _POSITIVE
@@ -132,10 +137,6 @@ _CHECKS = {
     "interpret.rcond": (lambda x: 0 < x < 1, "must be between 0 and 1"),
     "report.num_pictures": _NOT_NEGATIVE,
     "report.reference": _one_of("none", "paper"),
-}
-_CHECKS |= {
-    f"{key}.analyses": (lambda x: {*x} <= {*ANALYSES}, f"must be some of {', '.join(ANALYSES)}")
-    for key in ("interpret", "report")
 }
 _CHECKS |= {
     f"{stage}.augmentation.preset": _one_of("", "none", "utrera_color", "salman", "robustness", *more)

@@ -87,7 +87,9 @@ def _transfer() -> ConfigDict:
     """How a network is fine-tuned on a target set; rate, schedule, decay and epochs are the paper's."""
     transfer = ConfigDict()
     transfer.target = "builtin:digits"
-    transfer.view = "natural"  # of all its images: natural | low_pass (by way of 32² pixels) | grey
+    # Of all its images: natural | low_pass (by way of 32² pixels) | grey | patch_shuffle | amplitude_swap |
+    # edges | silhouette (data/views.py)
+    transfer.view = "natural"
     # stage=transfer; -1: all, those included that are otherwise set aside for validation
     transfer.num_train_images = 200
     transfer.num_unfrozen_blocks = 0  # stage=transfer; -1: everything

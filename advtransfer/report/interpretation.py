@@ -58,12 +58,11 @@ class Lines(NamedTuple):
 
 
 class HeatMaps(NamedTuple):
-    """Matrices [C, C] by title, each coloured by its own largest absolute value; NaN stays white."""
+    """Matrices [C, C] by title, each coloured up to the 99th percentile of its sizes; NaN stays white."""
 
     caption: str
     maps: Mapping[str, np.ndarray]
     names: Sequence[str]  # of rows and columns
-    corner: str
     numbers: str = ""
 
 
@@ -102,7 +101,7 @@ def write_interpretation(page: Interpretation, folder: str | os.PathLike[str]) -
     Each file appears whole, report.html last. The same page gives the same bytes.
     """
     folder = Path(folder) if isinstance(folder, str) else folder
-    told = "".join(f"<p>{escape(section.finding)}</p>" for section in page.sections)
+    told = "".join(f"<p>{_unbroken(section.finding)}</p>" for section in page.sections if section.parts)
     facts = "".join(f"<div><dt>{escape(a)}</dt><dd>{escape(b)}</dd></div>" for a, b in page.facts)
     body = [
         f'<h1>{escape(page.title)}</h1>\n<div class="headline several">{told}</div>',
@@ -119,14 +118,23 @@ def write_interpretation(page: Interpretation, folder: str | os.PathLike[str]) -
 
 
 def section_html(section: Section, *, level: int = 2, beside: str = "") -> str:
-    """The section; `beside` is "../" where its tables lie beside the page, not in figures/."""
-    head = f"<h{level}>{escape(section.title)}</h{level}>\n<p>{escape(section.finding)}</p>"
-    return "\n".join([head, *(_PARTS[type(part)](part, beside) for part in section.parts)])
+    """The section; `beside` is "../" where its tables lie beside the page, not in figures/. At level 2 the
+    finding stands at the top of the page, unless it is all there is."""
+    head = f"<h{level}>{escape(section.title)}</h{level}>"
+    told = [] if level == 2 and section.parts else [f"<p>{_unbroken(section.finding)}</p>"]
+    return "\n".join([head, *told, *(_PARTS[type(part)](part, beside) for part in section.parts)])
 
 
 def section_files(section: Section) -> dict[str, str]:
     """The section's tables as CSV, by file name."""
     return {f"{name}.csv": csv_text(rows, list(rows[0])) for name, rows in section.files.items() if rows}
+
+
+def _unbroken(text: str) -> str:
+    """Keeps units and constraints on one line with their numbers."""
+    for mark in (" %", " (ε", "ε =", "= "):
+        text = text.replace(mark, mark.replace(" ", "\N{NO-BREAK SPACE}"))
+    return escape(text)
 
 
 def _numbers(part: Any, beside: str) -> str:
@@ -140,8 +148,11 @@ def _pictures(part: Pictures, beside: str) -> str:
             labels = [escape(label) for label in row.labels] or [""] * len(row.images)
             first = "first" if rows and not i else ""
             rows.append(picture_row(row.head, row.images, labels, first))
-    heads = "".join(th(escape(text), "col") for text in part.heads)
-    head = f"<thead><tr>{th('', 'col')}{heads}</tr></thead>" if heads else ""
+    heads = "".join(
+        f'<th scope=col style="min-width:0;position:static;text-align:center">{escape(text)}</th>'
+        for text in part.heads
+    )
+    head = f"<thead><tr><td></td>{heads}</tr></thead>" if heads else ""
     content = f"<table class=pictures>{head}<tbody>{''.join(rows)}</tbody></table>"
     return scrolling(content, part.caption, numbers=_numbers(part, beside), kind="plot")
 
@@ -151,7 +162,8 @@ def _table(part: Table, beside: str) -> str:
         [th(escape(first), "row"), *(f"<td>{escape(text)}</td>" for text in rest)]
         for first, *rest in part.rows
     ]
-    return table(part.heads, [rows], part.caption, numbers=_numbers(part, beside))
+    heads = [head.replace(" %", "\N{NO-BREAK SPACE}%") for head in part.heads]
+    return table(heads, [rows], part.caption, numbers=_numbers(part, beside))
 
 
 def _lines(part: Lines, beside: str) -> str:
@@ -179,7 +191,8 @@ def _figure(panels: str, part: Any, beside: str) -> str:
 def _heat_maps(part: HeatMaps, beside: str) -> str:
     drawn = []
     for title, values in part.maps.items():
-        scaled = np.nan_to_num(values / max(np.nanmax(np.abs(values)), np.finfo(float).tiny))
+        largest = max(np.nanquantile(np.abs(values), 0.99), np.finfo(float).tiny)
+        scaled = np.clip(np.nan_to_num(values / largest), -1, 1)
         ends = np.where(scaled[..., None] > 0, (0.0, 0.447, 0.698), (0.835, 0.369, 0.0))
         colours = 1 - np.abs(scaled[..., None]) * (1 - ends)
         named = len(part.names) <= MAX_NAMED
@@ -206,8 +219,7 @@ def _cells(part: HeatMaps, colours: np.ndarray, values: np.ndarray) -> str:
         )
         first = f'<th scope=row style="padding:0 .4rem 0 0;border:0">{escape(name)}</th>'
         rows.append(f"<tr>{first}{cells}</tr>")
-    corner = f"<th scope=col><small>{escape(part.corner)}</small></th>"
-    content = f"<table><thead><tr>{corner}{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    content = f"<table><thead><tr><td></td>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     return f"<div class=scroll tabindex=0>{content}</div>"
 
 

@@ -161,7 +161,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
 
 def _sections(material: Material, evidence: Evidence) -> str:
     for section in evidence.sections:
-        material.files |= {f"figures/{name}": text for name, text in section_files(section).items()}
+        material.files.update({f"figures/{name}": text for name, text in section_files(section).items()})
     drawn = "\n".join(section_html(section, level=3) for section in evidence.sections)
     return f"<h2>What the networks look at</h2>\n{drawn}" if drawn else ""
 

@@ -80,21 +80,22 @@ def _glyph_section(case: Case, subjects: Sequence[Subject]) -> Section:
         of = {s.label: found[s.label, AMPLITUDE, balanced] for s in subjects}
         where = f"on gratings of amplitude {AMPLITUDE:g} below letters of opacity {balanced:g}"
         parts += _cue_parts(of, where)
-    told = (f"{x:.2f} ({label})" for label, x in halves.items() if not math.isnan(x))
+    told = (f"{label} {x:.2f}" for label, x in halves.items() if not math.isnan(x))
     finding = "Letters outweigh gratings at every opacity that was tried."
     if known:
-        finding = f"Fading letters and gratings decide equally often at an opacity of {', '.join(told)}."
+        finding = f"Fading letters and gratings decide equally often at an opacity of: {', '.join(told)}."
     return Section("Shape against texture", finding, parts, {"shape": records})
 
 
 def _glyph_caption(case: Case, found: dict[Any, shape.ShapeBias]) -> str:
     number = int(next(iter(found.values())).overall.shape.total)
-    grown = "" if case.brief else " Right: opaque letters on gratings of growing amplitude."
+    faded = f"letters fade on gratings of amplitude {AMPLITUDE:g}"
+    both = f"Left: {faded}. Right: opaque letters on gratings of growing amplitude."
     return (
         f"Shape bias on {number} pictures, every letter on the grating of every other: of the answers that "
-        "are the letter’s or the grating’s class, the share of the letter’s. Left: letters fade on gratings "
-        f"of amplitude {AMPLITUDE:g}.{grown} Trained on opaque letters and amplitudes of 0.02 to 0.06. Band: "
-        "half the width of Wilson’s 95 % interval to either side (its ends in the numbers)."
+        "are the letter’s or the grating’s class, the share of the letter’s. "
+        f"{f'The {faded}.' if case.brief else both} Trained on opaque letters, amplitudes 0.02 to 0.06. "
+        "Band: half the width of Wilson’s 95 % interval to either side (its ends in the numbers)."
     )
 
 
@@ -109,8 +110,8 @@ def _folder_section(case: Case, subjects: Sequence[Subject]) -> Section:
         conflict = cue_conflict.read_cue_conflict(case.settings.cue_conflict, image_size=case.image_size)
         found = {s.label: shape.measure(logits_fn(s.model), conflict) for s in subjects}
     records = [row for label, x in found.items() for row in _shape_records({"model": label}, x)]
-    told = (f"{100 * float(x.overall.shape_bias.value):.1f} % ({label})" for label, x in found.items())
-    finding = f"Where shape and texture point to different classes, the shape decides for {', '.join(told)}."
+    told = (f"{label} {100 * float(x.overall.shape_bias.value):.1f} %" for label, x in found.items())
+    finding = f"Shape bias where shape and texture point to different classes: {', '.join(told)}."
     where = f"on {int(next(iter(found.values())).overall.shape.total):,} cue-conflict images"
     return Section("Shape against texture", finding, _cue_parts(found, where), {"shape": records})
 
@@ -130,7 +131,10 @@ def _cue_parts(found: dict[str, shape.ShapeBias], where: str) -> list[Table | Ba
         (name, [(float(x.value[i]), float(x.lower[i]), float(x.upper[i])) for x in of_class])
         for i, name in enumerate(names)
     ]
-    by_class = f"Shape bias by the class of the shape, in %, {where}; line: Wilson’s 95 % interval."
+    by_class = (
+        f"Shape bias by the class of the shape, in %, {where}: only answers by shape or texture count. Line: "
+        "Wilson’s 95 % interval."
+    )
     return [Table(caption, heads, rows, "shape"), Bars(by_class, ["Shape", *found], bars, "shape")]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from advtransfer.transfer import activations, fine_tune_one
 SHOWN_QUERIES, SHOWN_RANKS = 4, 4
 _LISTED = 5  # most helpful and most harmful images of every query in influence.csv
 _NUM_RANKS = 100  # Utrera et al., 2021, figure 6
+_DRAWN_RANKS = (1, 2, 3, 4, 5, 7, 10, 14, 20, 28, 40, 56, 75, 100)
 
 
 class _Influence(NamedTuple):
@@ -69,15 +69,15 @@ def influence_section(case: Case, config: ConfigDict) -> Section:
             label: matches.class_heat_map(x.scores["test"], x.queries["test"], x.labels, len(names))
             for label, x in found.items()
         }
-        parts.append(HeatMaps(_heat_caption(case), maps, names, "query ↓ training →", "influence_classes"))
+        parts.append(HeatMaps(_heat_caption(case), maps, names, "influence_classes"))
         files |= {
             "influence_classes": _class_records(maps, names),
             "harmful": _harmful(found, names, chosen),
         }
-    told = (f"{100 * shares[s.label, 'test']['top1'][0]:.1f} % ({s.label})" for s in case.subjects)
+    told = (f"{s.label} {100 * shares[s.label, 'test']['top1'][0]:.1f} %" for s in case.subjects)
     finding = (
-        f"The training image that helps a {case.split} image most has its class for {', '.join(told)} of "
-        f"{len(indices):,} queries."
+        f"How often the training image that helps most has the class of the {case.split} image: "
+        f"{', '.join(told)} of {len(indices):,}."
     )
     return Section("Influence of training images", finding, parts, files)
 
@@ -88,13 +88,6 @@ def influence_cost(case: Case, subject: Subject) -> influence.Cost:
     queries = settings.num_queries + settings.num_train
     width = subject.model.module.num_features
     return influence.cost(settings.num_train, queries, width, num_classes, solver=settings.solver)
-
-
-def matrix_seconds(flops: float) -> float:
-    """That so many operations of matrix products take here, now."""
-    matrix, begin = np.ones((1024, 1024)), time.perf_counter()
-    matrix @ matrix
-    return flops * (time.perf_counter() - begin) / (2 * 1024**3)
 
 
 def _influence(case: Case, subject: Subject, train: Split, queries: Split, config: ConfigDict) -> _Influence:
@@ -176,11 +169,13 @@ def _harmful(found: dict[str, _Influence], names: Sequence[str], chosen: np.ndar
 
 
 def _class_records(maps: dict[str, np.ndarray], names: Sequence[str]) -> list[dict]:
+    """Of pairs of classes that both have images."""
     return [
         {"model": label, "query_class": a, "train_class": b, "mean_score": value}
         for label, values in maps.items()
         for a, row in zip(names, values.tolist(), strict=True)
         for b, value in zip(names, row, strict=True)
+        if not math.isnan(value)
     ]
 
 
@@ -222,7 +217,10 @@ def _method(case: Case, found: dict[str, _Influence]) -> str:
     if new:
         whose = "every network" if len(new) == len(found) else ", ".join(new)
         trained = f"for {whose} a new one, trained on these images with everything else frozen"
-    return f"Influence through the head alone ({how}); the head is {trained}."
+    return (
+        f"Influence through the head alone: {how}, H the Hessian of the loss summed over the training "
+        f"images; the head is {trained}."
+    )
 
 
 def _curves(case: Case, found: dict[str, _Influence], rates: list[dict]) -> Lines:
@@ -231,20 +229,18 @@ def _curves(case: Case, found: dict[str, _Influence], rates: list[dict]) -> Line
         series = []
         for subject in case.subjects:
             y = [r["match_rate"] for r in rates if (r["model"], r["queries"]) == (subject.label, kind)]
-            series.append(Series(subject.style, range(1, len(y) + 1), y, [math.nan] * len(y)))
+            x = [rank for rank in _DRAWN_RANKS if rank <= len(y)]
+            series.append(Series(subject.style, x, [y[rank - 1] for rank in x], [math.nan] * len(x)))
         panels[title] = (Axis("rank of the training image", log=True), series)
     result = next(iter(found.values()))
-    chance = _chance(result)
+    chance = np.mean(result.queries["test"][:, None] == result.labels[None])
     caption = (
         "Share of the queries whose training image of a rank, the most helpful first, has the query’s "
-        f"class: {len(result.queries['test']):,} {case.split} images, and the {len(result.labels):,} training "
-        f"images, none of which is ranked for itself. An image at random has it in {100 * chance:.1f} %."
+        f"class: {len(result.queries['test']):,} {case.split} images, and the {len(result.labels):,} "
+        "training images, none of which is ranked for itself. Of images at random "
+        f"{100 * chance:.1f} % have it."
     )
     return Lines(caption, panels, "Same class, %", "matches")
-
-
-def _chance(result: _Influence) -> float:
-    return float(np.mean(result.queries["test"][:, None] == result.labels[None]))
 
 
 def _shares_table(case: Case, found: dict[str, _Influence], shares: dict[tuple[str, str], Any]) -> Table:
@@ -269,5 +265,6 @@ def _shares_table(case: Case, found: dict[str, _Influence], shares: dict[tuple[s
 def _heat_caption(case: Case) -> str:
     return (
         f"Mean influence by the class of the query ({case.split} images, rows) and of the training image "
-        "(columns): blue helps, orange harms, the deeper the more, each network on its own scale."
+        "(columns): blue helps, orange harms, the deeper the more, each network on its own scale, which is "
+        "cut off at the 99th percentile."
     )

@@ -82,25 +82,12 @@ def saliency_section(case: Case) -> Section:
         explained = labels if own else predicted
         read = [class_name(subject.model, i) for i in predicted]
         values = saliency.gradients(network, images, explained)
-        smooth = saliency.smooth_grad(
-            network,
-            images[:shown],
-            explained[:shown],
-            key=jax.random.key(case.seed),
-            num_samples=settings.smooth_samples,
-            noise=settings.smooth_noise,
-        )
-        group = [
-            Row(
-                f"{subject.label}: gradient",
-                saliency.to_picture(values[:shown]),
-                _read(read[:shown], names, own),
-            ),
-            Row(f"{subject.label}: SmoothGrad", saliency.to_picture(smooth)),
-        ]
+        pictures = saliency.to_picture(values[:shown])
+        group = [Row(f"{subject.label}: gradient", pictures, _read(read[:shown], names, own))]
         errors = [""] * len(images)
         if not case.brief:
-            found = _integrated(network, images[:shown], explained[:shown], settings)
+            smooth, found = _more(case, network, images[:shown], explained[:shown])
+            group.append(Row(f"{subject.label}: SmoothGrad", saliency.to_picture(smooth)))
             group.append(Row(f"{subject.label}: integrated", saliency.to_picture(found.attributions)))
             errors[:shown], worst = found.errors.tolist(), max(worst, float(found.errors.max()))
         groups.append(group)
@@ -132,9 +119,20 @@ def _read(read: list[str], names: list[str], own: bool) -> list[str]:
     return [f"{'✓ ' if a == b else '✗ '}{a}" if own else a for a, b in zip(read, names, strict=False)]
 
 
-def _integrated(network: Any, images: np.ndarray, labels: np.ndarray, settings: ConfigDict) -> Any:
-    most = settings.integration_steps
-    return saliency.integrated_gradients(
+def _more(
+    case: Case, network: Any, images: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, saliency.IntegratedGradients]:
+    """SmoothGrad and integrated gradients."""
+    settings, most = case.settings, case.settings.integration_steps
+    smooth = saliency.smooth_grad(
+        network,
+        images,
+        labels,
+        key=jax.random.key(case.seed),
+        num_samples=settings.smooth_samples,
+        noise=settings.smooth_noise,
+    )
+    return smooth, saliency.integrated_gradients(
         network, images, labels, baseline=settings.baseline, num_steps=min(256, most), max_steps=most
     )
 
@@ -146,18 +144,19 @@ def _saliency_caption(case: Case, worst: float) -> str:
     if foreign:
         explained = f"of the label, or where the classes are others ({', '.join(foreign)}) of the class read"
         explained = explained if len(foreign) < len(case.subjects) else "of the class that the network reads"
-    integrated = ""
+    more = ""
     if not case.brief:
         baseline = "black" if settings.baseline == 0 else f"grey {settings.baseline:g}"
-        integrated = (
-            f" Integrated: along the way from {baseline}, in at most {settings.integration_steps:,} steps; "
-            f"the sums miss the change of the loss by {worst:.1g} of it at most."
+        more = (
+            f" SmoothGrad: mean over {settings.smooth_samples} copies with noise of "
+            f"{settings.smooth_noise:g} of the image’s range. Integrated: along the way from {baseline}, in "
+            f"at most {settings.integration_steps:,} steps; the sums miss the change of the loss by at most "
+            f"{worst:.1g} of it."
         )
     return (
         f"Gradients of the loss {explained}, with respect to the pixels; images of {case.dataset.name} "
         f"({case.split}). Grey is zero, and each picture is cut off at three standard deviations. Under "
-        f"a gradient: what the network reads. SmoothGrad: mean over {settings.smooth_samples} copies with "
-        f"noise of {settings.smooth_noise:g} of the image’s range.{integrated}"
+        f"a gradient: what the network reads.{more}"
     )
 
 
@@ -171,7 +170,7 @@ def _column(records: list[dict], label: str, name: str) -> np.ndarray:
 
 
 def _saliency_table(case: Case, records: list[dict]) -> Table:
-    base, rows = _reference(case).label, []
+    base, rows, white = _reference(case).label, [], 100 * _white(case.image_size)
     for label in (subject.label for subject in case.subjects):
         texts = [label]
         for name, scale, digits in (("low_frequency_share", 100, 1), ("alignment", 1, 3)):
@@ -184,7 +183,7 @@ def _saliency_table(case: Case, records: list[dict]) -> Table:
     caption = (
         f"The plain gradients of {number:,} images of {case.dataset.name} ({case.split}), mean ± 95 % "
         "interval (Student’s t over images). Low frequencies: share of a gradient’s energy at or below a "
-        f"quarter of the Nyquist frequency, in %; white noise has {100 * _white(case.image_size):.1f}. Alignment: |cosine| "
+        f"quarter of the Nyquist frequency, in %; white noise has {white:.1f}. Alignment: |cosine| "
         f"between image and gradient. Differences are to {base}, paired by image."
     )
     heads = ["Network", "Low frequencies, %", "difference", "Alignment", "difference"]
@@ -206,12 +205,12 @@ def _white(size: int) -> float:
 
 def _saliency_finding(case: Case, records: list[dict]) -> str:
     shares = (
-        f"{100 * _column(records, s.label, 'low_frequency_share').mean():.1f} % ({s.label})"
+        f"{s.label} {100 * _column(records, s.label, 'low_frequency_share').mean():.1f} %"
         for s in case.subjects
     )
     return (
-        f"Of the energy of the gradients with respect to the pixels, {', '.join(shares)} lies at low "
-        f"frequencies; of white noise {100 * _white(case.image_size):.1f} %."
+        f"Share of the gradients’ energy at low frequencies: {', '.join(shares)}; of white noise it is "
+        f"{100 * _white(case.image_size):.1f} %."
     )
 
 
@@ -236,7 +235,8 @@ def visualisation_section(case: Case) -> Section:
                 part = Climbed(*(x[i * number : (i + 1) * number] for x in found))
                 what = [class_name(model, c) if kind == "class" else f"unit {c}" for c in chosen]
                 labels = [
-                    f"{w}: {a:.1f} → {b:.1f}" for w, a, b in zip(what, part.before, part.after, strict=True)
+                    f"{w}: {a:.1f}→{b:.1f}".replace("-", "−")
+                    for w, a, b in zip(what, part.before, part.after, strict=True)
                 ]
                 groups[kind, name].append(Row(subject.label, part.images, labels))
                 records += _records(subject.label, kind, name, what, part)
@@ -321,8 +321,8 @@ def _climb_caption(case: Case, kind: str) -> str:
     begin = "noise, N(0.5, 1/20)" if case.brief else "noise, N(0.5, 1/20), and from images of the data"
     return (
         f"Images that raise {what}, from {begin}: projected gradient ascent, {_how(case)}; gradients pass "
-        "the last ReLU as if it were the identity. Under a picture: what is raised, its value at the start → at the end. Values of "
-        "different networks are not on one scale."
+        "the last ReLU as if it were the identity. Under a picture: what is raised, its value at the "
+        "start→end; different networks have no common scale."
     )
 
 
@@ -337,9 +337,8 @@ def _visualisation_finding(case: Case, records: list[dict]) -> str:
     if case.brief:
         return "What each network would most like to see of a class, drawn by gradient ascent from noise."
     rows = [record for record in records if record["kind"] == "inversion"]
-    distances = (f"{100 * _column(rows, s.label, 'after').mean():.1f} % ({s.label})" for s in case.subjects)
+    distances = (f"{s.label} {100 * _column(rows, s.label, 'after').mean():.0f} %" for s in case.subjects)
     return (
-        "Pictures that start from noise come within a mean distance of "
-        f"{', '.join(distances)} of the representation of an image. Whether they also look like the image is "
-        "for the eye."
+        "Pictures made from noise to have an image’s representation miss it by a mean distance of: "
+        f"{', '.join(distances)}. Whether they look like the image is for the eye."
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from advtransfer.analysis import influence
 from advtransfer.config import names_key, to_json
 from advtransfer.data import Dataset
 from advtransfer.models import Model
@@ -17,7 +18,7 @@ from advtransfer.report.interpretation import Interpretation, Section, write_int
 from advtransfer.report.summary import Source
 from advtransfer.source import compute_dtype, load_data
 from advtransfer.stages.explain_cues import shape_section
-from advtransfer.stages.explain_data import influence_cost, influence_section, matrix_seconds
+from advtransfer.stages.explain_data import influence_cost, influence_section
 from advtransfer.stages.explain_pixels import (
     Case,
     Subject,
@@ -31,7 +32,6 @@ from advtransfer.stages.workdir import check_workdir, open_workdir, versions
 # In a study's report pictures are few, and so are the images behind the numbers.
 _BRIEF = {
     "num_measured": 128,
-    "smooth_samples": 25,
     "num_steps": 200,
     "step_size": 0.1,
     "parameterisation": "fourier",
@@ -43,7 +43,7 @@ _BRIEF = {
 def run(config: ConfigDict, workdir: Path) -> None:
     case = _check(config, workdir)
     open_workdir(config, workdir)
-    sections = _sections(case, config, config.interpret.analyses)
+    sections = _sections(case, case, config, config.interpret.analyses)
     settings = json.loads(to_json(config))
     page = Interpretation(
         title="What networks look at",
@@ -64,8 +64,8 @@ def plan(config: ConfigDict, workdir: Path) -> str:
     lines = [f"explain {len(case.subjects)} networks with images of {config.data} ({settings.split}):"]
     saliency = (
         f"  saliency: {settings.num_images:,} images shown, {settings.num_measured:,} measured; SmoothGrad "
-        f"of {settings.smooth_samples:,} copies, integrated gradients in up to {settings.integration_steps:,} "
-        "steps"
+        f"of {settings.smooth_samples:,} copies, integrated gradients in at most "
+        f"{settings.integration_steps:,} steps"
     )
     visualisation = (
         f"  visualisation: 5 × {settings.num_images:,} pictures a network, {settings.num_steps:,} steps each"
@@ -79,10 +79,11 @@ def plan(config: ConfigDict, workdir: Path) -> str:
     for subject in case.subjects if "influence" in settings.analyses else ():
         price = influence_cost(case, subject)
         new = "" if owns_classes(subject.model, case.dataset) else "a new head, then "
+        seconds = influence.expected_seconds(price)
         told["influence"].append(
             f"  influence, {subject.label}: {new}{settings.num_queries:,} + {settings.num_train:,} queries "
             f"of {settings.num_train:,} training images, {price.num_parameters:,} parameters, "
-            f"{settings.solver}: about {matrix_seconds(price.flops):.0f} s and {price.num_bytes / 1e9:.2f} GB"
+            f"{settings.solver}: about {seconds:.0f} s and {price.num_bytes / 1e9:.2f} GB"
         )
     return "\n".join([*lines, *(line for name in settings.analyses for line in told[name])])
 
@@ -100,21 +101,24 @@ def study_sections(
     specs = {name: model.spec for name, model in models.items()}
     looks = styles(Source(name, spec.norm, spec.eps) for name, spec in specs.items())
     subjects = [Subject(looks[name], model) for name, model in models.items()]
-    settings = config.interpret.copy_and_resolve_references()
-    with settings.unlocked():
-        settings.update(_BRIEF)
-    cases = [Case(subjects, x, "test", settings, config.seed, brief=True) for x in (dataset, target)]
-    return _sections(cases[0], config, wanted, cases[1])
+    cases = []
+    for data, split in ((dataset, config.evaluate.split), (target, config.study.split)):
+        settings = config.interpret.copy_and_resolve_references()
+        with settings.unlocked():
+            settings.update(_BRIEF)
+            known = {"num_train": data.train.num_images}
+            for key in ("num_images", "num_measured", "num_queries", "num_train"):
+                settings[key] = min(settings[key], known.get(key, getattr(data, split).num_images))
+        cases.append(Case(subjects, data, split, settings, config.seed, brief=True))
+    return _sections(*cases, config, wanted)
 
 
-def _sections(
-    case: Case, config: ConfigDict, wanted: Sequence[str], transferred: Case | None = None
-) -> list[Section]:
-    """In the order of `wanted`; influence, which can fail, is computed first."""
+def _sections(case: Case, ranked: Case, config: ConfigDict, wanted: Sequence[str]) -> list[Section]:
+    """In the order of `wanted`; influence, of `ranked`, can fail and is computed first."""
     compute = {
         "saliency": lambda: saliency_section(case),
         "visualisation": lambda: visualisation_section(case),
-        "influence": lambda: influence_section(transferred or case, config),
+        "influence": lambda: influence_section(ranked, config),
         "shape": lambda: shape_section(case),
     }
     found = {}
@@ -128,6 +132,9 @@ def _sections(
 def _check(config: ConfigDict, workdir: Path) -> Case:
     settings = config.interpret
     models = _models(config)
+    with names_key("data"):
+        if not config.data:
+            raise ValueError("name a dataset: builtin:digits, tfds:NAME or folder:/path")
     splits = (settings.split, "train") if "influence" in settings.analyses else (settings.split,)
     size = next(iter(models.values())).spec.image_size
     dataset = load_data(config, "data", image_size=size, splits=tuple(dict.fromkeys(splits)))

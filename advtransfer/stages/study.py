@@ -20,6 +20,7 @@ from advtransfer.models import Model, logits_fn
 from advtransfer.progress import progress_bar
 from advtransfer.report import Evidence, headline, write_report, write_rows
 from advtransfer.source import evaluation_attack, evaluation_key, load_source_data, train_source
+from advtransfer.stages.interpret import study_sections
 from advtransfer.stages.source import measure_once
 from advtransfer.stages.study_grid import Grid, look_up, starts, trials_of
 from advtransfer.stages.study_plan import plan_lines
@@ -82,6 +83,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         versions=versions(),
         command=config.report.command,
         remarks=(*remarks, *_remarks(dataset, grid)),
+        sections=study_sections(config, {s.name: models[s.name] for s in trained}, dataset, target),
     )
     shown = {"title": config.report.title, "reference": config.report.reference}
     with _one_at_a_time(workdir / "report.lock"):

@@ -1,0 +1,123 @@
+"""The page of an interpretation: what a browser would find in the file, and the numbers beside it."""
+
+import base64
+import io
+import math
+import re
+from urllib.parse import unquote
+from xml.etree import ElementTree
+
+import numpy as np
+from PIL import Image
+from test_model_page import _csv, _Page
+
+from advtransfer.report import Evidence, Interpretation, Section, figures, write_interpretation, write_report
+from advtransfer.report.interpretation import Bars, HeatMaps, Lines, Pictures, Row, Table
+from advtransfer.report.summary import Source
+
+RNG = np.random.default_rng(0)
+PICTURES = RNG.integers(0, 256, (2, 5, 4, 3))
+LOOKS = figures.styles([Source("a", "none", 0.0), Source("b", "l2", 0.5)])
+VALUES = np.array([[4.0, -2.0], [0.0, math.nan]])
+
+
+def _section(**changes):
+    series = [figures.Series(style, [1, 10], [0.9, 0.25], [math.nan] * 2) for style in LOOKS.values()]
+    row = Row("a <b>", PICTURES / 255, ["✓ 1", "<i>"])
+    parts = [
+        Pictures("Pictures & more.", [[row, Row("plain", PICTURES / 255)], [row]], "seen", ["One", "Two"]),
+        Table("A table.", ["Network", "Share"], [["a", "1.0 ± 0.5"]], "seen"),
+        Lines("Lines.", {"Test": (figures.Axis("rank", log=True), series)}, "Same class, %", "seen"),
+        HeatMaps("Heat.", {"a": VALUES}, ("<x>", "y"), "seen"),
+        Bars("Bars.", ["Class", "a"], [("0", [(0.5, 0.25, 0.75)]), ("1", [(math.nan, 0.0, 1.0)])], "seen"),
+    ]
+    records = [{"model": "a, b", "value": 0.1 + 0.2, "none": math.nan}]
+    return Section("What <it> sees", "Found: 5 % (ε = 1).", parts, {"seen": records})._replace(**changes)
+
+
+def _page(*sections):
+    return Interpretation("A <page>", sections, [("Data", "d")], "python x", {"jax": "1"}, {"seed": 0})
+
+
+def _pixels(source):
+    kind, _, data = source.removeprefix("data:image/").partition(";base64,")
+    return kind, base64.b64decode(data)
+
+
+def test_every_picture_decodes_to_its_pixels(tmp_path):
+    found = _Page(write_interpretation(_page(_section()), tmp_path).read_text("utf-8"))
+    kinds = [_pixels(image["src"])[0] for image in found.images]
+    assert kinds == ["png"] * 6 + ["svg+xml"] and all(image["alt"] for image in found.images)
+    for i, image in enumerate(found.images[:6]):
+        pixels = np.asarray(Image.open(io.BytesIO(_pixels(image["src"])[1])).convert("RGB"))
+        np.testing.assert_array_equal(pixels, PICTURES[i % 2])
+    svg = ElementTree.fromstring(_pixels(found.images[6]["src"])[1])
+    texts = " ".join(text.text or "" for text in svg.iter("{http://www.w3.org/2000/svg}text"))
+    assert "rank" in texts and "natural" in texts and "ℓ2 (ε = 0.5)" in texts
+
+
+def test_the_text_of_every_part_is_there_and_escaped(tmp_path):
+    text = write_interpretation(_page(_section()), tmp_path).read_text("utf-8")
+    found = _Page(text)
+    for said in (
+        "A <page>",
+        "What <it> sees",
+        "Found: 5 % (ε = 1).",
+        "Pictures & more.",
+        "A table.",
+        "Heat.",
+    ):
+        assert said in found.text
+    assert found.rows[:2] == [["", "One", "Two"], ["a <b>", "✓ 1", "<i>"]]
+    assert ["a", "1.0 ± 0.5"] in found.rows and ["0", "50", ""] in found.rows and ["1", "–", ""] in found.rows
+    assert found.text.count("Found: 5 %") == 1
+    assert not re.search(r"(src|href)=.?(https?:)?//", text)
+
+
+def test_a_heat_map_is_blue_above_zero_and_orange_below(tmp_path):
+    text = write_interpretation(_page(_section()), tmp_path).read_text("utf-8")
+    cells = re.findall(r"background:rgb\((\d+),(\d+),(\d+)\)", text)
+    (top, below), (zero, nothing) = np.array(cells, int).reshape(2, 2, 3)
+    assert top.tolist() == [0, 114, 178]  # the largest: the full colour
+    assert below[0] == 255 - round((255 - 213) * 2 / np.nanquantile(np.abs(VALUES), 0.99))
+    assert below[0] > below[1] > below[2]
+    assert zero.tolist() == nothing.tolist() == [255] * 3
+
+
+def test_many_classes_become_one_picture(tmp_path):
+    number = 31
+    part = HeatMaps("Heat.", {"a": np.eye(number)}, [str(i) for i in range(number)])
+    section = _section(parts=[part])
+    found = _Page(write_interpretation(_page(section), tmp_path).read_text("utf-8"))
+    (image,) = found.images
+    pixels = np.asarray(Image.open(io.BytesIO(_pixels(image["src"])[1])).convert("RGB"))
+    assert pixels.shape == (number, number, 3)
+    assert np.all(pixels[~np.eye(number, dtype=bool)] == 255) and np.all(pixels[0, 0] == [0, 114, 178])
+
+
+def test_the_numbers_lie_where_the_page_says(tmp_path):
+    page = write_interpretation(_page(_section()), tmp_path)
+    links = set(re.findall(r"href='([^']*)'", page.read_text("utf-8")))
+    assert links == {"seen.csv"}
+    assert _csv(tmp_path / "seen.csv") == [{"model": "a, b", "value": repr(0.1 + 0.2), "none": ""}]
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write_interpretation(_page(_section()), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_section_without_parts_says_why_below_its_heading(tmp_path):
+    text = write_interpretation(_page(_section(), Section("Shape", "Not measured.")), tmp_path).read_text(
+        "utf-8"
+    )
+    assert "<h2>Shape</h2>\n<p>Not measured.</p>" in text and text.count("Not measured.") == 1
+
+
+def test_a_report_shows_sections_beside_its_rows(tmp_path):
+    path = write_report([], tmp_path, evidence=Evidence(sections=[_section()]))
+    text = path.read_text("utf-8")
+    found = _Page(text)
+    assert "What the networks look at" in found.text and "Found: 5 %" in found.text
+    assert len(found.images) == 7
+    for link in re.findall(r"href='([^']*)'", text):
+        assert (tmp_path / unquote(link)).is_file()
+    assert _csv(tmp_path / "figures" / "seen.csv")[0]["value"] == repr(0.1 + 0.2)
