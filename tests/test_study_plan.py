@@ -98,8 +98,8 @@ def test_seconds_are_readable():
     assert [format_seconds(x) for x in (0.2, 89, 100, 5399, 7200, 3.6e6)] == [
         "1 s",
         "89 s",
-        "2 min",
-        "90 min",
+        "1.7 min",
+        "90.0 min",
         "2.0 h",
         "1,000.0 h",
     ]

@@ -130,7 +130,7 @@ def accelerator_hours(pieces: Sequence[Piece], caches: Sequence[Cache]) -> dict[
 
 
 def format_seconds(seconds: float) -> str:
-    """ "45 s", "12 min", "3.4 h"."""
+    """ "45 s", "12.5 min", "3.4 h"."""
     if seconds < 90:
         return f"{math.ceil(seconds)} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
