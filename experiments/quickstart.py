@@ -6,7 +6,7 @@ Trains a natural and an ℓ2-robust network on rendered letters, fine-tunes both
 20 to 800 labelled images (head alone, and head with the last block; 20 seeds), and writes
 runs/quickstart/report.html.
 
-Expect 3 to 4 minutes on 2 cores and 1.6 GB; natural accuracy 99.6 % for both sources, 69 and 92 % under ℓ2
+Expect under five minutes on 2 cores; natural accuracy 99.6 % for both sources, 69 and 92 % under ℓ2
 PGD-20 with ε = 0.25; and, with at most 100 images and the head alone, +3.8 points for the robust source (95 %
 interval +2.7 … +5.0, 20 seeds), +3.4 ± 0.8 over the five source seeds --config.seed=0 to 4.
 
