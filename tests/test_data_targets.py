@@ -110,6 +110,20 @@ def test_presets_are_chosen_by_name(stage):
     keys.preset = "salman"
     with pytest.raises(ConfigError, match=rf"{stage}.augmentation.preset=salman and .*jitter=0.25 exclude"):
         validate(config)
-    keys.preset = "utrera"
+    keys.preset = "utrera_grey"
     with pytest.raises(ConfigError, match="must be one of , none, utrera_color"):
+        validate(config)
+
+
+def test_utreras_preset_looks_at_the_targets_images():
+    config = base.default()
+    config.transfer.augmentation.preset = "utrera"
+    validate(config)
+    grey = np.repeat(np.arange(4 * 5 * 5, dtype=np.uint8).reshape(4, 5, 5, 1), 3, axis=-1)
+    coloured = grey.copy()
+    coloured[3, 4, 4, 1] += 1
+    for images, name in ((grey, "none"), (coloured, "utrera_color")):
+        assert choose_augmentation(config.transfer.augmentation, images) == AUGMENTATIONS[name]
+    config.train.augmentation.preset = "utrera"  # sources have one augmentation, whatever they look like
+    with pytest.raises(ConfigError, match="config.train.augmentation.preset='utrera' must be one of"):
         validate(config)
