@@ -11,5 +11,13 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """A compiled program maps memory, and Linux bounds the maps of a process: a module's go with it."""
+    yield
+    jax.clear_caches()
