@@ -48,7 +48,6 @@ _SEARCHED = (
 
 def run(config: ConfigDict, workdir: Path) -> None:
     grid = look_up(config, workdir, searched=is_asked(config.study))
-    check_workdir(config, workdir)
     open_workdir(config, workdir)
     trained = [source for source in grid.asked if source.config is not None]
     dataset = load_source_data(config) if trained else None
@@ -106,17 +105,12 @@ def _with_choices(
 def _run(
     config: ConfigDict, grid: Grid, found: dict, trials: dict[Cell, list[Trial]], folder: Path
 ) -> list[dict]:
-    splits = {trial.split for members in trials.values() for trial in members}
+    every = flatten(trials)
     said = "fine-tune" if folder.name == "rows" else "search"
     return run_trials(
-        flatten(trials),
+        every,
         {start.source.identity: start.model for start in found.values()},
-        {
-            target.digest("train", split): target
-            for target in grid.targets.values()
-            for split in splits
-            if getattr(target, split).num_images
-        },
+        grid.datasets(every),
         folder,
         group_size=config.study.group_size,
         progress=lambda groups, number: progress_bar(groups, said, "groups", total=number),

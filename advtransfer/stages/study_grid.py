@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +57,16 @@ class Grid(NamedTuple):
         size = next(source.image_size for source in self.asked if source.name == cell.source)
         is_whole = cell.num_train_images == -1 and config.study.split == "test"
         return Place(cell.target, cell.view, size, is_whole)
+
+    def datasets(self, trials: Iterable[Trial]) -> dict[str, Dataset]:
+        """The targets by the digest that trials know them by."""
+        splits = {trial.split for trial in trials}
+        return {
+            target.digest("train", split): target
+            for target in self.targets.values()
+            for split in splits
+            if getattr(target, split).num_images
+        }
 
 
 def look_up(config: ConfigDict, workdir: Path, *, searched: bool) -> Grid:

@@ -77,12 +77,7 @@ def plan_lines(config: ConfigDict, grid: Grid, workdir: Path) -> list[str]:
 
 
 def _costs(config: ConfigDict, grid: Grid, trials: list[Trial], models: dict[str, Model]) -> list[str]:
-    datasets = {
-        target.digest("train", split): target
-        for target in grid.targets.values()
-        for split in {trial.split for trial in trials}
-        if getattr(target, split).num_images
-    }
+    datasets = grid.datasets(trials)
     networks = {name: (model.module, model.spec.image_size) for name, model in models.items()}
     pieces = pieces_of(trials, networks, datasets)
     caches = caches_of(pieces, datasets)
