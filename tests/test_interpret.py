@@ -1,6 +1,8 @@
 """stage=interpret: the numbers it leaves against the functions and loops over what they give."""
 
 import csv
+import re
+import shutil
 
 import jax
 import numpy as np
@@ -230,32 +232,65 @@ def test_shape_bias_of_a_thousand_classes_on_images_of_a_folder(tmp_path):
     assert "on 3 cue-conflict images" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_the_same_command_again_leaves_the_same_bytes_and_a_plan_leaves_nothing(done, networks, tmp_path):
-    config = _config(networks, analyses=("saliency",))
-    files = {path.name: path.read_bytes() for path in done.iterdir()}
+def _files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _computed(capsys):
+    """The analyses that say how long they took."""
+    return set(re.findall(r"^(\w+): [\d.]+ s$", capsys.readouterr().out, re.MULTILINE))
+
+
+def test_a_plan_leaves_nothing(networks, tmp_path):
     plan = stages.plan(_config(networks), tmp_path / "new")
     assert "a new head" in plan.splitlines()[-2] and "GB" in plan and not (tmp_path / "new").exists()
-    for _ in range(2):
-        stages.run(config, tmp_path / "again")
-        found = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
-        assert found["saliency.csv"] == files["saliency.csv"]
-    assert set(found) == {"config.json", "saliency.csv", "report.html"}
-    stages.run(config, tmp_path / "again")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "again").iterdir()} == found
 
 
-def test_a_study_report_gets_the_most_telling_pictures(networks, capsys):
+def test_the_same_command_again_computes_what_is_not_kept_whole(done, networks, tmp_path, capsys):
+    again, found = tmp_path / "again", _files(done)
+    shutil.copytree(done, again)
+    stages.run(_config(networks), again)
+    assert _computed(capsys) == set() and _files(again) == found
+    (again / "sections" / "saliency.json").unlink()
+    (again / "sections" / "shape.json").write_bytes(found["sections/shape.json"][:-20])
+    (again / "report.html").unlink()
+    stages.run(_config(networks), again)
+    assert _computed(capsys) == {"saliency", "shape"} and _files(again) == found
+
+
+def test_what_is_kept_is_of_the_same_question(networks, tmp_path, capsys):
+    model = load_model(networks[0])
+    save_model(model, tmp_path / "digits" / "model")
+    models, one = [str(tmp_path / "digits"), networks[1]], {"analyses": ("saliency",)}
+    stages.run(_config(models, **one), tmp_path / "out")
+    first = _files(tmp_path / "out")
+    assert _computed(capsys) == {"saliency"}
+    stages.run(_config(models, **one, smooth_samples=3), tmp_path / "out")
+    second = _files(tmp_path / "out")
+    assert _computed(capsys) == {"saliency"} and second["report.html"] != first["report.html"]
+    assert second["saliency.csv"] == first["saliency.csv"]  # of the gradient alone
+    other = jax.tree.map(lambda x: 1.5 * x, model.variables)
+    save_model(model._replace(variables=other), tmp_path / "digits" / "model", overwrite=True)
+    stages.run(_config(models, **one, smooth_samples=3), tmp_path / "out")
+    assert _computed(capsys) == {"saliency"}
+    assert _files(tmp_path / "out")["saliency.csv"] != second["saliency.csv"]
+
+
+def test_a_study_report_gets_the_most_telling_pictures(networks, tmp_path, capsys):
     config = _config(networks)
     config.report.analyses = ("shape", "influence")
     models = {"natural": load_model(networks[0]), "l2:0.25": load_model(networks[1])}
-    sections = study_sections(config, models, _data(), _data())
+    sections = study_sections(config, models, _data(), _data(), tmp_path)
     assert [section.title for section in sections] == [
         "Shape against texture",
         "Influence of training images",
     ]
-    assert set(sections[1].files) == {"influence", "matches"}
+    assert set(sections[1].files) == {"influence.csv", "matches.csv"}
+    assert _computed(capsys) == {"shape", "influence"}
+    assert study_sections(config, models, _data(), _data(), tmp_path) == sections
+    assert _computed(capsys) == set()
     config.report.analyses = ()
-    assert study_sections(config, models, _data(), _data()) == []
+    assert study_sections(config, models, _data(), _data(), tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import math
 import re
 from urllib.parse import unquote
@@ -11,7 +12,16 @@ import numpy as np
 from PIL import Image
 from test_model_page import _csv, _Page
 
-from advtransfer.report import Evidence, Interpretation, Section, figures, write_interpretation, write_report
+from advtransfer.report import (
+    Drawn,
+    Evidence,
+    Interpretation,
+    Section,
+    draw,
+    figures,
+    write_interpretation,
+    write_report,
+)
 from advtransfer.report.interpretation import Bars, HeatMaps, Lines, Pictures, Row, Table
 from advtransfer.report.summary import Source
 
@@ -36,7 +46,8 @@ def _section(**changes):
 
 
 def _page(*sections):
-    return Interpretation("A <page>", sections, [("Data", "d")], "python x", {"jax": "1"}, {"seed": 0})
+    drawn = [draw(section, beside="../") for section in sections]
+    return Interpretation("A <page>", drawn, [("Data", "d")], "python x", {"jax": "1"}, {"seed": 0})
 
 
 def _pixels(source):
@@ -113,7 +124,7 @@ def test_a_section_without_parts_says_why_below_its_heading(tmp_path):
 
 
 def test_a_report_shows_sections_beside_its_rows(tmp_path):
-    path = write_report([], tmp_path, evidence=Evidence(sections=[_section()]))
+    path = write_report([], tmp_path, evidence=Evidence(sections=[draw(_section())]))
     text = path.read_text("utf-8")
     found = _Page(text)
     assert "What the networks look at" in found.text and "Found: 5 %" in found.text
@@ -121,3 +132,11 @@ def test_a_report_shows_sections_beside_its_rows(tmp_path):
     for link in re.findall(r"href='([^']*)'", text):
         assert (tmp_path / unquote(link)).is_file()
     assert _csv(tmp_path / "figures" / "seen.csv")[0]["value"] == repr(0.1 + 0.2)
+
+
+def test_a_section_that_was_kept_as_json_gives_the_same_page(tmp_path):
+    page = _page(_section(), Section("Shape", "Not measured."))
+    kept = [Drawn(**json.loads(json.dumps(section._asdict()))) for section in page.sections]
+    again = write_interpretation(page._replace(sections=kept), tmp_path / "kept")
+    assert again.read_bytes() == write_interpretation(page, tmp_path / "new").read_bytes()
+    assert (tmp_path / "kept" / "seen.csv").read_bytes() == (tmp_path / "new" / "seen.csv").read_bytes()

@@ -30,6 +30,11 @@ class CueConflict(NamedTuple):
     files: tuple[str, ...] = ()  # N paths below the folder; () where there is none
 
 
+def image_paths(root: Path) -> list[Path]:
+    """The images in a folder and below it, sorted."""
+    return sorted(p for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES and p.name[0] != ".")
+
+
 def read_cue_conflict(
     folder: str | PathLike,
     class_names: Collection[str] = tuple(IMAGENET16),
@@ -52,7 +57,7 @@ def read_cue_conflict(
       ValueError: no images, a name of another form or of an unknown class, or a broken image.
     """
     root = Path(folder).expanduser()
-    paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES and p.name[0] != ".")
+    paths = image_paths(root)
     if not paths:
         raise ValueError(
             f"{root} holds no images; expected airplane1-bicycle2.png or SHAPE/SHAPE1-TEXTURE2.png"

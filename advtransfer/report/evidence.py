@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from advtransfer.report import figures
-from advtransfer.report.interpretation import Section
+from advtransfer.report.interpretation import Drawn
 from advtransfer.report.markup import image, numbers_link, picture_row, scrolling, table, th
 from advtransfer.report.plots import Material, add_numbers
 from advtransfer.report.summary import Source
@@ -45,7 +45,7 @@ class Evidence(NamedTuple):
     versions: Mapping[str, str] = _EMPTY
     command: str = ""
     remarks: Sequence[str] = ()
-    sections: Sequence[Section] = ()
+    sections: Sequence[Drawn] = ()
 
 
 def source_of(entry: Mapping[str, Any]) -> Source:

@@ -84,11 +84,20 @@ class Section(NamedTuple):
     files: Mapping[str, Sequence[Mapping[str, Any]]] = _EMPTY
 
 
+class Drawn(NamedTuple):
+    """A section as it stands on a page: text alone, so that it can be kept as JSON."""
+
+    title: str
+    finding: str
+    parts: str  # HTML
+    files: Mapping[str, str]  # CSV by file name
+
+
 class Interpretation(NamedTuple):
     """A page of sections; `facts`, `command`, `versions` and `config` as in `ModelPage`."""
 
     title: str
-    sections: Sequence[Section]
+    sections: Sequence[Drawn]
     facts: Sequence[tuple[str, str]] = ()
     command: str = ""
     versions: Mapping[str, str] = _EMPTY
@@ -106,10 +115,10 @@ def write_interpretation(page: Interpretation, folder: str | os.PathLike[str]) -
     body = [
         f'<h1>{escape(page.title)}</h1>\n<div class="headline several">{told}</div>',
         f"<dl class=facts>{facts}</dl>" if facts else "",
-        *(section_html(section, beside="../") for section in page.sections),
+        *map(section_html, page.sections),
         reproduction(page),
     ]
-    files = {name: text for section in page.sections for name, text in section_files(section).items()}
+    files = {name: text for section in page.sections for name, text in section.files.items()}
     template = Template(resources.files(__package__).joinpath("template.html").read_text("utf-8"))
     files["report.html"] = template.substitute(title=escape(page.title), body="\n".join(filter(None, body)))
     for name, content in files.items():
@@ -117,17 +126,18 @@ def write_interpretation(page: Interpretation, folder: str | os.PathLike[str]) -
     return folder / "report.html"
 
 
-def section_html(section: Section, *, level: int = 2, beside: str = "") -> str:
-    """The section; `beside` is "../" where its tables lie beside the page, not in figures/. At level 2 the
-    finding stands at the top of the page, unless it is all there is."""
+def draw(section: Section, *, beside: str = "") -> Drawn:
+    """The section for a page; `beside` is "../" where its tables lie beside the page, not in figures/."""
+    parts = "\n".join(_PARTS[type(part)](part, beside) for part in section.parts)
+    files = {f"{name}.csv": csv_text(rows, list(rows[0])) for name, rows in section.files.items() if rows}
+    return Drawn(section.title, section.finding, parts, files)
+
+
+def section_html(section: Drawn, *, level: int = 2) -> str:
+    """The section. At level 2 the finding stands at the top of the page, unless it is all there is."""
     head = f"<h{level}>{escape(section.title)}</h{level}>"
-    told = [] if level == 2 and section.parts else [f"<p>{_unbroken(section.finding)}</p>"]
-    return "\n".join([head, *told, *(_PARTS[type(part)](part, beside) for part in section.parts)])
-
-
-def section_files(section: Section) -> dict[str, str]:
-    """The section's tables as CSV, by file name."""
-    return {f"{name}.csv": csv_text(rows, list(rows[0])) for name, rows in section.files.items() if rows}
+    told = "" if level == 2 and section.parts else f"<p>{_unbroken(section.finding)}</p>"
+    return "\n".join(filter(None, [head, told, section.parts]))
 
 
 def _unbroken(text: str) -> str:

@@ -17,7 +17,7 @@ from advtransfer.report import figures
 from advtransfer.report.cells import clean_rows
 from advtransfer.report.choices import BEST_COLUMNS, best_blocks, paper_tables
 from advtransfer.report.evidence import Evidence, pictures_section, source_of, sources_section
-from advtransfer.report.interpretation import section_files, section_html
+from advtransfer.report.interpretation import section_html
 from advtransfer.report.markup import span, table
 from advtransfer.report.plots import Material
 from advtransfer.report.ratios import RATIO_COLUMNS, ratios
@@ -161,7 +161,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
 
 def _sections(material: Material, evidence: Evidence) -> str:
     for section in evidence.sections:
-        material.files.update({f"figures/{name}": text for name, text in section_files(section).items()})
+        material.files.update({f"figures/{name}": text for name, text in section.files.items()})
     drawn = "\n".join(section_html(section, level=3) for section in evidence.sections)
     return f"<h2>What the networks look at</h2>\n{drawn}" if drawn else ""
 

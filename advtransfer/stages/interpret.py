@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Sequence
@@ -9,12 +10,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from advtransfer.analysis import influence
+from advtransfer import storage
+from advtransfer.analysis import cue_conflict, influence
 from advtransfer.config import names_key, to_json
 from advtransfer.data import Dataset
-from advtransfer.models import Model
+from advtransfer.data.cache import fingerprint
+from advtransfer.models import Model, identity
 from advtransfer.report.figures import styles
-from advtransfer.report.interpretation import Interpretation, Section, write_interpretation
+from advtransfer.report.interpretation import Drawn, Interpretation, draw, write_interpretation
 from advtransfer.report.summary import Source
 from advtransfer.source import compute_dtype, load_data
 from advtransfer.stages.explain_cues import shape_section
@@ -27,7 +30,7 @@ from advtransfer.stages.explain_pixels import (
     visualisation_section,
 )
 from advtransfer.stages.named_models import find_model, model_name
-from advtransfer.stages.workdir import check_workdir, open_workdir, versions
+from advtransfer.stages.workdir import check_workdir, keep, open_workdir, versions
 
 # In a study's report pictures are few, and so are the images behind the numbers.
 _BRIEF = {
@@ -43,7 +46,7 @@ _BRIEF = {
 def run(config: ConfigDict, workdir: Path) -> None:
     case = _check(config, workdir)
     open_workdir(config, workdir)
-    sections = _sections(case, case, config, config.interpret.analyses)
+    sections = _sections(case, case, config, config.interpret.analyses, workdir / "sections", beside="../")
     settings = json.loads(to_json(config))
     page = Interpretation(
         title="What networks look at",
@@ -89,11 +92,12 @@ def plan(config: ConfigDict, workdir: Path) -> str:
 
 
 def study_sections(
-    config: ConfigDict, models: dict[str, Model], dataset: Dataset | None, target: Dataset
-) -> list[Section]:
+    config: ConfigDict, models: dict[str, Model], dataset: Dataset | None, target: Dataset, folder: Path
+) -> list[Drawn]:
     """The most telling pictures of config.report.analyses, of the sources that a study trained.
 
-    Saliency, visualisation and shape on the sources' own data, influence by heads trained on the target.
+    Saliency, visualisation and shape on the sources' own data, influence by heads trained on the target. They
+    are kept in `folder`.
     """
     wanted = config.report.analyses
     if not wanted or not models:
@@ -110,11 +114,17 @@ def study_sections(
             for key in ("num_images", "num_measured", "num_queries", "num_train"):
                 settings[key] = min(settings[key], known.get(key, getattr(data, split).num_images))
         cases.append(Case(subjects, data, split, settings, config.seed, brief=True))
-    return _sections(*cases, config, wanted)
+    return _sections(*cases, config, wanted, folder)
 
 
-def _sections(case: Case, ranked: Case, config: ConfigDict, wanted: Sequence[str]) -> list[Section]:
-    """In the order of `wanted`; influence, of `ranked`, can fail and is computed first."""
+def _sections(
+    case: Case, ranked: Case, config: ConfigDict, wanted: Sequence[str], folder: Path, beside: str = ""
+) -> list[Drawn]:
+    """In the order of `wanted`; influence, of `ranked`, can fail and is computed first.
+
+    Each is kept in `folder` as soon as it is drawn, for the same command when it is given again.
+    """
+    storage.make_folder(folder)
     compute = {
         "saliency": lambda: saliency_section(case),
         "visualisation": lambda: visualisation_section(case),
@@ -123,10 +133,34 @@ def _sections(case: Case, ranked: Case, config: ConfigDict, wanted: Sequence[str
     }
     found = {}
     for name in sorted(wanted, key=lambda name: name != "influence"):
-        begin = time.monotonic()
-        found[name] = compute[name]()
-        print(f"{name}: {time.monotonic() - begin:.1f} s", flush=True)
+
+        def make(name=name):
+            begin = time.monotonic()
+            section = draw(compute[name](), beside=beside)
+            print(f"{name}: {time.monotonic() - begin:.1f} s", flush=True)
+            return section._asdict()
+
+        subject = _subject(ranked if name == "influence" else case, config)
+        kept = keep(folder / f"{name}.json", {"subject": subject}, make)
+        found[name] = Drawn(*(kept[field] for field in Drawn._fields))
     return [found[name] for name in wanted]
+
+
+def _subject(case: Case, config: ConfigDict) -> str:
+    """SHA-256 of all that decides what a section of a case shows."""
+    cues = case.settings.cue_conflict and Path(case.settings.cue_conflict).expanduser()
+    parts = {
+        "networks": [
+            (subject.label, identity(subject.model), subject.model.spec.class_names)
+            for subject in case.subjects
+        ],
+        "data": (case.dataset.name, case.dataset.digest("train", case.split), case.split),
+        "cue_conflict": cues and fingerprint(cues, cue_conflict.image_paths(cues)),
+        "settings": case.settings.to_dict(),
+        "transfer": config.transfer.to_dict(),
+        "run": (case.seed, case.brief, versions()),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _check(config: ConfigDict, workdir: Path) -> Case:

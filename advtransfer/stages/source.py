@@ -6,7 +6,6 @@ Leaves in the workdir: `log.jsonl` and TensorBoard events, `checkpoints/` while 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from advtransfer import parallel
 from advtransfer.data import Dataset
 from advtransfer.models import Model, identity
 from advtransfer.source import check_source, load_source_data, measure, num_steps, state_bytes, train_source
-from advtransfer.stages.workdir import check_workdir, open_workdir, write_json
+from advtransfer.stages.workdir import check_workdir, keep, open_workdir
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -61,16 +60,9 @@ def measure_once(
     config: ConfigDict, model: Model, dataset: Dataset, folder: Path, *, name: str
 ) -> dict[str, Any]:
     """`measure`, kept in `folder`/evaluation.json for as long as the model and the images stay the same."""
-    path = folder / "evaluation.json"
     data = dataset.digest(config.evaluate.split)
     subject = {"model": identity(model), "dataset": dataset.name, "data": data}
-    if path.exists():
-        evaluation = json.loads(path.read_text())
-        if subject.items() <= evaluation.items():
-            return evaluation
-    evaluation = subject | measure(model, dataset, config, name=name)
-    write_json(path, evaluation)
-    return evaluation
+    return keep(folder / "evaluation.json", subject, lambda: measure(model, dataset, config, name=name))
 
 
 def describe(evaluation: dict[str, Any]) -> str:

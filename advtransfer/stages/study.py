@@ -73,7 +73,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if not parallel.is_main_process():
         return
     target = next(iter(grid.targets.values()))
-    pictures, captions = _pictures(config, {s.name: models[s.name] for s in trained}, dataset, target)
+    own = {source.name: models[source.name] for source in trained}
+    pictures, captions = _pictures(config, own, dataset, target)
     evidence = Evidence(
         sources=evaluations,
         pictures=pictures,
@@ -82,7 +83,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         versions=versions(),
         command=config.report.command,
         remarks=(*remarks, *_remarks(dataset, grid)),
-        sections=study_sections(config, {s.name: models[s.name] for s in trained}, dataset, target),
+        sections=study_sections(config, own, dataset, target, workdir / "sections"),
     )
     shown = {"title": config.report.title, "reference": config.report.reference}
     with _one_at_a_time(workdir / "report.lock"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,22 @@ def write_json(path: Path, value: Any) -> None:
     """Writes JSON whole or not at all; process 0 does."""
     if parallel.is_main_process():
         storage.write(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def keep(path: Path, subject: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `path` holds of the same subject, or else what `make` gives, which is then kept there.
+
+    Subject and content are one JSON object. A file that is none is made again.
+    """
+    try:
+        kept = json.loads(path.read_text("utf-8"))
+        if subject.items() <= kept.items():
+            return kept
+    except (FileNotFoundError, ValueError, AttributeError):
+        pass
+    made = subject | make()
+    write_json(path, made)
+    return made
 
 
 def versions() -> dict[str, str]:
