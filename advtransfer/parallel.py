@@ -13,7 +13,8 @@ import ctypes
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,30 @@ def platform() -> str:
 def num_devices() -> int:
     """Devices that this process feeds."""
     return jax.local_device_count()
+
+
+def cores_per_device() -> int:
+    """CPU cores of this process for each of its devices; of an accelerator, which runs one program, 1."""
+    if platform() != "cpu":
+        return 1
+    known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    return max(1, cores // num_devices())
+
+
+def side_by_side(function: Callable[..., Any], calls: Sequence[tuple]) -> list[Any]:
+    """`function(*call)` of all calls at the same time, each in a thread, with their arrays computed."""
+    precision = jax.config.jax_default_matmul_precision
+
+    def run(call):
+        # What `with` sets of JAX holds in one thread.
+        with jax.default_matmul_precision(precision):
+            return jax.block_until_ready(function(*call))
+
+    if len(calls) == 1:
+        return [run(calls[0])]
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return list(threads.map(run, calls))
 
 
 def free_bytes() -> int:

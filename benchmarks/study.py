@@ -1,6 +1,6 @@
 """What a study costs by the engine, and one fine-tuning after another, as ratios taken turn by turn.
 
-    python -m benchmarks.study [--parts=cache,heads,groups,torch] [--turns=7]
+    python -m benchmarks.study [--parts=cache,heads,groups,streams,torch] [--turns=7]
 
 cache: a training step of ResNet-50's last k blocks from cached activations, against the same step that
   computes its frozen prefix; the bound is what the floating-point operations alone allow. At k = 0 a training
@@ -9,6 +9,8 @@ heads: trials of 150 epochs on n images, 2,048 features and 10 classes, time for
   feature space, alone in dual form, 20 seeds in one program, 20 rates on one subset.
 groups: 8 seeds of ResNet-50's last k blocks in one program, side by side (vmap) and in turn (lax.map),
   against one compiled trial after another.
+streams: 8 trials, one at a time and as many at the same time as there are cores, on both sides of the bound
+  that the engine goes by.
 torch: a process of PyTorch for every head (n = 400), against a head among 20 seeds, and among 20 rates.
 
 `ratio` is the first way's time over each way's: median [quartiles] over the turns.
@@ -32,8 +34,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advtransfer.models import create_module, init_variables
-from advtransfer.transfer import Rates, Recipe, activation_shape, dual
+from advtransfer import parallel
+from advtransfer.data import Split
+from advtransfer.models import Model, ModelSpec, create_module, init_variables
+from advtransfer.transfer import (
+    Prepared,
+    Rates,
+    Recipe,
+    activation_shape,
+    dual,
+    fine_tune,
+    fine_tune_many,
+    prepare,
+)
 from advtransfer.transfer.cost import block_flops
 from advtransfer.transfer.program import Task, make_fine_tune
 
@@ -172,21 +185,27 @@ class Heads(NamedTuple):
 
 def make_heads(n: int) -> tuple[Task, Heads]:
     task, recipe = make_task((FEATURES,), POOL), Recipe(batch_size=min(n, 128))
+    module, (params, batch_stats) = network()
     keys = jax.random.split(jax.random.key(1), 20)
-    subsets = jnp.stack([jax.random.permutation(key, POOL)[:n] for key in keys])
+    subsets = np.stack([jax.random.permutation(key, POOL)[:n] for key in keys])
     primal, in_dual = (make_trial(recipe, 0, in_dual=form) for form in (False, True))
     alone, alone_in_dual = jax.jit(primal), jax.jit(in_dual)
-    # The data are arguments: of constants XLA would compute results while it compiles.
-    seeds = jax.jit(
-        lambda task, *trials: jax.lax.map(lambda trial: in_dual(task, *trial, RATES), trials, batch_size=4)
-    )
-    rates = jax.jit(jax.vmap(in_dual, in_axes=(None, None, None, 0)))
     one = (task, subsets[0], keys[0], RATES)
+    spec = ModelSpec("resnet50", CLASSES, 224, module.mean, module.std)
+    engine = functools.partial(
+        fine_tune_many,
+        Model(module, {"params": params, "batch_stats": batch_stats}, spec),
+        None,
+        None,
+        num_classes=CLASSES,
+        recipe=recipe,
+        prepared=Prepared(batch_stats, task),
+    )
     return task, Heads(
         alone=lambda: alone(*one),
         alone_in_dual=lambda: alone_in_dual(*one),
-        seeds=lambda: seeds(task, subsets, keys),
-        rates=lambda: rates(task, subsets[0], keys[0], GRID),
+        seeds=lambda: engine(subsets=subsets, keys=keys),
+        rates=lambda: engine(subsets=subsets[:1], keys=keys[:1], rates=GRID),
     )
 
 
@@ -223,6 +242,45 @@ def last_metrics(run: Callable, task: Task, key: jax.Array) -> Any:
     return run(task, jnp.arange(len(task.train_labels)), key, RATES)[1]
 
 
+def streams(turns: int, trials: int = 8) -> None:
+    rng = np.random.default_rng(0)
+    for architecture, size, k, n in (
+        ("resnet_tiny", 16, 1, 100),
+        ("resnet_tiny", 16, 1, 400),
+        ("resnet_tiny", 16, -1, 100),
+        ("resnet18", 32, 1, 128),
+        ("resnet18", 32, 3, 128),
+    ):
+        module = create_module(architecture, num_classes=CLASSES)
+        spec = ModelSpec(architecture, CLASSES, size, module.mean, module.std)
+        model = Model(module, init_variables(module, jax.random.key(0), size), spec)
+        data = Split(rng.integers(0, 256, (n, size, size, 3)).astype(np.uint8), rng.integers(0, CLASSES, n))
+        recipe = Recipe(num_epochs=20, evaluate_epochs=(20,), batch_size=min(n, 128))
+        run = functools.partial(
+            fine_tune_many,
+            model,
+            data,
+            data,
+            subsets=np.tile(np.arange(n), (trials, 1)),
+            keys=jax.random.split(jax.random.key(1), trials),
+            num_classes=CLASSES,
+            num_unfrozen_blocks=k,
+            recipe=recipe,
+            prepared=prepare(model, data, data, recipe, k),
+        )
+
+        def ways(number, run=run):
+            with mock.patch.object(fine_tune, "num_streams", lambda *_: number):
+                return run()
+
+        named = [
+            Way("one at a time", functools.partial(ways, 1), trials),
+            Way("at the same time", functools.partial(ways, parallel.cores_per_device()), trials),
+        ]
+        engine = "same time" if fine_tune.num_streams(module, k, recipe, size) > 1 else "one"
+        compare(f"{architecture} {size}², k = {k}, n = {n} ({engine})", named, turns)
+
+
 def torch(turns: int) -> None:
     task, ways = make_heads(400)
     with tempfile.TemporaryDirectory() as folder:
@@ -239,7 +297,7 @@ def torch(turns: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--parts", default="cache,heads,groups")
+    parser.add_argument("--parts", default="cache,heads,groups,streams")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -249,7 +307,13 @@ def main() -> None:
         f"{device} ({os.cpu_count()} cores, {platform.machine()}), JAX {jax.__version__}, {args.turns} turns"
     )
     shape = {"size": args.image_size, "batch_size": args.batch_size}
-    parts = {"cache": (cache, shape), "heads": (heads, {}), "groups": (groups, shape), "torch": (torch, {})}
+    parts = {
+        "cache": (cache, shape),
+        "heads": (heads, {}),
+        "groups": (groups, shape),
+        "streams": (streams, {}),
+        "torch": (torch, {}),
+    }
     for name in args.parts.split(","):
         part, options = parts[name]
         part(args.turns, **options)

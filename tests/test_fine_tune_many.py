@@ -24,8 +24,10 @@ from test_transfer import (
     fine_tune_module,
 )
 
+from advtransfer import parallel
 from advtransfer.data import Augmentation, Split
-from advtransfer.transfer import activations, dual, fine_tune_many, fine_tune_one, reset_head
+from advtransfer.models import create_module
+from advtransfer.transfer import activations, dual, fine_tune_many, fine_tune_one, num_streams, reset_head
 from advtransfer.transfer.program import Rates, Task, make_fine_tune
 
 POOL = _split(50, 4)
@@ -58,6 +60,24 @@ def test_a_trial_is_the_same_alone_and_in_a_group(k, mode):
         for name in ("train_loss", "test_loss"):
             np.testing.assert_allclose(together[name][t], alone[name], rtol=1e-5, atol=1e-5)
     assert np.ptp(together["test_loss"], axis=0).min() > 1e-3  # trials do differ
+
+
+@pytest.mark.parametrize(("k", "mode"), [(0, "source"), (1, "target")])
+def test_trials_that_run_at_the_same_time_are_those_that_run_in_turn(k, mode, monkeypatch):
+    """Five trials on two devices: three and two in turn, or four and one of two each."""
+    subsets, keys = np.concatenate([SUBSETS, SUBSETS[:2]]), jax.random.split(KEYS[0], 5)
+    options = {"subsets": subsets, "keys": keys, "num_classes": 3, "num_unfrozen_blocks": k}
+    histories = []
+    for cores in (1, 2):
+        monkeypatch.setattr(parallel, "cores_per_device", lambda cores=cores: cores)
+        recipe = RECIPE._replace(frozen_batch_norm=mode)
+        histories.append(fine_tune_many(MODEL, POOL, TEST, **options, recipe=recipe))
+    assert {x.shape for x in histories[0].values()} == {(5, 2)}
+    chex.assert_trees_all_equal(*histories)
+    assert num_streams(MODEL.module, k, RECIPE, 16) == 2
+    large = create_module("resnet18", num_classes=3)
+    assert num_streams(large, 0, RECIPE, 32) == 2 and num_streams(large, 2, RECIPE, 32) == 1
+    assert num_streams(large, 0, RECIPE._replace(augmentation=Augmentation(flip=True)), 32) == 1
 
 
 def test_rates_tried_together_are_those_tried_alone():

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +46,22 @@ def test_every_process_takes_its_own_rows_of_a_batch(process, monkeypatch):
     chex.assert_trees_all_equal(parallel.join(parallel.split_locally(tree)), tree)
     with pytest.raises(ValueError, match="a batch of 9 examples .* over 6 devices: use a multiple of 6"):
         parallel.split(_tree(9))
+
+
+def test_calls_side_by_side_run_at_the_same_time_with_the_callers_precision():
+    together = threading.Barrier(3, timeout=60)
+
+    def call(a, b):
+        together.wait()
+        seen.append(jax.config.jax_default_matmul_precision)
+        return jnp.dot(a, b)
+
+    seen, calls = [], [(np.full(2, i, np.float32), np.ones(2, np.float32)) for i in range(3)]
+    with jax.default_matmul_precision("highest"):
+        assert [float(x) for x in parallel.side_by_side(call, calls)] == [0, 2, 4]
+    assert seen == ["highest"] * 3
+    with pytest.raises(TypeError):
+        parallel.side_by_side(lambda x: x + "", [(1,), (2,)])
 
 
 def test_one_process_joins_nothing_and_waits_for_nobody(monkeypatch, caplog):

@@ -14,7 +14,7 @@ from advtransfer import parallel
 from advtransfer.data import Dataset, Split
 from advtransfer.models import Model
 from advtransfer.study.plan import Cache, Piece, caches_of
-from advtransfer.transfer import Prepared, fine_tune_many, own_statistics, prepare
+from advtransfer.transfer import Prepared, fine_tune_many, num_streams, own_statistics, prepare
 
 _IMAGES = 256  # that activations are computed of; more are copies of them
 _TEST_IMAGES = 1024
@@ -23,7 +23,8 @@ _GUESS = 20e9  # FLOP/s, to choose what can be tried in the time
 
 
 class Speed(NamedTuple):
-    """What was measured, by the kind of piece; seconds for a floating-point operation, and to compile."""
+    """What was measured, by the kind of piece: seconds to compile; for a floating-point operation of making a
+    cache; and for one of a trial, while as many trials run as do at the same time."""
 
     training: dict[tuple, float]
     compiling: dict[tuple, float]
@@ -58,9 +59,9 @@ def measure_speed(
 def predict_seconds(pieces: Sequence[Piece], caches: Sequence[Cache], speed: Speed) -> float:
     """Seconds of all pieces on this device; a kind that was not measured is taken like the nearest one."""
     programs = {piece.program: piece.kind for piece in pieces}
-    devices = parallel.num_devices()
     training = sum(
-        -(-piece.number // devices) * piece.flops * _nearest(piece.kind, speed.training) for piece in pieces
+        -(-piece.number // _at_once(piece)) * piece.flops * _nearest(piece.kind, speed.training)
+        for piece in pieces
     )
     compiling = sum(_nearest(kind, speed.compiling) for kind in programs.values())
     caching = sum(cache.flops * _nearest(cache.kind, speed.caching or speed.training) for cache in caches)
@@ -77,6 +78,13 @@ def _nearest(kind: tuple, known: Mapping[tuple, float]) -> float:
     return known[min(known, key=distance)]
 
 
+def _at_once(piece: Piece) -> int:
+    """Trials that run at the same time."""
+    first = piece.first
+    streams = num_streams(piece.module, first.num_unfrozen_blocks, first.recipe, piece.image_size)
+    return parallel.num_devices() * streams
+
+
 def _time(piece: Piece, model: Model, target: Dataset, budget: float, speed: Speed, kind: tuple) -> None:
     """Measures a piece, smaller than it is if that takes more than `budget` seconds."""
     first, k = piece.first, piece.first.num_unfrozen_blocks
@@ -85,7 +93,7 @@ def _time(piece: Piece, model: Model, target: Dataset, budget: float, speed: Spe
         for split, number in ((target.train, _IMAGES), (getattr(target, first.split), _TEST_IMAGES))
     )
     small, own = _shorten(piece, test.num_images, budget), own_statistics(first.recipe, k)
-    number = min(piece.number, parallel.num_devices() * (4 if k == 0 else 1))
+    number = min(piece.number, _at_once(piece) * (4 if k == 0 else 1))
     n = small.first.num_train_images
     prepared = None
     if own:
@@ -112,7 +120,7 @@ def _time(piece: Piece, model: Model, target: Dataset, budget: float, speed: Spe
             prepared=prepared,
         )
     )
-    speed.training[kind] = seconds / (-(-number // parallel.num_devices()) * small.flops)
+    speed.training[kind] = seconds / (-(-number // _at_once(piece)) * small.flops)
     speed.compiling[kind] = compiling
 
 

@@ -10,7 +10,7 @@ from advtransfer.transfer.choose_k import (
     rule_of_thumb,
 )
 from advtransfer.transfer.cost import block_flops, fine_tune_flops
-from advtransfer.transfer.fine_tune import fine_tune_many, fine_tune_one
+from advtransfer.transfer.fine_tune import fine_tune_many, fine_tune_one, num_streams
 from advtransfer.transfer.freezing import (
     activation_shape,
     activations,
@@ -46,6 +46,7 @@ __all__ = [
     "first_unfrozen_block",
     "frozen_mask",
     "normalised_by",
+    "num_streams",
     "own_statistics",
     "possible_folds",
     "prefix_is_constant",

@@ -14,9 +14,13 @@ import numpy as np
 from advtransfer import parallel
 from advtransfer.data import Split
 from advtransfer.models import Model
+from advtransfer.transfer.cost import block_flops
+from advtransfer.transfer.freezing import first_unfrozen_block, prefix_is_constant
 from advtransfer.transfer.prepared import Prepared, cache_bytes, own_statistics, prepare
 from advtransfer.transfer.program import Rates, make_fine_tune
 from advtransfer.transfer.recipe import Recipe, check_recipe
+
+_SMALL = 1e7  # FLOPs of a forward pass for an image; less than this leaves a CPU's cores idle
 
 
 def fine_tune_one(
@@ -112,6 +116,7 @@ def fine_tune_many(
     recipe = check_recipe(recipe, subsets.shape[1])
     module = model.module.clone(num_classes=num_classes)
     lanes = _lanes(module, num_unfrozen_blocks, *subsets.shape)
+    streams = num_streams(module, num_unfrozen_blocks, recipe, model.spec.image_size)
     programs = _many(module, _shape_of(recipe), num_unfrozen_blocks, model.spec.image_size, lanes)
     tried = rates or Rates(recipe.learning_rate, recipe.weight_decay)
     tried = Rates(*(jnp.atleast_1d(jnp.asarray(x, jnp.float32)) for x in tried))
@@ -127,7 +132,7 @@ def fine_tune_many(
             ]
             own_images = np.broadcast_to(np.arange(subsets.shape[1]), (len(inputs), subsets.shape[1]))
             trials = (*jax.tree.map(lambda *x: jnp.stack(x), *inputs), own_images, keys[i : i + step])
-            histories.append(_spread(programs.separate, (params, tried), trials))
+            histories.append(_spread(programs.separate, (params, tried), trials, streams))
         history = {name: np.concatenate([part[name] for part in histories]) for name in histories[0]}
     else:
         if prepared is None:
@@ -135,38 +140,57 @@ def fine_tune_many(
             prepared = prepare(model, train, test, recipe, num_unfrozen_blocks, used=used)
         own = subsets if prepared.rows is None else prepared.rows[subsets]
         shared = (params, tried, prepared.batch_stats, prepared.task)
-        history = _spread(programs.sharing, shared, (jnp.asarray(own), keys))
+        history = _spread(programs.sharing, shared, (jnp.asarray(own), keys), streams)
     return history if rates is not None else {name: x[:, 0] for name, x in history.items()}
 
 
-def _lanes(module: Any, num_unfrozen_blocks: int, num_trials: int, num_images: int) -> int:
-    """How many trials go side by side, as measured best (benchmarks/RESULTS.md), if there is memory for them.
+def num_streams(module: Any, num_unfrozen_blocks: int, recipe: Recipe, image_size: int) -> int:
+    """How many trials `fine_tune_many` runs at the same time on a device, each by a program of its own.
 
-    A trial with kernels of its own keeps a whole CPU busy, and side by side its convolutions would be grouped
-    ones. Of heads a few at once hide what a step costs beside its products; more fall out of a CPU's caches.
+    On a CPU a small trial leaves cores idle, which others can take (measured: benchmarks/RESULTS.md).
     """
-    if num_unfrozen_blocks != 0:
+    flops = block_flops(module, image_size)
+    if prefix_is_constant(num_unfrozen_blocks, recipe):
+        flops = flops[1 + first_unfrozen_block(module, num_unfrozen_blocks) :]
+    return parallel.cores_per_device() if sum(flops) < _SMALL else 1
+
+
+def _lanes(module: Any, num_unfrozen_blocks: int, num_trials: int, num_images: int) -> int:
+    """How many trials one program takes side by side, as measured best, if there is memory for them.
+
+    With kernels of their own their convolutions would be grouped ones; and on a CPU heads side by side, each
+    on rows of its own, gain nothing.
+    """
+    if num_unfrozen_blocks != 0 or parallel.platform() == "cpu":
         return 1
-    if parallel.platform() == "cpu":
-        return next(lanes for lanes in (4, 3, 2, 1) if -(-num_trials // parallel.num_devices()) % lanes == 0)
     one = 4 * num_images * (num_images + 2 * module.num_features)  # the Gram matrix, the features twice
     # A power of two: what is free changes a little all the time, and the program is compiled for the number.
     return min(num_trials, 2 ** max(0, (parallel.free_bytes() // 8 // one).bit_length() - 1))
 
 
 def _subsets_at_once(model: Model, recipe: Recipe, k: int, num_train: int, num_test: int) -> int:
-    """Trials with activations of their own, held twice while they are put together, that fit into memory."""
+    """Trials with activations of their own, held up to three times while they are put together and spread,
+    that fit into memory."""
     size = cache_bytes(model.module, recipe, k, model.spec.image_size, num_train, num_test)
     one = max(size, num_train + num_test)
-    return parallel.num_devices() * max(1, int(0.5 * parallel.free_bytes() / (2 * one)))
+    return parallel.num_devices() * max(1, int(0.5 * parallel.free_bytes() / (3 * one)))
 
 
-def _spread(program: Callable, shared: tuple, trials: tuple) -> dict[str, np.ndarray]:
-    """Runs trials, leading axis [T], over all devices; the last one is repeated where T does not divide."""
+def _spread(program: Callable, shared: tuple, trials: tuple, streams: int) -> dict[str, np.ndarray]:
+    """Runs trials, leading axis [T], over all devices and streams; the last one is repeated where T does not
+    divide."""
     num_trials, devices = trials[-1].shape[0], parallel.num_devices()
-    trials, _ = parallel.pad(trials, -(-num_trials // devices) * devices)
-    history = program(*parallel.replicate(shared), *parallel.split_locally(trials))
-    return {name: np.asarray(x)[:num_trials] for name, x in parallel.join(history).items()}
+    size = -(-num_trials // (devices * streams)) * devices
+    trials, _ = parallel.pad(trials, -(-num_trials // size) * size)
+    shared = parallel.replicate(shared)
+    parts = [
+        (*shared, *parallel.split_locally(jax.tree.map(lambda x, i=i: x[i : i + size], trials)))
+        for i in range(0, num_trials, size)
+    ]
+    histories = [parallel.join(history) for history in parallel.side_by_side(program, parts)]
+    return {
+        name: np.concatenate([history[name] for history in histories])[:num_trials] for name in histories[0]
+    }
 
 
 class _Programs(NamedTuple):
