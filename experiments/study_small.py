@@ -4,7 +4,7 @@
 
 Three sources trained on rendered capitals; two targets, handwritten digits and rendered lower-case letters;
 four n, three k (the head, and with one and two blocks), four epochs, five seeds: 360 models.
-6 min 22 s on 2 cores. The report has accuracy and lead against n, epoch, k and constraint for each target.
+5 min 30 s on 2 cores. The report has accuracy and lead against n, epoch, k and constraint for each target.
 """
 
 from advtransfer import config as base

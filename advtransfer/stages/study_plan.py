@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from advtransfer.study import (
     with_choices,
 )
 
-_STEPS = 5  # of a source's training that are timed
+_STEPS, _SECONDS = 5, 3.0  # of a source's training that are timed at least
 
 
 def plan_lines(config: ConfigDict, grid: Grid, workdir: Path) -> list[str]:
@@ -132,11 +133,13 @@ def _training_seconds(config: ConfigDict, dataset: Dataset) -> float:
         started = time.monotonic()
         state, metrics = run.run_step(run.state, 0)
         jax.block_until_ready(metrics)
-        first = time.monotonic() - started
-        started = time.monotonic()
-        for step in range(1, 1 + _STEPS):
-            state, metrics = run.run_step(state, step)
-        jax.block_until_ready(metrics)
-        return first + sources.num_steps(config, dataset) * (time.monotonic() - started) / _STEPS
+        first, number = time.monotonic() - started, sources.num_steps(config, dataset)
+        times, deadline = [], time.monotonic() + _SECONDS
+        while len(times) < _STEPS or (time.monotonic() < deadline and len(times) < number):
+            started = time.monotonic()
+            state, metrics = run.run_step(state, len(times) + 1)
+            jax.block_until_ready(metrics)
+            times.append(time.monotonic() - started)
+        return first + number * statistics.median(times)
     finally:
         run.close()
