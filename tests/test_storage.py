@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import chex
 import jax
@@ -20,12 +21,8 @@ from advtransfer.config import ConfigError, default
 from advtransfer.models import Model, ModelSpec, create_module, init_variables, load_model, save_model
 
 SERVERS = {
-    "s3": ("s3fs", "moto", "from moto.server import main; main(['-p', '{port}'])"),
-    "gs": (
-        "gcsfs",
-        "gcp_storage_emulator",
-        "from gcp_storage_emulator.server import create_server as c; c('127.0.0.1', {port}, True).run()",
-    ),
+    "s3": ("s3fs", "moto", ["-m", "moto.server", "-p"]),
+    "gs": ("gcsfs", "gcp_storage_emulator", [str(Path(__file__).with_name("gcs_server.py"))]),
 }
 
 
@@ -40,7 +37,7 @@ def _environment(scheme, port):
 @pytest.fixture(scope="module", params=SERVERS)
 def store(request):
     """An empty bucket's address, in an object store that runs on this machine."""
-    client, server, code = SERVERS[request.param]
+    client, server, command = SERVERS[request.param]
     missing = [package for package in (client, server) if importlib.util.find_spec(package) is None]
     if missing:
         pytest.skip(f"{request.param}:// is not tested here: {', '.join(missing)} not installed")
@@ -48,7 +45,7 @@ def store(request):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-c", code.format(port=port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, *command, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     environment = _environment(request.param, port)
     with pytest.MonkeyPatch.context() as patch:
@@ -96,6 +93,16 @@ def test_a_flipped_bit_in_a_bucket_falls_back(store, caplog):
     chex.assert_trees_all_equal(checkpoints.restore(states[0]), states[1])
     assert "checkpoint 2" in caplog.text and "going on from checkpoint 1" in caplog.text
     assert checkpoints.latest() == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"\r", b"\n", b"\r\n", b"a\n\nb\r", bytes(range(256))])
+def test_every_byte_of_a_file_arrives(store, content, tmp_path):
+    """Otherwise the tests of this file would be of the emulator."""
+    (tmp_path / "file").write_bytes(content)
+    storage.upload(tmp_path, store / "bytes")
+    assert (store / "bytes" / "file").read_bytes() == content
+    storage.write(store / "bytes" / "other", content)
+    assert (store / "bytes" / "other").read_bytes() == content
 
 
 @pytest.mark.parametrize("sent", [0, 1, 3])
