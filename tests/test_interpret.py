@@ -27,7 +27,7 @@ from advtransfer.models import (
 from advtransfer.models.resnet import ARCHITECTURES
 from advtransfer.stages.interpret import study_sections
 from advtransfer.study import make_recipe
-from advtransfer.transfer import fine_tune_one
+from advtransfer.transfer import fine_tune_one, normalised_by
 
 DIGITS = tuple("0123456789")
 OWN, LETTER = "natural", "ℓ2 (ε = 0.25)"
@@ -280,17 +280,23 @@ def test_a_study_report_gets_the_most_telling_pictures(networks, tmp_path, capsy
     config = _config(networks)
     config.report.analyses = ("shape", "influence")
     models = {"natural": load_model(networks[0]), "l2:0.25": load_model(networks[1])}
-    sections = study_sections(config, models, _data(), _data(), tmp_path)
+    sections = study_sections(config, models, _data(), models, _data(), tmp_path)
     assert [section.title for section in sections] == [
         "Shape against texture",
         "Influence of training images",
     ]
     assert set(sections[1].files) == {"influence.csv", "matches.csv"}
     assert _computed(capsys) == {"shape", "influence"}
-    assert study_sections(config, models, _data(), _data(), tmp_path) == sections
+    assert study_sections(config, models, _data(), models, _data(), tmp_path) == sections
     assert _computed(capsys) == set()
+    # Trials that start from other networks: their heads, and the same shape bias.
+    begun = models | {"natural": normalised_by(models["natural"], _data().train.images)}
+    others = study_sections(config, models, _data(), begun, _data(), tmp_path)
+    assert _computed(capsys) == {"influence"} and others[0] == sections[0]
+    assert others[1] == study_sections(config, begun, _data(), begun, _data(), tmp_path / "begun")[1]
+    assert others[1].files != sections[1].files
     config.report.analyses = ()
-    assert study_sections(config, models, _data(), _data(), tmp_path) == []
+    assert study_sections(config, models, _data(), models, _data(), tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -92,21 +92,29 @@ def plan(config: ConfigDict, workdir: Path) -> str:
 
 
 def study_sections(
-    config: ConfigDict, models: dict[str, Model], dataset: Dataset | None, target: Dataset, folder: Path
+    config: ConfigDict,
+    models: dict[str, Model],
+    dataset: Dataset | None,
+    starts: dict[str, Model],
+    target: Dataset,
+    folder: Path,
 ) -> list[Drawn]:
     """The most telling pictures of config.report.analyses, of the sources that a study trained.
 
-    Saliency, visualisation and shape on the sources' own data, influence by heads trained on the target. They
-    are kept in `folder`.
+    Saliency, visualisation and shape of the models on their own data, influence by heads that are trained on
+    the target, from what its trials start from. They are kept in `folder`.
     """
     wanted = config.report.analyses
     if not wanted or not models:
         return []
     specs = {name: model.spec for name, model in models.items()}
     looks = styles(Source(name, spec.norm, spec.eps) for name, spec in specs.items())
-    subjects = [Subject(looks[name], model) for name, model in models.items()]
     cases = []
-    for data, split in ((dataset, config.evaluate.split), (target, config.study.split)):
+    for networks, data, split in (
+        (models, dataset, config.evaluate.split),
+        (starts, target, config.study.split),
+    ):
+        subjects = [Subject(looks[name], model) for name, model in networks.items()]
         settings = config.interpret.copy_and_resolve_references()
         with settings.unlocked():
             settings.update(_BRIEF)

@@ -72,7 +72,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     rows = _run(config, grid, found, trials, workdir / "rows")
     if not parallel.is_main_process():
         return
-    target = next(iter(grid.targets.values()))
+    place = next(p for p in grid.targets if all((source.name, p) in found for source in trained))
+    target, begun = grid.targets[place], {source.name: found[source.name, place].model for source in trained}
     own = {source.name: models[source.name] for source in trained}
     pictures, captions = _pictures(config, own, dataset, target)
     evidence = Evidence(
@@ -83,7 +84,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
         versions=versions(),
         command=config.report.command,
         remarks=(*remarks, *_remarks(dataset, grid)),
-        sections=study_sections(config, own, dataset, target, workdir / "sections"),
+        sections=study_sections(config, own, dataset, begun, target, workdir / "sections"),
     )
     shown = {"title": config.report.title, "reference": config.report.reference}
     with _one_at_a_time(workdir / "report.lock"):
