@@ -270,14 +270,14 @@ def streams(turns: int, trials: int = 8) -> None:
         )
 
         def ways(number, run=run):
-            with mock.patch.object(fine_tune, "num_streams", lambda *_: number):
+            with mock.patch.object(fine_tune, "num_streams", lambda *_, **__: number):
                 return run()
 
         named = [
             Way("one at a time", functools.partial(ways, 1), trials),
             Way("at the same time", functools.partial(ways, parallel.cores_per_device()), trials),
         ]
-        engine = "same time" if fine_tune.num_streams(module, k, recipe, size) > 1 else "one"
+        engine = "same time" if fine_tune.num_streams(module, k, size, cached=k >= 0) > 1 else "one"
         compare(f"{architecture} {size}², k = {k}, n = {n} ({engine})", named, turns)
 
 

@@ -27,7 +27,15 @@ from test_transfer import (
 from advtransfer import parallel
 from advtransfer.data import Augmentation, Split
 from advtransfer.models import create_module
-from advtransfer.transfer import activations, dual, fine_tune_many, fine_tune_one, num_streams, reset_head
+from advtransfer.transfer import (
+    activations,
+    dual,
+    fine_tune,
+    fine_tune_many,
+    fine_tune_one,
+    num_streams,
+    reset_head,
+)
 from advtransfer.transfer.program import Rates, Task, make_fine_tune
 
 POOL = _split(50, 4)
@@ -74,10 +82,19 @@ def test_trials_that_run_at_the_same_time_are_those_that_run_in_turn(k, mode, mo
         histories.append(fine_tune_many(MODEL, POOL, TEST, **options, recipe=recipe))
     assert {x.shape for x in histories[0].values()} == {(5, 2)}
     chex.assert_trees_all_equal(*histories)
-    assert num_streams(MODEL.module, k, RECIPE, 16) == 2
+    assert num_streams(MODEL.module, k, 16, cached=True) == 2
     large = create_module("resnet18", num_classes=3)
-    assert num_streams(large, 0, RECIPE, 32) == 2 and num_streams(large, 2, RECIPE, 32) == 1
-    assert num_streams(large, 0, RECIPE._replace(augmentation=Augmentation(flip=True)), 32) == 1
+    streams = [num_streams(large, k, 32, cached=cached) for k, cached in ((0, True), (2, True), (0, False))]
+    assert streams == [2, 1, 1]
+
+
+def test_a_head_whose_cache_does_not_fit_counts_as_the_whole_network(monkeypatch):
+    seen = []
+    monkeypatch.setattr(fine_tune, "num_streams", lambda *_, cached: seen.append(cached) or 1)
+    for free in (10**9, 0):
+        monkeypatch.setattr(parallel, "free_bytes", lambda free=free: free)
+        fine_tune_many(MODEL, POOL, TEST, subsets=SUBSETS, keys=KEYS, num_classes=3, recipe=RECIPE)
+    assert seen == [True, False]
 
 
 def test_rates_tried_together_are_those_tried_alone():

@@ -14,7 +14,14 @@ from advtransfer import parallel
 from advtransfer.data import Dataset, Split
 from advtransfer.models import Model
 from advtransfer.study.plan import Cache, Piece, caches_of
-from advtransfer.transfer import Prepared, fine_tune_many, num_streams, own_statistics, prepare
+from advtransfer.transfer import (
+    Prepared,
+    fine_tune_many,
+    num_streams,
+    own_statistics,
+    prefix_is_constant,
+    prepare,
+)
 
 _IMAGES = 256  # that activations are computed of; more are copies of them
 _TEST_IMAGES = 1024
@@ -80,8 +87,9 @@ def _nearest(kind: tuple, known: Mapping[tuple, float]) -> float:
 
 def _at_once(piece: Piece) -> int:
     """Trials that run at the same time."""
-    first = piece.first
-    streams = num_streams(piece.module, first.num_unfrozen_blocks, first.recipe, piece.image_size)
+    k = piece.first.num_unfrozen_blocks
+    cached = prefix_is_constant(k, piece.first.recipe)
+    streams = num_streams(piece.module, k, piece.image_size, cached=cached)
     return parallel.num_devices() * streams
 
 

@@ -15,7 +15,7 @@ from advtransfer import parallel
 from advtransfer.data import Split
 from advtransfer.models import Model
 from advtransfer.transfer.cost import block_flops
-from advtransfer.transfer.freezing import first_unfrozen_block, prefix_is_constant
+from advtransfer.transfer.freezing import first_unfrozen_block
 from advtransfer.transfer.prepared import Prepared, cache_bytes, own_statistics, prepare
 from advtransfer.transfer.program import Rates, make_fine_tune
 from advtransfer.transfer.recipe import Recipe, check_recipe
@@ -116,11 +116,16 @@ def fine_tune_many(
     recipe = check_recipe(recipe, subsets.shape[1])
     module = model.module.clone(num_classes=num_classes)
     lanes = _lanes(module, num_unfrozen_blocks, *subsets.shape)
-    streams = num_streams(module, num_unfrozen_blocks, recipe, model.spec.image_size)
     programs = _many(module, _shape_of(recipe), num_unfrozen_blocks, model.spec.image_size, lanes)
     tried = rates or Rates(recipe.learning_rate, recipe.weight_decay)
     tried = Rates(*(jnp.atleast_1d(jnp.asarray(x, jnp.float32)) for x in tried))
     params = model.variables["params"]
+
+    def streams(task):
+        # Images where the cache did not fit: every step then runs the frozen blocks too.
+        cached = task.train_inputs.dtype != jnp.uint8
+        return num_streams(module, num_unfrozen_blocks, model.spec.image_size, cached=cached)
+
     if own_statistics(recipe, num_unfrozen_blocks):
         # Every subset has its own statistics, hence its own prefix: trials share the parameters only.
         step = _subsets_at_once(model, recipe, num_unfrozen_blocks, subsets.shape[1], test.num_images)
@@ -132,7 +137,7 @@ def fine_tune_many(
             ]
             own_images = np.broadcast_to(np.arange(subsets.shape[1]), (len(inputs), subsets.shape[1]))
             trials = (*jax.tree.map(lambda *x: jnp.stack(x), *inputs), own_images, keys[i : i + step])
-            histories.append(_spread(programs.separate, (params, tried), trials, streams))
+            histories.append(_spread(programs.separate, (params, tried), trials, streams(trials[1])))
         history = {name: np.concatenate([part[name] for part in histories]) for name in histories[0]}
     else:
         if prepared is None:
@@ -140,17 +145,18 @@ def fine_tune_many(
             prepared = prepare(model, train, test, recipe, num_unfrozen_blocks, used=used)
         own = subsets if prepared.rows is None else prepared.rows[subsets]
         shared = (params, tried, prepared.batch_stats, prepared.task)
-        history = _spread(programs.sharing, shared, (jnp.asarray(own), keys), streams)
+        history = _spread(programs.sharing, shared, (jnp.asarray(own), keys), streams(prepared.task))
     return history if rates is not None else {name: x[:, 0] for name, x in history.items()}
 
 
-def num_streams(module: Any, num_unfrozen_blocks: int, recipe: Recipe, image_size: int) -> int:
+def num_streams(module: Any, num_unfrozen_blocks: int, image_size: int, *, cached: bool) -> int:
     """How many trials `fine_tune_many` runs at the same time on a device, each by a program of its own.
 
-    On a CPU a small trial leaves cores idle, which others can take (measured: benchmarks/RESULTS.md).
+    On a CPU a small trial leaves cores idle, which others can take (measured: benchmarks/RESULTS.md). With
+    `cached` activations a step begins at the first trained block.
     """
     flops = block_flops(module, image_size)
-    if prefix_is_constant(num_unfrozen_blocks, recipe):
+    if cached:
         flops = flops[1 + first_unfrozen_block(module, num_unfrozen_blocks) :]
     return parallel.cores_per_device() if sum(flops) < _SMALL else 1
 
