@@ -1,6 +1,9 @@
-"""Strict JAX for every test: two virtual CPU devices, no implicit rank promotion."""
+"""Strict JAX for every test: two virtual CPU devices, no implicit rank promotion; programs compiled once."""
 
 import os
+from pathlib import Path
+
+from compiled import cache_folder
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
@@ -9,15 +12,41 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder()))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
+
+from advtransfer.models import ARCHITECTURES
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _forget_programs():
-    """A compiled program maps memory, and Linux bounds the maps of a process: a module's go with it."""
+def _few_memory_maps():
+    """A compiled program maps memory, and Linux bounds the maps of a process (vm.max_map_count, 65,530)."""
     yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 30_000:
+        jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def unoptimised():
+    """XLA without its costly passes, for tests of what is run and written: it compiles in half the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
     jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def two_blocks():
+    """resnet_tiny with two blocks of its four, and of half their width: it compiles in half the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        tiny = {**ARCHITECTURES["resnet_tiny"], "stage_sizes": (1, 1), "width": 8}
+        patch.setitem(ARCHITECTURES, "resnet_tiny", tiny)
+        yield

@@ -71,7 +71,7 @@ def launcher(folder: Path) -> Start:
     """start(stage, workdir, *arguments, devices=2, environment=None, under=()): launch.py in a process of its
     own, by the command `under`, as mpirun.
 
-    All processes share the compiled programs that lie in `folder`.
+    All processes share the compiled programs in `folder`, or where JAX_COMPILATION_CACHE_DIR says.
     """
     config = folder / "config.py"
     config.write_text(CONFIG)
@@ -80,7 +80,9 @@ def launcher(folder: Path) -> Start:
         settings = {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": os.environ.get(
+                "JAX_COMPILATION_CACHE_DIR", str(folder / "compiled")
+            ),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             # Most of the time would go into optimising programs that run for a second.
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",

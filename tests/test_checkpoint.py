@@ -104,6 +104,7 @@ def written(tmp_path_factory):
     return folder, [stdout.splitlines() for stdout, _ in said]
 
 
+@pytest.mark.process
 def test_one_process_reads_what_two_have_written(written):
     folder, _ = written
     checkpoints = Checkpoints(folder)
@@ -113,6 +114,7 @@ def test_one_process_reads_what_two_have_written(written):
     assert min(shares) > 64 * 32 * 3  # neither leaves the arrays to the other
 
 
+@pytest.mark.process
 def test_a_failure_of_one_is_told_to_both(written):
     _, said = written
     for lines, save, restore in zip(
@@ -128,6 +130,7 @@ def test_a_failure_of_one_is_told_to_both(written):
         assert "fell back to 2" in lines
 
 
+@pytest.mark.process
 def test_a_folder_of_each_process_s_own_is_refused_by_both(written):
     folder, said = written
     for lines in said:

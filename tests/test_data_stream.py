@@ -186,6 +186,7 @@ def digest(batch):
     return hashlib.sha256(batch.images.tobytes() + batch.labels.tobytes()).hexdigest()
 
 
+@pytest.mark.process
 def test_killed_with_its_workers_alive_and_gone_on_with(tmp_path):
     """All batches are those that are computed one by one, and no worker outlives its process."""
     write_images(tmp_path / "set", {"train/a": 9, "train/b": 9}, size=(40, 30))

@@ -112,6 +112,7 @@ def test_what_the_draw_depends_on():
         assert not np.array_equal(base, other)
 
 
+@pytest.mark.process
 def test_same_in_a_process_with_another_hash_seed():
     code = (
         "import numpy as np; from advtransfer.data.subsets import subset_indices as draw;"

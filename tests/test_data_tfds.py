@@ -243,6 +243,7 @@ def test_bad_names_and_sets_get_one_clear_line(data_dir, monkeypatch, name, mess
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.process
 def test_needs_no_tensorflow_and_says_nothing(data_dir, tmp_path):
     write_set(data_dir / "pets/1.0.0", {"train": numbered(0, 10), "test": numbered(0, 10)})
     program = (

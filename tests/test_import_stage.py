@@ -19,6 +19,8 @@ from advtransfer.config import ConfigError, validate
 from advtransfer.stages import named_models
 from advtransfer.stages.named_models import model_name
 
+pytestmark = pytest.mark.usefixtures("two_blocks", "unoptimised")
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -144,7 +146,7 @@ def test_a_checkpoint_is_a_source_by_its_own_name(study, tmp_path):
     measured = json.loads((tmp_path / "measured" / "evaluation.json").read_text())
     assert measured["model"] == json.loads((study / "evaluation.json").read_text())["model"]
     config = base.default()
-    config.study.sources = f"natural,{study / 'digits_l2.safetensors'}"
+    config.study.update(sources=f"natural,{study / 'digits_l2.safetensors'}", calibration=0.0)
     assert f"source digits_l2: {study}/digits_l2.safetensors" in stages.plan(config, tmp_path / "study")
 
 
@@ -243,6 +245,7 @@ def test_the_wrapping_is_said(study, tmp_path):
     assert "from a.safetensors (safetensors, module.)" in stages.plan(config, tmp_path / "out")
 
 
+@pytest.mark.process
 def test_the_command_line(study, tmp_path):
     experiment = f"--config={ROOT / 'experiments/import_source.py'}"
     done = _launch(experiment, "--config.source=list", cwd=tmp_path)
@@ -270,6 +273,7 @@ def test_a_checkpoint_is_read_once(study, tmp_path, monkeypatch, stage):
     config.stage, config.source = stage, checkpoint
     config.evaluate.update(model=checkpoint, dataset="builtin:digits", norm="none", batch_size=16)
     config.study.update(sources=checkpoint, num_unfrozen_blocks=(0,), num_train_images=(20,))
+    config.study.calibration = 0.0
     config.transfer.update(num_train_images=20, batch_size=10)
     read = []
     original = named_models.import_torch_checkpoint

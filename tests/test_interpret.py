@@ -29,6 +29,8 @@ from advtransfer.stages.interpret import study_sections
 from advtransfer.study import make_recipe
 from advtransfer.transfer import fine_tune_one, normalised_by
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 DIGITS = tuple("0123456789")
 OWN, LETTER = "natural", "ℓ2 (ε = 0.25)"
 

@@ -4,9 +4,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
+import launch as command
 from advtransfer import config as base
 from advtransfer import stages
 from advtransfer.config import ConfigError, validate
@@ -15,16 +19,23 @@ from advtransfer.data import choose_augmentation
 ROOT = Path(__file__).parent.parent
 
 
-def launch(*arguments, **kwargs):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "launch.py"), *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-        **kwargs,
-    )
+@pytest.fixture
+def launch(monkeypatch, capsys):
+    """launch(*arguments): launch.py in this process; its exit code and what it says."""
+
+    def run(*arguments):
+        argv = ["launch.py", *arguments]
+        monkeypatch.setattr(sys, "argv", argv)  # ml_collections reads the overrides there
+        code = 0
+        with flagsaver.flagsaver():
+            try:
+                command.main(command._parse_flags(argv))
+            except SystemExit as stopped:
+                code = stopped.code
+        flags.FLAGS.unparse_flags()  # as the other tests expect them
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -40,20 +51,35 @@ def launch(*arguments, **kwargs):
         ("--config.train.eps=-1", ["config.train.eps=-1.0", "must not be negative"]),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(argument, words, tmp_path):
-    workdir = tmp_path / "results"
-    done = launch(f"--workdir={workdir}", argument, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
+def test_a_mistake_is_one_line_and_exit_code_2(launch, argument, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = launch(f"--workdir={tmp_path / 'results'}", argument)
+    assert (done.code, done.out) == (2, "")
+    assert len(done.err.splitlines()) == 1, done.err
+    assert all(word in done.err for word in words), done.err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_plan_says_what_would_run_and_writes_nothing(tmp_path):
-    done = launch("--plan", "--config.study.num_seeds=3", "--config.study.calibration=0.1", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    natural, robust, trials, _, size, there, here, training = done.stdout.splitlines()
+@pytest.mark.process
+def test_a_mistake_ends_a_real_process_in_the_same_way(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), "--config.train.eps=-1"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "config.train.eps=-1.0 must not be negative\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.process
+def test_plan_says_what_would_run_and_writes_nothing(launch, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = launch("--plan", "--config.study.num_seeds=3", "--config.study.calibration=0.1")
+    assert done.code == 0, done.err
+    natural, robust, trials, _, size, there, here, training = done.out.splitlines()
     assert natural.startswith("source natural: train resnet_tiny, ")
     assert robust.startswith("source l2:") and "PGD-3" in robust
     config = _config("quickstart")
@@ -229,6 +255,7 @@ def test_what_names_no_source_is_refused(text):
         base.parse_source(text)
 
 
+@pytest.mark.process
 def test_the_library_works_without_flags():
     """As in a notebook: nothing parses a command line."""
     code = (

@@ -70,6 +70,7 @@ def _assert_same(workdir, one_process):
     chex.assert_trees_all_close(variables, one_process.variables, atol=1e-5)
 
 
+@pytest.mark.process
 def test_sigterm_at_one_saves_on_all_and_one_device_goes_on(start, one_process, tmp_path):
     processes = together(start, tmp_path)
     _until_step(2, tmp_path, processes)
@@ -83,6 +84,7 @@ def test_sigterm_at_one_saves_on_all_and_one_device_goes_on(start, one_process, 
     _assert_same(tmp_path, one_process)
 
 
+@pytest.mark.process
 def test_a_lost_process_ends_the_other_and_both_go_on(start, lost, one_process):
     workdir, process = lost
     stderr = finish(process, code=3)
@@ -95,11 +97,13 @@ def test_a_lost_process_ends_the_other_and_both_go_on(start, lost, one_process):
     assert logged == list(range(2, NUM_STEPS + 1, 2))  # by one process
 
 
+@pytest.mark.process
 def test_without_a_cluster_multihost_is_an_error(start, tmp_path):
     said = finish(start(tmp_path / "alone", "--multihost"), code=2)
     assert len(said.splitlines()) == 1 and "set JAX_COORDINATOR_ADDRESS=HOST:PORT" in said
 
 
+@pytest.mark.process
 def test_the_processes_of_open_mpi_find_each_other(start, tmp_path):
     """Told from the number of their devices, which does not divide the batch."""
     if not shutil.which("mpirun"):
@@ -110,6 +114,7 @@ def test_the_processes_of_open_mpi_find_each_other(start, tmp_path):
     assert stderr.count("a batch of 202 examples cannot be split evenly over 4 devices") == 2, stderr
 
 
+@pytest.mark.process
 def test_a_study_is_divided_among_the_processes(launch, one_process, tmp_path):
     """The rows are those of one process, and one report is written."""
     save_model(one_process, tmp_path / "source")

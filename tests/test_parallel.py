@@ -102,6 +102,7 @@ def test_what_jax_is_asked_to_join(environment, asked, monkeypatch):
     assert calls == [asked | {"heartbeat_timeout_seconds": 7, "shutdown_timeout_seconds": 7}]
 
 
+@pytest.mark.process
 def test_processes_that_do_not_come_end_in_one_line():
     """With JAX's five minutes cut to one second."""
     code = (

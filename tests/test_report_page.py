@@ -235,6 +235,7 @@ def test_refused_in_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
 def test_a_hundred_thousand_rows(tmp_path):
     rows = grid(SOURCES, sizes=(10, 100, 1000, 3000), blocks=(0, 1, 3, -1), seeds=200, epochs=range(1, 17))
     assert len(rows) == 102_400
@@ -260,6 +261,7 @@ onload = () => {{
 </script>"""
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium: PAGE NOT LOOKED AT")
 @pytest.mark.parametrize("width", [400, 1280])
 def test_in_a_browser_nothing_overflows_and_every_image_shows(written, tmp_path, width):

@@ -14,6 +14,8 @@ from advtransfer.config import ConfigError
 from advtransfer.models import load_model
 from advtransfer.train import DivergedError
 
+pytestmark = pytest.mark.usefixtures("two_blocks", "unoptimised")
+
 
 def tiny():
     """Digits at 8² are source and target; an attack with restarts, so that every random path is walked."""

@@ -20,6 +20,8 @@ from advtransfer.checkpoint import Checkpoints, SaveError
 from advtransfer.config import ConfigError, default
 from advtransfer.models import Model, ModelSpec, create_module, init_variables, load_model, save_model
 
+pytestmark = pytest.mark.process
+
 SERVERS = {
     "s3": ("s3fs", "moto", ["-m", "moto.server", "-p"]),
     "gs": ("gcsfs", "gcp_storage_emulator", [str(Path(__file__).with_name("gcs_server.py"))]),

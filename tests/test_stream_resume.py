@@ -10,6 +10,8 @@ from faults import draw_photographs, finish, finish_all, launcher, saved_steps, 
 
 from advtransfer.models import init_variables, load_model
 
+pytestmark = pytest.mark.process
+
 # A small rate, as in test_multihost: two processes are compared with one to rounding.
 RECIPE = (
     "--config.train.num_epochs=8",

@@ -17,6 +17,8 @@ from advtransfer.study import Source, Trial, flatten, group, make_trials, num_st
 from advtransfer.study import run as study_run
 from advtransfer.transfer import Recipe, fine_tune_many, prepare
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 RECIPE = Recipe(num_epochs=2, evaluate_epochs=(1, 2), batch_size=5, schedule="constant")
 SOURCES = (Source("natural", "none", 0.0, "d0"), Source("robust", "l2", 0.5, "d1"))
 METRICS = ("train_accuracy", "train_loss", "test_accuracy", "test_loss", "test_mean_per_class_accuracy")

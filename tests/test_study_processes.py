@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from test_study import METRICS, _trial
 
 from advtransfer.study import finished_rows, history_rows, run_trials
@@ -52,6 +53,7 @@ def _start(folder):
     return subprocess.Popen([sys.executable, "-c", command, str(folder)], env=environment)
 
 
+@pytest.mark.process
 def test_four_processes_share_a_study_and_survive_kills(tmp_path):
     workers = [_start(tmp_path) for _ in range(4)]
     journal, rng = tmp_path / "journal", random.Random(0)

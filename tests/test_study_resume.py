@@ -30,6 +30,8 @@ from advtransfer import study
 from advtransfer.study import flatten, group, run_trials
 from advtransfer.study import run as study_run
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 # --- what is run again ----------------------------------------------------------------------------
 
 
@@ -119,6 +121,7 @@ def test_a_group_appears_under_its_name_only_when_it_is_whole(tmp_path, ran, mon
     assert len(ran) == 4
 
 
+@pytest.mark.process
 def test_a_killed_study_goes_on_where_it_was(tmp_path, undisturbed, monkeypatch):
     """SIGKILL to a real process in the middle of the study; its trials have the same identities as here."""
     root = Path(__file__).parent

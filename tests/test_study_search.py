@@ -16,6 +16,8 @@ from advtransfer.models import identity, logits_fn
 from advtransfer.study import candidates, choose, flatten, history_rows, run_trials
 from advtransfer.transfer import normalised_by
 
+pytestmark = pytest.mark.usefixtures("two_blocks", "unoptimised")
+
 
 def _config():
     config = base.default()

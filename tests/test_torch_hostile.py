@@ -44,6 +44,7 @@ def refuse(path, match):
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
+@pytest.mark.process
 def test_the_payloads_run_where_a_real_unpickler_reads_them(tmp_path):
     """Otherwise the next test would prove nothing."""
     program = "import os, pickle, time\n"
@@ -243,6 +244,7 @@ def test_a_legacy_file_lists_each_storage_once(tmp_path):
     refuse(path, "does not name those that its tensors use, each once")
 
 
+@pytest.mark.process
 def test_a_slice_of_the_fuzzing_campaign():
     """1,000 mutants; the whole campaign is a command of BUILD.md."""
     command = [sys.executable, "-m", "tests.fuzz_checkpoints", "--mutations=1000", "--seed=1"]

@@ -156,6 +156,7 @@ def test_silhouettes_of_letters_are_their_masks():
     assert np.median(overlap) > 0.95 and (overlap > 0.8).mean() > 0.97
 
 
+@pytest.mark.process
 def test_another_process_with_one_thread_shows_the_same():
     code = (
         "import os; os.cpu_count = lambda: 1\n"

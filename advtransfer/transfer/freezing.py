@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -51,6 +52,7 @@ def prefix_is_constant(num_unfrozen_blocks: int, recipe: Recipe) -> bool:
     return num_unfrozen_blocks != -1 and recipe.frozen_batch_norm != "update" and fixed
 
 
+@functools.lru_cache(maxsize=256)
 def activation_shape(module: Any, start: int, image_size: int) -> jax.ShapeDtypeStruct:
     """What enters block `start` for one image, [1, h, w, c] or [1, C]; computes nothing."""
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
