@@ -235,7 +235,7 @@ def test_refused_in_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.process
+@pytest.mark.sweep
 def test_a_hundred_thousand_rows(tmp_path):
     rows = grid(SOURCES, sizes=(10, 100, 1000, 3000), blocks=(0, 1, 3, -1), seeds=200, epochs=range(1, 17))
     assert len(rows) == 102_400

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import random
 import resource
 import shutil
 import signal
@@ -13,7 +12,7 @@ import time
 import chex
 import numpy as np
 import pytest
-from faults import disturb, finish, is_saving, launcher, results, saved_steps, wait_until
+from faults import finish, is_saving, launcher, results, saved_steps, wait_until
 
 from advtransfer.checkpoint import Checkpoints, SaveError
 from advtransfer.models import load_model
@@ -61,29 +60,27 @@ def _assert_same(workdir, undisturbed):
     assert mine[NUM_STEPS]["loss"] == theirs[NUM_STEPS]["loss"]
 
 
-def test_sigkill_at_any_moment_and_the_same_command_again(start, undisturbed, tmp_path):
-    """Before the first checkpoint, after one, during the saving of another, and shortly before the end."""
+@pytest.mark.process
+def test_sigkill_and_the_same_command_again(start, undisturbed, tmp_path):
+    """Before the first checkpoint, and during the saving of a later one; `tests.faults` takes any moment."""
     moments = [
         lambda: (tmp_path / "log.jsonl").exists(),
-        lambda: max(saved_steps(tmp_path), default=0) >= 6,
-        lambda: max(saved_steps(tmp_path), default=0) >= 15 and is_saving(tmp_path),
-        lambda: max(saved_steps(tmp_path), default=0) >= 33,
+        lambda: max(saved_steps(tmp_path), default=0) >= 9 and is_saving(tmp_path),
     ]
     reached = []
     for moment in moments:
         process = start(tmp_path)
-        if wait_until(moment, process):
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            reached.append(max(saved_steps(tmp_path), default=0))
-            assert not (tmp_path / "model").exists()
-        else:
-            finish(process)
-    assert len(reached) >= 3 and reached == sorted(reached), reached
+        assert wait_until(moment, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        reached.append(max(saved_steps(tmp_path), default=0))
+        assert not (tmp_path / "model").exists()
+    assert reached[0] < reached[1] < NUM_STEPS
     finish(start(tmp_path))
     _assert_same(tmp_path, undisturbed)
 
 
+@pytest.mark.process
 def test_sigterm_saves_says_so_and_exits_in_time(start, undisturbed, tmp_path):
     process = start(tmp_path)
     assert wait_until(lambda: max(saved_steps(tmp_path), default=0) >= 9, process)
@@ -97,6 +94,7 @@ def test_sigterm_saves_says_so_and_exits_in_time(start, undisturbed, tmp_path):
     _assert_same(tmp_path, undisturbed)
 
 
+@pytest.mark.process
 def test_a_finished_run_is_not_run_again(start, undisturbed):
     model = undisturbed / "model" / "model.json"
     before = model.stat().st_mtime_ns
@@ -107,38 +105,30 @@ def test_a_finished_run_is_not_run_again(start, undisturbed):
 # --- stages that do not save on the way -------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["transfer", "study"])
-def stage(request, launch, undisturbed, tmp_path_factory):
-    """(a function that starts the stage in a workdir, the results of an undisturbed run)."""
+@pytest.mark.process
+@pytest.mark.parametrize("stage", ["transfer", "study"])
+def test_sigterm_says_so_and_the_same_command_again(launch, undisturbed, stage, tmp_path):
+    model = f"{undisturbed}/model"
     arguments = {
-        "transfer": (f"transfer:{undisturbed}/model",),
-        "study": (
-            "study",
-            f"--config.study.sources={undisturbed}/model",
-            "--config.study.num_unfrozen_blocks=(0,)",
-        ),
-    }
-    name, *overrides = arguments[request.param]
-    workdir = tmp_path_factory.mktemp(request.param)
-    finish(launch(name, workdir, *overrides))
-    return lambda workdir: launch(name, workdir, *overrides), results(workdir)
-
-
-def test_sigterm_says_so_and_a_slice_of_the_fault_campaign_changes_nothing(stage, tmp_path):
-    start, expected = stage
-    process = start(tmp_path)
-    assert wait_until((tmp_path / "config.json").exists, process)
+        "transfer": (f"transfer:{model}",),
+        "study": ("study", f"--config.study.sources={model}", "--config.study.num_unfrozen_blocks=(0,)"),
+    }[stage]
+    name, *overrides = arguments
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    process = launch(name, stopped, *overrides)
+    assert wait_until((stopped / "config.json").exists, process)
     process.send_signal(signal.SIGTERM)
     assert "SIGTERM: what was finished is saved; resume with the same command" in finish(process)
-    assert not (tmp_path / "rows.csv").exists()
-    disturb(lambda workdir: [start(workdir)], tmp_path, 6.0, random.Random(0))
-    finish(start(tmp_path))
-    assert results(tmp_path) == expected
+    assert not (stopped / "rows.csv").exists()
+    for workdir in (whole, stopped):
+        finish(launch(name, workdir, *overrides))
+    assert results(stopped) == results(whole)
 
 
 # --- disks ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_a_full_disk_stops_the_run_and_leaves_the_old_checkpoint(start, undisturbed, tmp_path):
     """A limit on the size of files, set while the process runs, is to it as a disk that has become full."""
     process = start(tmp_path)

@@ -202,6 +202,7 @@ def undisturbed(start, tmp_path_factory):
     return workdir
 
 
+@pytest.mark.parametrize("store", ["gs"], indirect=True)
 def test_a_training_in_a_bucket_is_killed_and_goes_on(store, start, undisturbed):
     workdir = store / "training"
     process = start("source", workdir, *RECIPE)
