@@ -73,7 +73,7 @@ def test_logits_fn_is_a_pytree_and_equal_models_share_a_program(model, folder):
     got = run(logits_fn(model), images)
     again = run(logits_fn(load_model(folder)), images)
     np.testing.assert_array_equal(got, again)
-    np.testing.assert_allclose(got, model.module.apply(model.variables, images), atol=1e-5)
+    np.testing.assert_allclose(got, jax.jit(model.module.apply)(model.variables, images), atol=1e-5)
     assert len(traces) == 1
     leaves = jax.tree.leaves(logits_fn(model))
     assert sum(leaf.size for leaf in leaves) == sum(leaf.size for leaf in jax.tree.leaves(model.variables))

@@ -47,12 +47,15 @@ def dense_scores(model, k, arrays, damping):
     params = model.variables["params"]
     flat, unravel = ravel_pytree({name: params[name] for name in _trained_names(model, k)})
 
+    @jax.jit
     def apply(flat, images):
         variables = {"params": {**params, **unravel(flat)}, "batch_stats": model.variables["batch_stats"]}
         return model.module.apply(variables, images)
 
+    jacobian_of = jax.jit(jax.jacrev(apply))
+
     def parts(images, labels):
-        jacobians = np.float64(jax.jacrev(apply)(flat, images))
+        jacobians = np.float64(jacobian_of(flat, images))
         logits = np.float64(apply(flat, images))
         probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
         residuals = probabilities - np.eye(CLASSES)[labels]

@@ -71,7 +71,7 @@ def test_what_it_tells_of_the_test_images_is_what_the_network_says(monkeypatch):
     enlarged = jnp.clip(
         jax.image.resize(jnp.asarray(small, jnp.float32) / 255, (len(small), 8, 8, 3), "linear"), 0, 1
     )
-    logits = np.asarray(found.model.module.apply(found.model.variables, enlarged))
+    logits = np.asarray(jax.jit(found.model.module.apply)(found.model.variables, enlarged))
     outcome = found.outcome
     np.testing.assert_array_equal(outcome.predictions, logits.argmax(-1))
     probabilities = jax.nn.softmax(logits).max(-1)

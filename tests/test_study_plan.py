@@ -19,6 +19,8 @@ from advtransfer.study.calibrate import Speed
 from advtransfer.study.plan import PEAKS, STEP_SECONDS, UTILISATION
 from advtransfer.transfer import Recipe, activations, block_flops
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 MODELS = {source.name: _models()[source.identity] for source in SOURCES}
 NETWORKS = {name: (model.module, 8) for name, model in MODELS.items()}
 DATASETS = {"": DATASET}
@@ -79,7 +81,7 @@ def test_seconds_are_operations_at_the_measured_speed_and_one_compilation_for_ea
     assert math.isclose(predict_seconds(pieces, caches, one), expected)
 
 
-@pytest.mark.parametrize("frozen", ["source", "target", "update"])
+@pytest.mark.parametrize("frozen", ["source", "target", pytest.param("update", marks=pytest.mark.sweep)])
 def test_speeds_are_measured_by_running_the_beginning(frozen):
     recipe = Recipe(num_epochs=4, evaluate_epochs=(2, 4), batch_size=5, frozen_batch_norm=frozen)
     trials = [

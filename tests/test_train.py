@@ -23,6 +23,8 @@ from advtransfer.train import (
     smoothed_cross_entropy,
 )
 
+pytestmark = pytest.mark.usefixtures("two_blocks")
+
 
 def _dataset(num_images=64, size=8, num_classes=4):
     rng = np.random.default_rng(0)
@@ -202,11 +204,16 @@ def _train(config, dataset, num_steps, *, devices):
     return states, metrics
 
 
-def test_two_devices_take_the_steps_of_one():
+@pytest.fixture(scope="module")
+def alone(two_blocks):
+    """Six steps on one device: the states, the metrics."""
+    return _train(_config(), _dataset(), 6, devices=1)
+
+
+def test_two_devices_take_the_steps_of_one(alone):
     """With synchronised BatchNorm, augmentation and a random start: float32, every step, 1e-5."""
-    config, dataset = _config(), _dataset()
-    ones, one_metrics = _train(config, dataset, 6, devices=1)
-    twos, two_metrics = _train(config, dataset, 6, devices=2)
+    ones, one_metrics = alone
+    twos, two_metrics = _train(_config(), _dataset(), 6, devices=2)
     for one, two in zip(ones, twos, strict=True):
         chex.assert_trees_all_close(one, two, rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_close(one_metrics, two_metrics, rtol=1e-5)
@@ -214,13 +221,11 @@ def test_two_devices_take_the_steps_of_one():
     assert min(jax.tree.leaves(moved)) > 1e-6
 
 
-def test_batch_norm_per_device_is_another_training():
+def test_batch_norm_per_device_is_another_training(alone):
     """The same comparison fails when every device normalises with its own half of the batch."""
-    config, dataset = _config(sync_batch_norm=False), _dataset()
-    ones, _ = _train(config, dataset, 1, devices=1)
-    twos, _ = _train(config, dataset, 1, devices=2)
+    twos, _ = _train(_config(sync_batch_norm=False), _dataset(), 1, devices=2)
     with pytest.raises(AssertionError):
-        chex.assert_trees_all_close(ones[0].params, twos[0].params, atol=1e-5)
+        chex.assert_trees_all_close(alone[0][0].params, twos[0].params, atol=1e-5)
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused():

@@ -20,6 +20,8 @@ from advtransfer.optim import make_schedule, sgd
 from advtransfer.source import check_source, load_source_data, measure, train_source
 from advtransfer.train import init_state, make_train_step
 
+pytestmark = pytest.mark.usefixtures("two_blocks")
+
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 

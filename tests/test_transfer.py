@@ -249,7 +249,7 @@ def test_with_nothing_unfrozen_it_is_softmax_regression(width):
         for epoch in range(3)
     ]
     train_features, test_features = (
-        np.float64(source.module.apply(source.variables, to_float(jnp.asarray(images)), stop=2))
+        np.float64(jax.jit(partial(source.module.apply, stop=2))(source.variables, to_float(images)))
         for images in (TRAIN.images, TEST.images)
     )
     start = np.float64(head["kernel"]), np.float64(head["bias"])
