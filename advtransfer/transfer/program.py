@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +72,7 @@ def make_fine_tune(
     evaluated = np.isin(np.arange(1, recipe.num_epochs + 1), recipe.evaluate_epochs)
 
     def run(params, batch_stats, task, indices, key, rates):
+        _check(task, indices)
         num_images, num_views = len(indices), len(task.train_inputs) // len(task.train_labels)
         head_key, order_key, example_key = jax.random.split(key, 3)
         variables = reset_head(
@@ -124,6 +126,12 @@ def make_fine_tune(
         return {"params": params, "batch_stats": batch_stats}, history
 
     return run
+
+
+def _check(task: Task, indices: jax.Array) -> None:
+    chex.assert_rank([task.train_labels, task.test_labels, indices], 1)
+    chex.assert_equal_shape_prefix([task.test_inputs, task.test_labels], 1)
+    chex.assert_is_divisible(len(task.train_inputs), len(task.train_labels))
 
 
 def _choose_form(
