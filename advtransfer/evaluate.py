@@ -6,13 +6,14 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from advtransfer import parallel
 from advtransfer.attacks import LogitsFn, cross_entropy
-from advtransfer.data import Batch, Split, to_float
+from advtransfer.data import Batch, Split, check_batch, check_split, to_float
 from advtransfer.train import Metrics, sum_metrics
 
 Attack = Callable[..., jax.Array]
@@ -28,6 +29,8 @@ def make_evaluate_step(
     """
 
     def evaluate_step(logits_fn, batch, mask):
+        check_batch(batch)
+        chex.assert_shape(mask, batch.labels.shape)
         images = batch.images
         if attack is not None:
             images = attack(logits_fn, images, batch.labels, key=batch.keys)
@@ -40,6 +43,9 @@ def make_evaluate_step(
 def evaluation_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Metrics:
     """(sum, count) of the examples whose mask [N] is 1: of "loss", "accuracy" and, [classes] each, of
     "class_accuracy", the accuracy on the images of each class."""
+    chex.assert_rank(logits, 2)
+    chex.assert_shape([labels, mask], logits.shape[:1])
+    chex.assert_type(labels, int)
     of_class = jax.nn.one_hot(labels, logits.shape[-1]) * mask[:, None]
     correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
     by_class = (jnp.sum(of_class * correct[:, None], axis=0), jnp.sum(of_class, axis=0))
@@ -90,6 +96,7 @@ def evaluate(
     Returns:
       {"loss", "accuracy", "mean_per_class_accuracy"}, see `evaluation_means`.
     """
+    check_split(split)
     step = _evaluate_on_devices(attack)
     logits_fn = parallel.replicate(logits_fn)
     num_images = len(split.labels)
@@ -115,6 +122,8 @@ def _evaluate_on_devices(attack: Attack | None) -> Callable[..., Metrics]:
 
 def predict(logits_fn: LogitsFn, images: np.ndarray | jax.Array, *, batch_size: int = 256) -> Any:
     """Logits [N, classes] of float images [N, H, W, 3] in [0, 1], computed in batches on one device."""
+    chex.assert_rank(images, 4)
+    chex.assert_type(images, float)
     batch_size = min(batch_size, len(images))
     batches = [
         _apply(logits_fn, parallel.pad(images[i : i + batch_size], batch_size)[0])

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import chex
 import jax
 import optax
 
@@ -23,6 +24,7 @@ def make_schedule(name: str, learning_rate: float | jax.Array, num_steps: int) -
     Raises:
       ValueError: for an unknown name.
     """
+    chex.assert_rank(learning_rate, 0)
     if name == "constant":
         return optax.constant_schedule(learning_rate)
     if name == "step":
@@ -50,6 +52,7 @@ def sgd(
     weight_decay: float | jax.Array = 0.0,
 ) -> optax.GradientTransformation:
     """`torch.optim.SGD`: decay is added to the gradient before the momentum, and acts on every parameter."""
+    chex.assert_rank(weight_decay, 0)
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
         optax.sgd(schedule, momentum=momentum or None, nesterov=nesterov),
@@ -87,6 +90,7 @@ def freeze_mask(params: Any, *, trainable: Sequence[str], frozen: Sequence[str])
 
 def apply_updates(params: Any, updates: Any, mask: Any | None) -> Any:
     """`params + updates`; frozen leaves are passed through, so that not even the sign of a zero changes."""
+    chex.assert_trees_all_equal_shapes(params, updates)
     if mask is None:
         return optax.apply_updates(params, updates)
     return jax.tree.map(lambda p, u, frozen: p if frozen else (p + u).astype(p.dtype), params, updates, mask)

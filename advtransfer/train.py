@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ from jax.tree_util import Partial
 from advtransfer import parallel
 from advtransfer.attacks import cross_entropy
 from advtransfer.checkpoint import Checkpoints
-from advtransfer.data import Batch
+from advtransfer.data import Batch, check_batch
 from advtransfer.optim import apply_updates
 
 # Folded into each example's key for the attack, so that it draws nothing that augmentation has drawn.
@@ -144,6 +145,7 @@ def make_train_step(
         return grads, batch_stats, jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        check_batch(batch)
         compute = gradient if num_parts == 1 else gradient_in_parts
         grads, batch_stats, metrics = compute(state.params, state.batch_stats, batch)
         grads, batch_stats = parallel.mean((grads, batch_stats), axis_name)
@@ -172,6 +174,8 @@ def sum_metrics(
     losses: jax.Array, logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None
 ) -> Metrics:
     """(sum, count) of loss and accuracy over the examples whose mask [N] is 1."""
+    chex.assert_rank(logits, 2)
+    chex.assert_shape([losses, labels] if mask is None else [losses, labels, mask], logits.shape[:1])
     mask = jnp.ones(labels.shape, jnp.float32) if mask is None else mask
     correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
     count = jnp.sum(mask)
@@ -225,6 +229,8 @@ def fit(
       DivergedError: a loss or a weight that is not finite; such a state is never saved.
       Preempted: SIGTERM arrived, at any of the processes; the state after the step in flight is saved.
     """
+    chex.assert_rank(state.step, 0)
+    chex.assert_type(state.step, int)
     pending: list[Metrics] = []
 
     def look(step: int, more: dict[str, float]) -> None:

@@ -61,10 +61,10 @@ def test_each_image_gets_its_own_draw(transform, images):
 
 
 def test_to_float():
-    pixels = np.arange(256, dtype=np.uint8)
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
     chex.assert_trees_all_close(to_float(pixels), (pixels / 255).astype(np.float32), rtol=1e-7)
     with pytest.raises(AssertionError):
-        to_float(np.zeros(3, np.float32))
+        to_float(np.zeros((1, 2, 2, 3), np.float32))
 
 
 @pytest.mark.parametrize("size", [4, 7, 11, 12, 16, 33])

@@ -233,13 +233,6 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused():
         prepare(_config(batch_size=15), _dataset())
 
 
-def test_no_tracer_leaks_out_of_the_step():
-    config, dataset = _config(), _dataset()
-    with jax.checking_leaks():
-        run = prepare(config, dataset)
-        run.run_step(run.state, 0)
-
-
 # --- fit ------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -75,6 +76,8 @@ def block_scores(
       ValueError: k out of range, labels that do not match the images or classes, damping not above 0.
       RuntimeError: conjugate gradients do not reach `tolerance`.
     """
+    chex.assert_rank([train_images, query_images], 4)
+    chex.assert_type([train_images, query_images], float)
     start = _first_trained_block(model.module, num_unfrozen_blocks)
     if not (np.isfinite(damping) and damping > 0):
         raise ValueError(f"damping is {damping}: G is singular, so it needs a finite one above 0")

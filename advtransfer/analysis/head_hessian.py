@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import chex
 import numpy as np
 import scipy.linalg
 
@@ -36,6 +37,13 @@ def make_examples(
     `basis` [D + 1, r] holds orthonormal columns, None the identity. Features may lose what lies outside of
     it: H maps its span to itself, so that part meets no training image's gradient in a score.
     """
+    chex.assert_rank([features, labels, kernel, bias], [2, 1, 2, 1])
+    chex.assert_equal_shape_prefix([features, labels], 1)
+    chex.assert_shape(kernel, (features.shape[1], None))
+    chex.assert_shape(bias, kernel.shape[1:])
+    chex.assert_type(labels, int)
+    if basis is not None:
+        chex.assert_shape(basis, (features.shape[1] + 1, None))
     features = np.concatenate([features, np.ones((len(features), 1))], axis=1, dtype=np.float64)
     logits = features @ np.concatenate([kernel, bias[None]]).astype(np.float64)
     top = np.argmax(logits, axis=1)
@@ -55,6 +63,7 @@ def make_examples(
 
 def basis_of_few(features: np.ndarray) -> np.ndarray | None:
     """An orthonormal basis [D + 1, n] of a space that holds the f~ of features [n, D]; None if n > D."""
+    chex.assert_rank(features, 2)
     if len(features) > features.shape[1]:
         return None
     extended = np.concatenate([features, np.ones((len(features), 1))], axis=1, dtype=np.float64)
@@ -71,6 +80,7 @@ def project(vectors: np.ndarray, examples: Examples) -> np.ndarray:
 
     Vectors of fewer classes meet the gradients in those alone.
     """
+    chex.assert_shape(vectors, (None, None, examples.features.shape[1]))
     m, num_classes, _ = vectors.shape
     flat = vectors.reshape(m * num_classes, -1)
     products = np.empty((m, len(examples.features)))
@@ -84,6 +94,7 @@ def project(vectors: np.ndarray, examples: Examples) -> np.ndarray:
 
 def hessian_product(vectors: np.ndarray, train: Examples) -> np.ndarray:
     """H times vectors [m, C, r], without forming H."""
+    chex.assert_shape(vectors, (None, train.residuals.shape[1], train.features.shape[1]))
     m, num_classes, width = vectors.shape
     flat = vectors.reshape(m * num_classes, width)
     logits = (flat @ train.features.T).reshape(m, num_classes, -1)
@@ -131,6 +142,7 @@ def factorise(matrix: np.ndarray) -> np.ndarray:
     Raises:
       ValueError: the matrix is not positive definite to working precision.
     """
+    chex.assert_shape(matrix, matrix.shape[:1] * 2)
     factor, info = scipy.linalg.lapack.dpotrf(matrix, lower=1, clean=0, overwrite_a=1)
     if info != 0:
         raise ValueError("H with its damping is singular to float64: choose a larger damping")
@@ -139,5 +151,7 @@ def factorise(matrix: np.ndarray) -> np.ndarray:
 
 def solve(factor: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     """Solves for right sides [m, C - 1, r], which are overwritten."""
+    chex.assert_rank(vectors, 3)
+    chex.assert_shape(factor, (vectors[0].size,) * 2)
     flat = vectors.reshape(len(vectors), -1).T
     return scipy.linalg.lapack.dpotrs(factor, flat, lower=1, overwrite_b=1)[0].T.reshape(vectors.shape)

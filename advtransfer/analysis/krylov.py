@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import chex
 import numpy as np
 import scipy.linalg
 
@@ -34,6 +35,8 @@ def conjugate_gradients(
     Raises:
       RuntimeError: that is not reached in `max_iterations`, or not at all for the operator's own rounding.
     """
+    chex.assert_rank(targets, 2)
+    chex.assert_type(targets, float)
     solution = np.zeros_like(targets)
     residual = targets.copy()
     bound = tolerance * np.linalg.norm(targets, axis=1)

@@ -35,6 +35,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     the label's is within 1e-7 of 1, on images the network is sure of. Written as
     log(1 + exp(-margin)) it is a small factor times the gradient of the margin.
     """
+    chex.assert_rank(logits, 2)
+    chex.assert_shape(labels, logits.shape[:1])
+    chex.assert_type(labels, int)
     logits = logits.astype(jnp.float32)
     of_label = jnp.arange(logits.shape[-1])[None] == labels[:, None]
     others = jax.nn.logsumexp(jnp.where(of_label, -jnp.inf, logits), axis=-1)
@@ -61,6 +64,7 @@ def gradients(
     Raises:
       ValueError: images that are no floats.
     """
+    _check(images, labels)
     step = functools.partial(_gradients, _as_pytree(logits_fn), loss_fn=loss_fn)
     return _in_batches(step, batch_size, images, labels)
 
@@ -86,6 +90,7 @@ def smooth_grad(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}: SmoothGrad needs at least one noisy copy")
+    _check(images, labels)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(images)))
     step = functools.partial(
         _smooth_grad, _as_pytree(logits_fn), num_samples=num_samples, noise=noise, loss_fn=loss_fn
@@ -130,6 +135,7 @@ def integrated_gradients(
     """
     if not 1 <= num_steps <= max_steps:
         raise ValueError(f"num_steps is {num_steps}: choose 1 to max_steps, which is {max_steps}")
+    _check(images, labels)
     step = functools.partial(
         _integrated_gradients,
         _as_pytree(logits_fn),
@@ -203,11 +209,16 @@ def _as_pytree(logits_fn: LogitsFn) -> Partial:
     return logits_fn if isinstance(logits_fn, Partial) else Partial(logits_fn)
 
 
-def _in_batches(step: Callable[..., Any], batch_size: int, images: Any, *others: Any) -> Any:
-    """`step` of (images, *others), so many examples at a time; a tree of NumPy arrays [N, ...]."""
-    chex.assert_equal_shape_prefix([images, *others], 1)
+def _check(images: Any, labels: Any) -> None:
+    chex.assert_rank(images, 4)
+    chex.assert_shape(labels, images.shape[:1])
+    chex.assert_type(labels, int)
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images are {images.dtype}: pass floats in [0, 1], such as images / 255")
+
+
+def _in_batches(step: Callable[..., Any], batch_size: int, images: Any, *others: Any) -> Any:
+    """`step` of (images, *others), so many examples at a time; a tree of NumPy arrays [N, ...]."""
     arrays = (jnp.asarray(images, jnp.float32), *others)
     size = min(batch_size, len(images))
     results = []
@@ -222,6 +233,7 @@ def to_picture(values: np.ndarray) -> np.ndarray:
     own values and scaled from there (Tsipras et al., 2019, arXiv:1805.12152, figure 2). The standard
     deviation is taken about zero, so that a zero is mid-grey."""
     values = np.asarray(values, np.float64)
+    chex.assert_rank(values, 4)
     deviation = np.sqrt(np.mean(values**2, axis=(1, 2, 3), keepdims=True))
     return np.float32(np.clip(0.5 + values / np.where(deviation > 0, 6 * deviation, 1.0), 0.0, 1.0))
 
@@ -238,6 +250,7 @@ def low_frequency_share(values: np.ndarray, *, cutoff: float = 0.25) -> np.ndarr
       values: [N, H, W, C], gradients or images.
       cutoff: share of the Nyquist frequency; up to 1 along the axes, sqrt(2) in the corners.
     """
+    chex.assert_rank(values, 4)
     height, width = values.shape[1:3]
     radius = np.hypot(2 * np.fft.fftfreq(height)[:, None], 2 * np.fft.fftfreq(width)[None])
     low = radius <= cutoff + 1e-12
@@ -252,6 +265,8 @@ def alignment(values: np.ndarray, images: np.ndarray) -> np.ndarray:
     The alignment of Etmann et al. (2019, arXiv:1905.04172) divided by ‖image‖, so that it is a
     cosine. As there the image is not centred: its origin is black.
     """
-    values, images = (np.float64(x).reshape(len(x), -1) for x in (values, images))
+    values, images = np.asarray(values, np.float64), np.asarray(images, np.float64)
+    chex.assert_equal_shape([values, images])
+    values, images = (x.reshape(len(x), -1) for x in (values, images))
     norms = np.linalg.norm(values, axis=1) * np.linalg.norm(images, axis=1)
     return np.abs(np.sum(values * images, axis=1)) / np.where(norms > 0, norms, 1.0)

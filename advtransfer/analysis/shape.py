@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import chex
 import numpy as np
 import scipy.special
 
@@ -64,6 +65,7 @@ def decide(logits: np.ndarray, groups: Mapping[str, Sequence[int]] = IMAGENET16)
     Raises:
       ValueError: a class has no outputs, or one that is not there.
     """
+    chex.assert_rank(logits, 2)
     for name, outputs in groups.items():
         if not outputs or not 0 <= min(outputs) <= max(outputs) < logits.shape[1]:
             raise ValueError(
@@ -86,6 +88,8 @@ def shape_bias(decisions: np.ndarray, shapes: np.ndarray, textures: np.ndarray) 
     Raises:
       ValueError: no image has cues of two classes.
     """
+    chex.assert_rank(decisions, 1)
+    chex.assert_equal_shape([decisions, shapes, textures])
     conflict = shapes != textures
     if not conflict.any():
         raise ValueError("no image has the shape of one class and the texture of another")
@@ -110,6 +114,9 @@ def measure(
     batch_size: int = 64,
 ) -> ShapeBias:
     """The shape bias of a network; see `decide` for `groups`, `shape_bias` for the rest."""
+    chex.assert_shape(conflict.images, (None, None, None, 3))
+    chex.assert_type(conflict.images, np.uint8)
+    chex.assert_shape([conflict.shapes, conflict.textures], conflict.images.shape[:1])
     logits = [
         predict(logits_fn, conflict.images[i : i + batch_size] / np.float32(255), batch_size=batch_size)
         for i in range(0, len(conflict.images), batch_size)
@@ -123,6 +130,8 @@ def half_point(strengths: Sequence[float], biases: Sequence[float]) -> float:
     NaN if it does not.
     """
     above = np.asarray(biases, np.float64) - 0.5
+    chex.assert_rank(above, 1)
+    chex.assert_shape(np.asarray(strengths), above.shape)
     for i in range(len(above) - 1):
         if above[i] * above[i + 1] <= 0 and above[i] != above[i + 1]:
             return float(
@@ -134,6 +143,7 @@ def half_point(strengths: Sequence[float], biases: Sequence[float]) -> float:
 def wilson(count: np.ndarray, total: np.ndarray) -> Share:
     """The share count / total with Wilson's 95 % interval (JASA 1927); from 0 to 1 where `total` is 0."""
     count, total = np.float64(count), np.float64(total)
+    chex.assert_equal_shape([count, total])
     some = np.maximum(total, 1)
     centre = (count + _Z**2 / 2) / (total + _Z**2)
     half = _Z / (total + _Z**2) * np.sqrt(count * (total - count) / some + _Z**2 / 4)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,6 +134,7 @@ class Fourier(NamedTuple):
 def scale_spectrum(images: jax.Array, power: int) -> jax.Array:
     """Images [N, H, W, C] with every frequency f multiplied by (f_min / max(f, f_min))^power; see `Fourier`.
     Power 1 turns the coordinates into an image, -1 an image into its coordinates."""
+    chex.assert_rank(images, 4)
     height, width = images.shape[1:3]
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     lowest = 1.0 / max(height, width)
@@ -176,6 +178,8 @@ def visualise(
     """
     if parameterisation not in PARAMETERISATIONS:
         raise ValueError(f"unknown parameterisation {parameterisation!r}: {', '.join(PARAMETERISATIONS)}")
+    chex.assert_rank(images, 4)
+    chex.assert_type(objective.chosen, int)
     num_units = jax.eval_shape(objective.scores_fn, images).shape[-1]
     chosen = np.broadcast_to(np.asarray(objective.chosen, np.int32), len(images))
     missing = chosen[(chosen < 0) | (chosen >= num_units)]
@@ -205,6 +209,7 @@ def grid(pictures: np.ndarray | list, *, border: int = 2) -> np.ndarray:
       border: pixels.
     """
     pictures = np.stack([np.asarray(row, np.float32) for row in pictures])
+    chex.assert_rank(pictures, 5)
     framed = np.pad(
         pictures, ((0, 0), (0, 0), (border, 0), (border, 0), (0, 0)), constant_values=1.0
     ).transpose(0, 2, 1, 3, 4)

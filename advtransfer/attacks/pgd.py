@@ -19,6 +19,9 @@ LossFn = Callable[[jax.Array, jax.Array], jax.Array]
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Softmax cross-entropy per example, float32 [N]; logits [N, classes], labels int [N]."""
+    chex.assert_rank(logits, 2)
+    chex.assert_shape(labels, logits.shape[:1])
+    chex.assert_type(labels, int)
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
     return -jnp.take_along_axis(log_probs, labels[:, None], axis=1)[:, 0]
 
@@ -81,8 +84,9 @@ def pgd(
       ValueError: images that are no floats; no key for a random start; restarts without one; a negative
         number of steps.
     """
-    chex.assert_equal_shape_prefix([images, labels], 1)
-    chex.assert_rank(labels, 1)
+    chex.assert_rank(images, 4)
+    chex.assert_shape(labels, images.shape[:1])
+    chex.assert_type(labels, int)
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images are {images.dtype}: pass floats in [0, 1], such as images / 255")
     if random_start and key is None:
@@ -95,6 +99,8 @@ def pgd(
         key = jax.random.wrap_key_data(key)  # jax.random.PRNGKey's form
     if key is not None and key.ndim == 0:
         key = jax.random.split(key, images.shape[0])
+    if key is not None:
+        chex.assert_shape(key, images.shape[:1])
     return _pgd(
         logits_fn if isinstance(logits_fn, Partial) else Partial(logits_fn),
         jnp.asarray(images, jnp.float32),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -33,13 +34,16 @@ class Linf(NamedTuple):
     eps: float | jax.Array
 
     def project(self, images, centers):
+        chex.assert_equal_shape([images, centers])
         return jnp.clip(jnp.clip(images, centers - self.eps, centers + self.eps), 0.0, 1.0)
 
     def step(self, images, gradients, step_size):
+        chex.assert_equal_shape([images, gradients])
         return images + step_size * jnp.sign(gradients)
 
     def random_start(self, keys, centers):
         """Uniform in the ball (Madry et al., 2018, §5), then clipped to [0, 1]."""
+        chex.assert_equal_shape_prefix([keys, centers], 1)
         noise = jax.vmap(lambda key: jax.random.uniform(key, centers.shape[1:], minval=-1.0, maxval=1.0))(
             keys
         )
@@ -52,6 +56,7 @@ class L2(NamedTuple):
     eps: float | jax.Array
 
     def project(self, images, centers):
+        chex.assert_equal_shape([images, centers])
         # Clipping after the ball is safe: the box is convex and holds the centre, so the distance can
         # only shrink.
         offsets = images - centers
@@ -60,10 +65,12 @@ class L2(NamedTuple):
         return jnp.clip(centers + offsets * scales, 0.0, 1.0)
 
     def step(self, images, gradients, step_size):
+        chex.assert_equal_shape([images, gradients])
         return images + step_size * gradients / (_norms(gradients) + _TINY)
 
     def random_start(self, keys, centers):
         """Uniform in the ball: a normalised Gaussian direction, a radius eps·U^(1/d) (Muller, 1959)."""
+        chex.assert_equal_shape_prefix([keys, centers], 1)
 
         def noise(key, shape):
             key_direction, key_radius = jax.random.split(key)
@@ -79,14 +86,16 @@ class Unconstrained(NamedTuple):
     """Any image in [0, 1]; steps follow each example's own raw gradient, so `step_size` carries its units."""
 
     def project(self, images, centers):
-        del centers
+        chex.assert_equal_shape([images, centers])
         return jnp.clip(images, 0.0, 1.0)
 
     def step(self, images, gradients, step_size):
+        chex.assert_equal_shape([images, gradients])
         return images + step_size * gradients
 
     def random_start(self, keys, centers):
         """Uniform in the box."""
+        chex.assert_equal_shape_prefix([keys, centers], 1)
         return jax.vmap(lambda key: jax.random.uniform(key, centers.shape[1:]))(keys)
 
 

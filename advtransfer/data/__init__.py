@@ -1,7 +1,7 @@
 """Datasets as host arrays, subsets of them, and batches made from them on the device."""
 
-from advtransfer.data.batches import Batch, make_batch
-from advtransfer.data.datasets import DATASETS, Dataset, Split, check_dataset_name, load_dataset
+from advtransfer.data.batches import Batch, check_batch, make_batch
+from advtransfer.data.datasets import DATASETS, Dataset, Split, check_dataset_name, check_split, load_dataset
 from advtransfer.data.feed import Feed, make_feed
 from advtransfer.data.glyphs import LETTERS, render_glyphs
 from advtransfer.data.stream import LostWorker, StreamedSplit
@@ -30,7 +30,9 @@ __all__ = [
     "StreamedSplit",
     "Target",
     "augment",
+    "check_batch",
     "check_dataset_name",
+    "check_split",
     "check_subset",
     "choose_augmentation",
     "load_dataset",

@@ -18,6 +18,14 @@ class Batch(NamedTuple):
     keys: jax.Array  # typed PRNG keys [N]
 
 
+def check_batch(batch: Batch) -> None:
+    """Raises an AssertionError unless labels are integers [N] and all that stands for an image, which is more
+    than one array where a head is trained in dual form, has the leading axis [N] too."""
+    chex.assert_rank(batch.labels, 1)
+    chex.assert_type(batch.labels, int)
+    chex.assert_equal_shape_prefix(jax.tree.leaves(batch), 1)
+
+
 def make_batch(
     images: jax.Array,
     labels: jax.Array,
@@ -41,6 +49,8 @@ def make_batch(
       image_size: side of the network's images; None leaves the size as it is.
     """
     chex.assert_rank([images, labels, indices, keys], [4, 1, 1, 1])
+    chex.assert_equal_shape_prefix([images, labels], 1)
     chex.assert_equal_shape([indices, keys])
+    chex.assert_type([labels, indices], int)
     chosen = to_float(images[indices], image_size)
     return Batch(augment(keys, chosen, augmentation), labels[indices], keys)

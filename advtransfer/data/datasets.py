@@ -16,6 +16,7 @@ from os import PathLike
 from types import MappingProxyType
 from typing import NamedTuple
 
+import chex
 import numpy as np
 from PIL import Image
 
@@ -48,6 +49,13 @@ class Split(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the images that lie in memory."""
         return self.images.nbytes
+
+
+def check_split(split: Split) -> None:
+    """Raises an AssertionError unless images are uint8 [N, H, W, 3] and labels integers [N]."""
+    chex.assert_shape(split.images, (None, None, None, 3))
+    chex.assert_shape(split.labels, split.images.shape[:1])
+    chex.assert_type([split.images, split.labels], [np.uint8, int])
 
 
 class Dataset(NamedTuple):

@@ -12,7 +12,7 @@ import numpy as np
 
 from advtransfer import parallel
 from advtransfer.data.batches import Batch, make_batch
-from advtransfer.data.datasets import Split
+from advtransfer.data.datasets import Split, check_split
 from advtransfer.data.stream import DeviceBatches, StreamedSplit, StreamOrder
 from advtransfer.data.transforms import Augmentation, augment, to_float
 
@@ -80,6 +80,8 @@ def make_feed(
             make_batch=make_streamed,
             close=batches.close,
         )
+
+    check_split(train)
 
     @functools.lru_cache(maxsize=1)
     def epoch_order(epoch):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import chex
 import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
@@ -109,14 +110,17 @@ def render_glyphs(
         or opacity is impossible.
     """
     letters, textures = np.asarray(letters), np.asarray(textures)
+    chex.assert_rank(letters, 1)
     if image_size < MIN_SIZE:
         raise ValueError(f"glyphs need {MIN_SIZE} pixels or more a side, got image_size {image_size}")
     for name, classes, number in (
         ("letters", letters, len(alphabet)),
         ("textures", textures, len(LETTERS)),
     ):
-        if classes.shape != (len(letters),) or not np.all((classes >= 0) & (classes < number)):
-            raise ValueError(f"{name} must be [N] classes from 0 to {number - 1}")
+        if classes.shape != letters.shape or not np.all((classes >= 0) & (classes < number)):
+            raise ValueError(
+                f"{name} must be [N] classes from 0 to {number - 1}; their shape is {classes.shape}"
+            )
     if not 0 <= amplitude[0] <= amplitude[1] < np.inf:
         raise ValueError(f"amplitude must be two numbers, not negative and in order, got {amplitude}")
 

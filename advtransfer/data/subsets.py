@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import chex
 import numpy as np
 
 
@@ -38,7 +39,9 @@ def subset_indices(
       ValueError: `num_images` is below 1 or above N.
     """
     labels = np.asarray(labels)
+    chex.assert_rank(labels, 1)
     check_subset(num_images, len(labels), dataset)
+    chex.assert_type(labels, int)
     identity = f"{dataset}|{seed}" if nested else f"{dataset}|{seed}|{num_images}"
     # Python's own hash of a string differs from process to process.
     digest = hashlib.sha256(identity.encode()).digest()
@@ -84,6 +87,7 @@ def stratified_order(labels: np.ndarray, length: int, rng: np.random.Generator) 
     Returns:
       int32 [length], indices into `labels`, each at most once.
     """
+    chex.assert_rank(labels, 1)
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
     members = [rng.permutation(np.flatnonzero(classes == c)) for c in range(len(counts))]
     if len(counts) == 1:

@@ -55,6 +55,8 @@ def choose_augmentation(keys: Mapping[str, Any], images: np.ndarray | None = Non
     """
     fields = dict(keys)
     preset = fields.pop("preset")
+    if images is not None:
+        chex.assert_rank(images, 4)
     if preset == "utrera":
         preset = "none" if np.array_equal(images[..., :-1], images[..., 1:]) else "utrera_color"
     return AUGMENTATIONS[preset] if preset else Augmentation(**fields)
@@ -66,6 +68,7 @@ def augment(keys: jax.Array, images: jax.Array, augmentation: Augmentation) -> j
     Each transform has its own key, so that switching one off does not change the others.
     `augmentation` is a constant under jit: what it leaves out is not compiled.
     """
+    _check(keys, images)
     crop_keys, flip_keys, jitter_keys, rotation_keys, box_keys, light_keys = _split(keys, 6)
     crop_padding, flip, jitter, rotation, lighting, resized_crop = augmentation
     if resized_crop:
@@ -85,6 +88,7 @@ def augment(keys: jax.Array, images: jax.Array, augmentation: Augmentation) -> j
 
 def to_float(images: jax.Array, image_size: int | None = None) -> jax.Array:
     """Turns uint8 [0, 255] into float32 [0, 1], resized to `image_size` (see `resize`) if one is given."""
+    chex.assert_rank(images, 4)
     chex.assert_type(images, jnp.uint8)
     images = images.astype(jnp.float32) / jnp.float32(255)
     return images if image_size is None else resize(images, image_size)
@@ -113,6 +117,8 @@ def random_crop(keys: jax.Array, images: jax.Array, *, padding: int = 4) -> jax.
 
 def crop_at(images: jax.Array, offsets: jax.Array, *, padding: int) -> jax.Array:
     """Cuts [H, W] out of the padded images, from (row, column) = `offsets`, integers [N, 2]."""
+    chex.assert_rank(images, 4)
+    chex.assert_shape(offsets, (images.shape[0], 2))
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
 
     def crop(image: jax.Array, offset: jax.Array) -> jax.Array:
@@ -152,6 +158,8 @@ def resized_crop_at(images: jax.Array, boxes: jax.Array) -> jax.Array:
       images: float32 [N, H, W, 3].
       boxes: float32 [N, 4], whole numbers: top, left, height, width.
     """
+    chex.assert_rank(images, 4)
+    chex.assert_shape(boxes, (images.shape[0], 4))
 
     def weights(first: jax.Array, length: jax.Array, size: int) -> jax.Array:
         """Share of every old pixel (column) in every new one (row): a triangle, cut off at the box."""
@@ -179,6 +187,8 @@ def random_flip(keys: jax.Array, images: jax.Array) -> jax.Array:
 
 def flip_where(images: jax.Array, flipped: jax.Array) -> jax.Array:
     """Mirrors the images whose entry in `flipped`, bool [N], is true."""
+    chex.assert_rank(images, 4)
+    chex.assert_shape(flipped, images.shape[:1])
     return jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
 
 
@@ -214,6 +224,8 @@ def adjust_colors(images: jax.Array, factors: jax.Array, order: jax.Array) -> ja
       factors: float32 [N, 3], indexed by the change.
       order: int32 [N, 3], a permutation of the changes for each image.
     """
+    chex.assert_rank(images, 4)
+    chex.assert_shape([factors, order], (images.shape[0], 3))
 
     def change(images: jax.Array, which: jax.Array) -> jax.Array:
         # The three differ only in the image that they blend with, so one blend serves them all.
@@ -242,6 +254,8 @@ def random_lighting(keys: jax.Array, images: jax.Array, *, scale: float) -> jax.
 
 def light_by(images: jax.Array, shares: jax.Array) -> jax.Array:
     """Adds the colour with the `shares`, float32 [N, 3], of the three principal components."""
+    chex.assert_rank(images, 4)
+    chex.assert_shape(shares, (images.shape[0], 3))
     colors = jnp.matmul(shares, (_PCA_VECTORS * _PCA_VALUES).T, precision="highest")
     return jnp.clip(images + colors[:, None, None, :], 0, 1)
 
@@ -259,6 +273,8 @@ def random_rotation(keys: jax.Array, images: jax.Array, *, degrees: float) -> ja
 
 def rotate_by(images: jax.Array, degrees: jax.Array) -> jax.Array:
     """Turns counter-clockwise about the centre by `degrees`, float32 [N]; black comes in."""
+    chex.assert_rank(images, 4)
+    chex.assert_shape(degrees, images.shape[:1])
     height, width = images.shape[1:3]
     angle = jnp.deg2rad(degrees)[:, None, None]
     y = (jnp.arange(height, dtype=jnp.float32) - (height - 1) / 2)[None, :, None]
@@ -298,5 +314,6 @@ def _split(keys: jax.Array, num: int) -> tuple[jax.Array, ...]:
 
 
 def _check(keys: jax.Array, images: jax.Array) -> None:
-    chex.assert_rank([keys, images], [1, 4])
-    chex.assert_equal(keys.shape[0], images.shape[0])
+    chex.assert_rank(images, 4)
+    chex.assert_type(images, float)
+    chex.assert_shape(keys, images.shape[:1])

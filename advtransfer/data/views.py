@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import chex
 import numpy as np
 from PIL import Image
 from scipy import ndimage
@@ -60,6 +61,7 @@ def patch_shuffle(images: np.ndarray) -> np.ndarray:
 
 def patch_order(image: np.ndarray) -> np.ndarray:
     """Which of the 16 patches, by rows, comes to each place: the order of the words in its SHA-256."""
+    chex.assert_rank(image, 3)
     digest = hashlib.sha256(np.ascontiguousarray(image)).digest()
     return np.argsort(np.frombuffer(digest, "<u2"), kind="stable")
 
@@ -133,6 +135,8 @@ def _each(
     show: Callable[..., np.ndarray | Image.Image], images: np.ndarray, partners: np.ndarray | None = None
 ) -> np.ndarray:
     """Applies `show` to every image, with its partner if there are any, in one thread per core."""
+    chex.assert_shape(images, (None, None, None, 3))
+    chex.assert_type(images, np.uint8)
     shown = np.empty_like(images)
 
     def work(start: int) -> None:

@@ -144,6 +144,8 @@ class ResNet(nn.Module):
             raise ValueError(f"images are {x.dtype}: pass floats in [0, 1], such as images / 255")
         if first > last:
             raise ValueError(f"start is {start}, after stop, which is {stop}")
+        if start is None:
+            chex.assert_shape(x, (None, None, None, len(self.mean)))
         chex.assert_rank(x, 2 if start == num_blocks else 4)
 
         if first < 0:

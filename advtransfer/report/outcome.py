@@ -28,8 +28,16 @@ class Outcome(NamedTuple):
 
 
 def make_outcome(labels: np.ndarray, logits: np.ndarray, class_names: Sequence[str]) -> Outcome:
-    """Outcome of logits [N, C] against labels, integers [N] from 0 to C - 1."""
+    """Outcome of logits [N, C] against labels, integers [N] from 0 to C - 1.
+
+    Raises:
+      ValueError: other shapes.
+    """
     labels, logits = np.asarray(labels, np.int64), np.asarray(logits, np.float64)
+    if labels.ndim != 1 or logits.shape != (len(labels), len(class_names)):
+        raise ValueError(
+            f"labels are {labels.shape} and logits {logits.shape}: pass [N] and [N, {len(class_names)}]"
+        )
     predictions = logits.argmax(axis=1)
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = exponentials.max(axis=1) / exponentials.sum(axis=1)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import chex
 import jax
 import numpy as np
 
-from advtransfer.data import Split
+from advtransfer.data import Split, check_split
 from advtransfer.models import Model
 from advtransfer.train import DivergedError
 from advtransfer.transfer.fine_tune import fine_tune_many
@@ -61,6 +62,7 @@ def choose_k(
       ValueError: an unknown method, or as `cross_validate`.
       DivergedError: as `cross_validate`.
     """
+    check_split(train)
     if method == "rule":
         candidates = depths(model.module.num_blocks)
         return Choice("rule", rule_of_thumb(len(train.labels), model.module.num_blocks), candidates, None)
@@ -102,6 +104,7 @@ def possible_folds(labels: np.ndarray, num_folds: int) -> int:
     Raises:
       ValueError: one image of a class, which cannot be trained and measured on, or fewer than two folds.
     """
+    chex.assert_rank(labels, 1)
     if num_folds < 2:
         raise ValueError(f"cross-validation in {num_folds} folds: give at least 2")
     classes, counts = np.unique(labels, return_counts=True)
@@ -115,6 +118,7 @@ def possible_folds(labels: np.ndarray, num_folds: int) -> int:
 
 def make_folds(labels: np.ndarray, num_folds: int, key: jax.Array) -> list[np.ndarray]:
     """Random parts of range(N), ascending; sizes, and counts of a class, differ by one at most."""
+    chex.assert_rank(labels, 1)
     shuffled = np.asarray(jax.random.permutation(key, len(labels)))
     by_class = shuffled[np.argsort(np.asarray(labels)[shuffled], kind="stable")]
     return [np.sort(by_class[fold::num_folds]) for fold in range(num_folds)]

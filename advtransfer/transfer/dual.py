@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -30,6 +31,8 @@ def is_cheaper(num_images: int, num_features: int) -> bool:
 
 def make_dual(features: jax.Array, kernel: jax.Array) -> DualHead:
     """The dual form for features [n, D] and the initial kernel [D, C]."""
+    chex.assert_rank(features, 2)
+    chex.assert_shape(kernel, (features.shape[1], None))
     features = features.astype(jnp.float32)
     highest = jax.lax.Precision.HIGHEST
     return DualHead(
@@ -40,24 +43,32 @@ def make_dual(features: jax.Array, kernel: jax.Array) -> DualHead:
 
 def dual_params(num_images: int, bias: jax.Array) -> dict[str, jax.Array]:
     """The parameters of a head that no step has changed yet; `bias` [C] is as it is."""
+    chex.assert_rank(bias, 1)
     coefficients = jnp.zeros((num_images, *bias.shape), jnp.float32)
     return {"coefficients": coefficients, "rest": jnp.ones((), jnp.float32), "bias": bias}
 
 
 def dual_inputs(dual: DualHead, places: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What `dual_apply` takes for the images at `places`, integers [B] from 0 to n - 1, each at most once."""
+    chex.assert_rank(places, 1)
+    chex.assert_type(places, int)
     return dual.gram[places], dual.initial_logits[places], places
 
 
 def dual_apply(params: Any, batch_stats: Any, inputs: Any, train: bool) -> tuple[jax.Array, Any]:
     """Logits [B, C], as an `Apply`: the gradient in `params` is in the coordinates of (A, r, bias)."""
     del train
+    chex.assert_rank(inputs, [2, 2, 1])
+    chex.assert_equal_shape_prefix(inputs, 1)
     logits = _logits(params["coefficients"], params["rest"], *inputs)
     return logits + params["bias"][None], batch_stats
 
 
 def primal_head(params: Any, features: jax.Array, kernel: jax.Array) -> dict[str, jax.Array]:
     """The head {"kernel" [D, C], "bias" [C]} that `params` stand for."""
+    chex.assert_rank(features, 2)
+    chex.assert_shape(kernel, (features.shape[1], None))
+    chex.assert_shape(params["coefficients"], (features.shape[0], kernel.shape[1]))
     features = features.astype(jnp.float32)
     step = jnp.matmul(features.T, params["coefficients"], precision=jax.lax.Precision.HIGHEST)
     return {"kernel": params["rest"] * kernel + step, "bias": params["bias"]}

@@ -7,12 +7,13 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from advtransfer import parallel
-from advtransfer.data import Split
+from advtransfer.data import Split, check_split
 from advtransfer.models import Model
 from advtransfer.transfer.cost import block_flops
 from advtransfer.transfer.freezing import first_unfrozen_block
@@ -54,6 +55,9 @@ def fine_tune_one(
       ValueError: more blocks than the network has, a batch larger than the subset, `evaluate_epochs` that
         do not ascend within 1 ... `num_epochs`, or an unknown name in the recipe.
     """
+    check_split(train)
+    if test is not None:
+        check_split(test)
     num_images = len(train.labels)
     recipe = check_recipe(recipe, num_images)
     module = model.module.clone(num_classes=len(class_names))
@@ -113,12 +117,19 @@ def fine_tune_many(
     Raises:
       ValueError: as `fine_tune_one`.
     """
+    check_split(train)
+    check_split(test)
+    chex.assert_rank(subsets, 2)
+    chex.assert_type(subsets, int)
+    chex.assert_equal_shape_prefix([subsets, keys], 1)
     recipe = check_recipe(recipe, subsets.shape[1])
     module = model.module.clone(num_classes=num_classes)
     lanes = _lanes(module, num_unfrozen_blocks, *subsets.shape)
     programs = _many(module, _shape_of(recipe), num_unfrozen_blocks, model.spec.image_size, lanes)
     tried = rates or Rates(recipe.learning_rate, recipe.weight_decay)
     tried = Rates(*(jnp.atleast_1d(jnp.asarray(x, jnp.float32)) for x in tried))
+    chex.assert_rank(tried, 1)
+    chex.assert_equal_shape(tried)
     params = model.variables["params"]
 
     def streams(task):

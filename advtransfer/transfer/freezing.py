@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,7 +79,10 @@ def activations(
     Views follow one another. View 0 is the images as they are, view v > 0 their v-th augmentation, the same
     in every call for the same number of an image, integers `numbers` [N] (None: 0 to N - 1).
     """
+    chex.assert_rank(images, 4)
     numbers = np.arange(len(images)) if numbers is None else numbers
+    chex.assert_shape(numbers, images.shape[:1])
+    chex.assert_type([images, numbers], [np.uint8, int])
     batch_size = min(batch_size, len(images))
     entering = activation_shape(module, start, image_size or images.shape[1])
     # Filled in place: there may be room for the activations once, not twice.
@@ -106,6 +110,8 @@ def target_batch_stats(
     The set is cut into equal batches of at most `batch_size`, as equal as N allows; each counts by its size.
     Images are resized as in `activations`.
     """
+    chex.assert_rank(images, 4)
+    chex.assert_type(images, np.uint8)
     pieces = np.array_split(np.arange(len(images)), -(-len(images) // batch_size))
     plain = module.clone(momentum=0.0)  # the statistics of the last batch, not a running average
     totals = None

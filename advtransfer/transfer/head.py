@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -52,6 +53,7 @@ def reset_head(
     if init not in HEAD_INITS:
         near = difflib.get_close_matches(init, HEAD_INITS, n=1) or HEAD_INITS
         raise ValueError(f"unknown head init {init!r}; nearest: {', '.join(near)}")
+    chex.assert_rank(variables["params"]["fc"]["kernel"], 2)
     features = variables["params"]["fc"]["kernel"].shape[0]
     kernel, bias = HEAD_INITS[init](key, (features, num_classes), scale)
     head = {"kernel": kernel, "bias": bias}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import chex
 import numpy as np
 
 from advtransfer.models import Model
@@ -22,6 +23,8 @@ def normalised_by(model: Model, images: np.ndarray) -> Model:
     Raises:
       ValueError: a channel is the same in all images.
     """
+    chex.assert_shape(images, (None, None, None, 3))
+    chex.assert_type(images, np.uint8)
     # Whole numbers have exact sums; a histogram needs no copy of the images.
     counts = np.stack([np.bincount(images[..., c].reshape(-1), minlength=256) for c in range(3)])
     values = np.arange(256) / 255

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any, NamedTuple
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 
 from advtransfer import parallel
-from advtransfer.data import Split
+from advtransfer.data import Split, check_split
 from advtransfer.models import Model
 from advtransfer.transfer.freezing import (
     activation_shape,
@@ -57,11 +58,15 @@ def prepare(
     Raises:
       ValueError: fixed views, which have to be cached, do not fit.
     """
+    check_split(train)
+    check_split(test)
     module, variables, size = model.module, model.variables, model.spec.image_size
     if own_statistics(recipe, num_unfrozen_blocks):
         stats = target_batch_stats(module, variables, train.images, size)
         variables = {**variables, "batch_stats": stats}
     numbers = np.arange(train.num_images) if used is None else np.asarray(used)
+    chex.assert_rank(numbers, 1)
+    chex.assert_type(numbers, int)
     images, labels = (
         (train.images, train.labels) if used is None else (train.images[used], train.labels[used])
     )

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +72,7 @@ def make_fine_tune(
     evaluated = np.isin(np.arange(1, recipe.num_epochs + 1), recipe.evaluate_epochs)
 
     def run(params, batch_stats, task, indices, key, rates):
-        num_images, num_views = len(indices), len(task.train_inputs) // len(task.train_labels)
+        num_images, num_views = _sizes(task, indices)
         head_key, order_key, example_key = jax.random.split(key, 3)
         variables = reset_head(
             {"params": params, "batch_stats": batch_stats},
@@ -124,6 +125,14 @@ def make_fine_tune(
         return {"params": params, "batch_stats": batch_stats}, history
 
     return run
+
+
+def _sizes(task: Task, indices: jax.Array) -> tuple[int, int]:
+    """The number of a trial's training images, and of views of each of the task's."""
+    chex.assert_rank([task.train_labels, task.test_labels, indices], 1)
+    chex.assert_equal_shape_prefix([task.test_inputs, task.test_labels], 1)
+    chex.assert_is_divisible(len(task.train_inputs), len(task.train_labels))
+    return len(indices), len(task.train_inputs) // len(task.train_labels)
 
 
 def _choose_form(
