@@ -51,7 +51,15 @@ setup(
         "hub": ["huggingface_hub>=0.30"],
         "gcs": ["gcsfs>=2025.2"],
         "s3": ["s3fs>=2025.2"],
-        "test": ["coverage>=7.6", "huggingface_hub>=1.0", "pytest>=8", "pyarrow>=18", "ruff>=0.14", *BUCKETS],
+        "test": [
+            "coverage>=7.6",
+            "huggingface_hub>=1.0",
+            "pyarrow>=18",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.14",
+            *BUCKETS,
+        ],
         "bench": ["torch==2.13.0"],
     },
 )

@@ -24,6 +24,11 @@ from advtransfer.models import ARCHITECTURES
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_xdist_auto_num_workers(config):
+    """Whole tiers on up to four cores; named files in this process, where a debugger reaches them."""
+    return 0 if config.option.file_or_dir else min(4, os.cpu_count())
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _few_memory_maps():
     """A compiled program maps memory, and Linux bounds the maps of a process (vm.max_map_count, 65,530)."""

@@ -134,7 +134,7 @@ def _memory(pid: int) -> int:
 
 def pytest(tier: str, files: list[str]) -> list[str]:
     """The command that runs a tier's tests in these files until the first failure."""
-    return ["-m", "pytest", "-x", "-p", "no:cacheprovider", "-m", TIERS[tier], *files]
+    return ["-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", "-m", TIERS[tier], *files]
 
 
 def measure(root: Path, place: Place, folder: Path, tier: str, files: list[str]) -> dict[str, dict]:
