@@ -15,6 +15,8 @@ from scipy import ndimage
 
 from advtransfer.data import Augmentation, augment, make_batch, resize, to_float, transforms
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 PAPER = Augmentation(crop_padding=4, flip=True, jitter=0.25, rotation=2.0)
 
 

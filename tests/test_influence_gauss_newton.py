@@ -9,6 +9,8 @@ from jax.flatten_util import ravel_pytree
 from advtransfer.analysis import gauss_newton, influence
 from advtransfer.models import Model, ModelSpec, ResNet, init_variables
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 SIZE, CLASSES = 6, 3
 DAMPING = 5.0  # G's largest eigenvalue is 980
 

@@ -45,6 +45,8 @@ from advtransfer.transfer import (
 )
 from advtransfer.transfer.program import Task, make_fine_tune
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 # The package's function of this name hides the module.
 fine_tune_module = importlib.import_module("advtransfer.transfer.fine_tune")
 
@@ -212,7 +214,10 @@ def _task(module, recipe, k, num_images):
     return Task(inputs[0], labels[0], inputs[1], labels[1])
 
 
-@pytest.mark.parametrize("kind", TUNINGS)
+MARKS = dict.fromkeys(("a block, not cached", "a block, fixed views"), pytest.mark.sweep)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=MARKS.get(kind, ())) for kind in TUNINGS])
 def test_no_tracer_leaks_out_of_a_fine_tuning(model, kind):
     num_images, k, options = TUNINGS[kind]
     recipe = RECIPE._replace(**options)

@@ -11,6 +11,8 @@ from advtransfer import parallel
 from advtransfer.data import Augmentation
 from advtransfer.transfer import cache_bytes, fine_tune_many, fine_tune_one, prepare
 
+pytestmark = pytest.mark.usefixtures("unoptimised")
+
 SIZE = MODEL.spec.image_size
 
 
