@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import chex
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -246,17 +247,22 @@ def test_the_wrapping_is_said(study, tmp_path):
 
 
 @pytest.mark.process
-def test_the_command_line(study, tmp_path):
+def test_the_command_line(tmp_path):
     experiment = f"--config={ROOT / 'experiments/import_source.py'}"
     done = _launch(experiment, "--config.source=list", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "hf:madrylab/robust-imagenet-models/resnet50_l2_eps3.ckpt" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
-    shutil.copy(study / "digits_l2.safetensors", tmp_path / "mine.safetensors")
+    # The other process knows resnet_tiny as it is.
+    module = at.create_module("resnet_tiny", num_classes=3).clone(stage_sizes=(1, 1, 1, 1), width=16)
+    spec = at.ModelSpec("resnet_tiny", 3, 8, module.mean, module.std)
+    model = at.Model(module, at.init_variables(module, jax.random.key(0), 8), spec)
+    at.export_torch_state_dict(model, tmp_path / "mine.safetensors")
     done = _launch(experiment, "--config.source=mine.safetensors", "--workdir=imported", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert at.load_model(tmp_path / "imported").spec.provenance["file"] == "mine.safetensors"
+    description = json.loads((tmp_path / "imported" / "model" / "model.json").read_text())
+    assert description["provenance"]["file"] == "mine.safetensors"
 
     name = "hf:madrylab/robust-imagenet-models/resnet50_l2_eps3.ckpt"
     done = _launch(experiment, f"--config.source={name}", "--workdir=offline", cwd=tmp_path)

@@ -126,6 +126,7 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path, undisturbed, monkeypatch)
     """SIGKILL to a real process in the middle of the study; its trials have the same identities as here."""
     root = Path(__file__).parent
     environment = os.environ | {"PYTHONPATH": f"{root}:{root.parent}", "PYTHONHASHSEED": "1"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as here
     command = "import conftest, sys, test_study; test_study.run_and_stay(sys.argv[1])"
     process = subprocess.Popen([sys.executable, "-c", command, str(tmp_path)], env=environment)
     rows_folder = tmp_path / "rows"
