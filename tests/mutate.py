@@ -137,10 +137,11 @@ def pytest(tier: str, files: list[str]) -> list[str]:
     return ["-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", "-m", TIERS[tier], *files]
 
 
-def measure(root: Path, place: Place, folder: Path, tier: str, files: list[str]) -> dict[str, dict]:
+def measure(root: Path, places: list[Place], folder: Path, tier: str, files: list[str]) -> dict[str, dict]:
     """Of every file and of "import": its seconds, whether other tests of it are marked, lines that it runs.
 
-    A process of its own for each: what one file leaves in memory would hide functions from the next.
+    A process of its own for each: what one file leaves in memory would hide functions from the next. As many
+    run at once as there are places.
 
     Raises:
       SystemExit: the tests fail as they are.
@@ -150,28 +151,41 @@ def measure(root: Path, place: Place, folder: Path, tier: str, files: list[str])
     known = json.loads(path.read_text()) if path.exists() else {}
     names = {file: f"{file} {digest(root, [file])[:16]}" for file in files} | {"import": "import"}
     missing = [file for file, name in names.items() if name not in known]
-    script, data = place.tree.parent / "import_all.py", place.tree.parent / "coverage"
-    script.write_text(IMPORT_ALL)
     if {*missing} - {"import"}:
         print(f"measuring {len({*missing} - {'import'})} files of {tier} tests", flush=True)
-    for file in missing:
-        command = [str(script)] if file == "import" else pytest(tier, [file])
-        measured = run(
-            place,
-            ["-m", "coverage", "run", f"--data-file={data}", "--source=advtransfer", *command],
-            float("inf"),
-        )
-        if measured.failure:
-            raise SystemExit(f"{measured.said[-3000:]}\n{file} fails without a mutant")
-        lines = coverage.CoverageData(str(data))
-        lines.read()
-        found = {str(Path(f).relative_to(place.tree)): sorted(lines.lines(f)) for f in lines.measured_files()}
-        marked = re.search(r"\d deselected", measured.said) is not None
-        if file == "import" and not found:
-            raise SystemExit(f"the package is not imported from {place.tree}")
-        known[names[file]] = {"seconds": measured.seconds, "marked": marked, "lines": found}
-        path.write_text(json.dumps(known))
+    free = queue.SimpleQueue()
+    for place in places:
+        free.put(place)
+
+    def reach(file: str) -> dict:
+        place = free.get()
+        try:
+            return _reach(place, tier, file)
+        finally:
+            free.put(place)
+
+    with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:
+        for file, reached in zip(missing, pool.map(reach, missing), strict=True):
+            known[names[file]] = reached
+            path.write_text(json.dumps(known))
     return {file: known[name] for file, name in names.items()}
+
+
+def _reach(place: Place, tier: str, file: str) -> dict:
+    script, data = place.tree.parent / "import_all.py", place.tree.parent / "coverage"
+    script.write_text(IMPORT_ALL)
+    command = [str(script)] if file == "import" else pytest(tier, [file])
+    recorded = ["-m", "coverage", "run", f"--data-file={data}", "--source=advtransfer", *command]
+    measured = run(place, recorded, float("inf"))
+    if measured.failure:
+        raise SystemExit(f"{measured.said[-3000:]}\n{file} fails without a mutant")
+    lines = coverage.CoverageData(str(data))
+    lines.read()
+    found = {str(Path(f).relative_to(place.tree)): sorted(lines.lines(f)) for f in lines.measured_files()}
+    if file == "import" and not found:
+        raise SystemExit(f"the package is not imported from {place.tree}")
+    marked = re.search(r"\d deselected", measured.said) is not None
+    return {"seconds": measured.seconds, "marked": marked, "lines": found}
 
 
 def order(mutation: Mutation, root: Path, measured: dict[str, dict]) -> list[str]:
@@ -220,7 +234,7 @@ def judge(mutation: Mutation, root: Path, place: Place, folder: Path, files: lis
     source, seconds = (root / mutation.file).read_text(), 0.0
     for tier in TIERS:
         with LOCK:
-            measured = measure(root, place, folder, tier, files)
+            measured = measure(root, [place], folder, tier, files)
         files = [file for file in files if measured[file]["marked"]]  # of the next tier
         noticing = order(mutation, root, measured)
         for group in (noticing[:3], noticing[3:]):
@@ -284,9 +298,13 @@ def campaign(
             done[tuple(mutant)] = Result(*result)
     results = {mutation: done[mutation[:-1]] for mutation in drawn if mutation[:-1] in done}
     with tempfile.TemporaryDirectory(prefix="mutants") as work, path.open("a") as kept:
+        copies = [
+            copy_tree(root, Path(work, str(i)).resolve(), folder.resolve() / "compiled") for i in range(jobs)
+        ]
+        measure(root, copies, folder, "unmarked", files)
         places = queue.SimpleQueue()
-        for i in range(jobs):
-            places.put(copy_tree(root, Path(work, str(i)).resolve(), folder.resolve() / "compiled"))
+        for copy in copies:
+            places.put(copy)
 
         def task(mutation: Mutation) -> tuple[Mutation, Result]:
             place = places.get()

@@ -285,9 +285,13 @@ def test_damaged_metadata(saved, text):
 # All of them at 32 × 32, and at 224 × 224 one of each kind.
 LIVE = [(name, 32) for name in ARCHITECTURES]
 LIVE += [(name, 224) for name in ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2")]
+FEW = [("resnet18", 32), ("resnext50_32x4d", 32), ("resnet_tiny", 32)]
 
 
-@pytest.mark.parametrize(("architecture", "size"), LIVE)
+@pytest.mark.parametrize(
+    ("architecture", "size"),
+    [*FEW, *(pytest.param(*case, marks=pytest.mark.sweep) for case in LIVE if case not in FEW)],
+)
 def test_live_against_pytorch(architecture, size, tmp_path):
     torch = pytest.importorskip("torch")
     from benchmarks.torch_resnet import TorchResNet
