@@ -3,8 +3,8 @@
     python -m tests.mutate --seed=0 --count=60 [--package=attacks] [--folder=DIR] [--jobs=1]
 
 Draws `count` mutants of `advtransfer/` (mutations.py) and runs, in a copy of the tree and until one fails,
-the unmarked tests that can notice, of the nearest and quickest files first, then the marked ones (process,
-sweep). The exit code is 1 when a mutant survived.
+the unmarked tests that can notice, of the nearest and quickest files first; on what they leave, the marked
+ones (process, sweep). The exit code is 1 when a mutant survived.
 
 Which test file enters which function is measured once for each version of the package and of that file,
 under coverage. A mutant in a function is tried on the files that enter it and on those that start processes,
@@ -31,10 +31,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +46,6 @@ ROOT = Path(__file__).parent.parent
 TIERS = {"unmarked": "not process and not sweep", "marked": "process or sweep"}
 MEMORY = 12 << 30  # bytes; a mutant that takes more is caught
 OWN = ("tests/mutate.py", "tests/mutations.py", "tests/test_mutate.py")  # they notice nothing
-LOCK = threading.Lock()
 IMPORT_ALL = """
 import importlib, pkgutil, advtransfer
 for module in pkgutil.walk_packages(advtransfer.__path__, "advtransfer."):
@@ -229,28 +227,24 @@ class Result(NamedTuple):
     seconds: float
 
 
-def judge(mutation: Mutation, root: Path, place: Place, folder: Path, files: list[str]) -> Result:
-    """Tries one mutant: three files, as a process takes seconds to start, then the rest of their tier."""
+def judge(mutation: Mutation, root: Path, place: Place, tier: str, measured: dict[str, dict]) -> Result:
+    """Tries one mutant on one tier: three files, as a process takes seconds to start, then the rest."""
     source, seconds = (root / mutation.file).read_text(), 0.0
-    for tier in TIERS:
-        with LOCK:
-            measured = measure(root, [place], folder, tier, files)
-        files = [file for file in files if measured[file]["marked"]]  # of the next tier
-        noticing = order(mutation, root, measured)
-        for group in (noticing[:3], noticing[3:]):
-            if group:
-                (place.tree / mutation.file).write_text(mutated(source, mutation))
-                limit = 60 + 5 * sum(measured[file]["seconds"] for file in group)
-                tried = run(place, pytest(tier, group), limit)
-                (place.tree / mutation.file).write_text(source)
-                seconds += tried.seconds
-                if tried.failure:
-                    return Result(tier, tried.failure, tried.test, round(seconds, 1))
+    noticing = order(mutation, root, measured)
+    for group in (noticing[:3], noticing[3:]):
+        if group:
+            (place.tree / mutation.file).write_text(mutated(source, mutation))
+            limit = 60 + 5 * sum(measured[file]["seconds"] for file in group)
+            tried = run(place, pytest(tier, group), limit)
+            (place.tree / mutation.file).write_text(source)
+            seconds += tried.seconds
+            if tried.failure:
+                return Result(tier, tried.failure, tried.test, round(seconds, 1))
     return Result("", "", "", round(seconds, 1))
 
 
-def told(mutation: Mutation, result: Result) -> str:
-    caught = f"caught {result.tier} {result.test or result.failure}" if result.tier else "SURVIVED"
+def told(mutation: Mutation, tier: str, result: Result) -> str:
+    caught = f"caught {tier} {result.test or result.failure}" if result.tier else f"NOT CAUGHT {tier}"
     short = [" ".join(text.split())[:60] for text in (mutation.original, mutation.replacement)]
     what = f"{mutation.kind}: {short[0]!r} -> {short[1]!r}"
     return f"{caught}  {result.seconds:.0f} s  {mutation.file}:{mutation.line} {what}"
@@ -275,6 +269,31 @@ def table(results: dict[Mutation, Result]) -> str:
     return "\n".join(lines)
 
 
+def _judge_all(
+    mutations: list[Mutation], root: Path, places: list[Place], tier: str, measured: dict[str, dict]
+) -> Iterator[tuple[Mutation, Result]]:
+    """Each mutant with its result, as they are done: as many at a time as there are places."""
+    free = queue.SimpleQueue()
+    for place in places:
+        free.put(place)
+
+    def task(mutation: Mutation) -> tuple[Mutation, Result]:
+        place = free.get()
+        try:
+            return mutation, judge(mutation, root, place, tier, measured)
+        finally:
+            free.put(place)
+
+    with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:
+        futures = [pool.submit(task, mutation) for mutation in mutations]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def campaign(
     root: Path,
     folder: Path,
@@ -291,40 +310,30 @@ def campaign(
         digest(root, [f for f in tree_files(root) if f not in OWN]),
     )
     files = sorted(str(p.relative_to(root)) for p in (root / "tests").glob(tests))
-    files, drawn, done = [file for file in files if file not in OWN], draw(root, seed, count, package), {}
+    files, drawn = [file for file in files if file not in OWN], draw(root, seed, count, package)
+    done = {}  # by mutant and tier
     for line in path.read_text().splitlines() if path.exists() else ():
-        *mutant, asked, result = json.loads(line)
+        *mutant, asked, tier, result = json.loads(line)
         if result[0] or asked == [version, tests]:
-            done[tuple(mutant)] = Result(*result)
-    results = {mutation: done[mutation[:-1]] for mutation in drawn if mutation[:-1] in done}
+            done[(*mutant, tier)] = Result(*result)
+    results = {}
     with tempfile.TemporaryDirectory(prefix="mutants") as work, path.open("a") as kept:
         copies = [
             copy_tree(root, Path(work, str(i)).resolve(), folder.resolve() / "compiled") for i in range(jobs)
         ]
-        measure(root, copies, folder, "unmarked", files)
-        places = queue.SimpleQueue()
-        for copy in copies:
-            places.put(copy)
-
-        def task(mutation: Mutation) -> tuple[Mutation, Result]:
-            place = places.get()
-            try:
-                return mutation, judge(mutation, root, place, folder.resolve(), files)
-            finally:
-                places.put(place)
-
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            futures = [pool.submit(task, mutation) for mutation in drawn if mutation not in results]
-            try:
-                for future in concurrent.futures.as_completed(futures):
-                    mutation, result = future.result()
-                    results[mutation] = result
-                    kept.write(json.dumps([*mutation[:-1], [version, tests], result]) + "\n")
-                    kept.flush()
-                    print(told(mutation, result), flush=True)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        for tier in TIERS:
+            left = [mutation for mutation in drawn if mutation not in results or not results[mutation].tier]
+            results |= {m: done[(*m[:-1], tier)] for m in left if (*m[:-1], tier) in done}
+            asked = [mutation for mutation in left if (*mutation[:-1], tier) not in done]
+            if not asked and tier != "unmarked":
+                continue
+            measured = measure(root, copies, folder, tier, files)
+            files = [file for file in files if measured[file]["marked"]]  # of the next tier
+            for mutation, result in _judge_all(asked, root, copies, tier, measured):
+                results[mutation] = result
+                kept.write(json.dumps([*mutation[:-1], [version, tests], tier, result]) + "\n")
+                kept.flush()
+                print(told(mutation, tier, result), flush=True)
     print(table(results))
     survivors = [mutation for mutation, result in results.items() if not result.tier]
     print(*(difference(root, mutation) for mutation in survivors), sep="\n\n")
