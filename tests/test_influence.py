@@ -242,6 +242,8 @@ def test_the_dense_solver_costs_what_its_matrix_does():
     assert small.flops < influence.cost(100, 10000, 99, 10, solver="damped").flops * 1.01
     assert influence.cost(3200, 100, 2048, 1000, solver="damped").num_bytes > 1e13
     assert influence.cost(3200, 100, 2048, 1000, solver="cg").num_bytes < 1e10
+    # A few hundred eigenvectors, however many parameters there are.
+    assert influence.cost(3200, 10000, 2048, 10, solver="truncated").num_bytes < 2e9
 
 
 @pytest.mark.parametrize(

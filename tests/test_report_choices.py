@@ -132,3 +132,18 @@ def test_published_numbers_are_drawn_behind_and_said_to_be(tmp_path):
     rows = [row | {"num_unfrozen_blocks": 0} for row in rows[:4]]
     other = write_report(rows, tmp_path / "other", reference="paper").read_text()
     assert "No published numbers are drawn" in re.sub(r"\s+", " ", other)
+
+
+def test_an_axis_of_accuracies_ends_where_they_do(tmp_path, monkeypatch):
+    """Intervals of two seeds reach far beyond 0 and 100 %."""
+    ranges, draw = [], figures.line_panel
+
+    def panel(*args, yrange, zero, **options):
+        ranges.extend([] if zero else [yrange])
+        return draw(*args, yrange=yrange, zero=zero, **options)
+
+    monkeypatch.setattr(figures, "line_panel", panel)
+    wide = rows_of([0.05, 0.3]) + rows_of([0.05, 0.3], n=20)
+    wide += rows_of([0.7, 0.99], source=L2) + rows_of([0.7, 0.99], source=L2, n=20)
+    write_report([row | {"train_accuracy": 1.0, "train_loss": 0.1} for row in wide], tmp_path)
+    assert ranges and set(ranges) == {(-0.02, 1.02)}

@@ -221,6 +221,7 @@ def test_the_hash_of_a_file(tmp_path):
         ({"shape": (1,) * 40, "strides": (1,) * 40}, "at most 32"),
         ({"numel": 5, "shape": (5,), "strides": (1,)}, "storage 0"),
         ({"key": "../../etc/passwd"}, "storage"),
+        ({"key": "0\x1b[2J"}, "refers to a storage in a way that PyTorch does not"),
         ({"kind": "torch.DoubleStorage"}, "storage 0 has 24 bytes|truncated"),
     ],
 )
