@@ -91,6 +91,8 @@ def test_classes_and_the_recipe_have_defaults():
     assert (recipe["num_epochs"], recipe["batch_size"]) == (150, NUM_TRAIN)
     assert found.history["epoch"][-1] == 150 and len(found.history["epoch"]) > 3
     assert found.choice.num_unfrozen_blocks == found.model.spec.provenance["num_unfrozen_blocks"] == 0
+    many = at.fine_tune(MODEL, np.tile(TRAIN.images, (7, 1, 1, 1)), np.tile(TRAIN.labels, 7))
+    assert many.model.spec.provenance["recipe"]["batch_size"] == 128 < 7 * NUM_TRAIN
 
 
 def test_a_folder_holds_the_model_and_its_page(tuned, tmp_path):

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from advtransfer import config as base
 from advtransfer.config import validate
 from advtransfer.data import Augmentation, Dataset, Split
 from advtransfer.models import create_module
 from advtransfer.study import Source, accelerator_hours, caches_of, flatten, make_trials, pieces_of
+from advtransfer.study.trials import seeds_of
 
 SIZES = {
     "tfds:cifar10": (50_000, 10_000, 10),
@@ -77,6 +79,14 @@ def test_the_grid_has_as_many_models_as_the_paper(name):
     assert few == {20_000_000 + 100_000 * i for i in range(20)} and len(many) == 10 and many < few
     assert all(trial.recipe.batch_size == min(128, trial.num_train_images) for trial in trials)
     assert not any(trial.stratified for trial in trials)
+
+
+def test_fewer_seeds_are_never_more():
+    study = base.default().study
+    study.update(num_seeds=20, fewer_seeds=((100, 5), (200, 10), (50, 40)))
+    assert [len(seeds_of(study, n)) for n in (49, 50, 99, 100, 200)] == [20, 20, 20, 5, 5]
+    study.seeds = (7, 3, *range(100, 130))
+    assert list(seeds_of(study, 100)) == [7, 3, 100, 101, 102]
 
 
 def test_the_papers_protocol():

@@ -10,6 +10,7 @@ from test_study import DATASET, SOURCES, _grid, _models, _trial
 from advtransfer.study import (
     accelerator_hours,
     caches_of,
+    calibrate,
     format_seconds,
     measure_speed,
     pieces_of,
@@ -82,7 +83,19 @@ def test_seconds_are_operations_at_the_measured_speed_and_one_compilation_for_ea
 
 
 @pytest.mark.parametrize("frozen", ["source", "target", pytest.param("update", marks=pytest.mark.sweep)])
-def test_speeds_are_measured_by_running_the_beginning(frozen):
+def test_speeds_are_measured_by_running_the_beginning(frozen, monkeypatch):
+    """Of the training images, with the test images beside them."""
+
+    def spied(run):
+        def checked(model, train, test, *args, **kwargs):
+            assert set(map(bytes, train.images)) <= set(map(bytes, DATASET.train.images))
+            np.testing.assert_array_equal(test.images, DATASET.test.images)
+            return run(model, train, test, *args, **kwargs)
+
+        return checked
+
+    for name in ("prepare", "fine_tune_many"):
+        monkeypatch.setattr(calibrate, name, spied(getattr(calibrate, name)))
     recipe = Recipe(num_epochs=4, evaluate_epochs=(2, 4), batch_size=5, frozen_batch_norm=frozen)
     trials = [
         _trial(recipe=recipe, seed=s, num_unfrozen_blocks=k, num_train_images=12)

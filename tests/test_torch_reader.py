@@ -230,6 +230,11 @@ def test_tensors_that_do_not_fit_their_storage(tmp_path, change, message):
     refuse(write_legacy(tmp_path / "a.pt", tensor(**change, legacy=True)), message)
 
 
+def test_a_storage_that_the_file_does_not_have(tmp_path):
+    refuse(write_zip(tmp_path / "a.pt", tensor(key="7")), "storage 7 is not in the file")
+    refuse(write_legacy(tmp_path / "a.pt", tensor(key="7", legacy=True)), "list of storages does not name")
+
+
 def test_a_big_tensor_of_few_numbers_is_read_up_to_a_limit(tmp_path):
     path = write_zip(tmp_path / "a.pt", tensor(shape=(2**21, 2), strides=(0, 1)))
     with open_checkpoint(path) as contents:
