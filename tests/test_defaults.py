@@ -1,7 +1,7 @@
 """What a command or a call means where nothing is said, against fixtures/defaults.json.
 
-A changed default changes experiments that people have written down, and the identity of every trial. Who means
-to change one runs `python -m tests.test_defaults`, which writes the file anew, and says so to its users.
+A changed default changes experiments that people have written down, and the identity of every trial. To
+change one, run `python -m tests.test_defaults`, which writes the file anew, and say so to the users.
 """
 
 import importlib

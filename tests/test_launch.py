@@ -132,6 +132,7 @@ def _set(config, changes):
         ({"train.batch_size": 10_000}, "config.train.batch_size: 10000 is larger than the 8192"),
         ({"train.batch_size": 127}, "config.train.batch_size: .*2 devices"),
         ({"train.momentum": 1.0}, r"config.train.momentum=1.0 must be in \[0, 1\)"),
+        ({"train.momentum": -0.1}, r"config.train.momentum=-0.1 must be in \[0, 1\)"),
         ({"study.sources": "natural,natural"}, "config.study.sources: .*twice"),
         ({"study.sources": "natural,l2:"}, "config.study.sources: 'l2:'.*l2:0.5"),
         ({"study.sources": "no/such"}, "config.study.sources: 'no/such' is no model folder"),
@@ -164,8 +165,9 @@ def test_a_key_that_does_not_exist_is_named_with_the_nearest():
 
 def test_a_workdir_of_another_config_is_left_alone(tmp_path):
     (tmp_path / "config.json").write_text(base.to_json(_config()))
-    other = _set(_config(), {"train.learning_rate": 0.07})
-    with pytest.raises(ConfigError, match=r"train.learning_rate: .* 0.07 now.*another --workdir"):
+    other = _set(_config(), {"train.momentum": 0.5, "train.learning_rate": 0.07})
+    message = r"train.learning_rate: .* 0.07 now.*train.momentum: .* 0.5 now.*another --workdir"
+    with pytest.raises(ConfigError, match=message):
         stages.run(other, tmp_path)
     wider = _set(_config(), {"study.num_seeds": 1, "report.title": "x", "train.log_every": 7})
     assert "fine-tune" in stages.plan(wider, tmp_path)

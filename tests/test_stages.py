@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from PIL import Image
 from advtransfer import config as base
 from advtransfer import stages
 from advtransfer.config import ConfigError
-from advtransfer.models import load_model
+from advtransfer.data import load_dataset
+from advtransfer.evaluate import predict
+from advtransfer.models import load_model, logits_fn
 from advtransfer.train import DivergedError
 
 pytestmark = pytest.mark.usefixtures("two_blocks", "unoptimised")
@@ -53,6 +56,10 @@ def test_a_study_leaves_sources_rows_summary_and_report(study):
     assert len((study / "summary.csv").read_text().splitlines()) == 1 + 4
     page = (study / "report.html").read_text()
     assert page.count("data:image/png") == 3 * (1 + 2 * 2) + 3
+    read = re.findall(r"[✓✗] (\w) → <b>\w</b>", page)  # in the clean image, in its adversarial twin
+    images = load_dataset("builtin:digits", image_size=8).test.images[:3] / np.float32(255)
+    networks = [load_model(study / "sources" / name / "model") for name in ("natural", "l2_0.25")]
+    assert read == [str(c) for model in networks for c in predict(logits_fn(model), images).argmax(-1)]
     for name, norm in (("natural", "none"), ("l2_0.25", "l2")):
         folder = study / "sources" / name
         assert load_model(folder / "model").spec.norm == norm
