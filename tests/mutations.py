@@ -39,7 +39,7 @@ UNSWAPPED = {
     *("array_equal", "vdot", "logical_and", "logical_or", "_one_of", "print", "isinstance"),
     *("issubclass", "hasattr", "getattr", "setattr", "map", "filter", "partial", "scan", "fori_loop"),
     *("while_loop", "replace", "full", "zeros", "ones", "array", "asarray", "zip", "enumerate"),
-    *("astype", "frombuffer", "fromiter"),
+    *("astype", "frombuffer", "fromiter", "clip"),
 }
 INERT = {"indent", "maxsize", "stacklevel"}  # keywords whose numbers change no result
 ATOMS = (ast.Name, ast.Attribute, ast.Call, ast.Subscript, ast.Constant, ast.List, ast.Tuple, ast.Dict)
@@ -172,8 +172,6 @@ def mutations(source: str, file: str) -> tuple[Mutation, ...]:
         elif name in ("min", "max", "minimum", "maximum") and len(args) == 2 and not method and not axes:
             yield edit(node, "bound", whole(args[0]))
             yield edit(node, "bound", whole(args[1]))
-        elif name == "sorted" and not node.keywords:
-            yield edit(node, "order", f"sorted({text(args[0])}, reverse=True)")
         for a, b in itertools.pairwise(args[1:] if name == "where" else args):
             gap, shown = data[end(a) : begin(b)].decode(), (text(a), text(b))
             odd = any(isinstance(x, (ast.Lambda, *DISPLAYS)) for x in (a, b)) or _is_string(a) != _is_string(

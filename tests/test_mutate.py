@@ -30,7 +30,6 @@ ROOT = Path(__file__).parent.parent
         ("default", "def f(a=2, *, b=0.0): ...", {"def f(a=3, *, b=0.0): ...", "def f(a=2, *, b=0.5): ..."}),
         ("default", "class A(NamedTuple):\n  a: bool = True", {"class A(NamedTuple):\n  a: bool = False"}),
         ("bound", "x = np.clip(a - b, 0, 1)", {"x = (a - b)"}),
-        ("order", "x = sorted(a for a in b)", {"x = sorted((a for a in b), reverse=True)"}),
     ],
 )  # fmt: skip
 def test_kinds(kind, source, expected):
