@@ -56,7 +56,7 @@ setup(
             "huggingface_hub>=1.0",
             "pyarrow>=18",
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "ruff>=0.14",
             *BUCKETS,
         ],

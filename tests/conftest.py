@@ -29,6 +29,12 @@ def pytest_xdist_auto_num_workers(config):
     return 0 if config.option.file_or_dir else min(4, os.cpu_count())
 
 
+def pytest_collection_modifyitems(items):
+    """Files that start processes come first, or a worker would be left alone with the last of them."""
+    slow = {item.path for item in items if item.get_closest_marker("process")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _few_memory_maps():
     """A compiled program maps memory, and Linux bounds the maps of a process (vm.max_map_count, 65,530)."""

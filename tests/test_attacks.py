@@ -259,3 +259,14 @@ def test_one_network_is_compiled_once():
     traced = len(calls)
     pgd(counting, _images(1), LABELS, L2(0.3), step_size=0.1)
     assert len(calls) == traced
+
+
+def test_a_key_of_the_old_form_is_the_same_key():
+    images, network = _images(), _network(_weights())
+    options = {"num_steps": 2, "step_size": 0.1, "random_start": True}
+    found = [
+        pgd(network, images, LABELS, L2(0.7), key=key, **options)
+        for key in (jax.random.key(3), jax.random.PRNGKey(3), jax.random.key(4))
+    ]
+    chex.assert_trees_all_equal(found[0], found[1])
+    assert np.abs(found[0] - found[2]).max() > 1e-3

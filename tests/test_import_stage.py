@@ -294,3 +294,14 @@ def test_names_of_models():
     assert model_name("runs/l2/model") == model_name("runs/l2") == "l2"
     assert model_name("hf:a/b/resnet50_linf_eps4.0.ckpt@v1") == "resnet50_linf_eps4.0"
     assert model_name("hf:timm/resnet50.tv_in1k/model.safetensors") == "resnet50.tv_in1k"
+
+
+def test_the_list_and_a_plan_read_no_file(tmp_path, capsys):
+    assert stages.plan(importing("list"), tmp_path / "out") == "print the known models"
+    stages.run(importing("list"), tmp_path / "out")
+    assert "resnet50_l2_eps3.ckpt" in capsys.readouterr().out
+    name = "hf:madrylab/robust-imagenet-models/resnet50_l2_eps3.ckpt"
+    assert stages.plan(importing(name), tmp_path / "out") == f"fetch {name} and import it"
+    with pytest.raises(ConfigError, match="config.source: .*hf:OWNER/NAME/FILE"):
+        stages.plan(importing("hf:madrylab"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

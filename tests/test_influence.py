@@ -276,3 +276,10 @@ def test_bad_input_is_named(change, message):
         arrays[place] = change.pop(place)
     with pytest.raises(ValueError, match=message):
         score(arrays, **change)
+
+
+def test_seconds_are_operations_at_the_speed_of_a_product(monkeypatch):
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(influence.time, "perf_counter", lambda: next(clock))
+    price = influence.cost(100, 10, 20, 3, solver="damped")
+    assert influence.expected_seconds(price) == pytest.approx(price.flops * 2.0 / (2 * 1024**3))

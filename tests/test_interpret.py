@@ -25,6 +25,7 @@ from advtransfer.models import (
     save_model,
 )
 from advtransfer.models.resnet import ARCHITECTURES
+from advtransfer.stages.explain_pixels import owns_classes
 from advtransfer.stages.interpret import study_sections
 from advtransfer.study import make_recipe
 from advtransfer.transfer import fine_tune_one, normalised_by
@@ -206,6 +207,11 @@ def test_shape_bias_counts_answers(done, networks):
     assert float(row["shape"]) == shape / len(answers)
     assert float(row["texture"]) == texture / len(answers)
     np.testing.assert_allclose(float(row["shape_bias"]), shape / (shape + texture))
+    for letter in (LETTERS[0], LETTERS[-1]):
+        (row,) = _csv(done / "shape.csv", model=LETTER, amplitude="0.06", opacity="0.3", **{"class": letter})
+        of_letter = (conflict.shapes == letter) & (conflict.textures != letter)
+        assert float(row["shape"]) == pytest.approx(np.mean(answers[of_letter] == letter))
+        assert float(row["shape_low95"]) <= float(row["shape"]) <= float(row["shape_high95"])
     assert not _csv(done / "shape.csv", model=OWN)  # it reads no letters
 
 
@@ -334,3 +340,23 @@ def test_networks_that_cannot_stand_side_by_side(networks, tmp_path):
     ):
         with pytest.raises(ConfigError, match=said):
             stages.run(_config(models), tmp_path / "new")
+
+
+def test_whose_classes_a_network_reads(networks):
+    """By name, or by number where it has no names."""
+    model = load_model(networks[0])
+    for names, number, expected in (
+        (DIGITS, 10, True),
+        (tuple("abcdefghij"), 10, False),
+        ((), 10, True),
+        ((), 11, False),
+    ):
+        spec = ModelSpec(**{**vars(model.spec), "class_names": names, "num_classes": number})
+        assert owns_classes(model._replace(spec=spec), _data()) is expected
+
+
+def test_shape_is_not_measured_on_networks_of_other_classes(networks, tmp_path):
+    config = _config(networks[:1], analyses=("shape",))
+    stages.run(config, tmp_path)
+    assert "Not measured: these networks read neither" in (tmp_path / "report.html").read_text()
+    assert not (tmp_path / "shape.csv").exists()

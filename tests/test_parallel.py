@@ -196,3 +196,10 @@ def test_free_memory_is_the_control_groups_where_that_is_less(monkeypatch, tmp_p
     (tmp_path / "memory.max").write_text("max\n")
     available = psutil.virtual_memory().available // parallel.num_devices()
     assert abs(parallel.free_bytes() - available) < 0.2 * available
+
+
+def test_free_memory_of_accelerators_is_the_least_that_one_has_left(monkeypatch):
+    stats = [{"bytes_limit": 10, "bytes_in_use": used} for used in (3, 6)]
+    devices = [SimpleNamespace(memory_stats=lambda s=s: s) for s in stats]
+    monkeypatch.setattr(parallel.jax, "local_devices", lambda: devices)
+    assert parallel.free_bytes() == 4

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from advtransfer.report import SUMMARY_COLUMNS, headline, summarise
+from advtransfer.report import SUMMARY_COLUMNS, figures, headline, summarise
 from advtransfer.report.summary import collect, curves, format_eps, mean_and_ci95, pooled_deltas
 from advtransfer.report.words import notes, points
 
@@ -228,3 +228,15 @@ def test_numbers_as_they_are_written():
     ]
     assert [format_eps("linf", e) for e in (4 / 255, 0.5 / 255, 0.1)] == ["4/255", "0.5/255", "0.1"]
     assert format_eps("l2", 3.0) == "3"
+
+
+def test_a_range_holds_every_interval():
+    series = [
+        figures.Series(None, [1, 2], [0.2, 0.5], [0.1, math.nan]),
+        figures.Series(None, [1], [math.nan], [9.0]),
+    ]
+    # From 0.1 to 0.5, and 6 % of that on either side.
+    assert figures.value_range([series]) == pytest.approx((0.076, 0.524))
+    assert figures.value_range([series], include=(0.0,)) == pytest.approx((-0.03, 0.53))
+    assert figures.value_range([[figures.Series(None, [1], [0.5], [0.0])]]) == pytest.approx((0.49, 0.51))
+    assert figures.value_range([]) == (0.0, 1.0)

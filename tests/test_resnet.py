@@ -184,6 +184,12 @@ def test_impossible_seams(seams):
         jax.eval_shape(partial(BASIC.init, **seams), jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
 
 
+def test_activations_of_another_rank_are_refused():
+    for start, shape in ((1, (2, 8)), (2, (2, 4, 4, 16))):
+        with pytest.raises(AssertionError, match="rank"):
+            jax.eval_shape(partial(BASIC.init, start=start), jax.random.key(0), jnp.zeros(shape))
+
+
 def test_training_from_a_seam_returns_all_statistics():
     variables = random_variables(BASIC)
     images = random_images(2, 32, 32, 1)

@@ -142,7 +142,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_old_checkpoint(start, undistur
     _assert_same(tmp_path, undisturbed)
 
 
-def test_a_mount_without_space_keeps_the_checkpoint_before(tmp_path):
+def test_a_mount_without_space_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     mount = ["mount", "-t", "tmpfs", "-o", "size=3M", "tmpfs", str(tmp_path)]
     if os.getuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small disk needs root")
@@ -152,7 +152,11 @@ def test_a_mount_without_space_keeps_the_checkpoint_before(tmp_path):
         checkpoints.save(1, states[0])
         with (tmp_path / "filler").open("wb") as file, contextlib.suppress(OSError):
             file.write(bytes(2**22))
-        with pytest.raises(SaveError, match="step 2 .*No space left on device.*step 1 is as it was"):
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(SaveError, match="step 2 .*No space left on device.*step 1 is as it was"),
+        ):
+            patch.setattr(checkpoints, "_write_share", lambda *_: pytest.fail("it began to write"))
             checkpoints.save(2, states[1])
         (tmp_path / "filler").unlink()
         checkpoints = Checkpoints(tmp_path / "checkpoints")

@@ -15,6 +15,7 @@ from advtransfer.data import Augmentation, Dataset, Split, subset_indices
 from advtransfer.models import Model, ModelSpec, create_module, init_variables
 from advtransfer.study import Source, Trial, flatten, group, make_trials, num_steps, run_trials
 from advtransfer.study import run as study_run
+from advtransfer.study.rows import holds
 from advtransfer.transfer import Recipe, fine_tune_many, prepare
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -395,3 +396,13 @@ def test_all_images_are_as_many_as_there_are():
     config.study.update(num_train_images=(41,))
     with pytest.raises(ValueError, match="cannot draw 41 images from random: choose 1 to 40"):
         grid_of(config, lambda _: DATASET)
+
+
+def test_a_file_holds_trials_when_it_has_the_rows_of_all(tmp_path):
+    trials = _grid()[:3]
+    _run(tmp_path, trials=trials)
+    (path,) = tmp_path.glob("*.jsonl")
+    assert holds(path, trials) and holds(path, trials[:1])
+    assert not holds(path, _grid()[:4]) and not holds(tmp_path / "none.jsonl", trials)
+    path.write_text(path.read_text()[:-5])
+    assert not holds(path, trials)

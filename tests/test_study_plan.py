@@ -86,10 +86,13 @@ def test_seconds_are_operations_at_the_measured_speed_and_one_compilation_for_ea
 def test_speeds_are_measured_by_running_the_beginning(frozen, monkeypatch):
     """Of the training images, with the test images beside them."""
 
+    sizes = []
+
     def spied(run):
         def checked(model, train, test, *args, **kwargs):
             assert set(map(bytes, train.images)) <= set(map(bytes, DATASET.train.images))
             np.testing.assert_array_equal(test.images, DATASET.test.images)
+            sizes.append(len(kwargs.get("subsets", ())))
             return run(model, train, test, *args, **kwargs)
 
         return checked
@@ -106,7 +109,14 @@ def test_speeds_are_measured_by_running_the_beginning(frozen, monkeypatch):
     assert {kind[2] for kind in speed.training} == {0, 1, -1} == {kind[2] for kind in speed.compiling}
     assert all(np.isfinite(x) and x > 0 for x in speed.training.values())
     assert {kind[2] for kind in speed.caching} == ({0, 1} if frozen == "source" else set())
+    assert set(sizes) == {0, 2}  # of two trials both
     assert len(measure_speed(_pieces(trials), MODELS, DATASETS, budget=0.0).training) == 1
+    # Of many heads no more than run at the same time in four turns.
+    many, sizes[:] = [_trial(recipe=recipe, seed=s) for s in range(100)], []
+    measure_speed(_pieces(many), MODELS, DATASETS, budget=0.0)
+    assert max(sizes) == 4 * jax.local_device_count() * calibrate.num_streams(
+        MODELS["natural"].module, 0, 8, cached=frozen != "update"
+    )
 
 
 def test_seconds_are_readable():
@@ -118,3 +128,26 @@ def test_seconds_are_readable():
         "2.0 h",
         "1,000.0 h",
     ]
+
+
+def test_the_nearest_kind_is_of_the_same_network_before_all_else():
+    module, other = (MODELS["natural"].module.clone(num_classes=n) for n in (1, 2))
+    kind = module, 8, 1, 0
+    for known, nearest in (
+        ([(other, 8, 1, 0), (module, 8, 9, 0)], 1),
+        ([(module, 16, 1, 0), (module, 8, 9, 0)], 1),
+        ([(module, 8, 0, 0), (module, 8, 9, 0)], 1),  # then of trained blocks
+        ([(module, 8, 4, 0), (module, 8, 2, 9)], 1),  # then k
+        ([(module, 8, 2, 5), (module, 8, 2, 9)], 0),  # then n
+    ):
+        assert calibrate._nearest(kind, {k: i for i, k in enumerate(known)}) == nearest
+
+
+def test_what_is_tried_is_an_epoch_or_so():
+    recipe = Recipe(num_epochs=64, evaluate_epochs=(32, 64), batch_size=5)
+    for k, n in ((0, 40), (1, 4 * 5)):  # of trained blocks four batches
+        (piece,) = _pieces([_trial(recipe=recipe, num_train_images=40, num_unfrozen_blocks=k)])
+        long, short = (calibrate._shorten(piece, 20, budget).first for budget in (1e9, 0.0))
+        assert (long.num_train_images, short.num_train_images) == (n, n)
+        assert (long.recipe.num_epochs, short.recipe.num_epochs) == (32, 1)
+        assert long.recipe.evaluate_epochs == (32,)

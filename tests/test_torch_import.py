@@ -133,6 +133,7 @@ def test_what_the_caller_says_goes_first():
         ("norm='linf' needs eps", {"norm": "linf", "eps": 0.0}),
         ("eps=3 contradicts norm='none'", {"norm": "none", "eps": 3.0}),
         ("norm='l1' must be one of none, l2, linf", {"norm": "l1", "eps": 3.0}),
+        ("image_size=0 must be a positive number", {"image_size": 0}),
         ("must be 8 to 64 hexadecimal digits", {"sha256": "wrong"}),
         ("unknown architecture 'resnet5'", {"architecture": "resnet5"}),
     ],
@@ -201,6 +202,7 @@ def test_weights_that_are_no_weights(saved):
     refused("with 5 classes: missing fc.bias$", saved(fc__bias=None))
     refused("with 1000 classes: missing fc.weight, fc.bias$", saved(fc__bias=None, fc__weight=None))
     refused("unexpected head.0.bias$", saved(head__0__bias=bias))
+    refused("a normaliser is int64, no float", saved(mean=np.zeros(3, np.int64), std=np.ones(3, np.int64)))
     refused(r"fc.bias has shape \(1, 5\), not \(5,\)", saved(fc__bias=bias[None]))
     refused(
         r"std \(0.2, 0.0, 0.2\) do not normalise images in \[0, 1\]: import it with mean and std",

@@ -97,6 +97,7 @@ def test_schedules_at_the_points_that_define_them():
         [cyclic(i) for i in range(150)], np.interp(epochs, [0, 4, 15], [0, 0.2, 0]), atol=1e-6
     )
     assert make_schedule("constant", 0.3, 10)(7) == pytest.approx(0.3)
+    assert [make_schedule(name, 0.1, 1)(0) for name in ("step", "cosine")] == pytest.approx([0.1, 0.1])
     with pytest.raises(ValueError, match="unknown schedule 'stpe'.*step"):
         make_schedule("stpe", 0.1, 10)
 

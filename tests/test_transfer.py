@@ -378,3 +378,14 @@ def test_two_sources_get_the_same_head_from_the_same_key(init):
     ]
     chex.assert_trees_all_equal(heads[0], heads[1])
     assert np.abs(heads[0]["kernel"] - heads[2]["kernel"]).max() > 0.1
+
+
+def test_what_is_frozen_has_no_backward_pass():
+    """Where it is computed in every step, gradients stop at what enters the first trained block."""
+    params, batch_stats = VARIABLES
+    apply = program._apply_from(MODEL.module, 1, False, "source")
+    images = to_float(TRAIN.images[:4])
+    gradients = jax.jit(jax.grad(lambda p: jnp.sum(apply(p, batch_stats, images, False)[0] ** 2)))(params)
+    for name, layer in gradients.items():
+        moves = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(layer))
+        assert (moves == 0) == (name in _frozen_names(1)), name

@@ -266,3 +266,14 @@ def test_what_does_not_exist_is_told_in_one_line():
         vis.visualise(vis.match(vis.features_fn(model(), 3), np.ones((2, 3))), images)
     with pytest.raises(ValueError, match="unknown parameterisation 'wavelet': pixels, fourier"):
         vis.visualise(vis.logit(model(), 0), images, parameterisation="wavelet")
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (8, 4)])
+def test_the_lowest_frequency_is_that_of_the_longer_side(shape):
+    """A wave of one period along it keeps its height, one of two has half of it."""
+    along = np.arange(8) * 2 * np.pi / 8
+    for periods, height in ((1, 1.0), (2, 0.5)):
+        wave = np.cos(periods * along)
+        image = np.broadcast_to(wave if shape == (4, 8) else wave[:, None], shape)[None, :, :, None]
+        found = vis.scale_spectrum(np.float32(image), 1)
+        np.testing.assert_allclose(found, height * image, atol=1e-6)

@@ -147,7 +147,7 @@ def _pgd(
         done = (jnp.argmax(logits, axis=-1) == labels) == options.targeted
         # A fooled example outranks every loss seen before: a larger loss need not change the prediction.
         ranked = jnp.where(done & options.early_finish, jnp.inf, objective)
-        return jnp.sum(objective), (jax.lax.stop_gradient(ranked), done)
+        return jnp.sum(objective), (ranked, done)
 
     def remember(search, ranked, done):
         better = ranked > search.best_objective
