@@ -34,8 +34,8 @@ def launch(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(launch):
-    """start(workdir): a source training by RECIPE."""
-    return lambda workdir, **kwargs: launch("source", workdir, *RECIPE, **kwargs)
+    """start(workdir, *arguments): a source training by RECIPE."""
+    return lambda workdir, *arguments: launch("source", workdir, *RECIPE, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,13 @@ def test_a_finished_run_is_not_run_again(start, undisturbed):
     before = model.stat().st_mtime_ns
     finish(start(undisturbed))
     assert model.stat().st_mtime_ns == before
+
+
+@pytest.mark.process
+def test_a_diverged_training_ends_with_its_own_code(start, tmp_path):
+    last = finish(start(tmp_path, "--config.train.learning_rate=1e38"), code=1).splitlines()[-1]
+    assert "the loss became NaN or infinite at step " in last and "no checkpoint was saved" in last
+    assert not (tmp_path / "model").exists()
 
 
 # --- stages that do not save on the way -------------------------------------------------------------
