@@ -214,7 +214,11 @@ def order(mutation: Mutation, root: Path, measured: dict[str, dict]) -> list[str
 
     everywhere = mutation.body is None or enters(imported.get(mutation.file, ()))
     files = sorted(sorted(texts), key=cost)
-    first = [file for file in files if enters(entered(file).get(mutation.file, ()))]
+    first = [
+        file
+        for file in files
+        if file == f"tests/test_{mutation.kind}s.py" or enters(entered(file).get(mutation.file, ()))
+    ]
     return first + [file for file in files if file not in first and (everywhere or starts_processes(file))]
 
 

@@ -186,9 +186,7 @@ def mutations(source: str, file: str) -> tuple[Mutation, ...]:
     found = []
     for node, body in _walk(ast.parse(source), None):
         for kind, start, stop, replacement in edits(node):
-            lines = body
-            if kind == "default" and isinstance(node, FUNCTIONS):
-                lines = node.body[0].lineno, node.end_lineno
+            lines = None if kind == "default" else body  # a signature is read without being called
             line, original = data[:start].count(b"\n") + 1, data[start:stop].decode()
             found.append(Mutation(file, line, kind, start, stop, original, replacement, lines))
     return tuple(found)

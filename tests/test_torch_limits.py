@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from damage_checkpoints import SIX, name_of, tensor, text, write_legacy, write_z
 
 import advtransfer as at
 from advtransfer.models import ARCHITECTURES
-from advtransfer.torch_checkpoint import convert, import_torch_checkpoint, reader, tensors
+from advtransfer.torch_checkpoint import convert, import_torch_checkpoint, reader, tensors, zip_format
 from advtransfer.torch_checkpoint.catalogue import KnownModel, find_known
 from advtransfer.torch_checkpoint.hub import Fetched
 from advtransfer.torch_checkpoint.reader import CheckpointError, Stub, open_checkpoint
@@ -267,3 +268,18 @@ def test_names_of_the_hub(monkeypatch):
     spec = import_torch_checkpoint("hf:some/repo/folder/hub.ckpt").spec
     assert spec.provenance["hub"] == {"repo": "some/repo", "file": "folder/hub.ckpt", "revision": "abc"}
     assert spec.provenance["file"] == "hub.ckpt"
+
+
+def test_a_zip_directory_is_read_up_to_a_limit(monkeypatch):
+    """However large the file says that it is."""
+    asked = []
+    raw = SimpleNamespace(seek=None, tell=None, seekable=None)
+    raw.read = lambda size: asked.append(size) or bytes(min(size, 64))
+    monkeypatch.setattr(zip_format, "_MAX_DIRECTORY", 64)
+    directory = zip_format._Directory(raw)
+    assert [len(directory.read(*size)) for size in ((5,), (2**40,), ())] == [5, 64, 64]
+    assert asked == [5, 65, 65]
+    raw.read = bytes
+    assert len(directory.read(64)) == 64
+    with pytest.raises(CheckpointError, match="a directory of more than 64 bytes"):
+        directory.read(2**40)
