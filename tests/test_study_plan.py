@@ -54,6 +54,8 @@ def test_a_cache_is_counted_once_for_all_that_share_it():
         assert cache.num_bytes == cache.num_images * held.nbytes / 20
         assert cache.flops == cache.num_images * sum(block_flops(model.module, 8)[: start + 1])
     assert not caches_of(_pieces([_trial(num_unfrozen_blocks=-1)]), DATASETS)
+    many = caches_of(_pieces(_grid(num_seeds=5)), DATASETS)  # 5 × 12 of 40
+    assert {cache.num_images for cache in many} == {40 + 20}
 
 
 def test_hours_of_an_accelerator_are_operations_or_launches():
