@@ -6,8 +6,8 @@ model = at.load_model("runs/quickstart/sources/l2_0.25/model")
 logits = at.logits_fn(model)(images)                        # images [N, H, W, 3] in [0, 1]
 twins = at.pgd(at.logits_fn(model), images, labels, at.L2(eps=0.25))
 
-Every public function refuses arrays of another rank, length or kind of dtype than its docstring names, with
-an AssertionError or a ValueError, before anything is computed.
+Arrays of another rank, length or kind of dtype than a docstring names are refused before anything is
+computed, with an AssertionError or a ValueError.
 """
 
 from advtransfer import config, models, report, stages, study

@@ -26,7 +26,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 def pytest_xdist_auto_num_workers(config):
     """Whole tiers on up to four cores; named files in this process, where a debugger reaches them."""
-    return 0 if config.option.file_or_dir else min(4, os.cpu_count())
+    return 0 if config.option.file_or_dir else min(4, os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(items):

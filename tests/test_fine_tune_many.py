@@ -219,11 +219,11 @@ def test_what_cannot_be_is_refused_in_one_line(k, change, message):
 
 def test_heads_run_side_by_side_as_memory_allows(monkeypatch):
     """On an accelerator: the Gram matrix of each, and its features twice, in an eighth of what is free."""
-    module, lanes = create_module("resnet18", num_classes=3), fine_tune_module._lanes
-    assert lanes(module, 0, 20, 400) == 1  # on a CPU
+    module, at_once = create_module("resnet18", num_classes=3), fine_tune_module._lanes
+    assert at_once(module, 0, 20, 400) == 1  # on a CPU
     monkeypatch.setattr(parallel, "platform", lambda: "gpu")
     one = 4 * (400 * 400 + 2 * 400 * 512)
     for fit, expected in ((0, 1), (1, 1), (5, 4), (8, 8), (10**6, 20)):
         monkeypatch.setattr(parallel, "free_bytes", lambda fit=fit: 8 * fit * one + 7)
-        assert lanes(module, 0, 20, 400) == expected
-    assert lanes(module, 1, 20, 400) == 1
+        assert at_once(module, 0, 20, 400) == expected
+    assert at_once(module, 1, 20, 400) == 1

@@ -56,7 +56,7 @@ def test_a_study_leaves_sources_rows_summary_and_report(study):
     assert len((study / "summary.csv").read_text().splitlines()) == 1 + 4
     page = (study / "report.html").read_text()
     assert page.count("data:image/png") == 3 * (1 + 2 * 2) + 3
-    read = re.findall(r"[✓✗] (\w) → <b>\w</b>", page)  # in the clean image, in its adversarial twin
+    read = re.findall(r"[✓✗] (\w) → <b>\w</b>", page)  # in the clean image, in the adversarial one
     images = load_dataset("builtin:digits", image_size=8).test.images[:3] / np.float32(255)
     networks = [load_model(study / "sources" / name / "model") for name in ("natural", "l2_0.25")]
     assert read == [str(c) for model in networks for c in predict(logits_fn(model), images).argmax(-1)]
