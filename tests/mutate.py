@@ -200,11 +200,16 @@ def order(mutation: Mutation, root: Path, measured: dict[str, dict]) -> list[str
     def enters(lines: Iterable[int]) -> bool:
         return any(low <= line <= high for line in lines)
 
+    def is_near(file: str) -> bool:
+        """Whether a file is about the module, by its name or what it imports."""
+        named = {stem, package_of(mutation)} & {*Path(file).stem.split("_")}
+        return bool(named) or bool(
+            re.search(rf"^(from|import) advtransfer.*\b{stem}\b", texts[file], re.MULTILINE)
+        )
+
     def cost(file: str) -> float:
         """Seconds; a file that is about the module is worth ten times its time."""
-        near = {stem, package_of(mutation)} & {*Path(file).stem.split("_")}
-        near = near or re.search(rf"^(from|import) advtransfer.*\b{stem}\b", texts[file], re.MULTILINE)
-        return measured[file]["seconds"] * (0.1 if near else 1)
+        return measured[file]["seconds"] * (0.1 if is_near(file) else 1)
 
     def starts_processes(file: str) -> bool:
         if re.search(r"\b(subprocess|faults|multiprocessing)\b", texts[file]):
@@ -217,7 +222,9 @@ def order(mutation: Mutation, root: Path, measured: dict[str, dict]) -> list[str
     first = [
         file
         for file in files
-        if file == f"tests/test_{mutation.kind}s.py" or enters(entered(file).get(mutation.file, ()))
+        if file == f"tests/test_{mutation.kind}s.py"
+        or enters(entered(file).get(mutation.file, ()))
+        or (everywhere and is_near(file))
     ]
     return first + [file for file in files if file not in first and (everywhere or starts_processes(file))]
 

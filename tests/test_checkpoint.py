@@ -6,12 +6,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import chex
 import numpy as np
 import pytest
 
-from advtransfer.checkpoint import Checkpoints, _named, _share
+from advtransfer.checkpoint import Checkpoints, SaveError, _named, _share
 
 ROOT = Path(__file__).parent.parent
 
@@ -143,3 +144,23 @@ def test_every_array_is_in_one_process_s_share():
     for number in (1, 2, 3, 7):
         names = [name for i in range(number) for name in _share(arrays, i, number)]
         assert sorted(names) == sorted(arrays)
+
+
+def test_room_is_made_sure_of_before_anything_is_written(tmp_path, monkeypatch):
+    """As many bytes as the arrays have, and one MiB, which Orbax never takes beside them."""
+    asked, reserve, arrays = [], os.posix_fallocate, state(1)
+
+    def fallocate(file, offset, size):
+        asked.append((offset, size))
+        reserve(file, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", fallocate)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, arrays)
+    assert asked == [(0, 4 * (2 * 64 * 32 + 5 + 1) + 2**20)]
+    (folder,) = tmp_path.iterdir()
+    assert sum(path.stat().st_size for path in folder.rglob("*")) <= asked[0][1]
+    monkeypatch.setattr(os, "posix_fallocate", mock.Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(SaveError, match="No space left"):
+        checkpoints.save(2, arrays)
+    assert list(tmp_path.iterdir()) == [folder]

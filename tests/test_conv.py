@@ -147,6 +147,35 @@ def test_each_platform_holds_only_its_own_lowering():
     assert "reduce_window" not in pool.lower(lowering_platforms=("cpu",)).as_text()
 
 
+@pytest.mark.parametrize(
+    ("size", "kernel_size", "stride", "form"),
+    [
+        *((8, 1, stride, "product") for stride in (1, 2)),
+        *((2, 3, stride, "dense") for stride in (1, 2)),
+        *((size, 3, 1, "taps") for size in (3, 7)),
+        *((size, 3, 2, "taps") for size in (3, 28)),
+        *((8, 3, 1, "convolution"), (29, 3, 2, "convolution"), (9, 7, 2, "convolution")),
+        *((30, 3, 2, "phases"), (8, 7, 2, "phases")),
+    ],
+)
+def test_which_lowering_a_cpu_gets(size, kernel_size, stride, form):
+    """All give the same values; which is the fastest depends on the shapes."""
+    x, kernel, g = operands(size, kernel_size, stride)
+
+    def text(function, *arrays):
+        return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cpu",)).as_text()
+
+    convolve = partial(ours, stride=stride)
+    value = text(convolve, x, kernel)
+    of_input = text(lambda x, kernel, g: jax.vjp(convolve, x, kernel)[1](g)[0], x, kernel, g)
+    of_kernel = text(lambda x, kernel, g: jax.vjp(convolve, x, kernel)[1](g)[1], x, kernel, g)
+    number = int(form in ("convolution", "phases"))
+    for program in (value, of_input, of_kernel):
+        assert program.count("stablehlo.convolution(") == number
+    assert ("stablehlo.pad" in value) == (form == "taps")
+    assert ("lhs_dilate = [2, 2]" in of_input) == (form == "convolution" and stride == 2)
+
+
 def torch_max_pool(x, g):
     """Values and gradient of PyTorch's max_pool2d(3, 2, 1): of equals, the first in a window wins."""
     n, h, w, c = x.shape

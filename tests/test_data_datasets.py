@@ -74,6 +74,7 @@ def test_digits_are_resized_as_by_pillow(digits):
     for small, large in zip(digits.test.images[:20], larger.test.images[:20], strict=True):
         expected = Image.fromarray(small[..., 0]).resize((16, 16), Image.Resampling.BILINEAR)
         np.testing.assert_array_equal(large[..., 2], np.asarray(expected))
+    assert load_dataset("builtin:digits", image_size=1).test.images.shape == (797, 1, 1, 3)
 
 
 def test_glyphs_splits(drawn):

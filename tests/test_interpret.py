@@ -181,6 +181,15 @@ def test_harmful_images_are_named_by_their_place_in_the_dataset(done, networks):
     assert [row["label"] for row in rows] == [DIGITS[labels[int(row["index"])]] for row in rows]
 
 
+def test_influence_of_two_training_images_on_one_query(networks, tmp_path):
+    config = _config(networks[:1], analyses=("influence",), num_queries=1, num_train=2)
+    stages.run(config, tmp_path)
+    for kind in ("helpful", "harmful"):
+        rows = _csv(tmp_path / "influence.csv", kind=kind)
+        assert [int(row["rank"]) for row in rows] == [1, 2] and len({row["train_index"] for row in rows}) == 2
+    assert "1 images of" in (tmp_path / "report.html").read_text()
+
+
 def test_visualisation_starts_at_what_the_start_gives_and_climbs(done, networks):
     model = load_model(networks[0])
     images = np.float32(_drawn("test", 3)[1].images) / np.float32(255)

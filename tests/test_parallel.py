@@ -203,3 +203,13 @@ def test_free_memory_of_accelerators_is_the_least_that_one_has_left(monkeypatch)
     devices = [SimpleNamespace(memory_stats=lambda s=s: s) for s in stats]
     monkeypatch.setattr(parallel.jax, "local_devices", lambda: devices)
     assert parallel.free_bytes() == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "cores", "devices", "expected"), [("cpu", 7, 2, 3), ("cpu", 2, 8, 1), ("gpu", 16, 1, 1)]
+)
+def test_cores_are_shared_by_the_devices_of_a_cpu(monkeypatch, kind, cores, devices, expected):
+    monkeypatch.setattr(parallel, "platform", lambda: kind)
+    monkeypatch.setattr(parallel, "num_devices", lambda: devices)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(cores)}, raising=False)
+    assert parallel.cores_per_device() == expected

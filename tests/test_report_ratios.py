@@ -2,6 +2,7 @@
 
 import csv
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from scipy.optimize import isotonic_regression
 
 from advtransfer.report import read_rows, write_report
 from advtransfer.report.ratios import _first_reach, _mean_shift, _rising, compare, ratios
+from advtransfer.report.sections import needed_rows
 from advtransfer.report.summary import collect
 
 SIZES = (100, 200, 400, 800, 1600)
@@ -166,6 +168,38 @@ def test_each_k_is_compared_with_its_own():
     ]
     found = [row for row in ratios(collect(rows)) if "accuracy" not in row]
     assert {row["num_unfrozen_blocks"]: row["factor"] for row in found} == pytest.approx(by_k)
+
+
+def test_a_table_of_factors_is_of_its_target_quantity_and_n():
+    """Epochs are those of the largest n up to 100, where a lead of 0.08 log f is a factor f^(0.08 / 0.05)."""
+
+    def accuracy(factor, n, epoch):
+        return line(n, factor) + (0.05 if n == 100 else 0.1) * np.log(epoch / 8)
+
+    rows = [
+        row
+        for target, factor in (("digits", 3), ("letters", 2))
+        for row in rows_of(
+            {
+                source: {
+                    s: {n: {e: accuracy(f, n, e) for e in (1, 2, 4, 8)} for n in (50, 100, 200)}
+                    for s in (0, 1)
+                }
+                for source, f in (("nat", 1), ("rob", factor))
+            },
+            target=target,
+        )
+    ]
+    results = collect(rows)
+    material = SimpleNamespace(results=results, ratios=ratios(results))
+    for target, quantity, factor in (
+        ("digits", "images", 3),
+        ("letters", "images", 2),
+        ("digits", "epochs", 3**1.6),
+        ("letters", "epochs", 2**1.6),
+    ):
+        [(_, cell)] = needed_rows(material, target, quantity).values()
+        assert f"{factor:.2f}×" in cell
 
 
 def test_they_stand_in_a_file_and_in_the_report(tmp_path):

@@ -1,6 +1,8 @@
 """The reader of PyTorch's files against what PyTorch 2.13 wrote, and against files of other kinds."""
 
+import collections
 import hashlib
+import io
 import os
 import pickle
 import re
@@ -14,7 +16,9 @@ import numpy as np
 import pytest
 from damage_checkpoints import SIX, TENSOR, call, name_of, tensor, text, write_legacy, write_zip
 
+from advtransfer.torch_checkpoint.plain_data import PLAIN_DATA
 from advtransfer.torch_checkpoint.reader import CheckpointError, Stub, file_sha256, open_checkpoint, open_file
+from advtransfer.torch_checkpoint.unpickle import unpickle
 
 FIXTURES = Path(__file__).parent / "fixtures/checkpoints"
 ZOOS = ("zoo.pt", "zoo_protocol4.pt", "zoo_legacy.pt")
@@ -84,6 +88,51 @@ def test_what_is_no_tensor_is_plain_data(name):
     assert tree["default"] == {"a": [1]} and 1 not in tree  # of the keys only text is kept
     assert tree["numpy"] == (76.5, 0.25, -7, True) and type(tree["numpy"][3]) is bool
     assert tree["torch"][:2] == ((1, 2), "cpu") and tree["torch"][2].name == "torch.float32"
+
+
+class Thing:
+    """What is no plain data."""
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_data_of_every_protocol_as_python_itself_reads_it(protocol):
+    def read(value):
+        return unpickle(io.BytesIO(pickle.dumps(value, protocol)), PLAIN_DATA)
+
+    numbers = (0, 255, 256, -1, 2**31, -(2**63), 2**80, 2.5, 1 + 2j)
+    texts = ("text é", "a\nb\\", b"\x00\xff", b"")
+    several = ((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [], [1, [2]], {"a": {"b": 1}})
+    for value in (None, True, False, *numbers, *texts, *several):
+        found, stubbed = read(value)
+        assert type(found) is type(value) and found == value and not stubbed, value
+    mappings = (collections.OrderedDict(a=1, b=[2]), collections.defaultdict(list, a=[1]))
+    for value in (*mappings, collections.Counter("aab"), {"b": 2, 3: 4}):
+        assert read(value) == ({key: x for key, x in value.items() if type(key) is str}, set())
+    assert read({1}) == read(frozenset({1})) == ([1], set()) and read(set()) == ([], set())
+    assert read(bytearray(b"ab\xe9")) == (b"ab\xe9", set())
+    for code in (">f8", ">i4", "<f4", "i1", "u8", "f2", "?"):
+        value = np.array(77, code)[()]
+        found, stubbed = read(value)
+        assert type(found) is type(value.item()) and found == value.item() and not stubbed, code
+    found, stubbed = read([np.dtype("float32"), Thing()])
+    assert [stub.name for stub in found] == ["numpy.dtype", f"{__name__}.Thing"]
+    assert stubbed == {f"{__name__}.Thing"}
+
+
+def test_python_2_s_constructors():
+    def read(operations):
+        return unpickle(io.BytesIO(operations + b"."), PLAIN_DATA)
+
+    two = b"](K\x01K\x02e"
+    assert read(call("__builtin__.tuple", two)) == ((1, 2), set())
+    assert read(call("__builtin__.list", two)) == read(call("__builtin__.set", two)) == ([1, 2], set())
+    assert read(call("__builtin__.bytes")) == (b"", set())
+    assert read(call("__builtin__.dict", b"}" + text("a") + b"K\x01s")) == ({"a": 1}, set())
+    pairs = b"](](" + text("a") + b"K\x01ee"
+    assert read(call("collections.OrderedDict", pairs)) == ({"a": 1}, set())
+    for name, argument in (("tuple", b"K\x01"), ("bytes", b"K\x01"), ("dict", two), ("complex", two)):
+        found, stubbed = read(call(f"__builtin__.{name}", argument))
+        assert found.name == f"__builtin__.{name}" and stubbed == {found.name}
 
 
 @pytest.mark.parametrize("name", ["little_endian.pt", "big_endian.pt", "no_crc.pt"])
@@ -289,6 +338,10 @@ FOUND = {
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(50), "an HDF5 file"),
     "numpy": (b"\x93NUMPY" + bytes(50), "a numpy array"),
     "pickle": (pickle.dumps({"a": 1}), "an ordinary pickle"),
+    "pickle that holds the magic number": (
+        pickle.dumps([bytes(64), 0x1950A86A20F9469CFC6C], 2),
+        "an ordinary pickle",
+    ),
     "zeros": (bytes(100), "begins with the bytes 00 00"),
     "text": (b"hello", "begins with the bytes 68 65"),
     "header": (struct.pack("<Q", 2**40) + b"{}", "damaged safetensors file"),
