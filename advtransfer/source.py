@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,10 +69,6 @@ def load_data(
         for split in splits:
             if not getattr(dataset, split).num_images:
                 raise ValueError(f"{name} has no {split} images")
-    if dataset.skipped:
-        logging.warning(
-            "%s: %d images skipped: %s", name, len(dataset.skipped), "; ".join(dataset.skipped[:5])
-        )
     return dataset
 
 

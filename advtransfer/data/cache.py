@@ -54,7 +54,7 @@ def fingerprint(root: Path, paths: Iterable[Path]) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(paths):
-        status = path.stat()
+        status = path.stat() if path.exists() else path.lstat()  # a link that leads nowhere
         entry = [str(path.relative_to(root)), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         digest.update(json.dumps(entry).encode())
     return digest.hexdigest()

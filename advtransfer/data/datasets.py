@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from types import MappingProxyType
@@ -23,7 +24,7 @@ from PIL import Image
 from advtransfer.data import glyphs
 from advtransfer.data.cache import cached_arrays, content_digest
 from advtransfer.data.folder import open_folder
-from advtransfer.data.recorded import Recording, count_training, find_size, load_parts
+from advtransfer.data.recorded import Recording, count_training, find_size, inspect, load_parts
 from advtransfer.data.stream import StreamedSplit, open_stream
 from advtransfer.data.subsets import stratified_order
 from advtransfer.data.tfds import open_tfds
@@ -70,6 +71,7 @@ class Dataset(NamedTuple):
     validation: Split  # carved out of the training images; hyper-parameters are chosen on it
     test: Split
     skipped: tuple[str, ...] = ()  # images that could not be decoded, with the reason
+    remarks: tuple[str, ...] = ()  # what a reader should know: of folders, what was left out, duplicates
     digests: Mapping[str, str] = MappingProxyType({})  # `content_digest` by split, as far as it is known
 
     def digest(self, *splits: str) -> str:
@@ -161,7 +163,10 @@ def load_dataset(
     if streamed:
         ours["train"] = open_stream(recording, *find_size(recording, image_size, cache_dir), broken)
     digests = {split: str(part.digest) for split, part in parts.items()}
-    return Dataset(name, recording.class_names, **ours, skipped=skipped, digests=digests)
+    remarks = (*recording.remarks, *inspect(parts))
+    for remark in remarks:
+        logging.warning("%s: %s", name, remark)
+    return Dataset(name, recording.class_names, **ours, skipped=skipped, remarks=remarks, digests=digests)
 
 
 def _is_streamed(recording: Recording, size: int, view: str, loading: str) -> bool:

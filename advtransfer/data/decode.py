@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import os
+import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 Encoded = Path | BinaryIO
+# Of Pillow's readers those of photographs and drawings: some of the others start programs (EPS), or follow
+# what a file says into other files.
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+MAX_BYTES = 1 << 30  # of a picture file
 _CHUNK = 64  # images that a thread takes at a time
+# EXIF orientation (EXIF 2.3, section 4.6.4) -> what turns the stored pixels upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode_image(encoded: Encoded, *, upright: bool = False) -> Image.Image:
@@ -29,27 +45,57 @@ def decode_image(encoded: Encoded, *, upright: bool = False) -> Image.Image:
 
     Raises:
       Exception: of many types, whatever Pillow raises for files that are damaged or no pictures;
-        ValueError for pixels whose range is unknown (floating point, more than 16 bits).
+        ValueError for pixels whose range is unknown (floating point, more than 16 bits), for more pixels
+        than Pillow's MAX_IMAGE_PIXELS, and for what is no regular file or has more than MAX_BYTES.
     """
-    with _open(encoded) as image:
+    with open_image(encoded) as image:
         return _to_rgb(image, upright)
 
 
-def _open(encoded: Encoded) -> Image.Image:
-    # One read of the whole file: Pillow itself takes dozens of small ones.
-    return Image.open(io.BytesIO(encoded.read_bytes()) if isinstance(encoded, Path) else encoded)
+def open_image(encoded: Encoded) -> Image.Image:
+    """Reads the header of a picture file whose size can be decoded.
+
+    Raises:
+      Exception: as `decode_image`.
+    """
+    if isinstance(encoded, Path):
+        status = encoded.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise ValueError(f"a file of {status.st_size:,} bytes; at most {MAX_BYTES:,} are read")
+        encoded = io.BytesIO(encoded.read_bytes())  # one read: Pillow itself takes dozens of small ones
+    image = Image.open(encoded, formats=_formats())
+    _check_area(*image.size)
+    return image
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this build of Pillow reads."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _check_area(width: int, height: int) -> None:
+    most = Image.MAX_IMAGE_PIXELS
+    if most and width * height > most:
+        raise ValueError(
+            f"{width:,} x {height:,} pixels, more than {most:,} (PIL.Image.MAX_IMAGE_PIXELS): scale it down"
+        )
 
 
 def _to_rgb(image: Image.Image, upright: bool) -> Image.Image:
-    if upright and _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
+    turn = _TURNS.get(_orientation(image)) if upright else None
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if image.mode.startswith("I"):  # Pillow's own conversion of 16 bits clips at 255
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("grey values do not fit into 16 bits")
-        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+        image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -58,14 +104,20 @@ def _to_rgb(image: Image.Image, upright: bool) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """How the camera was held, by EXIF: 1 upright, 5 to 8 on its side."""
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+    """How the camera was held, by EXIF: 1 upright, 5 to 8 on its side; 1 where EXIF cannot be read."""
+    try:
+        held = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # of damaged EXIF data, of many types; the pixels may be whole
+        return 1
+    return held if type(held) is int else 1
 
 
 def reason(error: Exception) -> str:
     """Why an image could not be decoded, in one line and always the same."""
     if isinstance(error, UnidentifiedImageError):  # its message is the address of an object
-        return "no image file that Pillow knows"
+        return "no image file that is known"
+    if isinstance(error, OSError) and error.strerror:  # of the system
+        return error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -87,7 +139,7 @@ def decode_crop(
     Raises:
       Exception: as `decode_image`.
     """
-    with _open(encoded) as image:
+    with open_image(encoded) as image:
         turned = upright and _orientation(image) in range(5, 9)
         width, height = image.size[::-1] if turned else image.size
         left, top, box_width, box_height = random_box(rng, width, height, min_area=min_area)
@@ -125,12 +177,16 @@ def fit_image(image: Image.Image, size: int, *, crop: bool) -> Image.Image:
     With `crop` it is scaled until its shorter side is 8/7 × size and its middle is cut out, at 224 the
     Resize(256) and CenterCrop(224) of torchvision's and robustness' evaluation, with their rounding.
     Otherwise it is scaled as a whole.
+
+    Raises:
+      ValueError: so thin that it would have more than Pillow's MAX_IMAGE_PIXELS, scaled.
     """
     if not crop:
         return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
     short = round(size * 8 / 7)
     width, height = (int(short * side / min(image.size)) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
+    _check_area(width, height)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     return image.crop((left, top, left + size, top + size))
 

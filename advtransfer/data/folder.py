@@ -1,9 +1,10 @@
 """Image folders: one subfolder per class.
 
-`folder:/path` holds train/CLASS/*, test/CLASS/* and perhaps validation/CLASS/* (or val), some of them
-missing, or is one tree CLASS/*, which is then split (see `load_parts`). Class folders may have
-subfolders; classes are numbered in the alphabetical order of their names, as torchvision's ImageFolder
-does. Hidden files and files that are no pictures by their suffix are ignored.
+`folder:/path` holds train/CLASS/*, test/CLASS/* and perhaps validation/CLASS/*, some of them missing, or is
+one tree CLASS/*, which is then split (see `load_parts`); `layout` says which other names are understood.
+Class folders may have subfolders. Classes are numbered in the order of their names, as torchvision's
+ImageFolder does it, but whole numbers in that of their values. Names that differ in how Unicode composes
+their letters alone are one class. What is left out is counted and said.
 
 `folder:/path:TRAIN` says what the training images are, in TFDS's notation: `train[:10%]`, `train[500:]`,
 `train+validation`. Slices are taken of a fixed order in which every class has its share of every beginning,
@@ -15,24 +16,26 @@ from __future__ import annotations
 import functools
 import os
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from advtransfer.data.cache import fingerprint
+from advtransfer.data.layout import Walk, read_layout, split_of
 from advtransfer.data.recorded import PLACE_AND_TRAIN, Recording, Records, check_training, fixed_order
 
-_SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 Images = list[tuple[Path, int]]  # paths and labels
-_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 def open_folder(name: str) -> Recording:
     """Lists the images of a folder; they are read later, turned upright by their EXIF orientation.
 
     Raises:
-      ValueError: no such folder, no class folders in it, or a class without training images.
+      ValueError: no such folder, no class folders in it, folders that could mean several things (see
+        `read_layout`), or a class without training images.
     """
     root, train = Path(name.partition(":")[2]).expanduser(), "train"
     if not root.is_dir():  # a folder's name may hold a colon itself
@@ -40,19 +43,27 @@ def open_folder(name: str) -> Recording:
         root = Path(place)
     if not root.is_dir():
         raise ValueError(f"{name}: there is no folder {root}")
-    folders = {split: root / child for child, split in _SPLIT_FOLDERS.items() if (root / child).is_dir()}
-    folders = folders or {"train": root}
-    first = next(iter(folders))
-    class_names = tuple(path.name for path in sorted(folders[first].iterdir()) if _is_class(path))
+    walk = Walk(name, root)
+    layout = read_layout(walk)
+    classes = {split: _classes(walk, folder) for split, folder in layout.splits.items()}
+    first = next(iter(classes))
+    class_names = tuple(sorted(classes[first], key=_order))
     if not class_names:
-        raise ValueError(
-            f"{name}: {folders[first]} has no class folders; expected {folders[first]}/CLASS/*.png"
-        )
+        folder = layout.splits[first]
+        raise ValueError(f"{name}: {folder} has no class folders; expected {folder}/CLASS/*.png")
+    left_out: Counter[str] = Counter()
     listed = {
-        split: _list_images(name, folder, class_names, complete=split == "train")
-        for split, folder in folders.items()
+        split: _list_images(walk, split, folders, class_names, left_out) for split, folders in classes.items()
     }
+    for folder in {root, *layout.splits.values()}:
+        content = walk.look(folder)
+        left_out += content.left_out
+        left_out["pictures outside class folders"] += len(content.pictures)
     paths = [path for images in listed.values() for path, _ in images]
+    remarks = list(layout.remarks)
+    if +left_out:
+        counts = ", ".join(f"{count:,} {why}" for why, count in left_out.most_common() if count)
+        remarks.append(f"left out {counts}")
     if train != "train":
         listed = _slice(name, listed, train)
     return Recording(
@@ -61,7 +72,27 @@ def open_folder(name: str) -> Recording:
         splits={split: _records(root, images) for split, images in listed.items()},
         identity={"files": fingerprint(root, paths), "classes": class_names, "train": train},
         upright=True,
+        remarks=tuple(remarks),
     )
+
+
+def _classes(walk: Walk, folder: Path) -> dict[str, list[Path]]:
+    """The class folders by class name."""
+    found: dict[str, list[Path]] = {}
+    for child in walk.look(folder).folders:
+        found.setdefault(_printable(unicodedata.normalize("NFC", child.name)), []).append(child)
+    return found
+
+
+def _printable(name: str) -> str:
+    """A file's name as text: bytes that are no UTF-8, and what cannot be printed, are escaped."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _order(class_name: str) -> tuple[bool, int, str]:
+    is_number = class_name.isascii() and class_name.isdigit()
+    return not is_number, int(class_name) if is_number else 0, class_name
 
 
 def _slice(name: str, listed: dict[str, Images], train: str) -> dict[str, Images]:
@@ -69,7 +100,7 @@ def _slice(name: str, listed: dict[str, Images], train: str) -> dict[str, Images
     used, chosen = set(), []
     for term in train.split("+"):
         found = re.fullmatch(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", term)
-        split = found and _SPLIT_FOLDERS.get(found[1])
+        split = found and split_of(found[1])
         if split not in listed:
             raise ValueError(
                 f"{name}: {term!r} names no images; write train[:10%] or the like, of {', '.join(listed)}"
@@ -92,23 +123,37 @@ def _place(bound: str | None, count: int) -> int | None:
     return round(int(bound[:-1]) / 100 * count)
 
 
-def _is_class(path: Path) -> bool:
-    return path.is_dir() and not path.name.startswith(".")
+def _list_images(
+    walk: Walk,
+    split: str,
+    folders: dict[str, list[Path]],
+    class_names: tuple[str, ...],
+    left_out: Counter[str],
+) -> Images:
+    """In the order of classes and names; what is left out of them is added to `left_out`.
 
-
-def _list_images(name: str, folder: Path, class_names: tuple[str, ...], *, complete: bool) -> Images:
-    """Sorted; `complete` asks for an image of every class."""
-    unknown = sorted({path.name for path in folder.iterdir() if _is_class(path)} - set(class_names))
+    Raises:
+      ValueError: classes that are not trained on, or of the training images one that has none.
+    """
+    unknown = sorted(folders.keys() - set(class_names))
     if unknown:
-        raise ValueError(f"{name}: {folder} has classes that are not trained on: {', '.join(unknown)}")
+        raise ValueError(
+            f"{walk.name}: {split} has classes that are not trained on: {', '.join(unknown)}; trained on are "
+            f"{', '.join(class_names)}"
+        )
     images = []
     for label, class_name in enumerate(class_names):
-        before = len(images)
-        for parent, _, files in sorted(os.walk(folder / class_name, followlinks=True)):
-            good = (f for f in sorted(files) if f[0] != "." and Path(f).suffix.lower() in _SUFFIXES)
-            images += [(Path(parent, file), label) for file in good]
-        if complete and len(images) == before:
-            raise ValueError(f"{name}: {folder / class_name} holds no images")
+        before, missed = len(images), Counter()
+        for folder in folders.get(class_name, ()):
+            for _, content in sorted(walk.below(folder)):
+                images += [(path, label) for path in content.pictures]
+                missed += content.left_out
+        if split == "train" and len(images) == before:
+            seen = ", ".join(f"{count:,} {why}" for why, count in missed.most_common())
+            raise ValueError(
+                f"{walk.name}: {folders[class_name][0]} holds no images" + (f" (only {seen})" if seen else "")
+            )
+        left_out += missed
     return images
 
 
@@ -120,7 +165,7 @@ def _records(root: Path, images: Images) -> Records:
         count=len(images),
         labels=lambda: labels,
         read=functools.partial(_read, root, names, labels),
-        describe=lambda index: os.fsdecode(names[index]),
+        describe=lambda index: _printable(os.fsdecode(names[index])),
     )
 
 

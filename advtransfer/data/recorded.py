@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from os import PathLike
 from typing import NamedTuple
 
 import numpy as np
 import PIL
 import psutil
-from PIL import Image
 
 from advtransfer.data.cache import cached_arrays, content_digest
-from advtransfer.data.decode import Encoded, decode_images
+from advtransfer.data.decode import Encoded, decode_images, open_image
 from advtransfer.data.subsets import stratified_order
 from advtransfer.data.views import LOW_PASS_SIDE, VIEWS
 
@@ -22,6 +22,9 @@ VALIDATION_SHARE, MAX_VALIDATION = 0.1, 5000  # of the training images, where no
 MAX_STRATIFIED = 200_000  # a larger set is split without its labels, which may take reading all of it
 PLACE_AND_TRAIN = r"(.*?)(?::([a-z]\w*(?:\[[^\]]*\])?(?:\+.+)?))?"  # of names such as /path:train[:10%]
 _CHUNK = 1024  # images whose headers are read at a time
+_DARK = (
+    32  # an eighth of the range: a set of 8-bit photographs without a pixel above it is none that is meant
+)
 
 
 class Records(NamedTuple):
@@ -43,6 +46,7 @@ class Recording(NamedTuple):
     identity: dict  # another whenever a file is another
     upright: bool  # see `decode_image`
     side: int | None = None  # pixels, where all images are known to be squares of this side
+    remarks: tuple[str, ...] = ()  # what a reader should know of how it was read
 
 
 class Part(NamedTuple):
@@ -52,6 +56,7 @@ class Part(NamedTuple):
     labels: np.ndarray  # int32 [N]
     skipped: np.ndarray  # strings: the broken images that are left out
     digest: np.ndarray  # string: SHA-256 of images and labels
+    hashes: np.ndarray  # uint64 [N], of each image's pixels
 
 
 def load_parts(
@@ -97,8 +102,8 @@ def load_parts(
         if skipped:
             images, labels = (np.delete(array, list(reasons), axis=0) for array in (images, labels))
         images = VIEWS[view](images)
-        digest = np.array(content_digest(images, labels))
-        return Part(images, labels, np.array(skipped, dtype=np.str_), digest)._asdict()
+        digest, skipped = np.array(content_digest(images, labels)), np.array(skipped, dtype=np.str_)
+        return Part(images, labels, skipped, digest, _hashes(images))._asdict()
 
     kind = recording.name.partition(":")[0]
     identity = recording.identity | {"size": size, "pillow": PIL.__version__, "sizes": sizes}
@@ -111,8 +116,8 @@ def load_parts(
 
     def load(split: str) -> Part:
         if not sizes[split] or split not in splits:
-            none = np.empty(0, np.str_)
-            return Part(np.empty((0, size, size, 3), np.uint8), np.empty(0, np.int32), none, np.array(""))
+            images, hashes = np.empty((0, size, size, 3), np.uint8), np.empty(0, np.uint64)
+            return Part(images, np.empty(0, np.int32), np.empty(0, np.str_), np.array(""), hashes)
         make = functools.partial(decode, split)
         part = Part(**cached_arrays(kind, identity | {"split": split}, make, cache_dir=cache_dir))
         if broken == "refuse" and len(part.skipped):
@@ -120,6 +125,42 @@ def load_parts(
         return part
 
     return {split: load(split) for split in sizes}
+
+
+def _hashes(images: np.ndarray) -> np.ndarray:
+    digests = (hashlib.blake2b(np.ascontiguousarray(image), digest_size=8).digest() for image in images)
+    return np.array([int.from_bytes(digest, "little") for digest in digests], np.uint64)
+
+
+def inspect(parts: Mapping[str, Part]) -> list[str]:
+    """What a reader should know of decoded images: those left out, those that come twice, and dark ones."""
+    remarks = []
+    if skipped := [str(image) for part in parts.values() for image in part.skipped]:
+        listed = "; ".join(skipped[:5]) + ("; …" if len(skipped) > 5 else "")
+        remarks.append(f"left out {len(skipped):,} images that cannot be decoded: {listed}")
+    labels: dict[str, dict[int, set[int]]] = {}  # of each image by the hash of its pixels, of each split
+    for split, part in parts.items():
+        known = labels.setdefault(split, {})
+        for pixels, label in zip(part.hashes.tolist(), part.labels.tolist(), strict=True):
+            known.setdefault(pixels, set()).add(label)
+        several = sum(len(found) > 1 for found in known.values())
+        if several:
+            remarks.append(f"{several:,} images are among the {split} images with several labels each")
+    for one, other in (("test", "train"), ("validation", "train"), ("test", "validation")):
+        shared = labels[one].keys() & labels[other].keys()
+        if shared:
+            odd = sum(labels[one][pixels] != labels[other][pixels] for pixels in shared)
+            remarks.append(
+                f"{len(shared):,} of the {one} images are among the {other} images too, pixel by pixel"
+                + (f", {odd:,} of them with another label" if odd else "")
+            )
+    brightest = max((part.images.max() for part in parts.values() if len(part.images)), default=255)
+    if brightest < _DARK:
+        remarks.append(
+            f"no pixel is brighter than {brightest} of 255: do 16-bit files hold values of 10 or 12 bits? "
+            "Scale them to the whole range of 16 bits"
+        )
+    return remarks
 
 
 def find_size(
@@ -220,7 +261,7 @@ def _common_side(recording: Recording, cache_dir: str | PathLike | None) -> int:
             for start in range(0, records.count, _CHUNK):
                 for encoded, _ in records.read(range(start, min(start + _CHUNK, records.count))):
                     try:
-                        with Image.open(encoded) as image:
+                        with open_image(encoded) as image:
                             sides.add(image.size)
                     except Exception:  # decoding names it and says why
                         continue

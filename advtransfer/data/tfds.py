@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import functools
 import io
+import json
 import os
 import re
 import threading
@@ -54,12 +55,18 @@ def open_tfds(name: str) -> Recording:
         )
     asked = {split: split for split in known} if train is None else _training_on(name, known, train)
     splits = {
-        ours: _open_records(name, builder, theirs, image_key, label_key) for ours, theirs in asked.items()
+        ours: _open_records(name, builder, theirs, (image_key, label_key)) for ours, theirs in asked.items()
     }
     height, width = builder.info.features[image_key].shape[-3:-1]
+    label = builder.info.features[label_key]
+    if len(label.names) != label.num_classes:
+        raise ValueError(
+            f"{name} has {label.num_classes:,} classes and {len(label.names):,} names for them in {folder}: "
+            "it is damaged, or was copied in part"
+        )
     return Recording(
         name=name,
-        class_names=tuple(builder.info.features[label_key].names),
+        class_names=tuple(label.names),
         splits=splits,
         identity={"files": fingerprint(folder, folder.iterdir()), "train": train},
         upright=False,  # as in TensorFlow, which ignores the EXIF orientation
@@ -78,7 +85,29 @@ def _find_folder(name: str, where: str) -> Any:
         raise ValueError(f"{name}: {folder} holds no prepared set (a version's folder has a features.json)")
     if len(found) > 1:
         raise ValueError(f"{name} holds several prepared sets, name one: {', '.join(map(str, found))}")
-    return tfds.builder_from_directory(found[0])
+    _check_features(name, found[0])
+    with _one_line(f"{name}: {found[0]} holds no whole prepared set"):
+        return tfds.builder_from_directory(found[0])
+
+
+def _check_features(name: str, folder: Path) -> None:
+    """Raises a ValueError for features of other classes than TFDS' own: it would import their modules."""
+    path = folder / "features.json"
+
+    def check(node: Any) -> None:
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            if key == "pythonClassName" and not re.fullmatch(
+                r"tensorflow_datasets\.core\.features\.[\w.]+", value
+            ):
+                raise ValueError(f"its feature {value!r} is none of TFDS' own")
+            if isinstance(value, dict | list):
+                check(value)
+
+    try:
+        check(json.loads(path.read_text()))
+    except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
+        why = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ValueError(f"{name}: {path} is no description of a set: {why}") from error
 
 
 def _find_named(name: str, where: str) -> Any:
@@ -86,6 +115,8 @@ def _find_named(name: str, where: str) -> Any:
     from tensorflow_datasets.core.read_only_builder import builder_from_files
 
     root = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    for path in (root / re.split("[/:]", where)[0]).rglob("features.json"):
+        _check_features(name, path.parent)
     try:
         return builder_from_files(where, data_dir=root)
     except (ValueError, tfds.core.DatasetNotFoundError):
@@ -181,20 +212,30 @@ def _is_labelled(name: str, builder: Any, split: str, label_key: str) -> bool:
     return next(examples([0]))[label_key].int64_list.value[0] >= 0
 
 
-def _open_records(name: str, builder: Any, split: str, image_key: str, label_key: str) -> Records:
+def _open_records(name: str, builder: Any, split: str, keys: tuple[str, str]) -> Records:
     count, examples = _open_split(name, builder, split)
+    (_, label_key), where = keys, f"{split} of {name}"
+    num_classes = builder.info.features[label_key].num_classes
 
     def labels() -> np.ndarray:
-        values = np.empty(count, np.int32)
+        values = np.empty(count, np.int64)
         for start in range(0, count, _CHUNK):
             chunk = examples(range(start, min(start + _CHUNK, count)))
             values[start : start + _CHUNK] = [example[label_key].int64_list.value[0] for example in chunk]
         if values.min() < 0:
-            raise ValueError(f"{(values < 0).sum():,} images of {split} of {name} have no label")
-        return values
+            raise ValueError(f"{(values < 0).sum():,} images of {where} have no label")
+        if values.max() >= num_classes:
+            raise ValueError(_beyond(where, values[values >= num_classes][0], num_classes))
+        return values.astype(np.int32)
 
-    read = _Reader(name, builder.data_dir, split, image_key, label_key)
+    read = _Reader(name, builder.data_dir, split, *keys)
     return Records(count, functools.cache(labels), read, lambda index: f"{split}[{index}]")
+
+
+def _beyond(where: str, label: int, num_classes: int) -> str:
+    return (
+        f"{where} has the label {label}; of its {num_classes:,} classes the labels are 0 to {num_classes - 1}"
+    )
 
 
 class _Reader:
@@ -207,15 +248,20 @@ class _Reader:
         return _Reader, self._where
 
     @functools.cached_property
-    def _examples(self) -> Callable[[Sequence[int]], Iterator[Any]]:
+    def _opened(self) -> tuple[Callable[[Sequence[int]], Iterator[Any]], int]:
+        """The examples by index, and the number of classes."""
         import tensorflow_datasets as tfds
 
-        name, folder, split, *_ = self._where
-        return _open_split(name, tfds.builder_from_directory(folder), split)[1]
+        name, folder, split, _, label_key = self._where
+        builder = tfds.builder_from_directory(folder)
+        return _open_split(name, builder, split)[1], builder.info.features[label_key].num_classes
 
     def __call__(self, indices: Sequence[int]) -> list[tuple[io.BytesIO, int]]:
-        image_key, label_key = self._where[3:]
-        return [
-            (io.BytesIO(example[image_key].bytes_list.value[0]), example[label_key].int64_list.value[0])
-            for example in self._examples(indices)
-        ]
+        name, _, split, image_key, label_key = self._where
+        (examples, num_classes), found = self._opened, []
+        for example in examples(indices):
+            label = example[label_key].int64_list.value[0]
+            if not 0 <= label < num_classes:
+                raise ValueError(_beyond(f"{split} of {name}", label, num_classes))
+            found.append((io.BytesIO(example[image_key].bytes_list.value[0]), label))
+        return found

@@ -138,12 +138,8 @@ def _remarks(dataset: Dataset | None, grid: Grid) -> list[str]:
         more = f", … ({len(target.class_names)})" if len(target.class_names) > _MAX_NAMED else ""
         remarks.append(f"The classes of {name}: {', '.join(target.class_names[:_MAX_NAMED])}{more}.")
     everything = [*([dataset] if dataset else []), *targets.values()]
-    skipped = {dataset.name: dataset.skipped for dataset in everything if dataset.skipped}
-    return remarks + [
-        f"{len(images):,} images of {name} could not be decoded and were left out: {'; '.join(images[:5])}"
-        + ("; …" if len(images) > 5 else ".")
-        for name, images in skipped.items()
-    ]
+    told = {dataset.name: dataset.remarks for dataset in everything}
+    return remarks + [f"{name}: {remark}." for name, those in told.items() for remark in those]
 
 
 def _pictures(
