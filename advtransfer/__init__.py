@@ -12,7 +12,7 @@ computed, with an AssertionError or a ValueError.
 
 from advtransfer import config, models, report, stages, study
 from advtransfer.analysis import influence, matches, saliency, shape, visualise
-from advtransfer.attacks import L2, Linf, Unconstrained, make_attack, pgd
+from advtransfer.attacks import L2, Linf, Unconstrained, cross_entropy, log_odds, make_attack, margin, pgd
 from advtransfer.data import (
     Augmentation,
     Batch,
@@ -56,6 +56,7 @@ __all__ = [
     "Unconstrained",
     "config",
     "create_module",
+    "cross_entropy",
     "evaluate",
     "export_torch_state_dict",
     "fine_tune",
@@ -66,9 +67,11 @@ __all__ = [
     "init_variables",
     "load_dataset",
     "load_model",
+    "log_odds",
     "logits_fn",
     "make_attack",
     "make_train_step",
+    "margin",
     "matches",
     "models",
     "pgd",

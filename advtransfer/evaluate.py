@@ -10,9 +10,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from advtransfer import parallel
-from advtransfer.attacks import LogitsFn, cross_entropy
+from advtransfer.attacks import LogitsFn, as_network, check_labels, cross_entropy
 from advtransfer.data import Batch, Split, check_batch, check_split, to_float
 from advtransfer.train import Metrics, sum_metrics
 
@@ -22,10 +23,11 @@ Attack = Callable[..., jax.Array]
 def make_evaluate_step(
     attack: Attack | None = None, *, axis_name: str | None = None
 ) -> Callable[[LogitsFn, Batch, jax.Array], Metrics]:
-    """A pure function (logits_fn, batch, mask) -> metrics, as `evaluation_metrics` gives them.
+    """A pure function (logits_fn, batch, mask) -> metrics, as `evaluation_metrics` gives them, and (sum,
+    count) of "not_finite", the examples with a logit that is not a finite number.
 
-    With an attack, images are replaced by `attack(logits_fn, images, labels, key=batch.keys)` first.
-    Examples whose mask is 0 count for nothing.
+    With an attack, images are replaced by `attack(logits_fn, images, labels, key=batch.keys)` first, and
+    "unmoved" are those that it left as they were, and right. Examples whose mask is 0 count for nothing.
     """
 
     def evaluate_step(logits_fn, batch, mask):
@@ -35,19 +37,28 @@ def make_evaluate_step(
         if attack is not None:
             images = attack(logits_fn, images, batch.labels, key=batch.keys)
         logits = logits_fn(images)
-        return parallel.total(evaluation_metrics(logits, batch.labels, mask), axis_name)
+        odd = {"not_finite": ~_is_finite(logits)}
+        if attack is not None:
+            moved = jnp.any(images != batch.images, axis=(1, 2, 3))
+            odd["unmoved"] = ~moved & (jnp.argmax(logits, axis=-1) == batch.labels)
+        counts = {name: (jnp.sum(flags * mask), jnp.sum(mask)) for name, flags in odd.items()}
+        return parallel.total(evaluation_metrics(logits, batch.labels, mask) | counts, axis_name)
 
     return evaluate_step
 
 
+def _is_finite(logits: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(logits), axis=-1)
+
+
 def evaluation_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Metrics:
     """(sum, count) of the examples whose mask [N] is 1: of "loss", "accuracy" and, [classes] each, of
-    "class_accuracy", the accuracy on the images of each class."""
+    "class_accuracy", the accuracy on the images of each class. Logits that are not finite are no answer."""
     chex.assert_rank(logits, 2)
     chex.assert_shape([labels, mask], logits.shape[:1])
     chex.assert_type(labels, int)
     of_class = jax.nn.one_hot(labels, logits.shape[-1]) * mask[:, None]
-    correct = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    correct = ((jnp.argmax(logits, axis=-1) == labels) & _is_finite(logits)).astype(jnp.float32)
     by_class = (jnp.sum(of_class * correct[:, None], axis=0), jnp.sum(of_class, axis=0))
     metrics = sum_metrics(cross_entropy(logits, labels), logits, labels, mask)
     return metrics | {"class_accuracy": by_class}
@@ -84,7 +95,8 @@ def evaluate(
     of devices.
 
     Args:
-      logits_fn: a pytree callable, such as `logits_fn(model)`: images [N, H, W, 3] in [0, 1] to logits.
+      logits_fn: images [N, H, W, 3] in [0, 1] to logits: `at.logits_fn(model)`, or any other callable that
+        JAX can trace (see `attacks.as_network`).
       split: uint8 images and labels on the host.
       batch_size: over all devices, which must divide it.
       attack: (logits_fn, images, labels, key=keys) to images; None measures natural accuracy.
@@ -94,11 +106,19 @@ def evaluate(
       steps: wraps the range of batches, to draw a progress bar.
 
     Returns:
-      {"loss", "accuracy", "mean_per_class_accuracy"}, see `evaluation_means`.
+      {"loss", "accuracy", "mean_per_class_accuracy"}, see `evaluation_means`; with an attack also "unmoved",
+      the share of the images that it left as they were, and right: where the gradient is zero, say.
+
+    Raises:
+      ValueError: labels that are no classes, or logits that are not finite numbers.
     """
     check_split(split)
     step = _evaluate_on_devices(attack)
-    logits_fn = parallel.replicate(logits_fn)
+    sides = (image_size, image_size) if image_size else split.images.shape[1:3]
+    batch = jax.ShapeDtypeStruct((batch_size // parallel.num_devices(), *sides, 3), jnp.float32)
+    network = as_network(logits_fn, batch)
+    check_labels(split.labels, jax.eval_shape(network, batch).shape[1])
+    network = parallel.replicate(network)
     num_images = len(split.labels)
     keys = jax.random.split(jax.random.key(0) if key is None else key, num_images)
     totals = []
@@ -107,9 +127,14 @@ def evaluate(
         images = to_float(jnp.asarray(split.images[chosen]), image_size)
         batch = Batch(images, split.labels[chosen], keys[chosen])
         batch, mask = parallel.pad(batch, batch_size)
-        totals.append(step(logits_fn, *parallel.split((batch, mask))))
+        totals.append(step(network, *parallel.split((batch, mask))))
     totals = jax.tree.map(lambda *x: np.sum(np.float64(x), axis=0), *jax.device_get(totals))
-    return {name: float(x) for name, x in evaluation_means(totals).items()}
+    if lost := int(totals["not_finite"][0]):
+        raise ValueError(f"the logits of {lost:,} of {num_images:,} images are not finite numbers")
+    means = evaluation_means(totals)
+    if attack is not None:
+        means["unmoved"] = totals["unmoved"][0] / totals["unmoved"][1]
+    return {name: float(x) for name, x in means.items()}
 
 
 @functools.lru_cache(maxsize=32)
@@ -121,17 +146,22 @@ def _evaluate_on_devices(attack: Attack | None) -> Callable[..., Metrics]:
 
 
 def predict(logits_fn: LogitsFn, images: np.ndarray | jax.Array, *, batch_size: int = 256) -> Any:
-    """Logits [N, classes] of float images [N, H, W, 3] in [0, 1], computed in batches on one device."""
+    """Logits [N, classes] of float images [N, H, W, 3] in [0, 1], computed in batches on one device.
+
+    Any callable that JAX can trace will do (see `attacks.as_network`).
+    """
     chex.assert_rank(images, 4)
     chex.assert_type(images, float)
     batch_size = min(batch_size, len(images))
+    batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), jnp.float32)
+    network = as_network(logits_fn, batch)
     batches = [
-        _apply(logits_fn, parallel.pad(images[i : i + batch_size], batch_size)[0])
+        _apply(network, parallel.pad(images[i : i + batch_size], batch_size)[0])
         for i in range(0, len(images), batch_size)
     ]
     return np.concatenate([np.asarray(batch) for batch in batches])[: len(images)]
 
 
 @jax.jit
-def _apply(logits_fn: LogitsFn, images: jax.Array) -> jax.Array:
-    return logits_fn(images)
+def _apply(network: Partial, images: jax.Array) -> jax.Array:
+    return network(jnp.asarray(images, jnp.float32))

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from advtransfer import parallel, storage
@@ -45,6 +44,8 @@ class RunLog:
             return
         self._folder = storage.to_path(folder)
         self._path = self._folder / "log.jsonl"
+        from tensorboardX import SummaryWriter  # it imports PyTorch and clients of clouds where they are
+
         storage.make_folder(self._folder)
         self._lines = [line for line in _read_lines(self._path) if line["step"] <= first_step]
         self._write()

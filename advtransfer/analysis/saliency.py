@@ -23,9 +23,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from advtransfer import parallel
-from advtransfer.attacks import LogitsFn
-
-LossFn = Callable[[jax.Array, jax.Array], jax.Array]
+from advtransfer.attacks import LogitsFn, LossFn, as_network, check_labels, log_odds
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -33,15 +31,9 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
     Through a softmax the gradient is a difference of probabilities, in float32 without a correct digit when
     the label's is within 1e-7 of 1, on images the network is sure of. Written as
-    log(1 + exp(-margin)) it is a small factor times the gradient of the margin.
+    softplus(log odds) it is a small factor times the gradient of the log odds.
     """
-    chex.assert_rank(logits, 2)
-    chex.assert_shape(labels, logits.shape[:1])
-    chex.assert_type(labels, int)
-    logits = logits.astype(jnp.float32)
-    of_label = jnp.arange(logits.shape[-1])[None] == labels[:, None]
-    others = jax.nn.logsumexp(jnp.where(of_label, -jnp.inf, logits), axis=-1)
-    return jax.nn.softplus(others - jnp.sum(jnp.where(of_label, logits, 0.0), axis=-1))
+    return jax.nn.softplus(log_odds(logits, labels))
 
 
 def gradients(
@@ -62,10 +54,10 @@ def gradients(
       batch_size: images on the device at once.
 
     Raises:
-      ValueError: images that are no floats.
+      ValueError: images that are no floats, or labels that are no classes.
     """
-    _check(images, labels)
-    step = functools.partial(_gradients, _as_pytree(logits_fn), loss_fn=loss_fn)
+    network = _network(logits_fn, images, labels, batch_size)
+    step = functools.partial(_gradients, network, loss_fn=loss_fn)
     return _in_batches(step, batch_size, images, labels)
 
 
@@ -90,11 +82,9 @@ def smooth_grad(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}: SmoothGrad needs at least one noisy copy")
-    _check(images, labels)
+    network = _network(logits_fn, images, labels, batch_size)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(images)))
-    step = functools.partial(
-        _smooth_grad, _as_pytree(logits_fn), num_samples=num_samples, noise=noise, loss_fn=loss_fn
-    )
+    step = functools.partial(_smooth_grad, network, num_samples=num_samples, noise=noise, loss_fn=loss_fn)
     return _in_batches(step, batch_size, images, labels, keys)
 
 
@@ -135,10 +125,9 @@ def integrated_gradients(
     """
     if not 1 <= num_steps <= max_steps:
         raise ValueError(f"num_steps is {num_steps}: choose 1 to max_steps, which is {max_steps}")
-    _check(images, labels)
     step = functools.partial(
         _integrated_gradients,
-        _as_pytree(logits_fn),
+        _network(logits_fn, images, labels, batch_size),
         baseline=baseline,
         num_steps=num_steps,
         max_steps=max_steps,
@@ -159,7 +148,9 @@ def _smooth_grad(logits_fn, images, labels, keys, num_samples, noise, loss_fn):
     scale = noise * jnp.ptp(images, axis=pixels, keepdims=True)
 
     def add(i, total):
-        draws = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), images.shape[1:]))(keys)
+        draws = jax.vmap(
+            lambda key: jax.random.normal(jax.random.fold_in(key, i), images.shape[1:], jnp.float32)
+        )(keys)
         return total + _gradients(logits_fn, images + scale * draws, labels, loss_fn)
 
     return jax.lax.fori_loop(0, num_samples, add, jnp.zeros_like(images)) / num_samples
@@ -205,16 +196,17 @@ def _mean_gradients(logits_fn, baseline, images, labels, offset, steps, loss_fn)
     return jax.lax.fori_loop(0, steps + (offset == 0), add, jnp.zeros_like(images)) / steps
 
 
-def _as_pytree(logits_fn: LogitsFn) -> Partial:
-    return logits_fn if isinstance(logits_fn, Partial) else Partial(logits_fn)
-
-
-def _check(images: Any, labels: Any) -> None:
+def _network(logits_fn: LogitsFn, images: Any, labels: Any, batch_size: int) -> Partial:
+    """The network as a pytree, for batches of the images, once these and the labels are checked."""
     chex.assert_rank(images, 4)
     chex.assert_shape(labels, images.shape[:1])
     chex.assert_type(labels, int)
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images are {images.dtype}: pass floats in [0, 1], such as images / 255")
+    batch = jax.ShapeDtypeStruct((min(batch_size, len(images)), *images.shape[1:]), jnp.float32)
+    network = as_network(logits_fn, batch)
+    check_labels(labels, jax.eval_shape(network, batch).shape[1])
+    return network
 
 
 def _in_batches(step: Callable[..., Any], batch_size: int, images: Any, *others: Any) -> Any:

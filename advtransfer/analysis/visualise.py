@@ -198,7 +198,7 @@ def visualise(
 
 def noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The paper's noise to start from: N(0.5, 1/20), the latter the standard deviation, clipped to [0, 1]."""
-    return jnp.clip(0.5 + jax.random.normal(key, shape) / 20.0, 0.0, 1.0)
+    return jnp.clip(0.5 + jax.random.normal(key, shape, jnp.float32) / 20.0, 0.0, 1.0)
 
 
 def grid(pictures: np.ndarray | list, *, border: int = 2) -> np.ndarray:

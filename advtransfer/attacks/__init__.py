@@ -3,7 +3,9 @@
 Nothing here knows Flax. An attack sees `logits_fn`, a function from images [N, H, W, C] in [0, 1] to logits.
 """
 
-from advtransfer.attacks.pgd import LogitsFn, cross_entropy, make_attack, pgd
+from advtransfer.attacks.losses import LossFn, cross_entropy, log_odds, margin
+from advtransfer.attacks.network import LogitsFn, as_network
+from advtransfer.attacks.pgd import check_images, check_labels, make_attack, pgd
 from advtransfer.attacks.threat_models import L2, THREAT_MODELS, Linf, ThreatModel, Unconstrained
 
 __all__ = [
@@ -11,9 +13,15 @@ __all__ = [
     "THREAT_MODELS",
     "Linf",
     "LogitsFn",
+    "LossFn",
     "ThreatModel",
     "Unconstrained",
+    "as_network",
+    "check_images",
+    "check_labels",
     "cross_entropy",
+    "log_odds",
     "make_attack",
+    "margin",
     "pgd",
 ]

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
-from advtransfer.attacks.threat_models import THREAT_MODELS, ThreatModel
+from advtransfer.attacks.losses import LossFn, cross_entropy, log_odds
+from advtransfer.attacks.network import LogitsFn, as_network
+from advtransfer.attacks.threat_models import L2, THREAT_MODELS, Linf, ThreatModel
 
-LogitsFn = Callable[[jax.Array], jax.Array]
-LossFn = Callable[[jax.Array, jax.Array], jax.Array]
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Softmax cross-entropy per example, float32 [N]; logits [N, classes], labels int [N]."""
-    chex.assert_rank(logits, 2)
-    chex.assert_shape(labels, logits.shape[:1])
-    chex.assert_type(labels, int)
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return -jnp.take_along_axis(log_probs, labels[:, None], axis=1)[:, 0]
+_SLACK = 1e-4  # of pixels beyond [0, 1], as resizing leaves them
 
 
 class _Search(NamedTuple):
@@ -33,6 +25,7 @@ class _Search(NamedTuple):
     best_images: jax.Array  # [N, H, W, C]
     best_objective: jax.Array  # [N], the objective at best_images
     done: jax.Array  # bool [N], fooled already (only with early_finish)
+    lost: jax.Array  # bool [N], the objective or its gradient was not a number
 
 
 def pgd(
@@ -42,7 +35,7 @@ def pgd(
     threat_model: ThreatModel,
     *,
     num_steps: int = 20,
-    step_size: float = 0.5,
+    step_size: float | None = None,
     key: jax.Array | None = None,
     random_start: bool = False,
     num_restarts: int = 1,
@@ -56,24 +49,27 @@ def pgd(
 
     Every example is attacked on its own: its result depends on nothing else in the batch. The gradient
     is taken with respect to the images only, and iterates are float32 whatever type the network computes
-    in. Called again with the same `logits_fn` object and shapes, the compiled attack is reused;
-    `at.logits_fn(model)` passes the weights as arguments, a plain Python function is compiled with
-    whatever it closes over.
+    in. Inside of a loss that is differentiated the result is a constant. The compiled attack is reused for
+    the same network and shapes, with the weights that the network has at the time (see `as_network`).
 
     Args:
-      logits_fn: images [N, H, W, C] in [0, 1] to logits [N, classes].
+      logits_fn: images [N, H, W, C] in [0, 1] to logits [N, classes]: `at.logits_fn(model)`, or any other
+        callable that JAX can trace (see `as_network`).
       images: float [N, H, W, C] in [0, 1].
       labels: int [N]; the true classes, or the wanted ones when `targeted`.
       threat_model: `L2(eps)`, `Linf(eps)` or `Unconstrained()`; eps in pixel units.
       num_steps: gradient steps.
-      step_size: length of a step in the threat model's norm, pixel units.
+      step_size: length of a step in the threat model's norm, pixel units; None: 2.5 eps / num_steps (Madry
+        et al., 2018, §5 and appendix B; Salman et al., 2020, use 2 / 3 eps for 3 steps).
       key: a PRNG key, or one key per example [N]; needed by `random_start`.
       random_start: start uniformly in the allowed set instead of at the image.
       num_restarts: independent searches; each example keeps its worst. Needs `random_start`.
       use_best: return the iterate of largest loss, the last one included, instead of the last. Restarts
         are always compared by loss.
       targeted: descend the loss towards `labels`.
-      loss_fn: (logits, labels) to a loss per example [N]; default: softmax cross-entropy.
+      loss_fn: (logits, labels) to a loss per example [N], such as `margin`; default: `log_odds`, which ranks
+        images and points as softmax cross-entropy does, and goes on where that is flat; where the length of
+        the gradient matters (`Unconstrained`), cross-entropy.
       early_finish: leave an example as soon as the network errs on it (reaches the target), and stop
         when it errs on all. Cheaper for measuring accuracy; the losses found are smaller.
 
@@ -81,8 +77,10 @@ def pgd(
       float32 [N, H, W, C] in the threat model's set and in [0, 1].
 
     Raises:
-      ValueError: images that are no floats; no key for a random start; restarts without one; a negative
-        number of steps.
+      ValueError: images that are no floats in [0, 1]; labels that are no classes; no key for a random start;
+        restarts without one; a negative number of steps; an impossible eps or step size; a loss or a
+        gradient that is not a number. Inside of `jit`, where values are not known, nothing of them is
+        checked, and images where the loss or its gradient is not a number become NaN.
     """
     chex.assert_rank(images, 4)
     chex.assert_shape(labels, images.shape[:1])
@@ -95,21 +93,84 @@ def pgd(
         raise ValueError("every restart would be the same search: pass random_start=True and a key")
     if num_steps < 0 or num_restarts < 1:
         raise ValueError("num_steps must be >= 0 and num_restarts >= 1")
+    if step_size is None:
+        if not hasattr(threat_model, "eps"):
+            raise ValueError(
+                f"{type(threat_model).__name__} has no eps for step_size to follow: give step_size"
+            )
+        step_size = 2.5 * threat_model.eps / max(num_steps, 1)
+    check_sizes(threat_model, step_size)
     if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)  # jax.random.PRNGKey's form
     if key is not None and key.ndim == 0:
         key = jax.random.split(key, images.shape[0])
     if key is not None:
         chex.assert_shape(key, images.shape[:1])
-    return _pgd(
-        logits_fn if isinstance(logits_fn, Partial) else Partial(logits_fn),
-        jnp.asarray(images, jnp.float32),
+    check_images(images)
+    images = jnp.asarray(images, jnp.float32)
+    network = as_network(logits_fn, images)
+    check_labels(labels, jax.eval_shape(network, images).shape[1])
+    if loss_fn is None:
+        loss_fn = log_odds if isinstance(threat_model, L2 | Linf) else cross_entropy
+    # Constants: an attack inside of a loss is no part of what is differentiated.
+    network, images, threat_model, step_size = jax.lax.stop_gradient(
+        (network, images, *jax.tree.map(jnp.float32, (threat_model, step_size)))
+    )
+    found, lost = _pgd(
+        network,
+        images,
         labels,
         threat_model,
         step_size,
         key if random_start else None,
-        _Options(num_steps, num_restarts, use_best, targeted, loss_fn or cross_entropy, early_finish),
+        _Options(num_steps, num_restarts, use_best, targeted, loss_fn, early_finish),
     )
+    if not isinstance(lost, jax.core.Tracer) and (number := int(lost.sum())):
+        raise ValueError(
+            f"the network's loss, or its gradient, is not a number on {number:,} of {len(images):,} images: "
+            "what it does under this attack says nothing"
+        )
+    return found
+
+
+def check_images(images: jax.Array) -> None:
+    """Raises a ValueError unless all pixels are in [0, 1]; where they are known, so not inside of `jit`."""
+    low, high = _range(images)
+    if not (low >= -_SLACK and high <= 1 + _SLACK):
+        hint = "such as images / 255" if low >= 0 else "not normalised: networks do that themselves"
+        raise ValueError(f"images run from {low:.3g} to {high:.3g}: pass pixels in [0, 1], {hint}")
+
+
+def check_labels(labels: jax.Array, num_classes: int) -> None:
+    """Raises a ValueError unless all labels are classes; where they are known, so not inside of `jit`."""
+    low, high = map(int, _range(labels))
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"labels run from {low} to {high}; the network has {num_classes:,} classes, "
+            f"whose labels are 0 to {num_classes - 1}"
+        )
+
+
+def _range(values: jax.Array) -> tuple[float, float]:
+    """The least and the largest of values that are known; of others 0 and 0."""
+    if isinstance(values, jax.core.Tracer) or not np.size(values):
+        return 0.0, 0.0
+    with jax.ensure_compile_time_eval():
+        return float(values.min()), float(values.max())
+
+
+def check_sizes(threat_model: ThreatModel, step_size: float | jax.Array) -> None:
+    """Raises a ValueError for an eps or a step size that cannot be meant; where they are known."""
+    eps = getattr(threat_model, "eps", 0.0)
+    for name, value in (("eps", eps), ("step_size", step_size)):
+        low, high = _range(jnp.asarray(value))
+        if not (low >= 0 and high < np.inf):
+            raise ValueError(f"{name} is {value}: give a number in units of pixels from 0 to 1, not negative")
+    if isinstance(threat_model, Linf) and (largest := _range(jnp.asarray(eps))[1]) >= 1:
+        raise ValueError(
+            f"Linf(eps={largest:g}) allows every image, as eps is in units of pixels in [0, 1]: did you mean "
+            f"{largest:g}/255? For every image take Unconstrained()"
+        )
 
 
 class _Options(NamedTuple):
@@ -137,8 +198,9 @@ def _pgd(
     step_size: jax.Array,
     keys: jax.Array | None,
     options: _Options,
-) -> jax.Array:
-    """`pgd` with its arguments checked; `keys` [N] asks for a random start."""
+) -> tuple[jax.Array, jax.Array]:
+    """`pgd` with its arguments checked; `keys` [N] asks for a random start. The second result, bool [N], says
+    where the loss or its gradient was not a number."""
 
     def objective_fn(x):
         """What the search climbs, summed over examples so that each gets its own gradient."""
@@ -155,12 +217,15 @@ def _pgd(
             best_images=jnp.where(_per_example(better, images), search.images, search.best_images),
             best_objective=jnp.where(better, ranked, search.best_objective),
             done=search.done | (done & options.early_finish),
+            lost=search.lost | jnp.isnan(ranked),
         )
 
     def step(_, search):
         gradients, (ranked, done) = jax.grad(objective_fn, has_aux=True)(search.images)
         if options.use_best or options.early_finish:
             search = remember(search, ranked, done)
+        is_lost = jnp.isnan(ranked) | jnp.any(~jnp.isfinite(gradients), axis=tuple(range(1, images.ndim)))
+        search = search._replace(lost=search.lost | is_lost)
         moved = threat_model.project(threat_model.step(search.images, gradients, step_size), images)
         frozen = _per_example(search.done, images)
         return search._replace(images=jnp.where(frozen, search.images, moved))
@@ -181,9 +246,11 @@ def _pgd(
         best_images=images,
         best_objective=jnp.full(labels.shape, -jnp.inf, jnp.float32),
         done=jnp.zeros(labels.shape, bool),
+        lost=jnp.zeros(labels.shape, bool),
     )
     search = _loop(restart, options.num_restarts, start, stop_when_done=options.early_finish)
-    return search.best_images if options.remembers else search.images
+    found = search.best_images if options.remembers else search.images
+    return jnp.where(_per_example(search.lost, images), jnp.nan, found), search.lost
 
 
 def _loop(body, num_iterations: int, search: _Search, *, stop_when_done: bool) -> _Search:

@@ -44,9 +44,7 @@ class Linf(NamedTuple):
     def random_start(self, keys, centers):
         """Uniform in the ball (Madry et al., 2018, §5), then clipped to [0, 1]."""
         chex.assert_equal_shape_prefix([keys, centers], 1)
-        noise = jax.vmap(lambda key: jax.random.uniform(key, centers.shape[1:], minval=-1.0, maxval=1.0))(
-            keys
-        )
+        noise = jax.vmap(lambda key: jax.random.uniform(key, centers.shape[1:], jnp.float32, -1.0, 1.0))(keys)
         return self.project(centers + self.eps * noise, centers)
 
 
@@ -66,6 +64,9 @@ class L2(NamedTuple):
 
     def step(self, images, gradients, step_size):
         chex.assert_equal_shape([images, gradients])
+        # At first by the largest entry, whose square may be too small, or too large, for a float32.
+        peaks = jnp.max(jnp.abs(gradients), axis=tuple(range(1, gradients.ndim)), keepdims=True)
+        gradients = gradients / jnp.where(peaks > 0, peaks, 1.0)
         return images + step_size * gradients / (_norms(gradients) + _TINY)
 
     def random_start(self, keys, centers):
@@ -74,8 +75,8 @@ class L2(NamedTuple):
 
         def noise(key, shape):
             key_direction, key_radius = jax.random.split(key)
-            direction = jax.random.normal(key_direction, shape)
-            radius = jax.random.uniform(key_radius) ** (1.0 / direction.size)
+            direction = jax.random.normal(key_direction, shape, jnp.float32)
+            radius = jax.random.uniform(key_radius, dtype=jnp.float32) ** (1.0 / direction.size)
             return direction * (radius / (jnp.linalg.norm(direction.ravel()) + _TINY))
 
         offsets = jax.vmap(lambda key: noise(key, centers.shape[1:]))(keys)
@@ -96,7 +97,7 @@ class Unconstrained(NamedTuple):
     def random_start(self, keys, centers):
         """Uniform in the box."""
         chex.assert_equal_shape_prefix([keys, centers], 1)
-        return jax.vmap(lambda key: jax.random.uniform(key, centers.shape[1:]))(keys)
+        return jax.vmap(lambda key: jax.random.uniform(key, centers.shape[1:], jnp.float32))(keys)
 
 
 THREAT_MODELS = {"l2": L2, "linf": Linf}

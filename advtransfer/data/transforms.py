@@ -139,13 +139,13 @@ def random_resized_crop(keys: jax.Array, images: jax.Array, *, min_area: float) 
 
     def draw(key: jax.Array) -> jax.Array:
         area_key, ratio_key, place_key = jax.random.split(key, 3)
-        area = height * width * jax.random.uniform(area_key, (10,), minval=min_area, maxval=1.0)
-        ratio = jnp.exp(jax.random.uniform(ratio_key, (10,), minval=np.log(3 / 4), maxval=np.log(4 / 3)))
+        area = height * width * jax.random.uniform(area_key, (10,), jnp.float32, min_area, 1.0)
+        ratio = jnp.exp(jax.random.uniform(ratio_key, (10,), jnp.float32, np.log(3 / 4), np.log(4 / 3)))
         sides = jnp.round(jnp.stack([jnp.sqrt(area / ratio), jnp.sqrt(area * ratio)], axis=1))
         whole = jnp.array([height, width], jnp.float32)
         fits = jnp.all((sides >= 1) & (sides <= whole[None]), axis=1)
         sides = jnp.where(jnp.any(fits), sides[jnp.argmax(fits)], whole)
-        place = jnp.floor(jax.random.uniform(place_key, (2,)) * (whole - sides + 1))
+        place = jnp.floor(jax.random.uniform(place_key, (2,), jnp.float32) * (whole - sides + 1))
         return jnp.concatenate([place, sides])
 
     return resized_crop_at(images, jax.vmap(draw)(keys))

@@ -1,0 +1,102 @@
+"""A network as a pytree: whatever maps images to logits, its weights passed beside it.
+
+What a compiled function closes over is compiled into it: a network that is trained on would be attacked as
+it was, and every new closure would leave a copy of its weights behind. So a callable is traced whenever it is
+handed over, which finds the arrays that it holds now, and these become arguments of a program that is
+compiled once for as long as the callable lives and computes the same.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.tree_util import Partial
+
+LogitsFn = Callable[[jax.Array], jax.Array]
+_JIT = type(jax.jit(lambda: None))
+_MOST_PROGRAMS = 8  # that are kept of one callable: for batches of several shapes, say
+
+
+def as_network(logits_fn: LogitsFn, images: Any) -> Partial:
+    """A pytree that computes what `logits_fn` computes now, for images of one shape.
+
+    Args:
+      logits_fn: images [N, H, W, C] in [0, 1] to logits [N, classes]: a `jax.tree_util.Partial` such as
+        `at.logits_fn(model)`, which is returned as it is; or any other callable that JAX can trace: a
+        function, a `functools.partial`, a `jax.jit`, a Flax NNX or Equinox module.
+      images: what it will be called with, or their `jax.ShapeDtypeStruct`.
+
+    Raises:
+      ValueError: it does not return logits [N, classes].
+    """
+    if isinstance(logits_fn, Partial):
+        return logits_fn
+    # JAX remembers how it traced a function, with the arrays of then: a new one has not been traced, and of
+    # a `jax.jit` it is what it wraps.
+    traced = logits_fn.__wrapped__ if isinstance(logits_fn, _JIT) else logits_fn
+    closed, found = jax.make_jaxpr(lambda x: traced(x), return_shape=True)(
+        jax.ShapeDtypeStruct(images.shape, jnp.float32)
+    )
+    shape = getattr(found, "shape", None)
+    if shape is None or len(shape) != 2 or shape[0] != images.shape[0]:
+        raise ValueError(
+            f"the network makes {jax.tree.map(lambda x: x.shape, found)} of images {tuple(images.shape)}; "
+            "expected logits [N, classes]"
+        )
+    return Partial(_program(logits_fn, closed), *closed.consts)
+
+
+class _Program:
+    """What a callable computes, without the arrays that it holds."""
+
+    def __init__(self, closed: core.ClosedJaxpr, identity: tuple):
+        self.jaxpr, self.identity = closed.jaxpr, identity
+
+    def __call__(self, *arguments: jax.Array) -> jax.Array:
+        *arrays, images = arguments
+        (logits,) = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, arrays))(images)
+        return logits
+
+
+# Of every callable that is alive, by the address of it (of a method: of its object and function).
+_KNOWN: dict[tuple[int, int], tuple[weakref.ref, list[_Program]]] = {}
+
+
+def _program(logits_fn: LogitsFn, closed: core.ClosedJaxpr) -> _Program:
+    """The program of an earlier call where it is the same, else a new one."""
+    owner = getattr(logits_fn, "__self__", None) or logits_fn
+    place = id(owner), id(getattr(logits_fn, "__func__", None))
+    # Functions within are printed with their addresses, which differ from trace to trace.
+    text = re.sub("0x[0-9a-f]+", "", str(closed.jaxpr))
+    identity = text, tuple(id(array) for array in _inner_arrays(closed.jaxpr))
+    if place not in _KNOWN:
+        try:
+            alive = weakref.ref(owner, lambda _: _KNOWN.pop(place, None))
+        except TypeError:
+            return _Program(closed, identity)
+        _KNOWN[place] = alive, []
+    programs = _KNOWN[place][1]
+    for program in programs:
+        if program.identity == identity:
+            return program
+    programs.append(_Program(closed, identity))
+    del programs[:-_MOST_PROGRAMS]
+    return programs[-1]
+
+
+def _inner_arrays(jaxpr: core.Jaxpr) -> list[Any]:
+    """The arrays that programs inside of a program hold: those of a `jax.jit` are compiled into it."""
+    found = []
+    for equation in jaxpr.eqns:
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: isinstance(x, core.ClosedJaxpr)):
+            if isinstance(value, core.ClosedJaxpr):
+                found += [*value.consts, *_inner_arrays(value.jaxpr)]
+            elif isinstance(value, core.Jaxpr):
+                found += _inner_arrays(value)
+    return found
