@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -189,8 +190,8 @@ def save_tree(folder: Path | epath.Path, tree: Any) -> None:
             upload(Path(staged) / "tree", folder)
         return
     if parallel.num_processes() == 1:
-        with _checkpointer() as checkpointer:
-            checkpointer.save(folder.absolute(), tree)
+        with _plain(folder) as place, _checkpointer() as checkpointer:
+            checkpointer.save(place, tree)
         return
     # Orbax leaves out a NumPy array on every process but the first, and refuses arrays of local devices only;
     # of an array on all devices this handler writes the copy that the process has. It must not be an
@@ -204,8 +205,8 @@ def save_tree(folder: Path | epath.Path, tree: Any) -> None:
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
     alone = _this_process_alone()
     writer = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=alone)
-    with ocp.Checkpointer(writer, multiprocessing_options=alone) as checkpointer:
-        checkpointer.save(folder.absolute(), ocp.args.PyTreeSave(parallel.replicate_globally(tree)))
+    with _plain(folder) as place, ocp.Checkpointer(writer, multiprocessing_options=alone) as checkpointer:
+        checkpointer.save(place, ocp.args.PyTreeSave(parallel.replicate_globally(tree)))
 
 
 def load_tree(folder: Path | epath.Path, template: Any = None) -> Any:
@@ -214,11 +215,35 @@ def load_tree(folder: Path | epath.Path, template: Any = None) -> Any:
         with tempfile.TemporaryDirectory() as fetched:
             download(folder, Path(fetched))
             return load_tree(Path(fetched), template)
-    with _checkpointer() as checkpointer:
-        if template is None:
-            stored = checkpointer.metadata(folder.absolute()).item_metadata.tree
-            template = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), stored)
-        return checkpointer.restore(folder.absolute(), template)
+    template = tree_shapes(folder) if template is None else template
+    template = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
+    with _plain(folder) as place, _checkpointer() as checkpointer:
+        return checkpointer.restore(place, template)
+
+
+def tree_shapes(folder: Path | epath.Path) -> Any:
+    """The arrays that `save_tree` wrote as a tree of `jax.ShapeDtypeStruct`; none of them is read."""
+    if is_address(folder):
+        with tempfile.TemporaryDirectory() as fetched:
+            download(folder, Path(fetched))
+            return tree_shapes(Path(fetched))
+    with _plain(folder) as place, _checkpointer() as checkpointer:
+        stored = checkpointer.metadata(place).item_metadata.tree
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored)
+
+
+@contextlib.contextmanager
+def _plain(folder: Path) -> Iterator[Path]:
+    """The path under which Orbax is given a local folder: TensorStore cannot read back what it wrote below
+    names with brackets and the like, so these are reached by a link."""
+    folder = folder.absolute()
+    if not re.search(r"[^\w/.,=+@~ -]", str(folder)):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as links:
+        link = Path(links) / "folder"
+        link.symlink_to(folder.parent, target_is_directory=True)
+        yield link / folder.name
 
 
 def upload(folder: Path, address: epath.Path) -> None:

@@ -1,7 +1,9 @@
 """A model folder gives back what was put in, or says in one line what is wrong with it."""
 
+import dataclasses
 import json
 import re
+import shutil
 
 import chex
 import jax
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from advtransfer import storage
 from advtransfer.models import (
     Model,
     ModelSpec,
@@ -110,8 +113,11 @@ def test_a_failed_save_leaves_the_old_model(model, folder):
 
 
 def _edit(folder, **changes):
+    """As in a folder of format 1, whose description has no hash of its own."""
     path = folder / "model.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    fields = json.loads(path.read_text()) | {"format": 1} | changes
+    fields.pop("description_sha256", None)
+    path.write_text(json.dumps(fields))
 
 
 def one_line(message, call, *args):
@@ -129,7 +135,9 @@ def test_corrupt_json(folder):
     one_line("is no model description", load_model, folder)
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"format": 1, "sha256": ""}', '{"format": 2}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"format": 1, "sha256": ""}', '{"format": 2}', '{"format": 3}', "[" * 10**5]
+)
 def test_json_of_something_else(folder, text):
     (folder / "model.json").write_text(text)
     one_line("is no model description", load_model, folder)
@@ -162,5 +170,131 @@ def test_another_model_s_weights(model, folder):
 
 
 def test_another_size_of_head(folder):
-    _edit(folder, num_classes=7)
+    _edit(folder, num_classes=7, class_names=[])
     one_line(r"params/fc/bias has shape \(3,\), not \(7,\); params/fc/kernel", load_model, folder)
+
+
+def test_folders_without_a_hash_of_the_description_are_read(model, folder):
+    """The format before this one."""
+    _edit(folder, mean=[0.5, 0.4, 0.25])
+    assert load_model(folder).spec.mean == (0.5, 0.4, 0.25)
+
+
+@pytest.mark.parametrize("change", [{"mean": [0.5, 0.4, 0.31]}, {"eps": 0.25}, {"provenance": {}}])
+def test_a_description_that_was_changed_by_hand_is_refused(folder, change):
+    path = folder / "model.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields))  # in another layout
+    load_model(folder)
+    path.write_text(json.dumps(fields | change))
+    one_line(
+        "it was changed since it was written; to change what it says, save the model anew", load_model, folder
+    )
+
+
+NAN = float("nan")
+WRONG = {
+    "architecture": ([1], None, 3),
+    "num_classes": (-1, 0, "3", 3.0, True, 10**9),
+    "image_size": ("16", 1.5, 0, 8193, None),
+    "mean": ([0.5, 0.5], 0.5, [0.5, 0.5, "0.5"], [125.3, 123.0, 113.9], [NAN] * 3, [-0.1, 0.5, 0.5]),
+    "std": ([0, 0, 0], [-1, 1, 1], [NAN] * 3, [63.0, 62.1, 66.7], "abc"),
+    "norm": ("L2", "<script>", None, [], "none"),
+    "eps": (None, "0.25", NAN, 0, -1, float("inf"), True),
+    "class_names": (["a"], [1, 2, 3], "abc", ["a", "b", "b"], None),
+    "provenance": ([], None),
+    "versions": ("1",),
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field, values in WRONG.items() for value in values]
+)
+def test_a_field_that_cannot_be_is_named(model, folder, field, value):
+    _edit(folder, **{field: value})
+    name = "eps" if (field, value) == ("norm", "none") else field
+    one_line(f"model.json is no model description: {name} is .*; expected ", load_model, folder)
+    value = tuple(value) if type(value) is list else value
+    with pytest.raises(ValueError, match=f"{name} is .*; expected "):
+        save_model(
+            model._replace(spec=dataclasses.replace(model.spec, **{field: value})), folder, overwrite=True
+        )
+
+
+def test_fields_at_their_limits(model, folder):
+    _edit(folder, image_size=8192, mean=[0, 0, 1], std=[1, 1, 1e-3], norm="none", eps=0, class_names=[])
+    assert load_model(folder).spec.image_size == 8192
+
+
+def test_natural_networks_have_no_radius(folder):
+    _edit(folder, norm="none")
+    one_line("eps is 0.5; expected 0, as norm is none", load_model, folder)
+
+
+def _with(model, name, change):
+    """The model with one leaf changed."""
+    return model._replace(
+        variables=jax.tree_util.tree_map_with_path(
+            lambda path, x: (
+                change(x) if jax.tree_util.keystr(path, simple=True, separator="/") == name else x
+            ),
+            model.variables,
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "params/fc/kernel",
+            lambda x: x.at[0, 0].set(jnp.nan),
+            "params/fc/kernel holds values that are not finite",
+        ),
+        ("params/fc/bias", lambda x: x.at[1].set(jnp.inf), "params/fc/bias holds values that are not finite"),
+        ("batch_stats/bn1/var", lambda x: x.at[0].set(-1e-9), "batch_stats/bn1/var holds negative variances"),
+    ],
+)
+def test_weights_that_no_network_has_are_neither_saved_nor_loaded(model, folder, name, change, message):
+    odd = _with(model, name, change)
+    one_line(message, save_model, odd, folder.parent / "other")
+    assert not (folder.parent / "other").exists()
+    shutil.rmtree(folder / "variables")
+    arrays = jax.tree.map(np.asarray, odd.variables)
+    storage.save_tree(folder / "variables", arrays)
+    _edit(folder, sha256=digest(arrays))
+    one_line(message, load_model, folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: np.zeros(400_000_000, np.float32), r"params/fc/bias has shape \(400000000,\), not \(3,\)"),
+        (lambda x: x.astype(np.int32), "params/fc/bias is int32, not float32"),
+        (lambda x: x.astype(np.complex64), "params/fc/bias is complex64, not float32"),
+    ],
+)
+def test_arrays_of_another_kind_are_refused_before_they_are_read(model, folder, monkeypatch, change, message):
+    odd = jax.tree.map(np.asarray, _with(model, "params/fc/bias", lambda x: change(np.asarray(x))).variables)
+    shutil.rmtree(folder / "variables")
+    storage.save_tree(folder / "variables", odd)
+    monkeypatch.setattr(storage, "load_tree", None)
+    one_line(message, load_model, folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["run[seed=0]", "hidden=[256, 256]/model", "a[!b]", "{x}", "q?", "star*", "a:b"]
+)
+def test_folders_of_any_name(model, tmp_path, name):
+    for _ in range(2):  # the second in the place of the first
+        save_model(model, tmp_path / name, overwrite=True)
+    chex.assert_trees_all_equal(load_model(tmp_path / name).variables, model.variables)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (12, 12), (20, 30)])
+def test_images_of_another_size_are_seen_at_the_model_s(model, shape):
+    images = np.random.default_rng(0).random((2, *shape, 3)).astype(np.float32)
+    small = np.asarray(jax.image.resize(images, (2, 16, 16, 3), "linear", antialias=True))
+    found = logits_fn(model)(images)
+    np.testing.assert_allclose(found, model.module.apply(model.variables, small), atol=1e-5)
+    assert float(jnp.abs(found - model.module.apply(model.variables, images)).max()) > 1e-3

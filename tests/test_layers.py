@@ -21,9 +21,9 @@ MAY_IMPORT = {
     "storage": {"parallel"},
     "checkpoint": {"parallel", "storage"},
     "progress": {"parallel", "storage"},
-    "models": {"parallel", "storage"},
-    "torch_checkpoint": {"models"},
     "data": {"config", "parallel"},
+    "models": {"parallel", "storage", "data"},
+    "torch_checkpoint": {"models"},
     "train": {"parallel", "storage", "attacks", "optim", "checkpoint", "data", "models"},
 }
 MAY_IMPORT["evaluate"] = MAY_IMPORT["train"] | {"train"}

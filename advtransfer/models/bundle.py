@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,10 +16,13 @@ import numpy as np
 from jax.tree_util import Partial
 
 from advtransfer import storage
+from advtransfer.data import resize
 from advtransfer.models.resnet import ResNet, create_module, init_variables
 
 _SPEC_FILE, _VARIABLES = "model.json", "variables"
-_FORMAT = 1
+_FORMAT = 2  # of 1, the description has no SHA-256 of its own
+_MAX_SIDE, _MAX_CLASSES = 8192, 10**6
+_THREAT_MODELS = ("none", "l2", "linf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,46 @@ class ModelSpec:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  # of what wrote it
 
 
+def check_spec(spec: ModelSpec) -> None:
+    """Raises a ValueError, which names the field, unless every field is what `ModelSpec` says."""
+
+    def is_whole(value: Any, largest: int) -> bool:
+        return type(value) is int and 1 <= value <= largest
+
+    def are_numbers(values: Any) -> bool:
+        known = type(values) is tuple and all(type(x) in (int, float) for x in values)
+        return known and len(values) == 3 and all(map(math.isfinite, values))
+
+    names, robust = spec.class_names, spec.norm in _THREAT_MODELS[1:]
+    for field, is_good, expected in (
+        ("architecture", isinstance(spec.architecture, str), "the name of a network"),
+        ("num_classes", is_whole(spec.num_classes, _MAX_CLASSES), "a whole number, 1 or more"),
+        ("image_size", is_whole(spec.image_size, _MAX_SIDE), f"a whole number of pixels, 1 to {_MAX_SIDE:,}"),
+        ("mean", are_numbers(spec.mean) and all(0 <= x <= 1 for x in spec.mean), "three numbers in [0, 1]"),
+        ("std", are_numbers(spec.std) and all(0 < x <= 1 for x in spec.std), "three numbers in (0, 1]"),
+        ("norm", spec.norm in _THREAT_MODELS, f"one of {', '.join(_THREAT_MODELS)}"),
+        (
+            "eps",
+            type(spec.eps) in (int, float) and (0 < spec.eps < math.inf if robust else spec.eps == 0),
+            f"positive, as norm is {spec.norm}" if robust else f"0, as norm is {spec.norm}",
+        ),
+        (
+            "class_names",
+            names == ()
+            or (
+                (type(names) is tuple and all(type(name) is str for name in names))
+                and len({*names}) == len(names) == spec.num_classes
+            ),
+            f"{spec.num_classes} different names, or none",
+        ),
+        ("provenance", isinstance(spec.provenance, dict), "an object"),
+        ("versions", isinstance(spec.versions, dict), "an object"),
+    ):
+        if not is_good:
+            value = str(getattr(spec, field))
+            raise ValueError(f"{field} is {value[:100]}; expected {expected}")
+
+
 class Model(NamedTuple):
     """A network with its weights."""
 
@@ -48,9 +92,12 @@ class Model(NamedTuple):
 def logits_fn(model: Model) -> Partial:
     """images [N, H, W, 3] in [0, 1] -> float32 logits [N, classes], in evaluation mode.
 
+    Images of another size than the model's, `spec.image_size`, are resized to it first, as they were when it
+    was trained. `model.module.apply` takes them as they are.
+
     The result is a pytree whose leaves are the weights, so a jitted function takes it as an argument.
     """
-    return Partial(_apply, _Static(model.module), model.variables)
+    return Partial(_apply, _Static(model.module, model.spec.image_size), model.variables)
 
 
 @jax.tree_util.register_static
@@ -59,10 +106,11 @@ class _Static:
     """A module as part of a pytree's structure: equal modules share a compiled program."""
 
     module: ResNet
+    image_size: int
 
 
 def _apply(static: _Static, variables: Any, images: jax.Array) -> jax.Array:
-    return static.module.apply(variables, images)
+    return static.module.apply(variables, resize(images, static.image_size))
 
 
 def digest(variables: Any) -> str:
@@ -87,20 +135,26 @@ def save_model(model: Model, folder: str | Path, *, overwrite: bool = False) -> 
     """Writes a model folder, whole or not at all: it is made beside `folder`, then renamed. At an address
     `model.json` goes last, and a folder without it is no model.
 
-    Package versions and the SHA-256 of the weights are recorded; `spec.provenance` is the caller's.
+    Package versions and the SHA-256 of weights and description are recorded; `spec.provenance` is the
+    caller's.
 
     Raises:
-      ValueError: `folder` exists and `overwrite` is not set, or it holds something else than a model.
+      ValueError: `folder` exists and `overwrite` is not set, or it holds something else than a model; a
+        description or weights that `load_model` would refuse.
     """
     folder = storage.to_path(folder)
+    check_spec(model.spec)
     described = storage.is_file(folder / _SPEC_FILE)
     if folder.exists() and not (described or _is_half_an_upload(folder)):
         raise ValueError(f"{folder} exists, is no model folder and is not overwritten: choose another")
     if described and not overwrite:
         raise ValueError(f"{folder} exists already: choose another folder, or pass overwrite=True")
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), model.variables)
-    spec = dataclasses.asdict(dataclasses.replace(model.spec, versions=package_versions()))
-    text = json.dumps({"format": _FORMAT, **spec, "sha256": digest(variables)}, indent=2)
+    if problem := _problem(variables):
+        raise ValueError(f"the model is not saved: {problem}")
+    fields = dataclasses.asdict(dataclasses.replace(model.spec, versions=package_versions()))
+    fields = {"format": _FORMAT, **fields, "sha256": digest(variables)}
+    text = json.dumps(fields | {"description_sha256": _hash(fields)}, indent=2)
     with storage.new_folder(folder, last=_SPEC_FILE) as new:
         storage.save_tree(new / _VARIABLES, variables)
         (new / _SPEC_FILE).write_text(text + "\n")
@@ -126,14 +180,19 @@ def load_model(folder: str | Path, *, dtype: Any = None) -> Model:
         std=spec.std,
         dtype=dtype or jnp.float32,
     )
+    expected = jax.eval_shape(lambda: init_variables(module, jax.random.key(0), spec.image_size))
     try:
-        variables = storage.load_tree(folder / _VARIABLES)
+        stored = storage.tree_shapes(folder / _VARIABLES)
+        _check_fit(stored, expected, folder)  # before as much memory is taken as the files ask for
+        variables = storage.load_tree(folder / _VARIABLES, stored)
+    except _Misfit as error:
+        raise ValueError(str(error)) from None
     except Exception as error:  # Orbax, TensorStore and the file system each raise their own
         raise ValueError(f"the weights in {folder} cannot be read ({storage.reason(error)})") from error
-    expected = jax.eval_shape(lambda: init_variables(module, jax.random.key(0), spec.image_size))
-    _check_fit(variables, expected, folder)
     if digest(variables) != sha256:
         raise ValueError(f"the weights in {folder} are damaged: their SHA-256 is not model.json's")
+    if problem := _problem(variables):
+        raise ValueError(f"the weights in {folder} are no network's: {problem}")
     return Model(module, jax.tree.map(jnp.asarray, variables), spec)
 
 
@@ -154,28 +213,61 @@ def _read(folder: Path) -> tuple[ModelSpec, str]:
     path = folder / _SPEC_FILE
     try:
         fields = json.loads(path.read_text())
-        if fields.pop("format") != _FORMAT:
+        written = fields.pop("format")
+        if written not in (1, _FORMAT):
             raise ValueError("it was written by another version of advtransfer")
+        is_unchanged = written == 1 or fields.pop("description_sha256") == _hash(
+            {"format": written, **fields}
+        )
         sha256 = fields.pop("sha256")
         for name in ("mean", "std", "class_names"):
-            fields[name] = tuple(fields[name])
-        return ModelSpec(**fields), sha256
+            if type(fields[name]) is list:
+                fields[name] = tuple(fields[name])
+        spec = ModelSpec(**fields)
+        check_spec(spec)
+        if not is_unchanged:
+            raise ValueError(
+                "it was changed since it was written; to change what it says, save the model anew: "
+                "at.save_model(model._replace(spec=dataclasses.replace(model.spec, ...)), folder)"
+            )
+        return spec, sha256
+    except RecursionError:
+        raise ValueError(f"{path} is no model description: it is nested too deep") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no model description: {error}") from error
+        said = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} is no model description: {said}") from error
 
 
-def _check_fit(variables: Any, expected: Any, folder: Path) -> None:
-    have = {name: x.shape for name, x in _named_leaves(variables).items()}
-    want = {name: x.shape for name, x in _named_leaves(expected).items()}
+def _hash(fields: dict[str, Any]) -> str:
+    """SHA-256 of what a description says, in whatever layout."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _problem(variables: Any) -> str:
+    """What a network cannot have, "" if there is nothing of the kind."""
+    for name, leaf in _named_leaves(variables).items():
+        if not np.isfinite(leaf).all():
+            return f"{name} holds values that are not finite"
+        if name.startswith("batch_stats/") and name.endswith("/var") and np.min(leaf, initial=0) < 0:
+            return f"{name} holds negative variances"
+    return ""
+
+
+class _Misfit(ValueError):
+    """Weights of other names, shapes or types than the architecture's."""
+
+
+def _check_fit(stored: Any, expected: Any, folder: Path) -> None:
+    have, want = _named_leaves(stored), _named_leaves(expected)
     problems = [f"missing {name}" for name in want if name not in have]
     problems += [f"unexpected {name}" for name in have if name not in want]
-    problems += [
-        f"{name} has shape {have[name]}, not {want[name]}"
-        for name in want
-        if name in have and have[name] != want[name]
-    ]
+    for name in (name for name in want if name in have):
+        if have[name].shape != want[name].shape:
+            problems.append(f"{name} has shape {have[name].shape}, not {want[name].shape}")
+        elif have[name].dtype != want[name].dtype:
+            problems.append(f"{name} is {have[name].dtype}, not {want[name].dtype}")
     if problems:
-        raise ValueError(f"the weights in {folder} do not fit: {'; '.join(problems)}")
+        raise _Misfit(f"the weights in {folder} do not fit: {'; '.join(problems)}")
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
