@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advtransfer.attacks import L2, Linf, Unconstrained, cross_entropy, pgd
+from advtransfer.attacks import L2, Linf, Unconstrained, cross_entropy, log_odds, margin, pgd
 
 SHAPE = (5, 4, 4, 3)
 MODELS = {"l2": L2(0.7), "linf": Linf(0.05), "unconstrained": Unconstrained()}
@@ -106,13 +106,14 @@ def test_use_best_never_returns_less_than_it_has_seen():
     """Against every iterate, stepped by hand; steps this long overshoot, so the last is not the best."""
     images, network, threat = _images(), _network(_weights()), L2(0.7)
     iterates, x = [images], images
-    for _ in range(6):
+    for _ in range(5):
         gradient = jax.grad(lambda x: cross_entropy(network(x), LABELS).sum())(x)
         x = threat.project(threat.step(x, gradient, 1.3), images)
         iterates.append(x)
     losses = np.stack([_losses(network, x) for x in iterates])
-    best = pgd(network, images, LABELS, threat, num_steps=6, step_size=1.3)
-    last = pgd(network, images, LABELS, threat, num_steps=6, step_size=1.3, use_best=False)
+    options = {"num_steps": 5, "step_size": 1.3, "loss_fn": cross_entropy}
+    best = pgd(network, images, LABELS, threat, **options)
+    last = pgd(network, images, LABELS, threat, use_best=False, **options)
     np.testing.assert_allclose(_losses(network, best), losses.max(0), rtol=1e-5)
     np.testing.assert_allclose(last, iterates[-1], atol=1e-5)
     assert (losses.max(0) > losses[-1] + 1e-3).any()
@@ -258,7 +259,7 @@ def test_one_network_is_compiled_once():
     pgd(counting, _images(), LABELS, L2(0.5))
     traced = len(calls)
     pgd(counting, _images(1), LABELS, L2(0.3), step_size=0.1)
-    assert len(calls) == traced
+    assert len(calls) == traced + 1  # to see which weights it has now
 
 
 def test_a_key_of_the_old_form_is_the_same_key():
@@ -270,3 +271,137 @@ def test_a_key_of_the_old_form_is_the_same_key():
     ]
     chex.assert_trees_all_equal(found[0], found[1])
     assert np.abs(found[0] - found[2]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (_images() * 255, "images run from 0.* to 25.*: pass pixels in \\[0, 1\\], such as images / 255"),
+        ((_images() - 0.5) / 0.25, "images run from -.*: pass pixels in \\[0, 1\\], not normalised"),
+        (_images().at[1, 2, 3, 0].set(jnp.nan), "images run from nan to nan"),
+        (_images().at[0, 0, 0, 0].set(1.001), "images run from .* to 1"),
+    ],
+)
+def test_images_that_are_no_pixels_are_refused(images, message):
+    with pytest.raises(ValueError, match=message):
+        pgd(_linear(_weights()), images, LABELS, L2(0.5))
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2, 3, 0], [0, 1, -1, 1, 0]])
+def test_labels_that_are_no_classes_are_refused(labels):
+    with pytest.raises(
+        ValueError, match="labels run from .* the network has 3 classes, whose labels are 0 to 2"
+    ):
+        pgd(_linear(_weights()), _images(), np.array(labels), L2(0.5))
+
+
+@pytest.mark.parametrize(
+    ("threat", "options", "message"),
+    [
+        (L2(-0.5), {}, "eps is -0.5"),
+        (L2(float("nan")), {}, "eps is nan"),
+        (L2(float("inf")), {}, "eps is inf"),
+        (Linf(8.0), {}, r"Linf\(eps=8\) allows every image.* did you mean 8/255\?"),
+        (Linf(1), {}, r"Linf\(eps=1\) allows every image"),
+        (Linf(0.1), {"step_size": -1}, "step_size is -1"),
+        (Linf(0.1), {"step_size": float("nan")}, "step_size is nan"),
+        (Unconstrained(), {}, "Unconstrained has no eps for step_size to follow"),
+    ],
+)
+def test_sizes_that_cannot_be_meant_are_refused(threat, options, message):
+    with pytest.raises(ValueError, match=message):
+        pgd(_linear(_weights()), _images(), LABELS, threat, **options)
+
+
+@pytest.mark.parametrize("threat", [L2(0.3), Linf(0.02)])
+def test_the_default_step_is_2_5_eps_over_their_number(threat):
+    options = {"num_steps": 4, "use_best": False}
+    default = pgd(_network(_weights()), _images(), LABELS, threat, **options)
+    given = pgd(_network(_weights()), _images(), LABELS, threat, step_size=2.5 * threat.eps / 4, **options)
+    chex.assert_trees_all_equal(default, given)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_best": False}, {"early_finish": True}])
+@pytest.mark.parametrize("kind", ["logits", "gradient"])
+def test_what_is_not_a_number_is_no_robustness(kind, options):
+    """Refused where values are known; inside of jit those images become NaN, and no other."""
+
+    def network(x):
+        logits = _linear(_weights())(x)
+        # The square root of 0 has an infinite derivative.
+        odd = jnp.nan if kind == "logits" else jnp.sqrt(0.0 * x[:, 0, 0, :1])
+        return jnp.where(x[:, :1, 0, 0] > 0.5, logits + odd, logits)
+
+    images = _images()
+    bad = np.asarray(images[:, 0, 0, 0] > 0.5)
+    assert 0 < bad.sum() < 5
+    options = options | {"num_steps": 3}
+    if kind == "gradient":
+        bad = np.full(5, True)  # 0 times inf, also where the other branch is taken
+    with pytest.raises(ValueError, match=f"is not a number on {bad.sum()} of 5 images"):
+        pgd(network, images, LABELS, L2(0.1), **options)
+    inside = jax.jit(lambda x: pgd(network, x, LABELS, L2(0.1), **options))(images)
+    np.testing.assert_array_equal(np.isnan(inside).any(axis=(1, 2, 3)), bad)
+
+
+@pytest.mark.parametrize("threat", [L2(0.3), Linf(0.02)])
+@pytest.mark.parametrize("scale", [1e-12, 10.0, 1e4])
+def test_logits_on_another_scale_are_attacked_as_well(threat, scale):
+    """With two classes the log odds have one direction at every scale; saturated cross-entropy has none."""
+    labels = jnp.array([0, 1, 0, 1, 1])
+    images, network = _images(low=0.3, high=0.7), _network(_weights(num_classes=2))
+    plain = pgd(network, images, labels, threat, num_steps=5)
+    scaled = pgd(lambda x: scale * network(x), images, labels, threat, num_steps=5)
+    np.testing.assert_allclose(scaled, plain, atol=1e-4)
+
+
+def test_an_attack_on_the_margin_is_the_same_at_every_scale():
+    images, network = _images(low=0.3, high=0.7), _network(_weights())
+    for threat in (L2(0.3), Linf(0.02)):
+        found = [
+            pgd(lambda x, s=s: s * network(x), images, LABELS, threat, num_steps=5, loss_fn=margin)
+            for s in (1.0, 128.0)
+        ]
+        np.testing.assert_allclose(*found, atol=1e-5)
+
+
+def test_losses_are_what_they_say():
+    logits = np.random.default_rng(0).normal(0, 3, (7, 4)).astype(np.float32)
+    labels = np.array([0, 1, 2, 3, 0, 1, 2])
+    p = np.exp(np.float64(logits))
+    p = (p / p.sum(1, keepdims=True))[np.arange(7), labels]
+    np.testing.assert_allclose(cross_entropy(logits, labels), -np.log(p), rtol=1e-5)
+    np.testing.assert_allclose(log_odds(logits, labels), np.log((1 - p) / p), rtol=1e-4, atol=1e-5)
+    others = np.where(np.arange(4) == labels[:, None], -np.inf, logits).max(1)
+    np.testing.assert_allclose(margin(logits, labels), others - logits[np.arange(7), labels], rtol=1e-6)
+    one, other = (jax.grad(lambda x, f=f: f(x, labels).sum())(logits) for f in (cross_entropy, log_odds))
+    np.testing.assert_allclose(one, (1 - p)[:, None] * other, atol=1e-6)
+    sure = 1e4 * jax.nn.one_hot(labels, 4)
+    assert float(jnp.abs(jax.grad(lambda x: log_odds(x, labels).sum())(sure)).max()) == 1
+
+
+def test_the_attack_is_no_part_of_what_is_differentiated():
+    def loss(weights, stop, **options):
+        found = pgd(
+            jax.tree_util.Partial(_apply_linear, weights), _images(), LABELS, L2(0.5), num_steps=3, **options
+        )
+        found = jax.lax.stop_gradient(found) if stop else found
+        return cross_entropy(_apply_linear(weights, found), LABELS).mean()
+
+    for options in ({}, {"early_finish": True}, {"use_best": False}):
+        one, other = (jax.grad(loss)(_weights(), stop, **options) for stop in (False, True))
+        chex.assert_trees_all_close(one, other, rtol=1e-5)
+
+
+def _apply_linear(weights, x):
+    return _linear(weights)(x)
+
+
+@pytest.mark.parametrize("threat", MODELS.values())
+def test_64_bit_mode_of_the_user_s_own_code_changes_nothing(threat):
+    options = {"num_steps": 2, "step_size": 0.1, "key": jax.random.key(0), "random_start": True}
+    expected = pgd(_network(_weights()), _images(), LABELS, threat, **options)
+    with jax.enable_x64(True):
+        found = pgd(_network(_weights()), np.asarray(_images()), np.asarray(LABELS), threat, **options)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, atol=1e-6)

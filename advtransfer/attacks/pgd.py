@@ -100,12 +100,6 @@ def pgd(
             )
         step_size = 2.5 * threat_model.eps / max(num_steps, 1)
     check_sizes(threat_model, step_size)
-    if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)  # jax.random.PRNGKey's form
-    if key is not None and key.ndim == 0:
-        key = jax.random.split(key, images.shape[0])
-    if key is not None:
-        chex.assert_shape(key, images.shape[:1])
     check_images(images)
     images = jnp.asarray(images, jnp.float32)
     network = as_network(logits_fn, images)
@@ -122,7 +116,7 @@ def pgd(
         labels,
         threat_model,
         step_size,
-        key if random_start else None,
+        _keys(key, len(images)) if random_start else None,
         _Options(num_steps, num_restarts, use_best, targeted, loss_fn, early_finish),
     )
     if not isinstance(lost, jax.core.Tracer) and (number := int(lost.sum())):
@@ -131,6 +125,15 @@ def pgd(
             "what it does under this attack says nothing"
         )
     return found
+
+
+def _keys(key: jax.Array, number: int) -> jax.Array:
+    """A key for each example."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # jax.random.PRNGKey's form
+    keys = jax.random.split(key, number) if key.ndim == 0 else key
+    chex.assert_shape(keys, (number,))
+    return keys
 
 
 def check_images(images: jax.Array) -> None:
