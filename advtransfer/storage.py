@@ -39,11 +39,12 @@ def to_path(name: str | os.PathLike[str]) -> Path | epath.Path:
     """The path that a name means: a local one, or that of an address.
 
     Raises:
-      ValueError: an address of another kind, without a bucket, or whose package is not installed.
+      ValueError: an address of another kind, without a bucket, or whose package is not installed; a ~USER
+        that there is not.
     """
     scheme, separator, place = os.fspath(name).partition("://")
     if not separator:
-        return Path(name)
+        return Path(name).expanduser()
     if scheme not in _PACKAGES or not place.strip("/"):
         raise ValueError(f"{name}: an address is gs://BUCKET/PATH or s3://BUCKET/PATH")
     package = _PACKAGES[scheme]

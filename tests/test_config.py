@@ -8,6 +8,7 @@ from advtransfer.config.checks import _CHECKS
 POSITIVE, NOT_NEGATIVE, FRACTION = ([1e-9, 1], [0, -1]), ([0, 1e-9], [-1e-9]), ([0, 1 - 1e-9], [-1e-9, 1])
 BOUNDS = {
     "stage": (STAGES, ["", "sauce"]),
+    "seed": ([0, 2**32 - 1], [-1, 2**32]),
     "dtype": (["auto", "float32", "bfloat16"], ["float16"]),
     "broken_images": (["refuse", "skip"], ["repair"]),
     "checkpoint.mean": ([(), (0, 0, 0)], [(0,), (0,) * 4]),
@@ -68,7 +69,7 @@ def test_what_may_be_zero():
     """As the configuration says of these keys."""
     zero = {key for key, (is_good, complaint) in _CHECKS.items() if complaint in WORDS and is_good(0)}
     assert zero == {
-        *("seed", "checkpoint.num_classes", "checkpoint.image_size", "checkpoint.eps", "train.eps"),
+        *("checkpoint.num_classes", "checkpoint.image_size", "checkpoint.eps", "train.eps"),
         *("train.validate_every", "train.average_decay", "transfer.head_scale", "transfer.max_steps"),
         *("study.calibration", "study.group_size", "evaluate.eps", "evaluate.num_images"),
         *("interpret.smooth_noise", "interpret.damping", "report.num_pictures"),

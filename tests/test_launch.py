@@ -1,6 +1,7 @@
 """The command line: bad input is one clear line, exit code 2, and nothing written."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,12 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-import launch as command
 from advtransfer import config as base
+from advtransfer import main as command
 from advtransfer import stages
 from advtransfer.config import ConfigError, validate
 from advtransfer.data import choose_augmentation
+from advtransfer.report import COLUMNS
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,7 +31,7 @@ def launch(monkeypatch, capsys):
         code = 0
         with flagsaver.flagsaver():
             try:
-                command.main(command._parse_flags(argv))
+                command.main(command.parse_flags(argv))
             except SystemExit as stopped:
                 code = stopped.code
         flags.FLAGS.unparse_flags()  # as the other tests expect them
@@ -270,3 +272,106 @@ def test_the_library_works_without_flags():
         "assert not flags.FLAGS.is_parsed()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+OWN = {
+    "nothing": ("", "returns a NoneType: let it change and return advtransfer.config.default()"),
+    "a dict": ("return c.to_dict()", "returns a dict"),
+    "a section is missing": (
+        "with c.unlocked():\n        del c['interpret']\n    return c",
+        "the config has no interpret.analyses, interpret.",
+    ),
+    "a key is missing": (
+        "with c.unlocked():\n        del c.train['num_epochs']\n    return c",
+        "the config has no train.num_epochs: begin it with advtransfer.config.default()",
+    ),
+    "a key too many": (
+        "with c.unlocked():\n        c.train.epochs = 3\n    return c",
+        "config.train.epochs is no key",
+    ),
+    "an error of its own": ("return 1 / 0", "division by zero"),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_an_experiment_of_one_s_own_that_is_none_is_one_line(launch, tmp_path, name):
+    body, message = OWN[name]
+    file = tmp_path / "mine.py"
+    body = body or "pass"
+    file.write_text(
+        f"from advtransfer import config\n\n\ndef get_config():\n    c = config.default()\n    {body}\n"
+    )
+    done = launch("--plan", f"--config={file}")
+    assert done.code == 2 and message in done.err and len(done.err.splitlines()) == 1, done.err
+
+
+@pytest.mark.parametrize("equals", ["=", "\n"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_overrides_may_stand_in_a_file_of_flags(launch, tmp_path, monkeypatch, equals, inside):
+    config = f"--config={ROOT / 'experiments/source.py'}"
+    lines = [config] * inside + [f"--config.train.num_epochs{equals}3", "--plan"]
+    (tmp_path / "flags").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(
+        stages, "plan", lambda config, workdir: f"{config.train.num_epochs} epochs in {workdir}"
+    )
+    done = launch(*([] if inside else [config]), f"--flagfile={tmp_path / 'flags'}")
+    assert (done.code, done.out) == (0, "3 epochs in runs/source\n"), done.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ValueError("something\nof two lines"), 4, "ValueError: something; more is in "),
+        (KeyboardInterrupt(), 130, "interrupted; resume with the same command"),
+        (MemoryError(), 4, "MemoryError: no message; more is in "),
+    ],
+)
+def test_every_end_has_a_code_and_one_line(launch, tmp_path, monkeypatch, error, code, message):
+    def run(config, workdir):
+        Path(workdir).mkdir()
+        raise error
+
+    monkeypatch.setattr(stages, "run", run)
+    done = launch(f"--workdir={tmp_path / 'out'}")
+    assert done.code == code and message in done.err and len(done.err.splitlines()) == 1
+    if code == 4:
+        (file,) = (tmp_path / "out").iterdir()
+        assert str(file) in done.err and "Traceback" in file.read_text() and "in run" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            "--config.seed=100000000000000000000",
+            "config.seed=100000000000000000000 must be a whole number from 0",
+        ),
+        ("--config.train.std=(1e999,1.,1.)", "config.train.std=(inf, 1.0, 1.0) must be finite"),
+        ("--config.train.learning_rate=nan", "config.train.learning_rate=nan must be finite"),
+    ],
+)
+def test_numbers_that_no_computation_takes(launch, option, message):
+    done = launch("--plan", option)
+    assert done.code == 2 and message in done.err
+
+
+def test_a_workdir_in_the_user_s_home(launch, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    rows = tmp_path / "rows.csv"
+    rows.write_text(",".join(COLUMNS[:11]) + "\nnatural,none,0,t,20,0,0,1,.5,1,.5\n")
+    done = launch(f"--config={ROOT / 'experiments/report.py'}", "--config.rows=~/rows.csv", "--workdir=~/out")
+    assert done.code == 0, done.err
+    assert (tmp_path / "out/report.html").exists()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("redirected", ["2>&-", ">&- 2>&-", "2>&1 >/dev/null | head -c 5", "| true"])
+def test_a_run_goes_on_when_nobody_listens(tmp_path, redirected):
+    """With a terminal's encoding that lacks most characters."""
+    rows = tmp_path / "rows.csv"
+    rows.write_text(",".join(COLUMNS[:11]) + "\nnatürlich,none,0,t,20,0,0,1,.5,1,.5\n")
+    command = [sys.executable, str(ROOT / "launch.py"), f"--config={ROOT / 'experiments/report.py'}"]
+    command += [f"--config.rows={rows}", f"--workdir={tmp_path / 'out'}"]
+    line = f"set -o pipefail; {shlex.join(command)} {redirected}"
+    done = subprocess.run(["bash", "-c", line], env=os.environ | {"PYTHONIOENCODING": "ascii"}, timeout=300)
+    assert done.returncode == 0 and (tmp_path / "out/report.html").exists()

@@ -5,7 +5,15 @@ architectures, folders) are checked where the thing is known; everything else is
 before any work starts.
 """
 
-from advtransfer.config.checks import ConfigError, conflicts, flatten, names_key, to_json, validate
+from advtransfer.config.checks import (
+    ConfigError,
+    check_keys,
+    conflicts,
+    flatten,
+    names_key,
+    to_json,
+    validate,
+)
 from advtransfer.config.keys import NORMS, STAGES, default
 from advtransfer.config.paper import set_paper_grid
 from advtransfer.config.sources import parse_source, set_source
@@ -14,6 +22,7 @@ __all__ = [
     "NORMS",
     "STAGES",
     "ConfigError",
+    "check_keys",
     "conflicts",
     "default",
     "flatten",

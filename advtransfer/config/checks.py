@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,7 +47,7 @@ def _one_of(*names: str):
 
 _CHECKS = {
     "stage": _one_of(*STAGES),
-    "seed": _NOT_NEGATIVE,
+    "seed": (lambda x: 0 <= x < 2**32, "must be a whole number from 0 to 2**32 - 1"),
     "dtype": _one_of("auto", "float32", "bfloat16"),
     "broken_images": _one_of("refuse", "skip"),
     "checkpoint.num_classes": _NOT_NEGATIVE,
@@ -177,16 +178,31 @@ _EMPTY = {
 }
 
 
+def check_keys(config: ConfigDict) -> None:
+    """Raises a ConfigError unless the configuration has the keys that there are, and no other."""
+    values, known = flatten(config), flatten(default())
+    for key in sorted(values.keys() - known.keys()):
+        near = difflib.get_close_matches(key, known, n=2)
+        raise ConfigError(f"config.{key} is no key{_did_you_mean(near)}")
+    if missing := [key for key in known if key not in values]:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ConfigError(
+            f"the config has no {', '.join(missing[:3])}{more}: begin it with advtransfer.config.default()"
+        )
+
+
 def validate(config: ConfigDict) -> None:
     """Checks every value that can be judged without loading anything.
 
     Raises:
       ConfigError: naming the first bad key, its value and the fix.
     """
+    check_keys(config)
     values = flatten(config)
-    for key in values.keys() - flatten(default()).keys():
-        near = difflib.get_close_matches(key, flatten(default()), n=2)
-        raise ConfigError(f"config.{key} is no key{_did_you_mean(near)}")
+    for key, value in values.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"config.{key}={value!r} must be finite")
     for key, example in flatten(default()).items():
         if isinstance(example, tuple):
             _check_elements(key, values[key], type(example[0]) if example else _EMPTY[key])

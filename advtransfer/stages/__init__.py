@@ -16,6 +16,7 @@ from advtransfer.checkpoint import SaveError
 from advtransfer.config import ConfigError, validate
 from advtransfer.source import compute_dtype
 from advtransfer.stages import evaluate, importing, interpret, report, source, study, transfer
+from advtransfer.study import NoLocks
 from advtransfer.train import on_sigterm, stop_on_sigterm
 
 STAGES = {
@@ -44,6 +45,8 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     try:
         with on_sigterm(stop_on_sigterm):
             STAGES[config.stage].run(config, workdir)
+    except NoLocks as error:
+        raise ConfigError(f"--workdir={workdir}: {error}") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise SaveError(str(error)) from error

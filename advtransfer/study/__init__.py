@@ -7,7 +7,7 @@ processes may run the same study in the same folder: each group is one's.
 """
 
 from advtransfer.study.calibrate import measure_speed, predict_seconds
-from advtransfer.study.claims import claim
+from advtransfer.study.claims import NoLocks, claim
 from advtransfer.study.plan import accelerator_hours, caches_of, format_seconds, pieces_of
 from advtransfer.study.rows import finished_rows, history_rows
 from advtransfer.study.run import run_group, run_trials
@@ -26,6 +26,7 @@ from advtransfer.study.trials import (
 
 __all__ = [
     "Cell",
+    "NoLocks",
     "Source",
     "Trial",
     "accelerator_hours",

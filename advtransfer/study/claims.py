@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from advtransfer import parallel, storage
+
+
+class NoLocks(OSError):
+    """A file system on which no file can be locked."""
+
 
 _LOOK_EVERY = 0.5  # seconds, for what others have finished
 
@@ -55,19 +61,37 @@ def divide(names: Sequence[str], folder: Any, is_done: Callable[[str], bool]) ->
 
 @contextlib.contextmanager
 def claim(lock: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process holds `lock` inside; with `wait`, it comes in when it does.
+    """Whether this process holds `lock` inside; with `wait`, it comes in when it does, and says for what it
+    waits.
 
     At an address everybody does.
+
+    Raises:
+      NoLocks: the file system has none.
     """
     if storage.is_address(lock):
         yield True
         return
     with lock.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
+        mine = _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if wait and not mine:
+            logging.warning("waiting for another process, which holds %s", lock)
+            mine = _lock(file, fcntl.LOCK_EX)
+        yield mine
+        if not mine:
             return
-        yield True
         # Whoever has opened it by now will hold a lock that no one else can see, and find the work done.
         lock.unlink(missing_ok=True)
+
+
+def _lock(file: IO[str], operation: int) -> bool:
+    try:
+        fcntl.flock(file, operation)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise NoLocks(
+            f"{file.name} cannot be locked ({error.strerror}): several processes share a workdir by locks of "
+            "files; name one on another file system, or a bucket"
+        ) from error
+    return True

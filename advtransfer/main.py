@@ -1,0 +1,162 @@
+"""The command line: flags to a config and a workdir, and every end of a run to one line and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from advtransfer import parallel, stages, storage
+from advtransfer.checkpoint import SaveError, UnreadableCheckpoints
+from advtransfer.config import ConfigError, check_keys
+from advtransfer.data import LostWorker
+from advtransfer.train import DivergedError, Preempted
+
+_QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.py"
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results; default: runs/EXPERIMENT.")
+_PLAN = flags.DEFINE_bool("plan", False, "Say what would run, write nothing, stop.")
+_MULTIHOST = flags.DEFINE_bool("multihost", False, "Join the other processes of a pod or cluster first.")
+
+DONE, DIVERGED, WRONG_INPUT, UNFINISHED, FAULT, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+
+def run() -> None:
+    """Runs the command in `sys.argv` and ends the process with one of the codes above."""
+    _keep_streams()
+    app.run(main, flags_parser=parse_flags)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        _stop(WRONG_INPUT, f"unknown argument {argv[1]!r}: every option is --NAME=VALUE")
+    logging.set_verbosity(logging.WARNING)
+    experiment = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
+    workdir = _WORKDIR.value or str(Path("runs") / experiment.stem)
+    try:
+        config = _config(_CONFIG.value, experiment)
+        if _MULTIHOST.value:
+            parallel.initialize()
+        print(stages.plan(config, workdir)) if _PLAN.value else stages.run(config, workdir)
+        sys.stdout.flush()
+    except (ConfigError, UnreadableCheckpoints, parallel.NoCluster) as error:
+        _stop(WRONG_INPUT, str(error))
+    except Preempted as stopped:
+        _stop(DONE, f"{stopped}; resume with the same command")
+    except DivergedError as error:
+        _stop(DIVERGED, str(error))
+    except (SaveError, LostWorker) as error:
+        _stop(UNFINISHED, f"{error}; resume with the same command")
+    except KeyboardInterrupt:
+        _stop(INTERRUPTED, "interrupted; resume with the same command")
+    except Exception as error:
+        _stop(FAULT, _fault(error, workdir))
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """As absl parses them, but every mistake is one line and exit code 2."""
+    try:
+        # What stands in a --flagfile has to be among the arguments, where ml_collections looks for overrides.
+        argv = [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=True)]
+        # A default of the flag would be loaded, and its overrides checked, at import already.
+        if not any(argument.split("=")[0].lstrip("-") == "config" for argument in argv[1:]):
+            argv = [argv[0], f"--config={_QUICKSTART}", *argv[1:]]
+        typed, sys.argv = sys.argv, argv
+        try:
+            argv = flags.FLAGS(argv)
+            getattr(_CONFIG.value, "stage", None)  # a file that could not be loaded says so when it is used
+        finally:
+            sys.argv = typed
+        return argv
+    except Exception as error:  # absl's, ml_collections', or the experiment's own
+        _stop(
+            WRONG_INPUT, f"--config: {_cause(error)}" if not isinstance(error, flags.Error) else _cause(error)
+        )
+
+
+def _config(config: Any, experiment: Path) -> ConfigDict:
+    """What get_config() gave, with every key that there is.
+
+    Raises:
+      ConfigError: something else than a whole configuration.
+    """
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(
+            f"get_config() of {experiment} returns a {type(config).__name__}: let it change and return "
+            "advtransfer.config.default()"
+        )
+    check_keys(config)
+    config.report.command = config.report.command or shlex.join(["python", "launch.py", *sys.argv[1:]])
+    return config.lock()
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong, out of exceptions in exceptions and tracebacks in messages."""
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    text = f"no such key: {error.args[0]}" if isinstance(error, KeyError) else str(error).strip()
+    return text.splitlines()[-1] if "Traceback" in text or "Attempted" in text else text
+
+
+def _fault(error: Exception, workdir: str) -> str:
+    """One line for an error that nobody foresaw; its traceback goes into a file."""
+    text = "".join(traceback.format_exception(error))
+    name = f"fault-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    for folder in (workdir, tempfile.gettempdir()):
+        try:
+            path = storage.to_path(folder) / name
+            if path.parent.exists():
+                storage.write(path, text)
+                break
+        except Exception:  # of a workdir that is no place to write, say
+            continue
+    said = (str(error).strip() or "no message").splitlines()[0][:300]
+    return f"a fault of this program, or of what it uses: {type(error).__name__}: {said}; more is in {path}"
+
+
+def _stop(code: int, message: str) -> None:
+    print(" ".join(message.split()), file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+class _Stream:
+    """A stream whose reader may go away: what is written to it then is dropped."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError):
+            return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _keep_streams() -> None:
+    """No run ends because nobody reads what it prints, or because a terminal lacks a character."""
+    for number in range(3):
+        with contextlib.suppress(OSError):
+            os.fstat(number)
+            continue
+        os.open(os.devnull, os.O_RDWR)  # it is closed: the next file to be opened would take its place
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115 (for the process's life)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, _Stream(stream))
