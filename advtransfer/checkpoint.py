@@ -24,7 +24,11 @@ Arrays = dict[str, np.ndarray]
 
 
 class UnreadableCheckpoints(ValueError):
-    """There are checkpoints, and not one of them can be read."""
+    """There are checkpoints, and not one of them can be read, or they are of another run."""
+
+
+class _OtherRun(Exception):
+    """A checkpoint that is another run's."""
 
 
 class Checkpoints:
@@ -39,8 +43,9 @@ class Checkpoints:
     by all processes, which share `folder`.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2):
-        self.folder, self._keep = storage.to_path(folder), keep
+    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2, run: str = ""):
+        """`run` says whose they are; those of another run are neither restored nor deleted."""
+        self.folder, self._keep, self._run = storage.to_path(folder), keep, run
         if parallel.is_main_process():
             storage.make_folder(self.folder)
             for unfinished in list(self._unfinished()):
@@ -81,16 +86,22 @@ class Checkpoints:
           The state as host arrays, or None when no checkpoint exists.
 
         Raises:
-          UnreadableCheckpoints: checkpoints exist and none is sound; they are left as they are.
+          UnreadableCheckpoints: checkpoints exist and none is sound, or one is of another run; they are left
+            as they are.
         """
         template = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
-        problem, damaged = "", []
+        damaged = []
         for step in self._agreed_steps():
-            arrays = None
+            arrays = problem = None
             try:
                 arrays = self._read(step, _named(template))
             except Exception as error:  # Orbax, TensorStore and the file system each raise their own
-                problem = storage.reason(error)
+                problem = error
+            if not parallel.everywhere(not isinstance(problem, _OtherRun)):
+                raise UnreadableCheckpoints(
+                    f"checkpoint {step} in {self.folder} is of another run, of another configuration: take "
+                    "another folder, or delete these checkpoints"
+                )
             if parallel.everywhere(arrays is not None):
                 if parallel.is_main_process():
                     for other in damaged:
@@ -98,12 +109,12 @@ class Checkpoints:
                 if damaged:
                     logging.warning("going on from checkpoint %d", step)
                 return jax.tree.unflatten(jax.tree.structure(template), arrays.values())
-            problem = problem or "another process cannot read it"
-            logging.warning("checkpoint %d in %s is damaged (%s)", step, self.folder, problem)
+            said = storage.reason(problem) if problem else "another process cannot read it"
+            logging.warning("checkpoint %d in %s is damaged (%s)", step, self.folder, said)
             damaged.append(step)
         if damaged:
             raise UnreadableCheckpoints(
-                f"none of the checkpoints in {self.folder} can be read ({problem}): delete the folder"
+                f"none of the checkpoints in {self.folder} can be read ({said}): delete the folder"
             )
         return None
 
@@ -149,6 +160,7 @@ class Checkpoints:
         if not parallel.is_main_process():
             return
         about = {"step": step, "shares": parallel.num_processes(), "sha256": _digest(arrays)}
+        about["run"] = self._run
         storage.write(self._place(step) / _WHOLE, json.dumps(about) + "\n")
         if not storage.is_address(self.folder):
             os.replace(self._place(step), self.folder / str(step))
@@ -168,6 +180,8 @@ class Checkpoints:
         """All shares of a checkpoint, whose SHA-256 must be the one that was written."""
         folder = self.folder / str(step)
         about = json.loads((folder / _WHOLE).read_text())
+        if about.get("run", self._run) != self._run:
+            raise _OtherRun
         found: Arrays = {}
         for process in range(about["shares"]):
             share = _share(template, process, about["shares"])

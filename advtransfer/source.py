@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ from ml_collections import ConfigDict
 from advtransfer import parallel, storage
 from advtransfer.attacks import make_attack
 from advtransfer.checkpoint import Checkpoints
-from advtransfer.config import ConfigError, flatten, names_key
+from advtransfer.config import FREE_KEYS, ConfigError, flatten, names_key
 from advtransfer.data import Dataset, Feed, StreamedSplit, choose_augmentation, load_dataset, make_feed
 from advtransfer.evaluate import evaluate
 from advtransfer.models import (
@@ -229,7 +231,7 @@ def train_source(config: ConfigDict, folder: str | Path, *, name: str = "source"
     the checkpoints, and process 0 the rest.
 
     Raises:
-      ConfigError: as `prepare`.
+      ConfigError: as `prepare`, or `folder` holds the model of another source.
       DivergedError, Preempted: as `train.fit`.
       UnreadableCheckpoints, SaveError: as `Checkpoints`.
     """
@@ -237,10 +239,16 @@ def train_source(config: ConfigDict, folder: str | Path, *, name: str = "source"
     if parallel.from_main(np.bool_((folder / "model" / "model.json").exists())):
         if parallel.is_main_process():
             storage.remove(folder / "checkpoints")  # left by a kill right after the save
-        return load_model(folder / "model", dtype=compute_dtype(config.dtype))
+        model = load_model(folder / "model", dtype=compute_dtype(config.dtype))
+        _check_model(config, model, folder / "model")
+        return model
     dataset = load_source_data(config)
     run = prepare(config, dataset)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=config.train.keep)
+    recipe = config.train.to_dict().items()
+    asked = {key: value for key, value in recipe if f"train.{key}" not in FREE_KEYS}
+    asked |= {"seed": config.seed, "dtype": config.dtype, "classes": dataset.class_names}
+    identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    checkpoints = Checkpoints(folder / "checkpoints", keep=config.train.keep, run=identity)
     with contextlib.closing(run):
         restored = checkpoints.restore(run.state)
         state = run.state if restored is None else parallel.replicate(restored)
@@ -264,6 +272,17 @@ def train_source(config: ConfigDict, folder: str | Path, *, name: str = "source"
         save_model(model, folder / "model")
         storage.remove(folder / "checkpoints")
     return model
+
+
+def _check_model(config: ConfigDict, model: Model, folder: Any) -> None:
+    """Raises a ConfigError if a finished model is no source that config.train describes."""
+    for key in ("norm", "eps", "architecture", "image_size"):
+        asked, found = config.train[key], getattr(model.spec, key)
+        if asked != found:
+            raise ConfigError(
+                f"{folder} is a model of {key} {found}, and config.train.{key} is {asked}: choose another "
+                "folder or workdir, or delete that model"
+            )
 
 
 def _validate(config: ConfigDict, dataset: Dataset, module: Any, state: TrainState) -> dict[str, float]:

@@ -9,6 +9,7 @@ complete goes last. Orbax writes to local folders; for an address it is given a 
 from __future__ import annotations
 
 import contextlib
+import glob
 import importlib.util
 import logging
 import os
@@ -138,9 +139,13 @@ def write(path: Path | epath.Path, content: str | bytes) -> None:
         with _says_what_is_wrong(path):
             path.write_bytes(data)
         return
-    partial = path.with_name(f"{path.name}.partial{os.getpid()}")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    # A name of its own: processes in several containers may have the same number.
+    partial = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def remove(path: Path | epath.Path) -> None:
@@ -170,8 +175,9 @@ def new_folder(folder: Path | epath.Path, *, last: str) -> Iterator[Path]:
             upload(Path(new), folder)
             write(folder / last, content)
         return
-    new, old = (folder.with_name(f".{folder.name}.{word}{os.getpid()}") for word in ("new", "old"))
-    shutil.rmtree(new, ignore_errors=True)
+    recover(folder)
+    name = uuid.uuid4().hex
+    new, old = (folder.with_name(f".{folder.name}.{name}.{word}") for word in ("new", "old"))
     new.mkdir(parents=True)
     try:
         yield new
@@ -181,6 +187,20 @@ def new_folder(folder: Path | epath.Path, *, last: str) -> Iterator[Path]:
     finally:
         shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(folder: Path | epath.Path) -> None:
+    """Puts a folder back that a process put aside and was killed before the new one took its place; where the
+    new one is there, what was put aside is deleted."""
+    if is_address(folder) or not folder.parent.is_dir():
+        return
+    for old in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*.old")):
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):  # another process was quicker
+                os.replace(old, folder)
+        shutil.rmtree(old.with_suffix(".new"), ignore_errors=True)
 
 
 def save_tree(folder: Path | epath.Path, tree: Any) -> None:

@@ -6,6 +6,7 @@ before any work starts.
 """
 
 from advtransfer.config.checks import (
+    FREE_KEYS,
     ConfigError,
     check_keys,
     conflicts,
@@ -19,6 +20,7 @@ from advtransfer.config.paper import set_paper_grid
 from advtransfer.config.sources import parse_source, set_source
 
 __all__ = [
+    "FREE_KEYS",
     "NORMS",
     "STAGES",
     "ConfigError",

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from advtransfer.config.keys import NORMS, STAGES, default
 
 # Keys that change what is computed or shown beside the results, but not the results that a workdir holds.
-_FREE_KEYS = (
+FREE_KEYS = (
     "interpret.",
     "report.",
     "rows",
@@ -310,7 +310,7 @@ def conflicts(config: ConfigDict, saved: str) -> list[str]:
     return [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"
         for key in sorted(old.keys() | new.keys())
-        if not key.startswith(_FREE_KEYS) and old.get(key) != new.get(key)
+        if not key.startswith(FREE_KEYS) and old.get(key) != new.get(key)
     ]
 
 

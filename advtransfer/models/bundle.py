@@ -143,6 +143,7 @@ def save_model(model: Model, folder: str | Path, *, overwrite: bool = False) -> 
         description or weights that `load_model` would refuse.
     """
     folder = storage.to_path(folder)
+    storage.recover(folder)
     check_spec(model.spec)
     described = storage.is_file(folder / _SPEC_FILE)
     if folder.exists() and not (described or _is_half_an_upload(folder)):
@@ -199,6 +200,7 @@ def load_model(folder: str | Path, *, dtype: Any = None) -> Model:
 def _find(folder: str | Path) -> Path:
     path = storage.to_path(folder)
     for candidate in (path, path / "model"):
+        storage.recover(candidate)
         if storage.is_file(candidate / _SPEC_FILE):
             return candidate
     raise ValueError(f"{str(folder)!r} is no model folder: it has no {_SPEC_FILE}")

@@ -15,7 +15,7 @@ from advtransfer import parallel
 from advtransfer.data import Dataset
 from advtransfer.models import Model, identity
 from advtransfer.source import check_source, load_source_data, measure, num_steps, state_bytes, train_source
-from advtransfer.stages.workdir import check_workdir, keep, open_workdir
+from advtransfer.stages.workdir import check_workdir, claimed, keep, open_workdir
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -23,8 +23,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
     check_source(config, dataset)
     open_workdir(config, workdir)
     name = source_name(config)
-    model = train_source(config, workdir, name=name)
-    evaluation = measure_once(config, model, dataset, workdir, name=name)
+    with claimed(workdir):
+        model = train_source(config, workdir, name=name)
+        evaluation = measure_once(config, model, dataset, workdir, name=name)
     if parallel.is_main_process():
         print(f"{workdir / 'model'}: {describe(evaluation)}")
 

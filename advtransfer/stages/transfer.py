@@ -16,7 +16,7 @@ from advtransfer.report import write_model_page, write_rows
 from advtransfer.source import compute_dtype, load_data
 from advtransfer.stages.named_models import find_model, model_name
 from advtransfer.stages.one_model import make_page, tune
-from advtransfer.stages.workdir import check_workdir, open_workdir, versions
+from advtransfer.stages.workdir import check_workdir, claimed, open_workdir, versions
 from advtransfer.study import Source, Trial, history_rows, make_trial, num_steps
 from advtransfer.transfer import (
     choose_k,
@@ -38,6 +38,11 @@ class _Task(NamedTuple):
 def run(config: ConfigDict, workdir: Path) -> None:
     task = _check(config, workdir)
     open_workdir(config, workdir)
+    with claimed(workdir):
+        _run(config, workdir, task)
+
+
+def _run(config: ConfigDict, workdir: Path, task: _Task) -> None:
     trial, names, choice = task.trial, task.dataset.class_names, None
     if (method := config.transfer.choose_num_unfrozen_blocks) != "given":
         choice = choose_k(

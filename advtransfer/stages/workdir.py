@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,22 @@ from ml_collections import ConfigDict
 from advtransfer import parallel, storage
 from advtransfer.config import ConfigError, conflicts, to_json
 from advtransfer.models import package_versions
+from advtransfer.study import claim
 
 
 def check_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Raises a ConfigError if `workdir` cannot be written or holds another config's results."""
+    """Raises a ConfigError if `workdir` cannot be written, or holds another config's results or what is not
+    ours: a folder of ours has a `config.json`, and only what is in such a folder is replaced."""
     try:
         storage.check_writable(workdir)
     except ValueError as error:
         raise ConfigError(f"--workdir={workdir} cannot be written: {error}") from error
     saved = workdir / "config.json"
+    if not saved.exists() and (others := sorted(p.name for p in _list(workdir) if p.name[0] != ".")):
+        raise ConfigError(
+            f"--workdir={workdir} holds files that are not ours ({', '.join(others[:3])}"
+            f"{', ...' if len(others) > 3 else ''}): choose another, or an empty folder"
+        )
     if saved.exists():
         try:
             different = conflicts(config, saved.read_text())
@@ -35,6 +43,26 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
                 f"--workdir={workdir} holds the results of another config ({'; '.join(different)}): "
                 "choose another --workdir, or go back to that config"
             )
+
+
+def _list(workdir: Path) -> list[Path]:
+    return list(workdir.iterdir()) if workdir.exists() else []
+
+
+@contextlib.contextmanager
+def claimed(workdir: Path) -> Iterator[None]:
+    """Inside, `workdir` is this run's alone; the lock ends with its process, however that ends.
+
+    Raises:
+      ConfigError: it is another run's.
+    """
+    with contextlib.ExitStack() as stack:
+        mine = not parallel.is_main_process() or stack.enter_context(claim(workdir / ".lock"))
+        if not parallel.everywhere(mine):
+            raise ConfigError(
+                f"--workdir={workdir} is in use by another process: wait until that ends, or choose another"
+            )
+        yield
 
 
 def open_workdir(config: ConfigDict, workdir: Path) -> None:
