@@ -361,17 +361,58 @@ def test_where_no_box_fits_the_middle_is_taken():
     assert random_box(rng, 12, 1000, min_area=0.08) == (0, 492, 12, 16)
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_a_crop_is_cut_out_of_the_upright_image_and_scaled(tmp_path, orientation):
+class Script:
+    """Random numbers that are written down, (area, ratio) of each try; of integers the largest."""
+
+    def __init__(self, *tries):
+        self.numbers = iter([number for area, ratio in tries for number in (area, np.log(ratio))])
+
+    def uniform(self, low, high):
+        return next(self.numbers)
+
+    def integers(self, number):
+        return number - 1
+
+
+def test_the_first_of_ten_boxes_that_fits_is_taken():
+    miss, whole, flat = (1.0, 4 / 3), (0.75, 4 / 3), (0.36, 1.0)
+    fits = (40, 40, 60, 60)
+    assert random_box(Script(flat, miss), 100, 100, min_area=0.1) == fits
+    assert random_box(Script(*[miss] * 9, flat), 100, 100, min_area=0.1) == fits
+    assert random_box(Script(*[miss] * 10), 100, 100, min_area=0.1) == (0, 0, 100, 100)
+    assert random_box(Script(whole, flat), 100, 100, min_area=0.1) == (0, 25, 100, 75)  # as wide as the image
+    assert random_box(Script((0.75, 3 / 4), flat), 100, 100, min_area=0.1) == (25, 0, 75, 100)
+    # Of an image of one line a box without area is no box, and one of a pixel is.
+    assert random_box(Script((0.02, 1.0), (0.1, 1.0)), 10, 1, min_area=0.01) == (9, 0, 1, 1)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("upright", [True, False])
+def test_a_crop_is_cut_out_of_the_image_and_scaled(tmp_path, orientation, upright):
     path, exif = tmp_path / "image.png", Image.Exif()
     exif[0x0112] = orientation
     noise(90, 60).save(path, exif=exif)
-    whole = decode_image(path, upright=True)
+    whole = decode_image(path, upright=upright)
     left, top, width, height = random_box(np.random.default_rng(5), *whole.size, min_area=0.2)
     box = whole.crop((left, top, left + width, top + height))
     expected = box.resize((24, 24), Image.Resampling.BILINEAR)
-    found = decode_crop(path, 24, np.random.default_rng(5), min_area=0.2, upright=True)
+    found = decode_crop(path, 24, np.random.default_rng(5), min_area=0.2, upright=upright)
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("size", "part"), [(76, 1), (75, 2), (38, 2), (37, 4), (19, 4), (18, 8), (2, 8)])
+def test_the_resolution_that_a_photograph_is_decoded_at(tmp_path, size, part):
+    """Of a box of 400 x 300 pixels: the least of those that leave it twice the asked pixels."""
+    path = tmp_path / "image.jpg"
+    noise(800, 640).save(path)
+    with Image.open(path) as image:
+        image.draft(None, (800 // part, 640 // part))
+        smaller = image.convert("RGB")
+    assert smaller.size == (800 // part, 640 // part)
+    place = Script((400 * 300 / (800 * 640), 4 / 3))
+    found = decode_crop(path, size, place, min_area=0.1)
+    box = smaller.crop(tuple(round(side / part) for side in (400, 340, 800, 640)))
+    np.testing.assert_array_equal(found, box.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def test_large_photographs_are_decoded_at_lower_resolution(tmp_path):
