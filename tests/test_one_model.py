@@ -176,6 +176,25 @@ def test_folds_are_as_many_as_the_rarest_class_allows():
     assert [possible_folds(labels, n) for n in (2, 3, 5)] == [2, 3, 3]
     with pytest.raises(ValueError, match="class 1 has one training image"):
         possible_folds(np.array([0, 0, 1]), 5)
+    with pytest.raises(ValueError, match="cross-validation in 1 folds: give at least 2"):
+        possible_folds(labels, 1)
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(11, 11), (12, 12), (13, 12), (100, 12)])
+def test_a_batch_is_cut_to_the_smallest_of_what_folds_leave(batch_size, expected, monkeypatch):
+    """19 images in three folds leave 12 or 13."""
+    asked = []
+
+    def tune(model, train, test, *, subsets, recipe, **_):
+        asked.append((recipe.batch_size, recipe.evaluate_epochs, subsets.shape[1] + test.num_images))
+        return {"test_accuracy": np.full((1, 1), 0.5)}
+
+    monkeypatch.setattr(choose_k_module, "fine_tune_many", tune)
+    recipe = RECIPE._replace(frozen_batch_norm="target", batch_size=batch_size)
+    monkeypatch.setattr(choose_k_module, "depths", lambda _: (0, 1))
+    train = Split(*(np.tile(x, (4, *[1] * (x.ndim - 1)))[:19] for x in TRAIN))
+    choose_k("cross_validation", MODEL, train, num_classes=3, key=KEY, num_folds=3, recipe=recipe)
+    assert asked == [(expected, (RECIPE.num_epochs,), 19)] * 6
 
 
 @pytest.mark.parametrize(("mode", "candidates"), [("source", (0, 1)), ("target", (0,)), ("update", (0,))])
