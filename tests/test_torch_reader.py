@@ -281,6 +281,17 @@ def test_tensors_that_do_not_fit_their_storage(tmp_path, change, message):
     refuse(write_legacy(tmp_path / "a.pt", tensor(**change, legacy=True)), message)
 
 
+@pytest.mark.parametrize(
+    ("kind", "itemsize"), [("QInt8", 1), ("QUInt8", 1), ("QUInt4x2", 1), ("QUInt2x4", 1), ("QInt32", 4)]
+)
+def test_quantised_storages_are_known_and_not_read(tmp_path, kind, itemsize):
+    count = len(SIX) // itemsize
+    quantised = tensor(numel=count, shape=(count,), strides=(1,), kind=f"torch.{kind}Storage")
+    path = write_zip(tmp_path / "a.pt", quantised)
+    assert load(path).tree.shape == (count,)
+    refuse(path, f"tensors of type {kind.lower()} are not supported")
+
+
 def test_a_storage_that_the_file_does_not_have(tmp_path):
     refuse(write_zip(tmp_path / "a.pt", tensor(key="7")), "storage 7 is not in the file")
     refuse(write_legacy(tmp_path / "a.pt", tensor(key="7", legacy=True)), "list of storages does not name")
