@@ -71,6 +71,38 @@ def test_every_epoch_has_every_image_once_but_those_that_fill_no_batch(train):
     assert serials_of(other) != epochs[0][:4]
 
 
+def test_what_is_drawn_stays_what_it_is(train, monkeypatch):
+    """From the seed, the epoch, the step and the position alone, and in every later version the same."""
+    assert stream.epoch_order(3, 1, 8).tolist() == [4, 3, 1, 6, 0, 2, 5, 7]
+    numbers = []
+
+    def draw(encoded, size, rng, **_):
+        numbers.append(int(rng.integers(10**6)))
+        return np.zeros((size, size, 3), np.uint8)
+
+    monkeypatch.setattr(stream, "decode_crop", draw)
+    order = StreamOrder(seed=3, batch_size=6, process=1, num_processes=2, min_area=0.5)
+    for step in (0, 4):
+        read_batch(train, order, step)
+    expected = [np.random.default_rng([3, 1, step, i]).integers(10**6) for step in (0, 4) for i in (3, 4, 5)]
+    assert numbers == expected
+
+
+def test_every_epoch_of_a_set_on_the_device_has_another_order():
+    images, labels = np.zeros((21, 4, 4, 3), np.uint8), np.arange(21, dtype=np.int32)
+    feed, epochs = _feed(Split(images, labels)), []
+    for epoch in range(3):
+        steps = [feed.rows(step) for step in (2 * epoch, 2 * epoch + 1)]
+        for _, positions in steps:
+            np.testing.assert_array_equal(positions, np.arange(8).reshape(2, 4))
+        taken = np.concatenate([np.ravel(indices) for indices, _ in steps])
+        assert len({*taken.tolist()}) == 16 and taken.min() >= 0 and taken.max() <= 20
+        epochs.append(tuple(taken.tolist()))
+    assert len({*epochs}) == 3
+    again = np.concatenate([np.ravel(feed.rows(step)[0]) for step in (2, 3)])
+    assert tuple(again.tolist()) == epochs[1]
+
+
 def test_processes_read_the_rows_of_one_global_batch(tmp_path):
     for i, label in enumerate("ab" * 8):
         (tmp_path / "set/train" / label).mkdir(parents=True, exist_ok=True)
@@ -228,9 +260,43 @@ def test_an_error_in_a_thread_is_raised_here(tmp_path):
 
 
 def test_batches_that_outgrow_the_shared_memory_are_refused(train, monkeypatch):
-    monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(ValueError, match="free: enlarge it .* or lower --config.train.num_workers"):
-        iterate(train, StreamOrder(seed=0, batch_size=8), 0, 2, num_workers=2)
+    """Six batches of a worker's: 2 x 6 x 4 images of 5000 x 5000 x 3 bytes."""
+    needed, message = 3_600_000_000, "take 3.6 GB, /dev/shm has 3.6 GB free: enlarge it .* or lower --config"
+    large, order = train._replace(image_size=5000), StreamOrder(seed=0, batch_size=8, num_processes=2)
+    monkeypatch.setattr(stream, "_let_grain_read_its_flags", lambda: pytest.fail("workers are started"))
+    for free, outcome in ((needed, pytest.fail.Exception), (needed - 1, ValueError)):
+        monkeypatch.setattr(stream.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with pytest.raises(outcome, match=message if outcome is ValueError else "workers are started"):
+            iterate(large, order, 0, 2, num_workers=2)
+
+
+def _batches(count):
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        yield stream.HostBatch(rng.integers(0, 256, (3, 5, 4, 3), np.uint8), np.int32([i, 7, -i]), (f"{i}",))
+
+
+def test_batches_come_out_of_shared_memory_as_they_went_in():
+    shelf = stream._Shelf()
+    found = list(stream._from_workers(shelf(batch) for batch in _batches(15)))
+    assert len(found) == 15
+    for batch, expected in zip(found, _batches(15), strict=True):
+        np.testing.assert_array_equal(batch.images, expected.images)
+        np.testing.assert_array_equal(batch.labels, expected.labels)
+        assert batch.skipped == expected.skipped
+
+
+@pytest.mark.parametrize("count", [6, 7])
+def test_six_batches_lie_in_shared_memory_at_once(count):
+    shelf = stream._Shelf()
+    ahead = [shelf(batch) for batch in _batches(count)]
+    found = stream._from_workers(batch for batch in ahead)
+    if count == 6:
+        for batch, expected in zip(found, _batches(6), strict=True):
+            np.testing.assert_array_equal(batch.images, expected.images)
+    else:
+        with pytest.raises(RuntimeError, match="a worker has written over a batch"):
+            next(found)
 
 
 def _feed(train, *, augmentation=AUGMENTATIONS["none"], batch_size=8, num_steps=6, **options):
