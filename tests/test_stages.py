@@ -19,14 +19,18 @@ from advtransfer.models import (
     Model,
     ModelSpec,
     create_module,
+    identity,
     init_variables,
     load_model,
     logits_fn,
     save_model,
 )
+from advtransfer.stages import transfer
 from advtransfer.stages.study import _remarks
 from advtransfer.stages.study_grid import Grid, Place
+from advtransfer.study import Source
 from advtransfer.train import DivergedError
+from advtransfer.transfer import normalised_by
 
 pytestmark = pytest.mark.usefixtures("two_blocks", "unoptimised")
 
@@ -166,6 +170,36 @@ def test_plans_say_of_how_many_blocks_images_steps_and_bytes(tmp_path):
         said += f"state and images {size / 1e6:,.1f} MB a device"
         assert stages.plan(config, tmp_path / "out") == said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("norm", "input_norm", "changed"),
+    [("none", "target", True), ("none", "source", False), ("l2", "target", False)],
+)
+def test_a_transfer_normalises_natural_sources_and_sets_images_aside_but_of_all(
+    norm, input_norm, changed, tmp_path, monkeypatch
+):
+    module = create_module("resnet_tiny", num_classes=10)
+    spec = ModelSpec("resnet_tiny", 10, 8, module.mean, module.std, norm, 0.5 * (norm != "none"))
+    model = Model(module, init_variables(module, jax.random.key(0), 8), spec)
+    save_model(model, tmp_path / "blank")
+    config, asked, sources = tiny(), [], []
+    config.stage, config.source = "transfer", str(tmp_path / "blank")
+    config.transfer.input_norm = input_norm
+    for name, spy in (
+        ("load_data", lambda *_, **options: asked.append(options["set_aside"])),
+        ("make_trial", lambda _, source, *args, **options: sources.append(source)),
+    ):
+        own = getattr(transfer, name)
+        monkeypatch.setattr(
+            transfer, name, lambda *a, own=own, spy=spy, **kw: (spy(*a, **kw), own(*a, **kw))[1]
+        )
+    for config.transfer.num_train_images in (25, -1):
+        stages.plan(config, tmp_path / "out")
+    assert asked == [True, False]
+    images = load_dataset("builtin:digits", image_size=8).train.images
+    expected = identity(normalised_by(model, images) if changed else model)
+    assert sources == [Source("blank", norm, spec.eps, expected)] * 2
 
 
 @pytest.mark.parametrize(("num_classes", "num_skipped"), [(30, 5), (31, 6), (2, 0)])
