@@ -380,7 +380,7 @@ def test_visualisation_starts_at_what_the_start_gives_and_climbs(done, networks)
 
 def test_the_pictures_of_visualisation_have_the_values_below_them(done, parts, networks):
     *climbed, inverted = parts["Feature visualisation"]
-    image, _ = _drawn("test", 3)[1].images / np.float32(255), None
+    image = _drawn("test", 3)[1].images / np.float32(255)
     for kind, part, what in zip(
         ("class", "unit"), climbed, ("logit of a class", "one component"), strict=True
     ):
@@ -462,6 +462,7 @@ def test_letters_that_always_outweigh_gratings(networks, monkeypatch):
     names = np.array(list(LETTERS))
     answers = cues.shape_bias(names, names, np.roll(names, 1))
     monkeypatch.setattr(explain_cues.shape, "measure", lambda *_: answers)
+    monkeypatch.setattr(explain_cues.cue_conflict, "glyph_cue_conflict", lambda *_, **__: None)
     case = _case(networks, (1,), ("l2",))
     section = explain_cues.shape_section(case)
     assert section.finding.startswith("Letters outweigh gratings") and list(section.parts[0].panels) == [
