@@ -285,6 +285,17 @@ def test_the_tables_of_a_target_say_what_its_rows_do(small):
     assert "interval over 3 seeds, fewer where given in brackets." in page.text
 
 
+def test_the_table_of_few_images_is_of_what_has_a_lead(tmp_path):
+    """A source without a common seed has no column; beyond 100 images none are few."""
+    for n, said in (
+        (100, "over n = 100. Bold"),
+        (101, "over n = 101 (the fewest there are; none is ≤ 100). Bold"),
+    ):
+        rows = rows_of([0.5, 0.6], n=n) + rows_of([0.6, 0.8], source=L2, n=n)
+        page = _written(rows + rows_of({9: 0.7}, source=LINF, n=n), tmp_path)
+        assert said in page.text and ["Trained layers", "ℓ2 (ε = 0.5)"] in page.rows
+
+
 def test_clear_leads_alone_are_bold(small):
     text = (small[1] / "report.html").read_text("utf-8")
     mean, low, _ = _lead(CLEAR, BASE[10])
