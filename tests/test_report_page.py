@@ -195,6 +195,8 @@ def test_numbers_stand_beside_the_figures(written):
     cell = by_cell["l2", "digits", "50", "-1"]
     assert float(cell["mean"]) == pytest.approx(np.mean(expected), rel=1e-12)
     assert by_cell["natural", "digits", "50", "-1"]["delta"] == ""
+    text = "".join(Page(path.read_text()).text)
+    assert text.count("Epochs needed, fine-tuned on n = 50: how many times fewer") == 2  # targets
     with open(path.parent / "figures" / "delta_vs_n.csv", newline="") as stream:
         deltas = {tuple(row.values())[:4]: row for row in csv.DictReader(stream)}
     assert deltas["l2", "digits", "50", "-1"]["delta"] == cell["delta"]
@@ -250,6 +252,8 @@ def test_the_tables_of_a_target_say_what_its_rows_do(small):
     at = shown.index(["Trained layers", *labels[1:]])
     assert shown[at + 1 : at + 3] == [["head only", *texts], ["all blocks", "−12.0 (1 seed)", "–"]]
     assert "n = 10 and 20, or those of them that both sources have. Bold" in page.text
+    assert "Images needed: how many times fewer than" in page.text and "Epochs needed" not in page.text
+    assert shown.count(["Trained layers", *labels[1:]]) == 2
     # The best k, of the n that have two.
     lead, low, high = _lead(BASE[10], ALL)
     tied = " [or all]" if low < 0 else ""
@@ -303,6 +307,7 @@ def test_clear_leads_alone_are_bold(small):
     assert unclear < 0 < low  # the clear one twice: among few images, and among all numbers
     assert text.count(f"<td><b>{_signed(mean)}</b> <small>") == 2
     assert f"<td>{_signed(robust)} <small>" in text
+    assert "<td><b>0</b> <small>" in text and "<td>0 [or all] <small>" in text  # the best k
 
 
 def test_the_figures_of_a_target_say_both_ends_of_their_lines(small):
@@ -367,7 +372,7 @@ def test_factors_as_they_are_written():
         ({"factor": 0.5, "ci95_low": 0.25, "ci95_high": 1.0}, "0.50× <small>(0.25 … 1.00)</small>"),
         ({"factor": 0.5, "ci95_low": 0.25, "ci95_high": 0.75}, "<b>0.50×</b> <small>(0.25 … 0.75)</small>"),
         ({"ci95_low": 0.5, "ci95_high": np.inf}, "3.00× <small>(0.50 … ∞)</small>"),
-        ({"factor": 9.996, "ci95_low": np.nan}, "10× <small>(1 seed)</small>"),
+        ({"factor": 9.995, "ci95_low": np.nan}, "10× <small>(1 seed)</small>"),
         ({"factor": 16.0, "bound": "at least"}, "≥ 16×"),
         ({"factor": 0.1, "bound": "not reached"}, "not reached"),
         ({"factor": np.nan}, "–"),
