@@ -238,7 +238,7 @@ def small(tmp_path_factory):
 
 
 def test_the_tables_of_a_target_say_what_its_rows_do(small):
-    page, _ = small
+    page, folder = small
     labels = ["natural", "ℓ2 (ε = 0.5)", "ℓ∞ (ε = 4/255)"]
     shown = [[cell.replace("\xa0", " ") for cell in row] for row in page.rows]
     # Few images: two seeds are at both n, the third source has only one n, and all blocks only one seed.
@@ -286,7 +286,10 @@ def test_the_tables_of_a_target_say_what_its_rows_do(small):
     assert shown[at + 3] == ["20", cell(BASE[20]), cell(ROBUST[20]), "–", *leads]
     assert shown[at + 5] == ["10", cell(ALL), "30.0 [1]", "–", "−12.0", "–"]
     assert shown[at + 6] == ["20"] + 5 * ["–"]
-    assert "interval over 3 seeds, fewer where given in brackets." in page.text
+    assert "interval over 3 seeds, fewer where given in brackets. Differences are in points" in page.text
+    assert "<th class=group colspan=6 scope=rowgroup>Head only</th>" in (folder / "report.html").read_text(
+        "utf-8"
+    )
 
 
 def test_the_table_of_few_images_is_of_what_has_a_lead(tmp_path):
@@ -346,6 +349,7 @@ def test_figures_against_k_show_four_of_many_n(tmp_path):
     assert "one seed, so no interval" in page.text
     assert "there are 1 sources, and the figures above show them" in page.text
     assert [cells for cells in page.rows if cells[0] == "Trained layers"] == []
+    assert "Differences are in points, paired" not in page.text  # there is no robust source
 
 
 def test_the_n_whose_epochs_are_shown():
