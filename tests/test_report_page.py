@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 from test_model_page import _Page
-from test_report_summary import L2, LINF, rows_of
+from test_report_summary import L2, LINF, NATURAL, rows_of
 
 from advtransfer.report import SUMMARY_COLUMNS, Evidence, write_report
 from advtransfer.report.evidence import source_of
@@ -207,7 +207,7 @@ def test_numbers_stand_beside_the_figures(written):
 
 def _written(rows, folder, **options):
     whole = [row | {"train_accuracy": 1.0, "train_loss": 0.1} for row in rows]
-    return _Page(write_report(whole, folder, **options).read_text("utf-8"))
+    return _Page(write_report(whole, str(folder), **options).read_text("utf-8"))
 
 
 def _signed(x):
@@ -290,6 +290,35 @@ def test_the_tables_of_a_target_say_what_its_rows_do(small):
     assert "<th class=group colspan=6 scope=rowgroup>Head only</th>" in (folder / "report.html").read_text(
         "utf-8"
     )
+
+
+def test_the_top_of_a_page_counts_what_is_below(small, tmp_path):
+    page, folder = small
+    text = (folder / "report.html").read_text("utf-8")
+    assert re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text) == [
+        ("Sources", "3"),
+        ("Targets", "1"),
+        ("Labelled images", "10–20"),
+        ("Unfrozen blocks", "0, all"),
+        ("Seeds", "1–3"),
+        ("Fine-tuned models", "18"),
+    ]
+    at = page.rows.index(["", "ℓ2 (ε = 0.5)", "ℓ∞ (ε = 4/255)"])
+    assert page.rows[at + 1][0] == "digits, images" and page.rows[at + 2][0] != "digits, epochs"
+    assert "for the same accuracy (head only; epochs at" in page.text
+    assert '<div class="headline">' in text and text.count("Student’s t over seeds. It covers") == 1
+    assert "In the layout of the paper’s table, in %: table_k0.csv, table_kall.csv." in page.text
+    # Of several targets, and of one seed alone.
+    rows = [
+        row
+        for target in "ab"
+        for source in (NATURAL, L2)
+        for row in rows_of([0.5], source=source, target=target)
+    ]
+    page = _written(rows, tmp_path)
+    text = (tmp_path / "report.html").read_text("utf-8")
+    assert '<div class="headline several">' in text and "One seed says nothing" in page.text
+    assert "Student’s t over seeds. It covers" not in text and "How many times fewer images" not in page.text
 
 
 def test_the_table_of_few_images_is_of_what_has_a_lead(tmp_path):
