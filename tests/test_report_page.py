@@ -16,7 +16,7 @@ from scipy import stats
 from test_model_page import _Page
 from test_report_summary import L2, LINF, NATURAL, rows_of
 
-from advtransfer.report import SUMMARY_COLUMNS, Evidence, write_report
+from advtransfer.report import SUMMARY_COLUMNS, Evidence, figures, write_report
 from advtransfer.report.evidence import source_of
 from advtransfer.report.figures import difference_gain
 from advtransfer.report.plots import epoch_size, slug
@@ -379,6 +379,70 @@ def test_figures_against_k_show_four_of_many_n(tmp_path):
     assert "there are 1 sources, and the figures above show them" in page.text
     assert [cells for cells in page.rows if cells[0] == "Trained layers"] == []
     assert "Differences are in points, paired" not in page.text  # there is no robust source
+    assert "Lead over the natural source" not in page.text
+    blocks = next(image["alt"] for image in page.images if "n = 10" in image["alt"])
+    assert blocks.endswith("natural 10.0 at head to 10.0 at all.")
+
+
+def test_panels_share_a_vertical_axis_unless_they_are_accuracies_at_several_n(tmp_path, monkeypatch):
+    """Leads are measured from zero, and their axis is as long as their intervals."""
+    groups, panel = {}, figures.line_panel
+
+    def kept(series, axis, *, title, ylabel, yrange, zero, behind):
+        groups.setdefault((axis.label, zero), []).append((title, ylabel, series, yrange))
+        assert not behind
+        return panel(series, axis, title=title, ylabel=ylabel, yrange=yrange, zero=zero)
+
+    monkeypatch.setattr(figures, "line_panel", kept)
+    rows = []
+    for (n, k), base in {(10, 0): 0.1, (100, 0): 0.5, (10, 1): 0.15, (100, 1): 0.6}.items():
+        rows += rows_of([base, base + 0.01], n=n, k=k, epochs=(0, 4))
+        rows += rows_of([base + 0.2, base + 0.24], source=L2, n=n, k=k, epochs=(0, 4))
+    page = _written(rows, tmp_path)
+    assert {(label, zero): [title for title, *_ in shown] for (label, zero), shown in groups.items()} == {
+        (label, zero): titles
+        for label, titles in {
+            "labelled target images, n (logarithmic)": ["Head only", "Head + last block"],
+            "epoch": ["Head only", "Head + last block"],  # from epoch 0, which has no logarithm
+            "trained blocks, k": ["n = 10", "n = 100"],
+        }.items()
+        for zero in ("", "natural")
+    }
+    for (label, zero), shown in groups.items():
+        whole = [series for _, _, series, _ in shown]
+        for _, ylabel, series, found in shown:
+            alone = "blocks" in label and not zero
+            low, high = figures.value_range([series] if alone else whole, include=(0.0,) if zero else ())
+            expected = (low, high) if zero else (max(low, -0.02), min(high, 1.02))
+            assert found == pytest.approx(expected)
+            assert ylabel == ("Lead over the natural source, points" if zero else "Test accuracy, %")
+    assert "fine-tuned on n = 100 images. Line: mean; band: 95 % interval" in page.text
+    assert "n = 10 and 100. Mark: mean; bar: 95 % interval (Student’s t) over 2 seeds" in page.text
+    assert "Mark: mean difference, paired by seed; bar:" in page.text
+    assert "Accuracy against constraint is left out: there are 2 sources" in page.text
+    with open(tmp_path / "figures" / "delta_vs_epoch.csv", newline="") as stream:
+        assert [row["epoch"] for row in csv.DictReader(stream)] == ["0", "4"] * 2
+
+
+def test_a_figure_of_one_n_and_one_of_nothing(tmp_path):
+    page = _written(rows_of([0.5]) + rows_of([0.6], source=L2), tmp_path)
+    assert [image["alt"].split(". ")[0] for image in page.images] == [
+        f"Head only: {what} against labelled target images, n (logarithmic)"
+        for what in ("Test accuracy, %", "Lead over the natural source, points")
+    ]
+    assert "Accuracy against k is left out: there is one k." in page.text
+    page = _written(rows_of([np.nan]), tmp_path)
+    assert "Accuracy against the number of labelled images is left out: nothing was measured." in page.text
+    assert not page.images
+
+
+def test_names_along_an_axis_are_cut(tmp_path):
+    names = ["a source of a long name", "another of a long name", "the third"]
+    rows = [row for i, name in enumerate(names) for row in rows_of([0.1 + i / 10], source=(name, "l2", 1.0))]
+    told = [image["alt"] for image in _written(rows, tmp_path).images]
+    assert told[-1] == (
+        "n = 10: Test accuracy, % against source. head 10.0 at a source of a  to 30.0 at the third."
+    )
 
 
 def test_the_n_whose_epochs_are_shown():
