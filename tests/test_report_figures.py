@@ -50,6 +50,8 @@ def test_lines_bands_and_ends_on_a_logarithmic_axis():
     assert corners == {(1, 10), (1, 30), (10, 50), (20_000, 35), (20_000, 45)}
     np.testing.assert_allclose(axes.get_ylim(), (-10, 60))
     assert axes.get_xscale() == "log" and axes.get_xlabel() == "n"
+    title, ylabel = axes.texts[:2]
+    assert (title.get_text(), title.get_weight(), ylabel.get_text()) == ("T", "bold", "y")
     assert [text.get_text() for text in axes.get_xticklabels()] == ["20k", "100", "10", "1"]
     span = math.log(20_000)
     np.testing.assert_allclose(np.log(axes.get_xlim()), (-0.035 * span, 1.035 * span))
@@ -108,6 +110,7 @@ def test_values_are_named_from_the_largest_as_far_as_there_is_room(values):
 def test_both_accuracies_of_every_source_with_their_values():
     rows = [("first", 0.9, 0.3), ("second", 0.5, math.nan), ("third", 0.2, 0.8)]
     (axes,) = figures.dumbbell_panel(rows, title="T").axes
+    assert [text.get_text() for text in axes.texts[:2]] == ["T", "Test accuracy, %"]
     told = {text.get_text(): (text.xy, text.get_ha(), text.xyann[0]) for text in axes.texts[2:]}
     assert told == {
         "90.0": ((pytest.approx(90), 0), "left", 8),

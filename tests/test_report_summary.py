@@ -338,5 +338,7 @@ def test_a_range_holds_every_interval():
     # From 0.1 to 0.5, and 6 % of that on either side.
     assert figures.value_range([series]) == pytest.approx((0.076, 0.524))
     assert figures.value_range([series], include=(0.0,)) == pytest.approx((-0.03, 0.53))
+    high = figures.Series(None, [1], [0.9], [0.05])
+    assert figures.value_range([series, [high]]) == pytest.approx((0.1 - 0.051, 0.95 + 0.051))
     assert figures.value_range([[figures.Series(None, [1], [0.5], [0.0])]]) == pytest.approx((0.49, 0.51))
     assert figures.value_range([]) == (0.0, 1.0)
