@@ -213,6 +213,38 @@ def test_iterative_solvers_say_when_they_fail(monkeypatch):
         score(arrays, solver="cg", damping=1e-6)
 
 
+def test_conjugate_gradients_say_how_far_they_came():
+    """One step from 0 on diag(1, 2, 4) leaves 4/7, 1/7, -5/7 of ones; the other right sides are solved."""
+    matrix, targets = np.diag([1.0, 2.0, 4.0]), np.array([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.0, 3.0, 0.0]])
+    worst = np.sqrt(42 / 49 / 3)
+    with pytest.raises(
+        RuntimeError, match=f"relative residual of {worst:.1e}, not 1.0e-09, after 1 iterations"
+    ):
+        krylov.conjugate_gradients(lambda x: x @ matrix, targets, tolerance=1e-9, max_iterations=1)
+    found = krylov.conjugate_gradients(lambda x: x @ matrix, targets, tolerance=1e-9, max_iterations=3)
+    np.testing.assert_allclose(found, targets / [1, 2, 4], atol=1e-12)
+    rough = krylov.conjugate_gradients(lambda x: x @ matrix, targets, tolerance=0.6, max_iterations=3)
+    np.testing.assert_allclose(rough, [[3 / 7] * 3, [0] * 3, [0, 1.5, 0]])  # that is near enough for 0.6
+
+
+def test_as_many_vectors_may_be_kept_as_there_is_room_for(monkeypatch):
+    arrays, asked = make_problem(*SHAPES[0]), []
+    search = krylov.leading_eigenpairs
+
+    def kept(operator, size, *, rcond, max_vectors):
+        asked.append(max_vectors)
+        return search(operator, size, rcond=rcond, max_vectors=size)
+
+    monkeypatch.setattr(krylov, "leading_eigenpairs", kept)
+    monkeypatch.setattr(influence, "_TYPICAL_VECTORS", 2)
+    price = influence.cost(30, 20, 5, 3, solver="truncated")
+    for spare, number in ((0, 2), (32 * 18 * 3 - 1, 4), (32 * 18 * 3, 5), (10**6, 18)):
+        memory = type("Memory", (), {"available": price.num_bytes + spare})
+        monkeypatch.setattr(influence.psutil, "virtual_memory", lambda memory=memory: memory)
+        score(arrays, solver="truncated")
+        assert asked[-1] == number
+
+
 def test_time_and_memory_are_told_first_and_what_does_not_fit_is_refused(monkeypatch):
     lines = []
     arrays = make_problem(*SHAPES[0])
