@@ -138,10 +138,11 @@ def test_margins_are_inches_whatever_the_size():
     assert (width, height) == (pytest.approx(4.7), pytest.approx(1.75))
     margins = (box.x0 * width, (1 - box.x1) * width, (1 - box.y1) * height, box.y0 * height)
     assert margins == pytest.approx((0.15 + 0.075 * 10, 0.6, 0.85, 0.4))
-    axes = _axes([Series(ROBUST, [1], [0.5], [0.0])], Axis("n"), zero="natural source!")
-    box = axes.get_position()
-    width = axes.figure.get_size_inches()[0]
-    assert (1 - box.x1) * width == pytest.approx(0.4 + 0.072 * len("natural source!"))
+    for zero, longest in (("natural source!", "natural source!"), ("zero", ROBUST.label), ("", ROBUST.label)):
+        axes = _axes([Series(ROBUST, [1], [0.5], [0.0])], Axis("n"), zero=zero)
+        box = axes.get_position()
+        width = axes.figure.get_size_inches()[0]
+        assert (1 - box.x1) * width == pytest.approx(0.4 + 0.072 * len(longest))
 
 
 def test_long_names_and_large_numbers_are_shortened():

@@ -585,7 +585,8 @@ def test_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"^rows\[0\]: columns missing: seed"):
         write_report([row], tmp_path)
     pictures = {"source_images": np.zeros((2, 4, 4, 3)), "adversarial/l2": np.zeros((2, 5, 5, 3))}
-    with pytest.raises(ValueError, match="shape"):
+    said = r"pictures\['adversarial/l2'\] has shape \(2, 5, 5, 3\), but source_images has \(2, 4, 4, 3\)"
+    with pytest.raises(ValueError, match=said):
         write_report([], tmp_path, evidence=Evidence(pictures=pictures))
     assert list(tmp_path.iterdir()) == []
 
