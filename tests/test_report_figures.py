@@ -73,7 +73,7 @@ def test_categories_have_marks_side_by_side_with_bars():
     ticks = {0: "head", 1: "all"}
     lines = [Series(style, [0, 1], [0.2, 0.6], [0.1, 0.05]) for style in (ROBUST, OTHER)]
     for joined, apart, style in ((True, 0.07, "-"), (False, 0.11, "None")):
-        axes = _axes(lines, Axis("k", ticks=ticks, joined=joined))
+        axes = _axes(lines, Axis("k", ticks=ticks, joined=joined), (-0.2, 1.0))
         for line, side in ((ROBUST, -1), (OTHER, 1)):
             drawn = _drawn(axes, line.colour)
             np.testing.assert_allclose(
@@ -85,7 +85,7 @@ def test_categories_have_marks_side_by_side_with_bars():
         assert [text.get_text() for text in axes.get_xticklabels()] == ["head", "all"]
         np.testing.assert_allclose(axes.get_xlim(), (-0.4, 1.4))
         ends = list(_names(axes).values())
-        assert sorted(ends) == pytest.approx([56.25, 63.75] if joined else [84, 92])  # below the upper edge
+        assert sorted(ends) == pytest.approx([55.5, 64.5] if joined else [80.8, 90.4])  # below the upper edge
     many = [Series(ROBUST, [0, 1], [0.2, 0.6], [0.0] * 2) for _ in range(12)]
     places = [
         line.get_xdata()[0] for line in _axes(many, Axis("k", ticks=ticks)).lines if len(line.get_xdata()) > 1
