@@ -127,6 +127,8 @@ def test_both_accuracies_of_every_source_with_their_values():
         if len(line.get_xdata()) == 1
     }
     assert marks == {(90, 0, "o"), (30, 0, "D"), (50, 1, "o"), (20, 2, "o"), (80, 2, "D")}
+    joined = [line.get_xydata()[:, 1].tolist() for line in axes.lines if len(line.get_xdata()) == 2]
+    assert joined == [[place] * 2 for place in range(3)]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["first", "second", "third"]
     assert axes.get_ylim() == (2.5, -0.5)  # the first on top
 

@@ -529,9 +529,11 @@ def test_the_source_networks_and_their_pictures(tmp_path):
         png = Image.open(io.BytesIO(base64.b64decode(image["src"].partition("base64,")[2]))).convert("RGB")
         np.testing.assert_array_equal(np.asarray(png), np.round(255 * np.clip(pixels, 0, 1)))
     assert [image["alt"] for image in pictures[-2:]] == ["Target image of class 7", "Target image"]
-    plain = _written([], tmp_path, evidence=Evidence(sources[2:], pictures={"source_images": clean}))
+    alone = Evidence([sources[2] | {"attack": "PGD"}], pictures={"source_images": clean})
+    plain = _written([], tmp_path, evidence=alone)
     assert "accuracies were not measured in this run" in plain.text
     assert "Images of the source task, as the networks see them." in plain.text
+    assert "Attack: PGD" not in plain.text  # there are no twins
 
 
 def test_a_source_of_which_little_is_known():
