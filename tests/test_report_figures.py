@@ -131,6 +131,8 @@ def test_both_accuracies_of_every_source_with_their_values():
     assert joined == [[place] * 2 for place in range(3)]
     assert [text.get_text() for text in axes.get_yticklabels()] == ["first", "second", "third"]
     assert axes.get_ylim() == (2.5, -0.5)  # the first on top
+    low, high = axes.get_xlim()
+    assert low < 0 and high > 100 and axes.get_xticks().tolist() == [0, 20, 40, 60, 80, 100]
 
 
 def test_margins_are_inches_whatever_the_size():
@@ -179,6 +181,7 @@ def test_differences_are_magnified_until_the_largest_fills_half_of_the_range():
     for pairs, gain in (
         ([(zeros, zeros + 0.1)], 5),
         ([(zeros, zeros + 0.01), (zeros + 0.1, zeros)], 5),
+        ([(zeros + 0.5, zeros + 0.4)], 5),
         ([(zeros, zeros + 0.7)], 1),
         ([(zeros, zeros)], 1),
         ([], 1),

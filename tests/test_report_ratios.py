@@ -103,6 +103,8 @@ def test_two_points_are_a_curve_and_forty_become_twenty_four():
     short = {s: {0: 0.0} | values for s, values in curve(sizes=SIZES[:2]).items()}
     assert compare(short, curve(1.5)).whole.value == pytest.approx(1.5)
     assert compare(short, curve(1.5)).places.tolist() == [100, 200]
+    assert compare(curve(), curve(1.5, sizes=SIZES[:2])).whole.value == pytest.approx(1.5)
+    np.testing.assert_allclose(compare(short, curve()).accuracies, line(np.array([100, 200])))
     sizes = range(1, 41)
     found = compare(curve(sizes=sizes), curve(2, sizes=sizes))
     expected = 1 + np.linspace(0, 39, 24).round()

@@ -161,6 +161,7 @@ def test_refusals_name_the_place_in_one_line(tmp_path):
         ("num_unfrozen_blocks", 1.5, "whole number"),
         ("seed", None, "is empty"),
         ("epoch", "nan", "whole number"),
+        ("epoch", None, "is empty"),
         ("num_train_images", 0, "at least 1"),
         ("source", "", "is empty"),
         ("train_loss", "low", "could not convert"),
