@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advtransfer.attacks import L2, Linf, Unconstrained, cross_entropy, log_odds, margin, pgd
+from advtransfer.attacks import L2, Linf, Unconstrained, cross_entropy, log_odds, make_attack, margin, pgd
 
 SHAPE = (5, 4, 4, 3)
 MODELS = {"l2": L2(0.7), "linf": Linf(0.05), "unconstrained": Unconstrained()}
@@ -178,6 +178,88 @@ def test_early_finish_stops_at_the_first_error_and_fools_as_many():
     assert (length(early)[fooled] < length(full)[fooled] - 0.04).all()
 
 
+def test_what_is_never_fooled_is_searched_to_the_end():
+    """On a linear model, far from the ball's edge: every step goes as far as the last one."""
+    images, network = _images(low=0.4, high=0.6), _linear(_weights(num_classes=2))
+    labels = jnp.argmax(network(images), -1)
+    options = {"num_steps": 3, "step_size": 1e-4}
+    full = pgd(network, images, labels, L2(0.3), **options)
+    assert (jnp.argmax(network(full), -1) == labels).all()
+    for use_best in (True, False):
+        early = pgd(network, images, labels, L2(0.3), early_finish=True, use_best=use_best, **options)
+        np.testing.assert_allclose(early, full, atol=1e-7)
+    lengths = np.linalg.norm(np.asarray(full - images).reshape(5, -1), axis=1)
+    np.testing.assert_allclose(lengths, 3e-4, rtol=1e-2)
+
+
+def test_early_finish_does_not_ask_whether_the_best_is_wanted():
+    images, network = _images(), _network(_weights())
+    labels = jnp.argmax(network(images), -1)
+    either = [
+        pgd(
+            network, images, labels, L2(0.7), step_size=1.3, num_steps=4, early_finish=True, use_best=use_best
+        )
+        for use_best in (True, False)
+    ]
+    np.testing.assert_array_equal(*either)
+
+
+def test_early_finish_towards_a_target_stops_where_it_is_reached():
+    images, network = _images(), _network(_weights())
+    labels = (jnp.argmax(network(images), -1) + 1) % 3
+    options = {"num_steps": 30, "step_size": 0.05, "targeted": True}
+    full, early = (pgd(network, images, labels, L2(0.7), early_finish=e, **options) for e in (False, True))
+    reached = np.asarray(jnp.argmax(network(full), -1) == labels)
+    assert reached.any()
+    np.testing.assert_array_equal(jnp.argmax(network(early), -1) == labels, reached)
+    assert (_loss_of(network, early, labels) >= _loss_of(network, full, labels) - 1e-5).all()
+    assert (_loss_of(network, early, labels) > _loss_of(network, full, labels) + 1e-3)[reached].all()
+
+
+def _loss_of(network, images, labels):
+    return np.asarray(cross_entropy(network(images), labels))
+
+
+def test_two_restarts_are_compared_by_loss_even_where_the_last_iterate_is_wanted():
+    """Without a step each is its random start; the losses of both are known."""
+    images, network, keys = _images(), _network(_weights()), jax.random.split(jax.random.key(8), 5)
+    starts = [
+        L2(0.7).random_start(jax.vmap(lambda k: jax.random.fold_in(k, i))(keys), images)  # noqa: B023
+        for i in (0, 1)
+    ]
+    options = {"num_steps": 0, "random_start": True, "key": keys, "use_best": False}
+    one = pgd(network, images, LABELS, L2(0.7), **options)
+    np.testing.assert_allclose(one, starts[0], atol=1e-6)
+    two = pgd(network, images, LABELS, L2(0.7), num_restarts=2, **options)
+    losses = np.stack([_losses(network, start) for start in starts])
+    np.testing.assert_allclose(_losses(network, two), losses.max(0), rtol=1e-5)
+    assert (losses[0] > losses[1]).any() and (losses[0] < losses[1]).any()
+
+
+def test_no_steps_from_the_image_leave_it_as_it_is():
+    np.testing.assert_array_equal(
+        pgd(_network(_weights()), _images(), LABELS, L2(0.7), num_steps=0), _images()
+    )
+
+
+def test_a_ball_without_extent_holds_its_centre_alone():
+    centers = _images()
+    for images in (centers, _images(1)):
+        np.testing.assert_array_equal(L2(0.0).project(images, centers), centers)
+        np.testing.assert_array_equal(Linf(0.0).project(images, centers), centers)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.3), ("linf", 0.02)])
+def test_an_attack_by_name_takes_steps_that_are_a_share_of_its_radius(norm, eps):
+    images, network = _images(low=0.4, high=0.6), _linear(_weights())
+    attack = make_attack(norm, eps, num_steps=1, step_ratio=0.25)
+    offsets = np.asarray(attack(network, images, LABELS) - images).reshape(5, -1)
+    size = np.linalg.norm(offsets, axis=1) if norm == "l2" else np.abs(offsets)
+    np.testing.assert_allclose(size, 0.25 * eps, rtol=1e-3)
+    assert attack is make_attack(norm, eps, num_steps=1, step_ratio=0.25)
+    assert make_attack("none", eps, num_steps=1, step_ratio=0.25) is None
+
+
 def test_an_example_does_not_depend_on_its_batch():
     images, network, keys = _images(), _network(_weights()), jax.random.split(jax.random.key(0), 5)
     options = {"random_start": True, "num_restarts": 2}
@@ -241,6 +323,7 @@ def test_gradients_with_respect_to_the_images_only():
         ({"random_start": True}, "needs a key"),
         ({"num_restarts": 2}, "random_start"),
         ({"num_steps": -1}, "num_steps"),
+        ({"num_restarts": 0}, "num_restarts >= 1"),
     ],
 )
 def test_impossible_options_are_refused(options, message):

@@ -12,8 +12,8 @@ from jax import lax
 from advtransfer.models.conv import conv2d, max_pool
 
 
-def reference(x, kernel, *, stride, groups=1):
-    padding = kernel.shape[0] // 2
+def reference(x, kernel, *, stride, groups=1, padding=None):
+    padding = kernel.shape[0] // 2 if padding is None else padding
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -34,12 +34,13 @@ def value_and_gradients(convolve, x, kernel, g):
 
 
 def operands(size, kernel_size, stride, channels=(6, 10), batch=2, lead=(), groups=1):
+    """x, kernel and the gradient of the result; `size` is the side, or height and width."""
     rng = np.random.default_rng(0)
-    out = (size + stride - 1) // stride
+    size = size if isinstance(size, tuple) else (size, size)
     shapes = (
-        (*lead, batch, size, size, channels[0]),
+        (*lead, batch, *size, channels[0]),
         (*lead, kernel_size, kernel_size, channels[0] // groups, channels[1]),
-        (*lead, batch, out, out, channels[1]),
+        (*lead, batch, *((side + stride - 1) // stride for side in size), channels[1]),
     )
     return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 
@@ -77,6 +78,26 @@ def test_values_and_both_gradients(size, kernel_size, stride):
         return tuple(value_and_gradients(partial(f, stride=stride), *arrays) for f in (ours, reference))
 
     assert_close(*both(*arrays))
+
+
+OBLONG = [((2, 1), 3, 1, 1), ((5, 7), 3, 1, 1), ((9, 12), 3, 2, 1), ((9, 6), 3, 1, 1), ((6, 9), 1, 2, 0)]
+OBLONG += [((10, 8), 7, 2, 3), ((10, 9), 7, 2, 3)]
+PADDED = [((4, 6), 1, 1, 1), ((2, 2), 3, 1, 2), ((9, 8), 3, 1, 0), ((32, 30), 3, 2, 0), ((10, 8), 7, 2, 2)]
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiled
+
+
+def test_oblong_maps_and_any_padding():
+    cases = OBLONG + PADDED
+    arrays = [operands(size, kernel_size, stride)[:2] for size, kernel_size, stride, _ in cases]
+
+    def run(convolve):
+        found = []
+        for (x, kernel), (_, _, stride, padding) in zip(arrays, cases, strict=True):
+            y, vjp = jax.vjp(partial(convolve, stride=stride, padding=padding), x, kernel)
+            found += [y, *vjp(jnp.cos(jnp.arange(y.size, dtype=jnp.float32)).reshape(y.shape))]
+        return found
+
+    assert_close(*(jax.jit(partial(run, f), compiler_options=QUICKLY)() for f in (conv2d, reference)))
 
 
 @pytest.mark.parametrize(("size", "kernel_size", "stride"), SOME)
@@ -156,11 +177,13 @@ def test_each_platform_holds_only_its_own_lowering():
         *((size, 3, 2, "taps") for size in (3, 28)),
         *((8, 3, 1, "convolution"), (29, 3, 2, "convolution"), (9, 7, 2, "convolution")),
         *((30, 3, 2, "phases"), (8, 7, 2, "phases")),
+        *((size, 3, 1, "convolution") for size in ((3, 8), (8, 3))),
+        *((size, 3, 2, "convolution") for size in ((30, 31), (31, 30))),
     ],
 )
 def test_which_lowering_a_cpu_gets(size, kernel_size, stride, form):
-    """All give the same values; which is the fastest depends on the shapes."""
-    x, kernel, g = operands(size, kernel_size, stride)
+    """All give the same values; which is the fastest depends on the shapes, not on batch and channels."""
+    x, kernel, g = operands(size, kernel_size, stride, channels=(31, 10), batch=30)
 
     def text(function, *arrays):
         return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cpu",)).as_text()

@@ -78,6 +78,7 @@ def test_digits_are_resized_as_by_pillow(digits):
 
 
 def test_glyphs_splits(drawn):
+    assert drawn.test.images.shape[1:] == (16, 16, 3)  # their own size
     assert drawn.class_names == tuple(LETTERS) and len(LETTERS) == 23
     for split, num_images in zip(drawn[2:5], (8192, 1024, 2048), strict=True):
         counts = np.bincount(split.labels)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from advtransfer.data import datasets, load_dataset, recorded
 from advtransfer.data.decode import decode_image, fit_image
+from advtransfer.data.views import VIEWS
 
 
 def color_of(serial: int) -> tuple[int, int, int]:
@@ -148,9 +149,11 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, name):
     np.testing.assert_allclose(found, expected, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_pixels_of_unknown_range_are_refused(tmp_path, dtype):
-    Image.fromarray(np.full((4, 4), 70000, dtype)).save(tmp_path / "x.tif")
+@pytest.mark.parametrize(
+    ("dtype", "values"), [(np.float32, (0, 1)), (np.int32, (0, 65_536)), (np.int32, (-1, 65_535))]
+)
+def test_pixels_of_unknown_range_are_refused(tmp_path, dtype, values):
+    Image.fromarray(np.array([values], dtype)).save(tmp_path / "x.tif")
     with pytest.raises(ValueError, match=r"no known range|do not fit"):
         decode_image(tmp_path / "x.tif")
 
@@ -249,8 +252,14 @@ def test_small_squares_keep_their_side_for_the_device_to_enlarge(tmp_path):
     np.testing.assert_array_equal(images(None), pixels)
     np.testing.assert_array_equal(images(20), scaled(20))  # more than a network sees would be of no use
     np.testing.assert_array_equal(images(224, view="low_pass"), scaled(32))  # and back to 224 on the device
+    np.testing.assert_array_equal(images(40, view="low_pass"), VIEWS["low_pass"](np.array(scaled(40))))
     assert images(224, view="grey").shape == (2, 48, 48, 3)
     assert load(tmp_path / "set", image_size=224).test.images.shape == (2, 224, 224, 3)
+
+    small = np.array(scaled(20))
+    for i, image in enumerate(small):
+        Image.fromarray(image).save(tmp_path / f"set/test/a/{i}.png")
+    np.testing.assert_array_equal(images(224, view="low_pass"), small)  # which have no finer detail
 
     Image.fromarray(pixels[0]).resize((60, 50)).save(tmp_path / "set/test/a/0.png")
     assert images(64).shape == (2, 64, 64, 3)  # photographs are brought to the network's size
@@ -364,6 +373,73 @@ def test_what_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
         ValueError, match=r"30 images of folder:.* more than half .* or stream what a source is trained on"
     ):
         load(tmp_path / "set", image_size=8)
+    monkeypatch.setattr(recorded.psutil, "virtual_memory", lambda: SimpleNamespace(available=48.4e9))
+    with pytest.raises(ValueError, match=r"at 40000² pixels take 144\.0 GB, .* half of the 48\.4 GB of free"):
+        load(tmp_path / "set", image_size=40_000)
+
+
+def test_a_tenth_validates_but_never_more_than_5000():
+    def training(count):
+        records = recorded.Records(count, labels=None, read=None, describe=None)
+        return recorded.count_training(
+            recorded.Recording("x", ("a",), {"train": records, "test": records}, {}, True)
+        )
+
+    assert [training(count) for count in (49_990, 50_010, 60_000)] == [44_991, 45_010, 55_000]
+
+
+def test_the_images_that_are_split_off_are_always_the_same():
+    """In every later version, too: 6 of 12 and 8, with their shares."""
+    assert recorded.fixed_order(np.repeat([0, 1], [12, 8]), 6).tolist() == [9, 15, 2, 14, 7, 4]
+
+
+def test_the_largest_set_that_is_split_by_class(tmp_path, monkeypatch):
+    write_images(tmp_path / "set", {"a": 30, "b": 30})
+    monkeypatch.setattr(recorded, "MAX_STRATIFIED", 60)
+    dataset = load(tmp_path / "set")
+    for part, size in ((dataset.train, 43), (dataset.validation, 5), (dataset.test, 12)):
+        assert len(part.labels) == size and np.ptp(np.bincount(part.labels)) <= 1
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_one_image_of_another_shape_is_found_wherever_it_is(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(recorded, "_CHUNK", 2)
+    write_images(tmp_path / "set", {"test/a": 5})
+    if place < 5:
+        Image.new("RGB", (7, 7)).save(tmp_path / f"set/test/a/{place:04}.png")
+        with pytest.raises(ValueError, match="no squares of one size"):
+            load(tmp_path / "set")
+    else:
+        assert load(tmp_path / "set").test.images.shape == (5, 6, 6, 3)
+
+
+def test_oblongs_of_one_size_and_files_that_are_no_images_have_no_common_side(tmp_path):
+    write_images(tmp_path / "oblong", {"test/a": 2}, size=(9, 6))
+    write_images(tmp_path / "broken", {"test/a": 2})
+    for path in (tmp_path / "broken").rglob("*.png"):
+        damage(path, "text")
+    for name in ("oblong", "broken"):
+        with pytest.raises(ValueError, match="no squares of one size: give image_size"):
+            load(tmp_path / name, broken="skip")
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_five_broken_images_are_named(tmp_path, count):
+    write_images(tmp_path / "set", {"test/a": 9})
+    for serial in range(count):
+        damage(tmp_path / f"set/test/a/{serial:04}.png", "empty")
+    with pytest.raises(ValueError, match=f"{count} of 9 images") as error:
+        load(tmp_path / "set", image_size=6)
+    named = re.findall(r"test/a/(\d+)\.png \(", str(error.value))
+    assert named == ["0000", "0001", "0002", "0003", "0004"]
+    assert ("); …. Mend" in str(error.value)) == (count > 5)
+
+
+@pytest.mark.parametrize("count", [64, 65])
+def test_threads_decode_every_image(tmp_path, count):
+    """64 are a thread's share."""
+    write_images(tmp_path / "set", {"test/a": count})
+    assert serials_of(load(tmp_path / "set").test) == list(range(count))
 
 
 @pytest.mark.parametrize(

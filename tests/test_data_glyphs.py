@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from advtransfer.data import LETTERS, glyphs, render_glyphs
@@ -78,6 +79,86 @@ def test_gratings_have_the_frequency_and_orientation_of_their_class():
     assert len({(round(float(a), 4), float(c)) for a, c in zip(angle, cycles, strict=True)}) == 23
 
 
+def test_textures_are_eight_orientations_of_three_frequencies():
+    angle, cycles = glyphs.texture_of(np.arange(24))
+    np.testing.assert_allclose(angle, np.repeat(np.deg2rad(np.arange(8) * 22.5), 3), rtol=1e-6)
+    np.testing.assert_array_equal(cycles, [2.5, 4.0, 6.0] * 8)
+
+
+def test_letters_are_turned_scaled_sheared_and_moved_within_their_ranges():
+    """Read off the maps, which lead from the image back to the letter; every range is used to its ends."""
+    maps = glyphs._draw_transforms(2000, np.random.default_rng(0))
+    forward = np.linalg.inv(maps[:, :, :2])
+    scale = np.sqrt(np.linalg.det(forward))
+    angle = np.arctan2(forward[:, 1, 0], forward[:, 0, 0])
+    turn = np.stack([np.cos(angle), np.sin(angle), -np.sin(angle), np.cos(angle)], axis=-1)
+    sheared = turn.reshape(-1, 2, 2) @ forward / scale[:, None, None]
+    np.testing.assert_allclose(sheared[:, [0, 1, 1], [0, 0, 1]], np.tile([1.0, 0, 1], (2000, 1)), atol=1e-12)
+    moved = -(forward @ maps[:, :, 2:])[..., 0]
+    for values, low, high in (
+        (np.rad2deg(angle), -12, 12),
+        (scale, 0.85, 1.15),
+        (sheared[:, 0, 1], -0.15, 0.15),
+        (moved[:, 0], -0.07, 0.07),
+        (moved[:, 1], -0.07, 0.07),
+    ):
+        share = (values - low) / (high - low)
+        assert 0 <= share.min() < 0.01 and 0.99 < share.max() <= 1 and abs(share.mean() - 0.5) < 0.03
+    assert abs(np.corrcoef(moved.T)[0, 1]) < 0.1
+
+
+def test_warping_moves_what_is_drawn():
+    """By nothing, half a side to the right, an eighth down, and turned by a quarter."""
+    side, rng = 64, np.random.default_rng(0)
+    master = np.zeros((side, side), np.uint8)
+    master[8:40, 4:36] = rng.integers(0, 256, (32, 32))
+    maps = np.array([[[1, 0, 0], [0, 1, 0]], [[1, 0, -0.5], [0, 1, 0]], [[1, 0, 0], [0, 1, -0.125]]], float)
+    maps = np.concatenate([maps, [[[0, 1, 0], [-1, 0, 0]]]])
+    found = glyphs._warp([Image.fromarray(master)] * 4, maps, 16)
+    right, down = np.zeros_like(master), np.zeros_like(master)
+    right[:, 32:], down[8:] = master[:, :32], master[:-8]
+    for picture, shown in zip((master, right, down, np.rot90(master, -1)), found, strict=True):
+        expected = picture.reshape(16, 4, 16, 4).mean((1, 3)) / 255
+        np.testing.assert_allclose(shown, expected, atol=0.51 / 255)
+
+
+def test_letters_fill_their_box_and_are_in_the_middle():
+    side = 100
+    boxes = np.array([m.getbbox() for m in glyphs._letter_masters(LETTERS + glyphs.LOWERCASE, side).values()])
+    width, height = (boxes[:, 2:] - boxes[:, :2]).T
+    assert width.max() <= 0.76 * side + 2 and height.max() <= 0.72 * side + 2
+    filled = np.maximum(width / 0.76, height / 0.72)  # less where a letter's box is wider than its ink
+    assert filled.min() > 0.8 * side and abs(np.median(filled) - side) < 1
+    across, down = np.abs((boxes[:, 2:] + boxes[:, :2]) / 2 - side / 2).T
+    assert down.max() <= 1 and np.median(across) < 2 and across.max() < 10
+
+
+def test_a_picture_is_ink_on_paper_with_a_grating():
+    """Pixel by pixel, from what its random numbers say; amplitudes of 0.3 are cut off at the ends."""
+    letters, textures, size = np.array([3, 7, 3, 22]), np.array([5, 22, 0, 11]), 20
+    options = {"image_size": size, "amplitude": (0.2, 0.3), "opacity": 0.6}
+    found = render_glyphs(letters, textures, rng=np.random.default_rng(4), **options)
+    rng = np.random.default_rng(4)
+    faces = rng.integers(14, size=4)
+    transforms = glyphs._draw_transforms(4, rng)
+    paper, candidates = rng.uniform(0.15, 0.85, (4, 3)), rng.uniform(0, 1, (4, 8, 3))
+    amplitude, phase = rng.uniform(0.2, 0.3, 4), rng.uniform(0, 2 * np.pi, 4)
+    masters = glyphs._letter_masters(LETTERS, 4 * size)
+    coverage = glyphs._warp([masters[pair] for pair in zip(letters, faces, strict=True)], transforms, size)
+    middle = (np.arange(size) + 0.5) / size
+    for n in range(4):
+        luma = [[0.299, 0.587, 0.114] @ (colour - paper[n]) for colour in candidates[n]]
+        ink = candidates[n][np.argmax(np.abs(luma))]
+        angle, cycles = (x[0] for x in glyphs.texture_of(textures[n : n + 1]))
+        across = np.cos(angle) * middle[None, :] + np.sin(angle) * middle[:, None]
+        grating = amplitude[n] * np.sin(2 * np.pi * cycles * across + phase[n])
+        background = paper[n] + grating[..., None]
+        cover = 0.6 * coverage[n][..., None]
+        expected = np.clip((1 - cover) * background + cover * ink, 0, 1)
+        np.testing.assert_allclose(found[n], 255 * expected, atol=0.51)
+    assert found.min() == 0 or found.max() == 255
+
+
 def test_cues_agree_nine_times_in_ten_and_texture_alone_reads_the_label():
     rng = np.random.default_rng(0)
     images, labels = glyphs.draw_labelled(4096, image_size=16, rng=rng)
@@ -107,6 +188,9 @@ def test_share_of_agreeing_cues(monkeypatch):
     # What disagrees is spread over all other classes.
     offsets = np.bincount((asked["textures"] - asked["letters"])[~agree] % NUM_CLASSES, minlength=23)
     assert offsets[0] == 0 and offsets[1:].min() > 150
+    monkeypatch.setattr(glyphs, "CUE_AGREEMENT", 0.0)
+    glyphs.draw_labelled(5000, image_size=16, rng=np.random.default_rng(0))
+    assert (asked["letters"] != asked["textures"]).all()
 
 
 @pytest.mark.parametrize("alphabet", [glyphs.LETTERS, glyphs.LOWERCASE])
@@ -140,12 +224,30 @@ def test_colours_are_legible():
         ([0], [0], 12, "13 pixels or more a side"),
         ([23], [0], 16, "letters must be"),
         ([0], [-1], 16, "textures must be"),
+        ([0], [23], 16, r"textures must be \[N\] classes from 0 to 22; their shape is \(1,\)"),
+        ([-1], [0], 16, "letters must be"),
         ([0, 1], [0], 16, "textures must be"),
     ],
 )
 def test_impossible_glyphs(letters, textures, size, message):
     with pytest.raises(ValueError, match=message):
         render_glyphs(letters, textures, image_size=size, rng=np.random.default_rng(0))
+
+
+def test_what_glyphs_may_be_asked_for():
+    def render(**options):
+        return render_glyphs([22], [0], rng=np.random.default_rng(0), **{"image_size": 13, **options})
+
+    for amplitude in ((0, 0), (0.1, 0.1), (0.1, 3)):
+        assert render(amplitude=amplitude).shape == (1, 13, 13, 3)
+    assert np.ptp(render(amplitude=(0, 0), opacity=0), axis=(1, 2)).max() == 0  # paper alone
+    assert render(opacity=1).any()
+    for amplitude in ((-0.1, 0.1), (0.2, 0.1), (0, np.inf)):
+        with pytest.raises(ValueError, match="amplitude must be two numbers"):
+            render(amplitude=amplitude)
+    for opacity in (-0.01, 1.01):
+        with pytest.raises(ValueError, match="opacity must be from 0 to 1"):
+            render(opacity=opacity)
 
 
 def test_lowercase_letters_are_balanced_and_their_textures_say_nothing(monkeypatch):

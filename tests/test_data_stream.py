@@ -71,6 +71,38 @@ def test_every_epoch_has_every_image_once_but_those_that_fill_no_batch(train):
     assert serials_of(other) != epochs[0][:4]
 
 
+def test_what_is_drawn_stays_what_it_is(train, monkeypatch):
+    """From the seed, the epoch, the step and the position alone, and in every later version the same."""
+    assert stream.epoch_order(3, 1, 8).tolist() == [4, 3, 1, 6, 0, 2, 5, 7]
+    numbers = []
+
+    def draw(encoded, size, rng, **_):
+        numbers.append(int(rng.integers(10**6)))
+        return np.zeros((size, size, 3), np.uint8)
+
+    monkeypatch.setattr(stream, "decode_crop", draw)
+    order = StreamOrder(seed=3, batch_size=6, process=1, num_processes=2, min_area=0.5)
+    for step in (0, 4):
+        read_batch(train, order, step)
+    expected = [np.random.default_rng([3, 1, step, i]).integers(10**6) for step in (0, 4) for i in (3, 4, 5)]
+    assert numbers == expected
+
+
+def test_every_epoch_of_a_set_on_the_device_has_another_order():
+    images, labels = np.zeros((21, 4, 4, 3), np.uint8), np.arange(21, dtype=np.int32)
+    feed, epochs = _feed(Split(images, labels)), []
+    for epoch in range(3):
+        steps = [feed.rows(step) for step in (2 * epoch, 2 * epoch + 1)]
+        for _, positions in steps:
+            np.testing.assert_array_equal(positions, np.arange(8).reshape(2, 4))
+        taken = np.concatenate([np.ravel(indices) for indices, _ in steps])
+        assert len({*taken.tolist()}) == 16 and taken.min() >= 0 and taken.max() <= 20
+        epochs.append(tuple(taken.tolist()))
+    assert len({*epochs}) == 3
+    again = np.concatenate([np.ravel(feed.rows(step)[0]) for step in (2, 3)])
+    assert tuple(again.tolist()) == epochs[1]
+
+
 def test_processes_read_the_rows_of_one_global_batch(tmp_path):
     for i, label in enumerate("ab" * 8):
         (tmp_path / "set/train" / label).mkdir(parents=True, exist_ok=True)
@@ -228,9 +260,43 @@ def test_an_error_in_a_thread_is_raised_here(tmp_path):
 
 
 def test_batches_that_outgrow_the_shared_memory_are_refused(train, monkeypatch):
-    monkeypatch.setattr(stream.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(ValueError, match="free: enlarge it .* or lower --config.train.num_workers"):
-        iterate(train, StreamOrder(seed=0, batch_size=8), 0, 2, num_workers=2)
+    """Six batches of a worker's: 2 x 6 x 4 images of 5000 x 5000 x 3 bytes."""
+    needed, message = 3_600_000_000, "take 3.6 GB, /dev/shm has 3.6 GB free: enlarge it .* or lower --config"
+    large, order = train._replace(image_size=5000), StreamOrder(seed=0, batch_size=8, num_processes=2)
+    monkeypatch.setattr(stream, "_let_grain_read_its_flags", lambda: pytest.fail("workers are started"))
+    for free, outcome in ((needed, pytest.fail.Exception), (needed - 1, ValueError)):
+        monkeypatch.setattr(stream.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with pytest.raises(outcome, match=message if outcome is ValueError else "workers are started"):
+            iterate(large, order, 0, 2, num_workers=2)
+
+
+def _batches(count):
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        yield stream.HostBatch(rng.integers(0, 256, (3, 5, 4, 3), np.uint8), np.int32([i, 7, -i]), (f"{i}",))
+
+
+def test_batches_come_out_of_shared_memory_as_they_went_in():
+    shelf = stream._Shelf()
+    found = list(stream._from_workers(shelf(batch) for batch in _batches(15)))
+    assert len(found) == 15
+    for batch, expected in zip(found, _batches(15), strict=True):
+        np.testing.assert_array_equal(batch.images, expected.images)
+        np.testing.assert_array_equal(batch.labels, expected.labels)
+        assert batch.skipped == expected.skipped
+
+
+@pytest.mark.parametrize("count", [6, 7])
+def test_six_batches_lie_in_shared_memory_at_once(count):
+    shelf = stream._Shelf()
+    ahead = [shelf(batch) for batch in _batches(count)]
+    found = stream._from_workers(batch for batch in ahead)
+    if count == 6:
+        for batch, expected in zip(found, _batches(6), strict=True):
+            np.testing.assert_array_equal(batch.images, expected.images)
+    else:
+        with pytest.raises(RuntimeError, match="a worker has written over a batch"):
+            next(found)
 
 
 def _feed(train, *, augmentation=AUGMENTATIONS["none"], batch_size=8, num_steps=6, **options):
@@ -361,17 +427,58 @@ def test_where_no_box_fits_the_middle_is_taken():
     assert random_box(rng, 12, 1000, min_area=0.08) == (0, 492, 12, 16)
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6])
-def test_a_crop_is_cut_out_of_the_upright_image_and_scaled(tmp_path, orientation):
+class Script:
+    """Random numbers that are written down, (area, ratio) of each try; of integers the largest."""
+
+    def __init__(self, *tries):
+        self.numbers = iter([number for area, ratio in tries for number in (area, np.log(ratio))])
+
+    def uniform(self, low, high):
+        return next(self.numbers)
+
+    def integers(self, number):
+        return number - 1
+
+
+def test_the_first_of_ten_boxes_that_fits_is_taken():
+    miss, whole, flat = (1.0, 4 / 3), (0.75, 4 / 3), (0.36, 1.0)
+    fits = (40, 40, 60, 60)
+    assert random_box(Script(flat, miss), 100, 100, min_area=0.1) == fits
+    assert random_box(Script(*[miss] * 9, flat), 100, 100, min_area=0.1) == fits
+    assert random_box(Script(*[miss] * 10), 100, 100, min_area=0.1) == (0, 0, 100, 100)
+    assert random_box(Script(whole, flat), 100, 100, min_area=0.1) == (0, 25, 100, 75)  # as wide as the image
+    assert random_box(Script((0.75, 3 / 4), flat), 100, 100, min_area=0.1) == (25, 0, 75, 100)
+    # Of an image of one line a box without area is no box, and one of a pixel is.
+    assert random_box(Script((0.02, 1.0), (0.1, 1.0)), 10, 1, min_area=0.01) == (9, 0, 1, 1)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("upright", [True, False])
+def test_a_crop_is_cut_out_of_the_image_and_scaled(tmp_path, orientation, upright):
     path, exif = tmp_path / "image.png", Image.Exif()
     exif[0x0112] = orientation
     noise(90, 60).save(path, exif=exif)
-    whole = decode_image(path, upright=True)
+    whole = decode_image(path, upright=upright)
     left, top, width, height = random_box(np.random.default_rng(5), *whole.size, min_area=0.2)
     box = whole.crop((left, top, left + width, top + height))
     expected = box.resize((24, 24), Image.Resampling.BILINEAR)
-    found = decode_crop(path, 24, np.random.default_rng(5), min_area=0.2, upright=True)
+    found = decode_crop(path, 24, np.random.default_rng(5), min_area=0.2, upright=upright)
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("size", "part"), [(76, 1), (75, 2), (38, 2), (37, 4), (19, 4), (18, 8), (2, 8)])
+def test_the_resolution_that_a_photograph_is_decoded_at(tmp_path, size, part):
+    """Of a box of 400 x 300 pixels: the least of those that leave it twice the asked pixels."""
+    path = tmp_path / "image.jpg"
+    noise(800, 640).save(path)
+    with Image.open(path) as image:
+        image.draft(None, (800 // part, 640 // part))
+        smaller = image.convert("RGB")
+    assert smaller.size == (800 // part, 640 // part)
+    place = Script((400 * 300 / (800 * 640), 4 / 3))
+    found = decode_crop(path, size, place, min_area=0.1)
+    box = smaller.crop(tuple(round(side / part) for side in (400, 340, 800, 640)))
+    np.testing.assert_array_equal(found, box.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def test_large_photographs_are_decoded_at_lower_resolution(tmp_path):

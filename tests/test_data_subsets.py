@@ -131,3 +131,20 @@ def test_impossible_sizes(num_images):
     with pytest.raises(ValueError, match=rf"cannot draw {num_images} images.*choose 1 to 300") as error:
         draw(BALANCED, num_images)
     assert "\n" not in str(error.value)
+
+
+def test_labels_of_a_random_subset_are_one_row():
+    with pytest.raises(AssertionError):
+        draw(np.zeros((9, 1), int), 3, stratified=False)
+
+
+def test_published_draws_stay_what_they_are():
+    """The first six images on every machine and in every later version."""
+    for options, expected in (
+        ({}, [34, 148, 180, 172, 212, 245]),
+        ({"seed": 1}, [167, 253, 187, 47, 18, 71]),
+        ({"stratified": False}, [283, 123, 64, 186, 105, 25]),
+        ({"nested": False}, [213, 64, 15, 90, 131, 287]),
+        ({"dataset": "tfds:cifar10"}, [196, 100, 276, 12, 257, 221]),
+    ):
+        assert draw(BALANCED, 6, **options).tolist() == expected

@@ -43,6 +43,29 @@ def test_targets_are_as_tfds_describes_them(study, name):
     assert side == target.side
 
 
+# Images of the whole sets, training and test, and of each class in training where all classes have as many.
+SIZES = {
+    **{"cifar10": (60_000, 5_000), "cifar100": (60_000, 500), "svhn": (99_289, None)},
+    **{name: (70_000, 6_000) for name in ("mnist", "fashion_mnist", "kmnist")},
+    **{"aircraft": (10_000, 66.67), "birdsnap": (40_848, None), "caltech101": (9_144, 30)},
+    **{"caltech256": (30_607, 60), "cars": (16_185, None), "dtd": (5_640, 80), "flowers": (8_189, 20)},
+    **{"food": (101_000, 750), "pets": (7_349, None), "sun397": (39_700, 50)},
+}
+
+
+@pytest.mark.parametrize(("study", "name"), ALL)
+def test_targets_have_the_images_of_their_sets(study, name):
+    target, (images, of_a_class) = TARGETS[study][name], SIZES[name]
+    assert target.num_train + target.num_test == images
+    if of_a_class:
+        assert target.num_train == round(target.num_classes * of_a_class)
+    else:
+        train = {"svhn": 73_257, "birdsnap": 32_677, "cars": 8_144, "pets": 3_680}
+        assert target.num_train == train[name]
+    if not target.dataset:  # others are compared with TFDS
+        assert target.num_classes == {"aircraft": 100, "birdsnap": 500, "caltech256": 257}[name]
+
+
 def test_resized_crops_are_pillows():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (40, 24, 32, 3), dtype=np.uint8)

@@ -78,6 +78,58 @@ def test_resize_is_pillows_bilinear(size, images):
     chex.assert_trees_all_close(resize(images, size), np.moveaxis(np.array(expected), 1, -1), atol=1e-5)
 
 
+def test_what_is_white_stays_white_and_is_no_brighter():
+    """However the weights of a filter are rounded."""
+    white = jnp.ones((40, 9, 13, 3))
+    rng = np.random.default_rng(0)
+    sides = np.stack([rng.integers(1, 10, 40), rng.integers(1, 14, 40)], axis=1)
+    corners = np.floor(rng.random((40, 2)) * (np.array([9, 13]) - sides + 1))
+    boxes = jnp.asarray(np.concatenate([corners, sides], axis=1), jnp.float32)
+    for found in (
+        jax.jit(transforms.resized_crop_at)(white, boxes),
+        jax.jit(resize, static_argnums=1)(white, 31),
+    ):
+        assert found.max() <= 1
+        np.testing.assert_allclose(found, 1, atol=1e-6)
+
+
+@pytest.fixture
+def draw_boxes(monkeypatch):
+    """Of so many images: top, left, height and width of what random resized crops cut out."""
+    monkeypatch.setattr(transforms, "resized_crop_at", lambda images, boxes: boxes)
+
+    def draw(num, height, width, min_area):
+        images = jnp.zeros((num, height, width, 3))
+        crop = jax.jit(functools.partial(transforms.random_resized_crop, min_area=min_area))
+        return np.asarray(crop(keys_for(num), images)).astype(int).T
+
+    return draw
+
+
+def test_every_place_of_a_box_is_drawn_and_none_outside(draw_boxes):
+    """In images of 4 x 5 pixels, of which boxes of 2 to 4 rows and 2 to 5 columns are cut."""
+    top, left, height, width = draw_boxes(4000, 4, 5, 0.2)
+    assert {*zip(height, top, strict=True)} == {(h, t) for h in (2, 3, 4) for t in range(5 - h)}
+    assert {*zip(width, left, strict=True)} == {(w, x) for w in (2, 3, 4, 5) for x in range(6 - w)}
+    small = (height == 2) & (width == 2)  # rows and columns are drawn apart
+    assert len({*zip(top[small], left[small], strict=True)}) == 3 * 4
+    top, left, height, width = draw_boxes(500, 1, 10, 0.02)  # of one line a box without area is no box
+    assert {*top} == {0} and {*height} == {1} and {*width} == {1, 2, 10}
+
+
+def test_where_none_of_ten_boxes_fits_the_image_is_taken(draw_boxes):
+    """As often as ten tries fail; nine and eleven would do so more and less often."""
+    num, height, width = 20_000, 10, 40
+    boxes = draw_boxes(num, height, width, 0.05)
+    whole = np.mean((boxes == np.array([0, 0, height, width])[:, None]).all(0))
+    rng = np.random.default_rng(0)
+    area = height * width * rng.uniform(0.05, 1, 400_000)
+    ratio = np.exp(rng.uniform(*np.log([3 / 4, 4 / 3]), 400_000))
+    fails = np.mean(np.rint(np.sqrt(area / ratio)) > height)
+    tolerance = 4 * np.sqrt(fails**10 / num)
+    assert abs(whole - fails**10) < tolerance < min(fails**9 - fails**10, fails**10 - fails**11) / 2
+
+
 def test_crop_at_every_offset(images):
     padded = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
     for y, x in itertools.product(range(5), repeat=2):
@@ -233,6 +285,21 @@ def test_augment_is_crop_flip_jitter_rotation(images):
     chex.assert_trees_all_close(augment(keys, images, PAPER), expected, atol=1e-6)
     drawn = [np.asarray(jax.random.key_data(part)) for part in (crop, flip, jitter, rotation)]
     assert len({row.tobytes() for part in drawn for row in part}) == 4 * len(images)
+
+
+def test_robustness_s_augmentation_is_box_flip_jitter_and_lighting(images):
+    keys = keys_for(len(images))
+
+    @jax.jit
+    def both(keys, images):
+        _, flip, jitter, _, box, light = transforms._split(keys, 6)
+        expected = transforms.random_flip(flip, transforms.random_resized_crop(box, images, min_area=0.08))
+        strengths = {"brightness": 0.1, "contrast": 0.1, "saturation": 0.1}
+        expected = transforms.color_jitter(jitter, expected, **strengths)
+        expected = transforms.random_lighting(light, expected, scale=0.05)
+        return augment(keys, images, transforms.AUGMENTATIONS["robustness"]), expected
+
+    chex.assert_trees_all_close(*both(keys, images), atol=1e-6)
 
 
 def test_no_augmentation_compiles_to_nothing(images):

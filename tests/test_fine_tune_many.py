@@ -26,14 +26,18 @@ from test_transfer import (
 
 from advtransfer import parallel
 from advtransfer.data import Augmentation, Split
+from advtransfer.evaluate import evaluation_means
 from advtransfer.models import create_module
 from advtransfer.transfer import (
     activations,
+    block_flops,
+    check_recipe,
     dual,
     fine_tune,
     fine_tune_many,
     fine_tune_one,
     num_streams,
+    program,
     reset_head,
 )
 from advtransfer.transfer.program import Rates, Task, make_fine_tune
@@ -215,6 +219,51 @@ def test_what_cannot_be_is_refused_in_one_line(k, change, message):
             recipe=RECIPE._replace(**change),
         )
     assert "\n" not in str(single.value) + str(many.value)
+
+
+def test_the_epochs_and_the_batch_that_a_recipe_may_have():
+    for evaluate_epochs in ((1,), (3,), (1, 2, 3), [1, 3]):
+        recipe = check_recipe(RECIPE._replace(evaluate_epochs=evaluate_epochs, batch_size=20), 20)
+        assert recipe.evaluate_epochs == tuple(evaluate_epochs)
+    for evaluate_epochs in ((), (0, 3), (2, 2), (1, 4)):
+        with pytest.raises(ValueError, match="must be epochs in ascending order, from 1 to num_epochs=3"):
+            check_recipe(RECIPE._replace(evaluate_epochs=evaluate_epochs), 20)
+
+
+def test_cores_take_trials_whose_forward_pass_is_small(monkeypatch):
+    monkeypatch.setattr(parallel, "cores_per_device", lambda: 6)
+    stem, first, second, head = block_flops(MODEL.module, 8)
+    for k, cached, flops in (
+        (0, True, head),
+        (1, True, second + head),
+        (2, True, first + second + head),
+        (1, False, stem + first + second + head),
+    ):
+        for limit, streams in ((flops, 1), (flops + 1, 6)):
+            monkeypatch.setattr(fine_tune_module, "_SMALL", limit)
+            assert num_streams(MODEL.module, k, 8, cached=cached) == streams
+
+
+def test_trials_with_statistics_of_their_own_take_half_of_what_is_free(monkeypatch):
+    """Three times what each of them caches, or a byte an image where nothing is; on two devices."""
+    for cached, free, expected in ((600, 18_000, 10), (600, 17_999, 8), (600, 0, 2), (0, 3000, 20)):
+        monkeypatch.setattr(fine_tune_module, "cache_bytes", lambda *_, cached=cached: cached)
+        monkeypatch.setattr(parallel, "free_bytes", lambda free=free: free)
+        assert fine_tune_module._subsets_at_once(MODEL, RECIPE, 1, 20, 30) == expected
+
+
+@pytest.mark.parametrize("size", [7, 10, 256])
+def test_sets_are_measured_in_pieces(size, monkeypatch):
+    monkeypatch.setattr(program, "_EVALUATION_BATCH", size)
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(40, 3)).astype(np.float32), rng.integers(0, 3, 40)
+    chosen = rng.permutation(40)[:30]
+    found = program._measure(lambda rows: rows, jnp.asarray(logits), jnp.asarray(labels), chosen)
+    own = logits[chosen].astype(float)
+    losses = np.log(np.exp(own).sum(1)) - own[np.arange(30), labels[chosen]]
+    means = evaluation_means(found)
+    np.testing.assert_allclose(means["loss"], losses.mean(), rtol=1e-5)
+    np.testing.assert_allclose(means["accuracy"], (own.argmax(1) == labels[chosen]).mean(), rtol=1e-6)
 
 
 def test_heads_run_side_by_side_as_memory_allows(monkeypatch):

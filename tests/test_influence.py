@@ -213,6 +213,38 @@ def test_iterative_solvers_say_when_they_fail(monkeypatch):
         score(arrays, solver="cg", damping=1e-6)
 
 
+def test_conjugate_gradients_say_how_far_they_came():
+    """One step from 0 on diag(1, 2, 4) leaves 4/7, 1/7, -5/7 of ones; the other right sides are solved."""
+    matrix, targets = np.diag([1.0, 2.0, 4.0]), np.array([[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [0.0, 3.0, 0.0]])
+    worst = np.sqrt(42 / 49 / 3)
+    with pytest.raises(
+        RuntimeError, match=f"relative residual of {worst:.1e}, not 1.0e-09, after 1 iterations"
+    ):
+        krylov.conjugate_gradients(lambda x: x @ matrix, targets, tolerance=1e-9, max_iterations=1)
+    found = krylov.conjugate_gradients(lambda x: x @ matrix, targets, tolerance=1e-9, max_iterations=3)
+    np.testing.assert_allclose(found, targets / [1, 2, 4], atol=1e-12)
+    rough = krylov.conjugate_gradients(lambda x: x @ matrix, targets, tolerance=0.6, max_iterations=3)
+    np.testing.assert_allclose(rough, [[3 / 7] * 3, [0] * 3, [0, 1.5, 0]])  # that is near enough for 0.6
+
+
+def test_as_many_vectors_may_be_kept_as_there_is_room_for(monkeypatch):
+    arrays, asked = make_problem(*SHAPES[0]), []
+    search = krylov.leading_eigenpairs
+
+    def kept(operator, size, *, rcond, max_vectors):
+        asked.append(max_vectors)
+        return search(operator, size, rcond=rcond, max_vectors=size)
+
+    monkeypatch.setattr(krylov, "leading_eigenpairs", kept)
+    monkeypatch.setattr(influence, "_TYPICAL_VECTORS", 2)
+    price = influence.cost(30, 20, 5, 3, solver="truncated")
+    for spare, number in ((0, 2), (32 * 18 * 3 - 1, 4), (32 * 18 * 3, 5), (10**6, 18)):
+        memory = type("Memory", (), {"available": price.num_bytes + spare})
+        monkeypatch.setattr(influence.psutil, "virtual_memory", lambda memory=memory: memory)
+        score(arrays, solver="truncated")
+        assert asked[-1] == number
+
+
 def test_time_and_memory_are_told_first_and_what_does_not_fit_is_refused(monkeypatch):
     lines = []
     arrays = make_problem(*SHAPES[0])
@@ -246,6 +278,66 @@ def test_the_dense_solver_costs_what_its_matrix_does():
     assert influence.cost(3200, 10000, 2048, 10, solver="truncated").num_bytes < 2e9
 
 
+def test_costs_are_those_of_the_arrays_and_products():
+    """50 training images and 40 queries of 20 features and 3 classes; then few images of many features."""
+    examples, scores, block = 90 * (21 + 21 + 4 * 3), 2 * 50 * 40, 8 * 63 * 40
+    products = 2 * 40 * 50 * 63
+    for solver, flops, numbers in (
+        ("damped", 50 * 21 * 42 * 3 / 2 + 42**3 / 3 + 2 * 40 * 42**2 + products, 42**2),
+        (
+            "truncated",
+            63 * (4 * 50 * 63 + 4 * 63 * 63 + 2 * 90 * 63) + 2 * 63 * 50 * 40,
+            2 * 63 * (63 + 90),
+        ),
+        ("cg", 40 * 100 * 4 * 50 * 63 + products, 50 * 21 + 2 * 21**2),
+    ):
+        price = influence.cost(50, 40, 20, 3, solver=solver)
+        assert price.num_parameters == 63 and price.flops == pytest.approx(flops)
+        assert price.num_bytes == 8 * (examples + scores + numbers + block)
+        swapped = influence.cost(40, 50, 20, 3, solver=solver)
+        assert (
+            swapped.num_bytes - 8 * (examples + scores + block)
+            == 8
+            * {
+                "damped": 42**2,
+                "truncated": 2 * 63 * (63 + 90),
+                "cg": 40 * 21 + 2 * 21**2,
+            }[solver]
+        )
+    few = influence.cost(5, 4, 20, 3, solver="damped")  # in the space of five images
+    assert few.num_parameters == 63
+    assert few.num_bytes == 8 * (9 * (5 + 21 + 4 * 3) + 2 * 5 * 4 + 10**2 + 8 * 15 * 4)
+    many = influence.cost(3200, 10000, 2048, 10, solver="truncated")
+    assert many.flops == pytest.approx(
+        500 * (4 * 3200 * 20490 + 4 * 500 * 20490 + 2 * 13200 * 20490) + 2 * 500 * 3200 * 10000
+    )
+
+
+def test_right_sides_are_solved_for_in_blocks_that_fit():
+    """At most 256, and 1 GiB for eight copies of float64."""
+    for number, size, expected in (
+        (3, 10, 3),
+        (300, 10, 256),
+        (300, 2**20, 16),
+        (300, 2**20 + 1, 15),
+        (5, 2**30, 1),
+    ):
+        assert influence._block(number, size) == expected
+
+
+def test_a_problem_that_just_fits_is_solved(monkeypatch):
+    arrays = make_problem(*SHAPES[0])
+    price = influence.cost(30, 20, 5, 3, solver="damped")
+    for spare, fits in ((0, True), (-1, False)):
+        memory = type("Memory", (), {"available": price.num_bytes + spare})
+        monkeypatch.setattr(influence.psutil, "virtual_memory", lambda memory=memory: memory)
+        if fits:
+            assert score(arrays).shape == (20, 30)
+        else:
+            with pytest.raises(ValueError, match="does not fit"):
+                score(arrays)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -259,6 +351,10 @@ def test_the_dense_solver_costs_what_its_matrix_does():
         ({"damping": -1.0, "solver": "truncated"}, "damping is -1.0"),
         ({"damping": float("nan")}, "damping is nan"),
         ({"rcond": 0.0, "solver": "truncated"}, "rcond is 0.0: pass a number between 0 and 1"),
+        ({"rcond": 1.0, "solver": "truncated"}, "rcond is 1.0"),
+        ({"damping": float("inf")}, "damping is inf"),
+        ({4: np.ones((5, 1)), 5: np.ones(1)}, "kernel has shape .5, 1.: pass"),
+        ({5: np.full(3, np.inf)}, "bias holds NaN or infinity"),
         ({0: np.ones((30, 4))}, "train_features has shape .30, 4.: the kernel asks for .N, 5., N > 0"),
         ({2: np.ones((0, 5))}, "query_features has shape .0, 5."),
         ({1: np.zeros(29, int)}, "train_labels are int64 .29,.: pass 30 integers"),

@@ -81,8 +81,10 @@ def worst(found, truth):
 
 @pytest.mark.parametrize("k", [1, -1])
 def test_scores_are_those_of_the_dense_matrix(model, images, k):
-    truth = dense_scores(model, k, images, DAMPING)
-    found = block_scores(model, k, images, query_batch_size=2)
+    truth, lines = dense_scores(model, k, images, DAMPING), []
+    found = block_scores(model, k, images, query_batch_size=2, tell=lines.append)
+    assert "5 queries of 14 training images" in lines[0] and lines[0].endswith("3 systems of 2 right sides")
+    assert [line.startswith("the first of them took") for line in lines] == [False, True]
     assert found.shape == truth.shape == (5, 14)
     assert worst(found, truth) < 5e-5
 
@@ -114,12 +116,19 @@ def test_a_compute_type_of_bfloat16_changes_nothing(model, images):
     )
 
 
+def test_blocks_are_counted_from_the_head(model):
+    first = gauss_newton._first_trained_block
+    assert [first(model.module, k) for k in (0, 1, 2, -1)] == [2, 1, 0, None]
+
+
 def test_bad_input_is_named(model, images):
     train_images, train_labels, *queries = images
     for options, message in [
         ({"k": 3}, "num_unfrozen_blocks is 3: this network has 2 blocks"),
         ({"k": -2}, "num_unfrozen_blocks is -2"),
         ({"damping": 0.0}, "damping is 0.0: G is singular"),
+        ({"damping": np.inf}, "damping is inf"),
+        ({"labels": train_labels - 1}, "train_labels run from -1 to 1"),
         ({"labels": train_labels[:-1]}, "train_labels are int64 .13,.: pass one integer"),
         ({"labels": train_labels + 1}, "train_labels run from 1 to 3: the network has the classes 0 to 2"),
         ({"labels": train_labels * 1.0}, "train_labels are float64"),
@@ -127,6 +136,12 @@ def test_bad_input_is_named(model, images):
         arrays = (train_images, options.pop("labels", train_labels), *queries)
         with pytest.raises(ValueError, match=message):
             block_scores(model, options.pop("k", 1), arrays, **options)
+    for part, arrays in (
+        ("train", (train_images[:0], train_labels[:0], *queries)),
+        ("query", (train_images, train_labels, queries[0][:0], queries[1][:0])),
+    ):
+        with pytest.raises(ValueError, match=rf"{part}_labels are int64 \(0,\): pass one integer for each"):
+            block_scores(model, 1, arrays)
 
 
 def test_too_few_iterations_are_told(model, images):

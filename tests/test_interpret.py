@@ -8,10 +8,12 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 from advtransfer import config as base
 from advtransfer import stages
 from advtransfer.analysis import cue_conflict, influence, matches, saliency
+from advtransfer.analysis import shape as cues
 from advtransfer.analysis.imagenet16 import IMAGENET16
 from advtransfer.config import ConfigError
 from advtransfer.data import LETTERS, Split, load_dataset, subset_indices
@@ -25,7 +27,20 @@ from advtransfer.models import (
     save_model,
 )
 from advtransfer.models.resnet import ARCHITECTURES
-from advtransfer.stages.explain_pixels import owns_classes
+from advtransfer.report.figures import styles
+from advtransfer.report.interpretation import Section, draw
+from advtransfer.report.summary import Source
+from advtransfer.stages import explain_cues, explain_pixels, interpret
+from advtransfer.stages.explain_data import influence_cost
+from advtransfer.stages.explain_pixels import (
+    Case,
+    Climbed,
+    Subject,
+    owns_classes,
+    plus_minus,
+    saliency_section,
+    visualisation_section,
+)
 from advtransfer.stages.interpret import study_sections
 from advtransfer.study import make_recipe
 from advtransfer.transfer import fine_tune_one, normalised_by
@@ -68,16 +83,35 @@ def _config(networks, **settings):
     config.stage, config.models, config.data = "interpret", ",".join(networks), "builtin:digits"
     config.transfer.update(batch_size=10, num_epochs=2, evaluate_epochs=(2,))
     config.interpret.update(num_images=3, num_measured=5, smooth_samples=2, integration_steps=4)
-    config.interpret.update(num_steps=3, num_train=30, num_queries=12)
+    config.interpret.update(num_steps=3, num_train=29, num_queries=12)
     config.interpret.update(settings)
     return config
 
 
 @pytest.fixture(scope="module")
-def done(networks, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("interpret")
-    stages.run(_config(networks), workdir)
-    return workdir
+def shown(networks, tmp_path_factory):
+    """A workdir, and the sections of its page before they became HTML."""
+    workdir, sections = tmp_path_factory.mktemp("interpret"), {}
+
+    def kept(section, **options):
+        sections[section.title] = section
+        return draw(section, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpret, "draw", kept)
+        stages.run(_config(networks), workdir)
+    return workdir, sections
+
+
+@pytest.fixture(scope="module")
+def done(shown):
+    return shown[0]
+
+
+@pytest.fixture(scope="module")
+def parts(shown):
+    """The parts of every section by its title."""
+    return {title: section.parts for title, section in shown[1].items()}
 
 
 def _csv(path, **wanted):
@@ -118,9 +152,94 @@ def test_saliency_is_of_the_label_or_of_what_a_foreign_network_reads(done, netwo
     assert "difference" in (done / "report.html").read_text()
 
 
+def test_the_pictures_of_saliency_and_what_is_said_of_them(done, parts, networks):
+    (image, *groups), table = parts["Saliency"][0].groups, parts["Saliency"][1]
+    part = _drawn("test", 3)[1]
+    pixels, names = np.float32(part.images) / np.float32(255), [DIGITS[i] for i in part.labels]
+    assert [row.head for row in image] == ["Image"] and image[0].labels == names
+    np.testing.assert_allclose(image[0].images, pixels, atol=1e-6)
+    for place, (label, group) in enumerate(zip((OWN, LETTER), groups, strict=True)):
+        kinds = [f"{label}: {kind}" for kind in ("gradient", "SmoothGrad", "integrated")]
+        assert [row.head for row in group] == kinds
+        network = logits_fn(load_model(networks[place]))
+        read = np.argmax(network(pixels), axis=1)
+        said = [(DIGITS, LETTERS)[place][i] for i in read]
+        marked = [f"{'✓' if a == b else '✗'} {a}" for a, b in zip(said, names, strict=True)]
+        assert group[0].labels == (said if place else marked)
+        explained = read if place else part.labels
+        options = {"key": jax.random.key(0), "num_samples": 2}
+        smooth = saliency.smooth_grad(network, pixels, explained, **options)
+        steps = {"num_steps": 4, "max_steps": 4}
+        whole = saliency.integrated_gradients(network, pixels, explained, **steps)
+        gradients = saliency.gradients(network, pixels, explained)
+        for row, values in zip(group, (gradients, smooth, whole.attributions), strict=True):
+            np.testing.assert_allclose(row.images, saliency.to_picture(values), atol=1e-3)
+    caption, rows = parts["Saliency"][0].caption, _csv(done / "saliency.csv")
+    worst = max(float(row["completeness_error"] or 0) for row in rows)
+    for text in ("others (ℓ2 (ε = 0.25)) of the class read", "from black", f"at most {worst:.1g} of it"):
+        assert text in caption
+    shares, cosines = (
+        [_column(_csv(done / "saliency.csv", model=label), name) for label in (OWN, LETTER)]
+        for name in ("low_frequency_share", "alignment")
+    )
+    expected = [[OWN, _interval(100 * shares[0], 1), "–", _interval(cosines[0], 3), "–"]]
+    lead = (_interval(100 * (shares[1] - shares[0]), 1, "+"), _interval(cosines[1] - cosines[0], 3, "+"))
+    expected += [[LETTER, _interval(100 * shares[1], 1), lead[0], _interval(cosines[1], 3), lead[1]]]
+    assert table.rows == expected
+    grid = [min(i, 16 - i) ** 2 + min(j, 16 - j) ** 2 for i in range(16) for j in range(16)]
+    white = 100 * np.mean(np.array(grid) <= 2**2)  # a quarter of the Nyquist frequency, 8
+    assert "of 5 images" in table.caption and f"white noise has {white:.1f}" in table.caption
+
+
+def _interval(values, digits, sign=""):
+    low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+    text = f"{np.mean(values):{sign}.{digits}f}".replace("-", "−")
+    return f"{text} ± {(high - low) / 2:.{digits}f}"
+
+
+def test_one_image_has_no_interval():
+    assert plus_minus(np.array([-1.25]), 1) == "−1.2" and plus_minus(np.array([1.0]), 2, sign="+") == "+1.00"
+    assert plus_minus(np.array([1.0, 3.0]), 1) == "2.0 ± 12.7"
+
+
+def _case(networks, order, norms, **changes):
+    """Networks at these places, said to be trained in these ways."""
+    looks = styles(Source(norm, norm, 0.0 if norm == "none" else 0.5) for norm in norms)
+    models = [load_model(networks[place]) for place in order]
+    subjects = []
+    for norm, model in zip(norms, models, strict=True):
+        spec = ModelSpec(**{**vars(model.spec), "norm": norm})
+        subjects.append(Subject(looks[norm], model._replace(spec=spec)))
+    settings = _config(networks).copy_and_resolve_references().interpret
+    settings.update(changes)
+    return Case(subjects, _data(), "test", settings, 0, brief=True)
+
+
+@pytest.mark.parametrize(
+    ("order", "norms", "whose"),
+    [
+        ((1, 0), ("l2", "none"), "of the label, or where the classes are others (ℓ2 (ε = 0.5)) of the class"),
+        ((0, 0), ("l2", "linf"), "of each image’s own label"),
+        ((1, 1), ("l2", "linf"), "of the class that the network reads"),
+    ],
+)
+def test_saliency_in_brief_is_of_gradients_alone(networks, order, norms, whose):
+    """Five images are shown, more than the two that are said to be measured."""
+    case = _case(networks, order, norms, num_images=5, num_measured=2)
+    pictures, table = saliency_section(case).parts
+    assert len(pictures.groups[0][0].images) == 5
+    assert [[row.head for row in group] for group in pictures.groups[1:]] == [
+        [f"{subject.label}: gradient"] for subject in case.subjects
+    ]
+    assert whose in pictures.caption and "SmoothGrad" not in pictures.caption
+    base = "natural" if "none" in norms else "ℓ2 (ε = 0.5)"  # the natural one, or the first
+    assert f"Differences are to {base}, paired" in table.caption
+    assert [row[2] == "–" for row in table.rows] == [row[0] == base for row in table.rows]
+
+
 def _scores(model, queries):
-    """Those of the first 30 training images, from features that the network is asked for directly."""
-    _, train = _drawn("train", 30)
+    """Those of the first 29 training images, from features that the network is asked for directly."""
+    _, train = _drawn("train", 29)
 
     def features(images):
         return model.module.apply(model.variables, images / np.float32(255), stop=1)
@@ -140,7 +259,7 @@ def _scores(model, queries):
 def test_influence_of_the_networks_own_head(done, networks):
     indices, queries = _drawn("test", 12)
     train, scores = _scores(load_model(networks[0]), queries)
-    chosen = _drawn("train", 30)[0]
+    chosen = _drawn("train", 29)[0]
     for kind, sign in (("helpful", -1), ("harmful", 1)):
         rows = _csv(done / "influence.csv", model=OWN, kind=kind)
         ranked = np.argsort(sign * scores, axis=1, kind="stable")[:, :5]
@@ -155,23 +274,68 @@ def test_influence_of_the_networks_own_head(done, networks):
 
 
 def test_match_rates_of_a_head_trained_for_a_foreign_network(done, networks):
-    _, train = _drawn("train", 30)
+    _, train = _drawn("train", 29)
     config, source = _config(networks), load_model(networks[1])
-    recipe = make_recipe(config.transfer, train.images, 30)
+    recipe = make_recipe(config.transfer, train.images, 29)
     model, _ = fine_tune_one(source, train, None, key=jax.random.key(0), class_names=DIGITS, recipe=recipe)
     for kind, queries in (("test", _drawn("test", 12)[1]), ("train", train)):
         _, scores = _scores(model, queries)
         if kind == "train":
             np.fill_diagonal(scores, -np.inf)
         rows = _csv(done / "matches.csv", model=LETTER, queries=kind)
-        assert [int(row["rank"]) for row in rows] == list(range(1, 31 - (kind == "train")))
+        assert [int(row["rank"]) for row in rows] == list(range(1, 30 - (kind == "train")))
         order = np.argsort(-scores, axis=1, kind="stable")[:, : len(rows)]
         rates = [np.mean(train.labels[order[:, r]] == queries.labels) for r in range(len(rows))]
         np.testing.assert_allclose(_column(rows, "match_rate"), rates, atol=1e-12)
 
 
+def test_the_pictures_and_tables_of_influence_and_what_is_said_of_them(done, parts):
+    pictures, curves, table, maps = parts["Influence of training images"]
+    indices, queries = _drawn("test", 12)
+    chosen, train = _drawn("train", 29)
+    assert pictures.heads == ["Query", *(f"{k} {i}" for k in ("Helpful", "Harmful") for i in (1, 2, 3, 4))]
+    assert len(pictures.groups) == 4 and list(maps.maps) == [OWN, LETTER]
+    for place, group in enumerate(pictures.groups):
+        for label, row in zip((OWN, LETTER), group, strict=True):
+            listed = [
+                int(found["train_index"])
+                for kind in ("helpful", "harmful")
+                for found in _csv(done / "influence.csv", model=label, kind=kind, query=str(indices[place]))
+                if int(found["rank"]) <= 4
+            ]
+            ranked = [chosen.tolist().index(i) for i in listed]
+            images = np.concatenate([queries.images[place : place + 1], train.images[ranked]])
+            np.testing.assert_allclose(255 * row.images, images, atol=1e-3)
+            mine = queries.labels[place]
+            marks = [f"{'✓' if y == mine else '✗'} {DIGITS[y]}" for y in train.labels[ranked]]
+            assert row.head == label and row.labels == [DIGITS[mine], *marks]
+    assert f"H with {29 * 0.0005:g} on its diagonal" in pictures.caption
+    assert "the head is for ℓ2 (ε = 0.25) a new one" in pictures.caption
+    chance = np.mean([[a == b for b in train.labels] for a in queries.labels])
+    assert f"{100 * chance:.1f} % have it" in curves.caption
+    for kind, last, (_, series) in zip(("test", "train"), (28, 28), curves.panels.values(), strict=True):
+        for label, line in zip((OWN, LETTER), series, strict=True):
+            rates = _column(_csv(done / "matches.csv", model=label, queries=kind), "match_rate")
+            assert line.style.label == label and line.x == [1, 2, 3, 4, 5, 7, 10, 14, 20, last]
+            np.testing.assert_allclose(line.mean, rates[np.array(line.x) - 1])
+    for label, (name, *cells) in zip((OWN, LETTER), table.rows, strict=True):
+        first = _csv(done / "matches.csv", model=label, queries="test", rank="1")
+        share = float(first[0]["match_rate"])
+        low, high = stats.binomtest(round(12 * share), 12).proportion_ci(method="wilson")
+        assert name == label and len(cells) == 4
+        assert cells[0] == f"{100 * share:.1f} ({100 * low:.1f} … {100 * high:.1f})"
+        first = _csv(done / "matches.csv", model=label, queries="train", rank="1")
+        assert cells[2].startswith(f"{100 * float(first[0]['match_rate']):.1f} (")
+
+
+def test_what_influence_costs_is_of_its_queries_and_the_networks_width(networks):
+    case = _case(networks, (0,), ("none",), num_queries=500, num_train=700)
+    expected = influence.cost(700, 1200, 8, 10, solver="damped")
+    assert influence_cost(case, case.subjects[0]) == expected
+
+
 def test_harmful_images_are_named_by_their_place_in_the_dataset(done, networks):
-    chosen, train = _drawn("train", 30)
+    chosen, train = _drawn("train", 29)
     _, scores = _scores(load_model(networks[0]), train)
     table = matches.harmful_table(scores, train.labels, exclude_self=True)
     rows = _csv(done / "harmful.csv", model=OWN)
@@ -187,7 +351,14 @@ def test_influence_of_two_training_images_on_one_query(networks, tmp_path):
     for kind in ("helpful", "harmful"):
         rows = _csv(tmp_path / "influence.csv", kind=kind)
         assert [int(row["rank"]) for row in rows] == [1, 2] and len({row["train_index"] for row in rows}) == 2
-    assert "1 images of" in (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text()
+    assert "1 images of" in text and "the head is each network’s own" in text
+    assert re.findall(r">((?:Helpful|Harmful) \d)<", text) == [
+        "Helpful 1",
+        "Helpful 2",
+        "Harmful 1",
+        "Harmful 2",
+    ]
 
 
 def test_visualisation_starts_at_what_the_start_gives_and_climbs(done, networks):
@@ -205,6 +376,104 @@ def test_visualisation_starts_at_what_the_start_gives_and_climbs(done, networks)
     for row in rows:
         gain = float(row["after"]) - float(row["before"])
         assert gain < 0 if row["kind"] == "inversion" else gain > 0
+
+
+def test_the_pictures_of_visualisation_have_the_values_below_them(done, parts, networks):
+    *climbed, inverted = parts["Feature visualisation"]
+    image = _drawn("test", 3)[1].images / np.float32(255)
+    for kind, part, what in zip(
+        ("class", "unit"), climbed, ("logit of a class", "one component"), strict=True
+    ):
+        assert what in part.caption and "in Fourier coordinates" in part.caption
+        assert "from noise, N(0.5, 1/20), and from images of the data" in part.caption
+        assert [group[0].head for group in part.groups] == ["Start: noise", "Start: image"]
+        np.testing.assert_allclose(part.groups[1][0].images, image, atol=1e-6)
+        for start, (begun, *rows) in zip(("noise", "image"), part.groups, strict=True):
+            for place, (label, row) in enumerate(zip((OWN, LETTER), rows, strict=True)):
+                model = load_model(networks[place])
+                stop, of = (None, np.arange(3)) if kind == "class" else (1, np.array([0, 4, 7]))
+                found = _csv(done / "visualisation.csv", model=label, kind=kind, start=start)
+                for when, images in (("before", begun.images), ("after", row.images)):
+                    values = model.module.apply(model.variables, images, stop=stop)[np.arange(3), of]
+                    np.testing.assert_allclose(_column(found, when), values, rtol=1e-3, atol=1e-4)
+                texts = [f"{r['what']}: {float(r['before']):.1f}→{float(r['after']):.1f}" for r in found]
+                assert row.head == label and row.labels == [text.replace("-", "−") for text in texts]
+    (_, *rows), noise = inverted.groups[0], climbed[0].groups[0][0].images
+    for place, (label, row) in enumerate(zip((OWN, LETTER), rows, strict=True)):
+        model = load_model(networks[place])
+        features = [model.module.apply(model.variables, x, stop=1) for x in (image, noise, row.images)]
+        lengths = [np.linalg.norm(x - features[0], axis=1) for x in features[1:]]
+        found = _csv(done / "visualisation.csv", model=label, kind="inversion", start="noise")
+        for name, length in zip(("before", "after"), lengths, strict=True):
+            expected = length / np.linalg.norm(features[0], axis=1)
+            np.testing.assert_allclose(_column(found, name), expected, rtol=1e-3)
+        assert row.labels == [f"{100 * x:.1f} %" for x in _column(found, "after")]
+        mean = _column(found, "after").mean()
+        assert f"{label} {100 * mean:.0f} %" in (done / "report.html").read_text().replace("\xa0", " ")
+
+
+def test_visualisation_in_brief_is_of_classes_from_noise(networks, monkeypatch):
+    monkeypatch.setattr(
+        explain_pixels, "_climb", lambda _, start, __: Climbed(start, 0 * start[:, 0, 0, 0], np.ones(3))
+    )
+    section = visualisation_section(_case(networks, (0,), ("none",), parameterisation="pixels"))
+    (part,) = section.parts
+    assert [[row.head for row in group] for group in part.groups] == [["Start: noise", "natural"]]
+    assert "from noise, N(0.5, 1/20): projected" in part.caption and "in pixels, within" in part.caption
+    records = section.files["visualisation"]
+    assert [(r["kind"], r["start"], r["what"]) for r in records] == [("class", "noise", d) for d in "012"]
+    assert "would most like to see" in section.finding
+
+
+def test_the_curves_of_shape_bias_and_what_is_said_of_them(done, parts):
+    lines, table, bars = parts["Shape against texture"]
+    rows = [row for row in _csv(done / "shape.csv", model=LETTER) if not row["class"]]
+    opacities, amplitudes = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0), (0.02, 0.06, 0.1, 0.15, 0.2, 0.3)
+    assert {(float(r["amplitude"]), float(r["opacity"])) for r in rows} == {
+        *((0.06, o) for o in opacities),
+        *((a, 1.0) for a in amplitudes),
+    }
+    strengths = {
+        "Letters that fade": ("amplitude", 0.06, "opacity"),
+        "Gratings that grow": ("opacity", 1, "amplitude"),
+    }
+    for (title, (_, (line,))), (fixed, value, free) in zip(
+        lines.panels.items(), strengths.values(), strict=True
+    ):
+        drawn = sorted((r for r in rows if float(r[fixed]) == value), key=lambda r: float(r[free]))
+        assert title in strengths and list(line.x) == list(_column(drawn, free))
+        np.testing.assert_allclose(line.mean, _column(drawn, "shape_bias"))
+        width = _column(drawn, "shape_bias_high95") - _column(drawn, "shape_bias_low95")
+        np.testing.assert_allclose(line.ci95, width / 2)
+    faded = [r for r in rows if r["amplitude"] == "0.06"]
+    faded.sort(key=lambda r: float(r["opacity"]))
+    half = cues.half_point(opacities, _column(faded, "shape_bias"))
+    assert f"at an opacity of: ℓ2 (ε = 0.25) {half:.2f}." in (done / "report.html").read_text().replace(
+        "\xa0", " "
+    )
+    balanced = min(opacities, key=lambda opacity: (opacity - half) ** 2)
+    assert f"amplitude 0.06 below letters of opacity {balanced:g}" in table.caption
+    assert f"amplitude 0.06 below letters of opacity {balanced:g}" in bars.caption
+    assert [name for name, _ in bars.rows] == list(LETTERS) and bars.heads == ["Shape", LETTER]
+
+
+def test_letters_that_always_outweigh_gratings(networks, monkeypatch):
+    """Nowhere is half a point: the faintest letters are told of."""
+    names = np.array(list(LETTERS))
+    answers = cues.shape_bias(names, names, np.roll(names, 1))
+    monkeypatch.setattr(explain_cues.shape, "measure", lambda *_: answers)
+    monkeypatch.setattr(explain_cues.cue_conflict, "glyph_cue_conflict", lambda *_, **__: None)
+    case = _case(networks, (1,), ("l2",))
+    section = explain_cues.shape_section(case)
+    assert section.finding.startswith("Letters outweigh gratings") and list(section.parts[0].panels) == [
+        "Letters that fade"
+    ]
+    assert {(row["amplitude"], row["opacity"]) for row in section.files["shape"]} == {
+        (0.06, opacity) for opacity in explain_cues.OPACITIES
+    }
+    assert len(section.parts) == 1
+    table = explain_cues.shape_section(case._replace(brief=False)).parts[1]
+    assert "letters of opacity 0.05" in table.caption and table.rows[0][2].startswith("100.0 (")
 
 
 def test_shape_bias_counts_answers(done, networks):
@@ -260,7 +529,28 @@ def _computed(capsys):
 
 def test_a_plan_leaves_nothing(networks, tmp_path):
     plan = stages.plan(_config(networks), tmp_path / "new")
-    assert "a new head" in plan.splitlines()[-2] and "GB" in plan and not (tmp_path / "new").exists()
+    own, foreign = (line for line in plan.splitlines() if "influence, " in line)
+    assert "a new head" in foreign and "a new head" not in own and not (tmp_path / "new").exists()
+    assert own.startswith(
+        "  influence, natural: 12 + 29 queries of 29 training images, 90 parameters, damped: about"
+    )
+    # As many images as there are; what is not asked for is not planned, and may be more than there is.
+    config = _config(
+        networks, analyses=("shape", "saliency"), num_images=797, num_measured=797, num_train=801
+    )
+    lines = stages.plan(config, tmp_path / "new").splitlines()[1:]
+    assert (
+        lines[0] == "  shape bias" and lines[1].startswith("  saliency: 797 images shown") and len(lines) == 2
+    )
+
+
+def test_another_workdir_is_refused_before_anything_is_computed(done, networks):
+    found = _files(done)
+    with pytest.raises(ConfigError, match="holds the results of another config"):
+        stages.plan(_config(networks[:1]), done)
+    assert _files(done) == found
+    facts = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", (done / "report.html").read_text())
+    assert facts[:2] == [("Natural", "digits, one_block"), (LETTER, "letters, one_block")]
 
 
 def test_the_same_command_again_computes_what_is_not_kept_whole(done, networks, tmp_path, capsys):
@@ -316,6 +606,39 @@ def test_a_study_report_gets_the_most_telling_pictures(networks, tmp_path, capsy
     assert study_sections(config, models, _data(), models, _data(), tmp_path) == []
 
 
+def test_a_study_report_is_of_few_images_and_of_what_each_dataset_has(networks, tmp_path, monkeypatch):
+    """Influence comes first, as it can fail; the page keeps the order that was asked for."""
+    cases = []
+    for name in ("saliency", "visualisation", "influence", "shape"):
+
+        def section(case, *_, name=name):
+            cases.append((name, case))
+            return Section(name, "Found.")
+
+        monkeypatch.setattr(interpret, f"{name}_section", section)
+    config, data = (
+        _config(networks, num_images=150, num_measured=700, num_queries=700, num_train=700),
+        _data(),
+    )
+    config.report.analyses = ("shape", "visualisation", "influence", "saliency")
+    models = {"a": load_model(networks[0]), "b": load_model(networks[1])}
+    few = data._replace(
+        train=Split(*(x[:180] for x in data.train)), test=Split(*(x[:110] for x in data.test))
+    )
+    drawn = study_sections(config, models, data, models, few, tmp_path)
+    assert [section.title for section in drawn] == list(config.report.analyses)
+    assert cases[0][0] == "influence" and len(cases) == 4
+    own, ranked = cases[1][1], cases[0][1]
+    assert all(case is own for _, case in cases[1:]) and own.brief and ranked.brief
+    for case, dataset, numbers in ((own, data, (150, 128, 200, 200)), (ranked, few, (110, 110, 110, 180))):
+        names = ("num_images", "num_measured", "num_queries", "num_train")
+        assert tuple(case.settings[name] for name in names) == numbers
+        assert case.settings.num_steps == 200 and case.dataset is dataset
+        assert [subject.label for subject in case.subjects] == [OWN, LETTER]
+    assert config.interpret.num_measured == 700  # the user's own stays
+    assert study_sections(config, {}, None, {}, data, tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -365,7 +688,9 @@ def test_whose_classes_a_network_reads(networks):
 
 
 def test_shape_is_not_measured_on_networks_of_other_classes(networks, tmp_path):
-    config = _config(networks[:1], analyses=("shape",))
+    """With a folder of images too, and no thousand classes."""
+    Image.new("RGB", (16, 16)).save(tmp_path / "cat1-dog1.png")
+    config = _config(networks[:1], analyses=("shape",), cue_conflict=str(tmp_path))
     stages.run(config, tmp_path)
     assert "Not measured: these networks read neither" in (tmp_path / "report.html").read_text()
     assert not (tmp_path / "shape.csv").exists()

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import numpy as np
+import pytest
 from PIL import Image
 from test_model_page import _csv, _Page
 
@@ -81,7 +82,12 @@ def test_the_text_of_every_part_is_there_and_escaped(tmp_path):
         assert said in found.text
     assert found.rows[:2] == [["", "One", "Two"], ["a <b>", "✓ 1", "<i>"]]
     assert ["a", "1.0 ± 0.5"] in found.rows and ["0", "50", ""] in found.rows and ["1", "–", ""] in found.rows
+    assert ["Class", "a", ""] in found.rows
+    assert ">–</td><td></td>" in text and ">50</td><td><svg" in text  # no bar of what is not known
     assert found.text.count("Found: 5 %") == 1
+    assert "<dl class=facts><div><dt>Data</dt><dd>d</dd></div></dl>" in text
+    classes = re.findall(r"<tr( class=.*?)?><th scope=row>(?:a &lt;b&gt;|plain)</th>", text)
+    assert classes == ["", "", ' class="first"']  # of groups after the first
     assert not re.search(r"(src|href)=.?(https?:)?//", text)
 
 
@@ -95,12 +101,51 @@ def test_a_heat_map_is_blue_above_zero_and_orange_below(tmp_path):
     assert zero.tolist() == nothing.tolist() == [255] * 3
 
 
+def test_a_heat_map_of_harm_and_one_of_nothing():
+    """The colours go by the 99th percentile of sizes, whatever the sign."""
+    maps = {"harm": np.array([[-4.0, 2.0], [-1.0, 3.0]]), "nothing": np.zeros((2, 2))}
+    with np.errstate(all="raise"):
+        text = draw(_section(parts=[HeatMaps("Heat.", maps, "xy")])).parts
+    cells = np.array(re.findall(r"background:rgb\((\d+),(\d+),(\d+)\)", text), int).reshape(2, 4, 3)
+    colours = {-4.0: (213, 94, 0), 2.0: (0, 114, 178), -1.0: (213, 94, 0), 3.0: (0, 114, 178)}
+    largest = 3.97  # 97 % of the way from 3 to 4
+    for cell, (value, full) in zip(cells[0], colours.items(), strict=True):
+        share = min(abs(value) / largest, 1)
+        np.testing.assert_allclose(cell, 255 - share * (255 - np.array(full)), atol=1)
+    assert np.all(cells[1] == 255)
+
+
+@pytest.mark.parametrize(("number", "size"), [(12, "1.75"), (13, "0.9"), (30, "0.9")])
+def test_up_to_thirty_classes_are_named_beside_a_heat_map(number, size):
+    names = [f"class {i}" for i in range(number)]
+    text = draw(_section(parts=[HeatMaps("Heat.", {"a": np.eye(number)}, names)])).parts
+    assert re.findall(r"height:(.*?)rem", text) == [size] * number**2
+    assert all(f">{name}</th>" in text for name in names) and "<img" not in text
+
+
+def test_lines_stand_between_nothing_and_all(monkeypatch):
+    """With the numbers' link only where there are numbers."""
+    seen = []
+    panel = figures.line_panel
+
+    def kept(*args, yrange, **options):
+        seen.append(yrange)
+        return panel(*args, yrange=yrange, **options)
+
+    monkeypatch.setattr(figures, "line_panel", kept)
+    lines = next(part for part in _section().parts if isinstance(part, Lines))
+    assert "Numbers: <a href='figures/seen.csv'>" in draw(_section(parts=[lines])).parts
+    assert "Numbers" not in draw(_section(parts=[lines._replace(numbers="")])).parts
+    assert all(low <= 0 < 1 <= high for low, high in seen) and len(seen) == 2
+
+
 def test_many_classes_become_one_picture(tmp_path):
     number = 31
     part = HeatMaps("Heat.", {"a": np.eye(number)}, [str(i) for i in range(number)])
     section = _section(parts=[part])
-    found = _Page(write_interpretation(_page(section), tmp_path).read_text("utf-8"))
+    found = _Page(write_interpretation(_page(section), str(tmp_path)).read_text("utf-8"))
     (image,) = found.images
+    assert image["style"] == "image-rendering:pixelated"
     pixels = np.asarray(Image.open(io.BytesIO(_pixels(image["src"])[1])).convert("RGB"))
     assert pixels.shape == (number, number, 3)
     assert np.all(pixels[~np.eye(number, dtype=bool)] == 255) and np.all(pixels[0, 0] == [0, 114, 178])

@@ -48,6 +48,24 @@ def test_match_rates_count_queries(scores, exclude_self):
     assert shares["three_of_five"].share == sum(sum(row[:5]) >= 3 for row in hits) / 12
 
 
+def test_queries_of_their_own_number_and_classes(scores):
+    """Seven that are none of the twelve training images."""
+    scores, labels = scores
+    mine, queries = scores[:7], np.array([2, 0, 1, 1, 2, 2, 0])
+    order = np.array([ranked(row, -1, True) for row in mine])
+    hits = labels[order] == queries[:, None]
+    np.testing.assert_allclose(
+        matches.match_rates(mine, queries, labels, num_ranks=4), hits[:, :4].mean(axis=0)
+    )
+    shares = matches.match_shares(mine, queries, labels)
+    assert shares["top1"].share == np.mean(hits[:, 0])
+    assert shares["three_of_five"].share == np.mean(hits[:, :5].sum(axis=1) >= 3)
+    means = [[mine[np.ix_(queries == a, labels == b)].mean() for b in range(3)] for a in range(3)]
+    np.testing.assert_allclose(matches.class_heat_map(mine, queries, labels, 3), means)
+    two = matches.most_helpful([[5.0, 1.0], [1.0, 5.0]], 9, exclude_self=True)
+    assert two.tolist() == [[1], [0]]
+
+
 @pytest.mark.parametrize("hits, total", [(0, 7), (3, 7), (7, 7), (786, 1000)])
 def test_intervals_are_wilsons(hits, total):
     scores = np.ones((total, 1))
@@ -138,6 +156,9 @@ def test_bad_input_is_named(scores):
         (lambda: matches.harmful_table(scores[:5], labels, by="self"), "by='self' needs the training images"),
         (lambda: matches.harmful_table(scores, labels, is_wrong=[True]), "is_wrong has shape .1,."),
         (lambda: matches.class_heat_map(scores, labels, labels, 2), "labels run from 0 to 2: there are 2"),
+        (lambda: matches.class_heat_map(scores, labels - 1, labels, 3), "labels run from -1 to 1"),
+        (lambda: matches.most_helpful(np.zeros((0, 3)), 1), "none of them empty"),
+        (lambda: matches.most_helpful([[1.0]], 1, exclude_self=True), "two or more"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

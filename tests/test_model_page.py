@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import math
+import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 from scipy.stats import binomtest
 
-from advtransfer.report import ModelPage, make_outcome, write_model_page
+from advtransfer.report import ModelPage, figures, make_outcome, write_model_page
 from advtransfer.report.outcome import class_records, confused_pairs, mistake_records, wilson
 
 RNG = np.random.default_rng(0)
@@ -108,6 +109,14 @@ def test_intervals_are_wilsons(correct, total):
     assert wilson(correct, total) == pytest.approx((reference.low, reference.high), abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("labels", "logits"), [((3,), (2, 2)), ((2,), (2, 3)), ((2, 1), (2, 2)), ((2,), (2,))]
+)
+def test_labels_and_logits_that_do_not_belong_together_are_refused(labels, logits):
+    with pytest.raises(ValueError, match=r"pass \[N\] and \[N, 2\]"):
+        make_outcome(np.zeros(labels), np.zeros(logits), ("a", "b"))
+
+
 def test_no_images_have_no_interval():
     assert all(map(math.isnan, wilson(0, 0)))
 
@@ -173,9 +182,55 @@ def test_a_browser_finds_every_number_and_picture(tmp_path):
     assert sum(int(row["num_images"]) for row in _csv(tmp_path / "classes.csv")) == len(labels)
 
 
+def test_a_matrix_is_coloured_by_the_share_of_its_row_up_to_thirty_classes(tmp_path):
+    labels = np.array([0, 0, 0, 0, 1, 2])
+    logits = np.eye(30)[[0, 0, 0, 1, 1, 0]]
+    names = [f"c{i}" for i in range(30)]
+    write_model_page(ModelPage("Page", HISTORY, outcome=make_outcome(labels, logits, names)), tmp_path)
+    text = (tmp_path / "report.html").read_text("utf-8")
+    cells = re.findall(r"background:(none|rgba\(.*?\))\">", text)
+    assert len(cells) == 900 and cells.count("none") == 896
+    coloured = {i: cell for i, cell in enumerate(cells) if cell != "none"}
+    assert coloured == {
+        0: f"rgba(0,114,178,{0.08 + 0.47 * 0.75:.3f})",
+        1: f"rgba(213,94,0,{0.08 + 0.47 * 0.25:.3f})",
+        31: "rgba(0,114,178,0.550)",
+        60: "rgba(213,94,0,0.550)",
+    }
+    outcome = make_outcome(labels, np.pad(logits, ((0, 0), (0, 1))), [*names, "c30"])
+    page = _written(ModelPage("Page", HISTORY, outcome=outcome), tmp_path)
+    assert ["Label", "Read as", "Images", "% of the label’s"] in page.rows
+
+
+def test_long_names_stand_below_one_another(tmp_path):
+    for names, lines in ((("a" * 6, "b" * 6), 2), (("a" * 7, "b" * 6), 3)):
+        outcome = make_outcome(np.array([0]), np.array([[0.0, 1.0]]), names)
+        page = ModelPage("Page", HISTORY, outcome=outcome, pictures=np.zeros((1, 2, 2, 3)))
+        text = write_model_page(page, tmp_path).read_text("utf-8")
+        assert text.count("<span class=label>") == lines
+
+
+def test_the_axis_ends_where_accuracies_do_and_what_is_not_known_is_not_drawn(tmp_path, monkeypatch):
+    ranges, panel = [], figures.line_panel
+
+    def kept(lines, axis, *, yrange, title, **options):
+        ranges.append((yrange, title, [line.x for line in lines]))
+        return panel(lines, axis, yrange=yrange, title=title, **options)
+
+    monkeypatch.setattr(figures, "line_panel", kept)
+    history = {"epoch": [1, 2, 10], "train_accuracy": [0.0, 0.5, 1.0], "test_accuracy": [math.nan, 0.5, 0.75]}
+    page = _written(ModelPage("Page", history), tmp_path)
+    assert "training images: 100.0 % after epoch 10; test images: 75.0 % after epoch 10" in page.text
+    _written(ModelPage("Page", {"epoch": [1, 10], "train_accuracy": [0.5, 0.6]}), tmp_path)
+    whole, inside = ranges
+    assert whole == ((-0.02, 1.02), "Training and test images", [(1, 2, 10), (2, 10)])
+    assert inside == ((pytest.approx(0.494), pytest.approx(0.606)), "Training images", [(1, 10)])
+
+
 def test_of_many_classes_the_worst_are_shown(tmp_path):
     _, _, outcome = _outcome(200, 3000)
-    page = _written(ModelPage("Many", HISTORY, outcome=outcome, pictures=np.zeros((16, 2, 2, 3))), tmp_path)
+    page = _written(ModelPage("Many", HISTORY, outcome=outcome, pictures=np.zeros((20, 2, 2, 3))), tmp_path)
+    assert len(outcome.mistakes) > 16 and len(page.images) == 1 + 16
     assert max(map(len, page.rows)) == 5 and len(page.rows) == 2 * (1 + 20)
     pairs = [row for row in page.rows[1:21]]
     assert [int(row[2]) for row in pairs] == [n for _, _, n, _ in confused_pairs(outcome, 20)]

@@ -1,6 +1,7 @@
 """One network in one call: what it takes and refuses, what it tells, how it chooses the number of blocks."""
 
 import csv
+import dataclasses
 import importlib
 import json
 from collections import Counter
@@ -19,10 +20,10 @@ from advtransfer import stages
 from advtransfer.config import ConfigError, validate
 from advtransfer.data import Split
 from advtransfer.models import Model, ModelSpec, create_module, init_variables, load_model, save_model
-from advtransfer.report import read_rows
+from advtransfer.report import make_outcome, read_rows
 from advtransfer.stages import one_model
 from advtransfer.train import DivergedError
-from advtransfer.transfer import choose_k, depths, fine_tune_one, possible_folds, rule_of_thumb
+from advtransfer.transfer import Choice, choose_k, depths, fine_tune_one, possible_folds, rule_of_thumb
 from advtransfer.transfer.choose_k import RULE, _within_one_error, make_folds
 
 pytestmark = pytest.mark.usefixtures("two_blocks", "unoptimised")
@@ -54,8 +55,10 @@ def test_it_is_the_engines_training_on_all_of_the_images(tuned):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
 def test_floats_are_the_bytes_that_they_came_from(dtype):
     """And without test images the history is of the training images, with the same training."""
-    plain = tune(TRAIN.images, TRAIN.labels, **MEASURED)
-    found = tune((TRAIN.images / 255).astype(dtype), TRAIN.labels.astype(np.int64).tolist())
+    images = TRAIN.images.copy()
+    images[0, 0, 0], images[0, 0, 1] = 0, 255
+    plain = tune(images, TRAIN.labels, **MEASURED)
+    found = tune((images / 255).astype(dtype), TRAIN.labels.astype(np.int64).tolist())
     chex.assert_trees_all_equal(found.model.variables, plain.model.variables)
     assert (found.outcome, found.test) == (None, None)
     expected = {name: x for name, x in plain.history.items() if not name.startswith("test_")}
@@ -66,7 +69,7 @@ def test_floats_are_the_bytes_that_they_came_from(dtype):
 def test_what_it_tells_of_the_test_images_is_what_the_network_says(monkeypatch):
     """Of images smaller than the network's, in batches that do not divide them."""
     small = TEST.images[:, 1:6, 1:6]
-    monkeypatch.setattr(one_model, "_BATCH", 8)
+    monkeypatch.setattr(one_model, "_BATCH", len(small) - 1)
     found = tune(TRAIN.images[:, 1:6, 1:6], TRAIN.labels, test_images=small, test_labels=TEST.labels)
     enlarged = jnp.clip(
         jax.image.resize(jnp.asarray(small, jnp.float32) / 255, (len(small), 8, 8, 3), "linear"), 0, 1
@@ -89,10 +92,89 @@ def test_classes_and_the_recipe_have_defaults():
     assert found.model.spec.class_names == ("0", "1", "2")
     recipe = found.model.spec.provenance["recipe"]
     assert (recipe["num_epochs"], recipe["batch_size"]) == (150, NUM_TRAIN)
-    assert found.history["epoch"][-1] == 150 and len(found.history["epoch"]) > 3
+    assert found.history["epoch"].tolist() == [1, 2, 5, 10, 20, 50, 100, 150]
     assert found.choice.num_unfrozen_blocks == found.model.spec.provenance["num_unfrozen_blocks"] == 0
     many = at.fine_tune(MODEL, np.tile(TRAIN.images, (7, 1, 1, 1)), np.tile(TRAIN.labels, 7))
     assert many.model.spec.provenance["recipe"]["batch_size"] == 128 < 7 * NUM_TRAIN
+
+
+def test_without_a_key_it_is_that_of_seed_0():
+    found, expected = (tune(TRAIN.images, TRAIN.labels, key=key) for key in (None, jax.random.key(0)))
+    chex.assert_trees_all_equal(found.model.variables, expected.model.variables)
+
+
+def _measured(k, *, norm="none", num_test=3, side=8, choice=None):
+    """What training k blocks of a source would have left; of the test images all are read wrongly."""
+    provenance = {
+        "source": {"architecture": "resnet_tiny", "norm": norm, "eps": 0.5},
+        "num_train_images": 1_600,
+        "num_unfrozen_blocks": k,
+        "recipe": {"num_epochs": 1_234, "batch_size": 7},
+    }
+    spec = dataclasses.replace(MODEL.spec, class_names=("a", "b"), provenance=provenance)
+    pixels = np.arange(num_test * side * side * 3) % 251
+    test = Split(pixels.reshape(num_test, side, side, 3).astype(np.uint8), np.zeros(num_test, np.int32))
+    outcome = make_outcome(test.labels, np.tile([0.0, 1.0], (num_test, 1)), ("a", "b"))
+    return one_model.FineTuned(MODEL._replace(spec=spec), {"epoch": [1]}, choice, outcome, test)
+
+
+@pytest.mark.parametrize(
+    ("k", "blocks"),
+    [(0, "none, the head alone"), (-1, "all"), (1, "1, and the head"), (2, "2, and the head")],
+)
+def test_the_page_tells_what_was_trained(k, blocks):
+    page = one_model.make_page(_measured(k), title="Page")
+    expected = ["resnet_tiny, natural", "2 classes", "1,600", blocks, "1,234", "3"]
+    assert [fact for _, fact in page.facts] == expected
+    assert (page.choice, page.choice_rows, page.config["batch_size"]) == ("", [], 7)
+    assert set(page.versions) >= {"jax", "numpy"}
+    given = {"source": "mine", "target": "digits", "config": {"seed": 3}, "versions": {"jax": "1"}}
+    page = one_model.make_page(_measured(k, norm="l2"), title="Page", **given)
+    assert [fact for _, fact in page.facts[:2]] == ["mine, resnet_tiny, ℓ2 (ε = 0.5)", "digits"]
+    assert (page.config, page.versions) == (given["config"], given["versions"])
+
+
+@pytest.mark.parametrize(("side", "step"), [(8, 1), (224, 1), (225, 2), (449, 3)])
+def test_of_large_pictures_every_second_or_third_pixel_is_shown(side, step):
+    """Of sixteen mistakes, and 224 pixels at most."""
+    tuned = _measured(0, num_test=18, side=side)
+    page = one_model.make_page(tuned, title="Page")
+    expected = tuned.test.images[tuned.outcome.mistakes[:16]][:, ::step, ::step] / 255
+    assert page.pictures.dtype == np.float32
+    np.testing.assert_allclose(page.pictures, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_images", "k", "row", "words"),
+    [
+        (99, 0, 0, "with 99 training images the head alone."),
+        (100, 1, 1, "with 100 training images the last block and the head."),
+        (1_600, 3, 2, "with 1,600 training images the last 3 blocks and the head."),
+        (51_199, 9, 3, "with 51,199 training images the last 9 blocks and the head."),
+        (51_200, -1, 4, "with 51,200 training images everything."),
+    ],
+)
+def test_the_page_tells_what_the_rule_took(num_images, k, row, words):
+    said, rows = one_model._told(Choice("rule", k, (0, 1, 3, 6, 9, -1), None), num_images)
+    assert words in said
+    below = [100, 1_600, 12_800, 51_200, None]
+    assert [(r["below_num_images"], r["num_unfrozen_blocks"]) for r in rows] == list(
+        zip(below, [0, 1, 3, 9, -1], strict=True)
+    )
+    assert [r["chosen"] for r in rows] == [int(i == row) for i in range(5)]
+
+
+def test_the_page_tells_every_fold():
+    accuracies = np.array([[0.2, 0.4, 0.6], [0.5, 0.9, 1.0]])
+    choice = Choice("cross_validation", 1, (0, 1), accuracies)
+    page = one_model.make_page(_measured(1, choice=choice), title="Page")
+    assert "in 3 folds: the last block and the head," in page.choice
+    for row, k, shares in zip(page.choice_rows, (0, 1), accuracies, strict=True):
+        assert (row["num_unfrozen_blocks"], row["chosen"]) == (k, k)
+        assert [row[f"fold_{f}"] for f in (1, 2, 3)] == shares.tolist()
+        assert row["mean_accuracy"] == pytest.approx(sum(shares) / 3)
+        deviations = sum((x - sum(shares) / 3) ** 2 for x in shares)
+        assert row["standard_error"] == pytest.approx((deviations / 2 / 3) ** 0.5)
 
 
 def test_a_folder_holds_the_model_and_its_page(tuned, tmp_path):
@@ -119,19 +201,23 @@ IMAGES, LABELS = TRAIN
     ("change", "message"),
     [
         ({"images": IMAGES[..., 0]}, r"images have the shape \(20, 8, 8\).*: repeat grey images"),
+        ({"images": IMAGES[..., :1]}, r"images have the shape \(20, 8, 8, 1\).*: repeat grey images"),
+        ({"images": np.tile(IMAGES, 2)}, r"the shape \(20, 8, 8, 6\), not \[N, H, H, 3\]$"),
         ({"images": np.moveaxis(IMAGES, -1, 1)}, r"move the channels last, np.moveaxis\(images, 1, -1\)"),
         ({"images": IMAGES[:, :4]}, "images of 4 × 8 are no squares"),
         ({"images": IMAGES[:0], "labels": LABELS[:0]}, "images are empty"),
         ({"images": IMAGES.astype(int)}, "images are int64: give uint8, or floats"),
         ({"images": IMAGES.astype(float)}, r"images reach from .* to 2\d\d: .* divide 8-bit values by 255"),
         ({"images": IMAGES / 255 - 0.5}, r"images reach from -0.5"),
+        ({"images": IMAGES / IMAGES.max() * 1.5}, "images reach from .* to 1.5"),
         ({"images": np.where(IMAGES > 99, np.nan, 0.5)}, "images hold NaN"),
         ({"labels": LABELS[:-1]}, r"labels have the shape \(19,\), not \[20\]"),
         ({"labels": np.eye(3)[LABELS]}, r"one for each image: give labels.argmax\(-1\)"),
         ({"labels": LABELS / 2}, "labels are float64, not integers"),
         ({"labels": LABELS - 1}, "labels hold -1"),
         ({"labels": LABELS + 1}, "no label is 0, and the largest is 3: number the classes"),
-        ({"labels": 2 * LABELS}, "no label is 1"),
+        ({"labels": 2 * LABELS}, "no label is 1, and the largest is 4"),
+        ({"labels": LABELS // 2 * 2}, "no label is 1, and the largest is 2"),
         ({"labels": 0 * LABELS}, "there is one class"),
         ({"class_names": ("a", "b")}, "labels hold 2, but there are 2 classes"),
         ({"test_images": IMAGES}, "test_images and test_labels go together"),
@@ -156,6 +242,16 @@ def test_a_training_that_diverges_leaves_nothing(tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_it_has_diverged_when_its_last_loss_says_so(monkeypatch):
+    losses = {"train_loss": np.array([1.0, 2.0, 3.0, np.nan])}
+    monkeypatch.setattr(one_model, "fine_tune_one", lambda *_, **__: (MODEL, losses))
+    recipe = RECIPE._replace(num_epochs=4, evaluate_epochs=(1, 2, 3, 4))
+    with pytest.raises(DivergedError, match="became NaN"):
+        tune(TRAIN.images, TRAIN.labels, recipe=recipe)
+    losses["train_loss"] = losses["train_loss"][::-1]
+    assert tune(TRAIN.images, TRAIN.labels, recipe=recipe).model is MODEL
+
+
 # --- the number of blocks -------------------------------------------------------------------------
 
 
@@ -176,6 +272,25 @@ def test_folds_are_as_many_as_the_rarest_class_allows():
     assert [possible_folds(labels, n) for n in (2, 3, 5)] == [2, 3, 3]
     with pytest.raises(ValueError, match="class 1 has one training image"):
         possible_folds(np.array([0, 0, 1]), 5)
+    with pytest.raises(ValueError, match="cross-validation in 1 folds: give at least 2"):
+        possible_folds(labels, 1)
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(11, 11), (12, 12), (13, 12), (100, 12)])
+def test_a_batch_is_cut_to_the_smallest_of_what_folds_leave(batch_size, expected, monkeypatch):
+    """19 images in three folds leave 12 or 13."""
+    asked = []
+
+    def tune(model, train, test, *, subsets, recipe, **_):
+        asked.append((recipe.batch_size, recipe.evaluate_epochs, subsets.shape[1] + test.num_images))
+        return {"test_accuracy": np.full((1, 1), 0.5)}
+
+    monkeypatch.setattr(choose_k_module, "fine_tune_many", tune)
+    recipe = RECIPE._replace(frozen_batch_norm="target", batch_size=batch_size)
+    monkeypatch.setattr(choose_k_module, "depths", lambda _: (0, 1))
+    train = Split(*(np.tile(x, (4, *[1] * (x.ndim - 1)))[:19] for x in TRAIN))
+    choose_k("cross_validation", MODEL, train, num_classes=3, key=KEY, num_folds=3, recipe=recipe)
+    assert asked == [(expected, (RECIPE.num_epochs,), 19)] * 6
 
 
 @pytest.mark.parametrize(("mode", "candidates"), [("source", (0, 1)), ("target", (0,)), ("update", (0,))])

@@ -57,6 +57,8 @@ def test_one_k_has_no_best_and_one_seed_settles_nothing():
     assert best_blocks(collect(rows_of([0.5, 0.6]))) == []
     [found] = best_blocks(collect(rows_of([0.5]) + rows_of([0.9], k=1)))
     assert found["best"] == 1 and found["tied"] == "0" and math.isnan(found["lead_ci95"])
+    [found] = best_blocks(collect(rows_of([0.5, 0.6]) + rows_of([0.5, 0.6], k=1) + rows_of([0.5, 0.5], k=2)))
+    assert (found["best"], found["second"], found["lead"], found["tied"]) == (0, 1, 0, "1 2")
 
 
 def test_the_papers_table_comes_back_cell_by_cell():

@@ -59,6 +59,15 @@ def test_a_column_in_percent_is_taken_as_such_and_told(tmp_path):
     assert [row["test_accuracy"] for row in read] == pytest.approx(expected)
     assert {row["train_accuracy"] for row in read} == {1.0}
     assert "10 rows: test_accuracy is above 1, so all 11 were taken as percent" in told
+    # Nine of ten above 1, from 0 to 100, are enough; below 0 or above 100 there is no percent.
+    for first, last, percent in ((0.0, 100.0, True), (-0.5, 100.0, False), (0.0, 100.5, False)):
+        column = [first, *(40.0 + i for i in range(8)), last]
+        few = [make_row(seed=i, train_accuracy=1.0, test_accuracy=y) for i, y in enumerate(column)]
+        read, [told] = read_foreign_rows(foreign(tmp_path, few))
+        assert ("so all 10 were taken as percent" in told) == percent
+        assert (read[1]["test_accuracy"] == pytest.approx(0.4)) == percent
+    few = [make_row(seed=i, test_accuracy=y) for i, y in enumerate((0.5, 0.5, *range(40, 47)))]
+    assert sum(math.isnan(r["test_accuracy"]) for r in read_foreign_rows(foreign(tmp_path, few))[0]) == 7
     # Where fractions and percent are mixed nobody can tell: what cannot be a fraction is missing.
     mixed = rows[:2] + [make_row(seed=seed) for seed in range(5, 9)]
     read, [told] = read_foreign_rows(foreign(tmp_path, mixed))
@@ -82,6 +91,21 @@ def test_the_stage_tells_it_too_and_draws_the_papers_numbers(tmp_path, capsys):
     config.report.reference = "other"
     with pytest.raises(ValueError, match="config.report.reference='other' must be one of none, paper"):
         stages.run(config, tmp_path / "report")
+
+
+def test_a_row_without_a_place_is_left_out_whatever_was_measured(tmp_path):
+    rows = [make_row(num_train_images=1), make_row(target="", test_accuracy="n/a")]
+    rows += [make_row(seed=1, test_accuracy=1 + 5e-7), make_row(seed=2, test_accuracy=-5e-7)]
+    read, told = read_foreign_rows(foreign(tmp_path, rows))
+    assert [row["seed"] for row in read] == [0, 1, 2] and not any(
+        math.isnan(r["test_accuracy"]) for r in read
+    )
+    assert [sentence.partition(";")[0] for sentence in told] == [
+        "1 row: left out",
+        "1 row: test_accuracy counts as missing",
+    ]
+    with pytest.raises(ValueError, match="source = nan: is empty"):
+        write_report([make_row(source=math.nan)], tmp_path / "report")
 
 
 def test_rows_of_which_none_can_be_used_are_refused(tmp_path):

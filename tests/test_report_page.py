@@ -1,7 +1,9 @@
 """The report as a file: complete, escaped, the same every time, self-contained, fit for screens."""
 
+import base64
 import csv
 import html.parser
+import io
 import json
 import re
 import shutil
@@ -9,8 +11,17 @@ import subprocess
 
 import numpy as np
 import pytest
+from PIL import Image
+from scipy import stats
+from test_model_page import _Page
+from test_report_summary import L2, LINF, NATURAL, rows_of
 
-from advtransfer.report import SUMMARY_COLUMNS, Evidence, write_report
+from advtransfer.report import SUMMARY_COLUMNS, Evidence, figures, write_report
+from advtransfer.report.evidence import source_of
+from advtransfer.report.figures import difference_gain
+from advtransfer.report.plots import epoch_size, slug
+from advtransfer.report.sections import needed_cell
+from advtransfer.report.summary import collect
 
 EVIL = "<script>alert('x')</script> & $a_b$ \"q\""
 VOID = {"meta", "img", "br", "hr", "input", "link"}
@@ -184,12 +195,358 @@ def test_numbers_stand_beside_the_figures(written):
     cell = by_cell["l2", "digits", "50", "-1"]
     assert float(cell["mean"]) == pytest.approx(np.mean(expected), rel=1e-12)
     assert by_cell["natural", "digits", "50", "-1"]["delta"] == ""
+    text = "".join(Page(path.read_text()).text)
+    assert text.count("Epochs needed, fine-tuned on n = 50: how many times fewer") == 2  # targets
     with open(path.parent / "figures" / "delta_vs_n.csv", newline="") as stream:
         deltas = {tuple(row.values())[:4]: row for row in csv.DictReader(stream)}
     assert deltas["l2", "digits", "50", "-1"]["delta"] == cell["delta"]
     kinds = [f"{measure}_vs_{kind}" for measure in ("accuracy", "delta") for kind in ("n", "epoch", "k")]
     for name in (*kinds, "accuracy_vs_constraint", "delta_vs_constraint", "pooled_delta", "source_accuracy"):
         assert (path.parent / "figures" / f"{name}.csv").is_file()
+
+
+def _written(rows, folder, **options):
+    whole = [row | {"train_accuracy": 1.0, "train_loss": 0.1} for row in rows]
+    return _Page(write_report(whole, str(folder), **options).read_text("utf-8"))
+
+
+def _signed(x):
+    return f"{100 * x:+.1f}".replace("-", "−")
+
+
+def _lead(mine, base):
+    """A paired lead in points and its interval, as SciPy has it."""
+    difference = np.subtract(mine, base)
+    low, high = stats.ttest_1samp(difference, 0).confidence_interval(0.95)
+    return difference.mean(), low, high
+
+
+BASE = {10: [0.5, 0.6, 0.7], 20: [0.6, 0.72, 0.75]}
+ROBUST = {10: [0.55, 0.66, 0.74], 20: [0.6, 0.75]}
+CLEAR = [0.8, 0.91, 0.99]
+ALL = [0.42, 0.5, 0.61]  # of the natural source with all blocks trained
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Three sources, unequal seeds, and cells that are not there."""
+    rows = rows_of(BASE[10]) + rows_of(BASE[20], n=20) + rows_of(ALL, k=-1)
+    rows += rows_of(ROBUST[10], source=L2) + rows_of(ROBUST[20], source=L2, n=20)
+    rows += rows_of([0.3], source=L2, k=-1) + rows_of(CLEAR, source=LINF)
+    folder = tmp_path_factory.mktemp("small")
+    return _written(rows, folder), folder
+
+
+def test_the_tables_of_a_target_say_what_its_rows_do(small):
+    page, folder = small
+    labels = ["natural", "ℓ2 (ε = 0.5)", "ℓ∞ (ε = 4/255)"]
+    shown = [[cell.replace("\xa0", " ") for cell in row] for row in page.rows]
+    # Few images: two seeds are at both n, the third source has only one n, and all blocks only one seed.
+    pooled = np.subtract([ROBUST[10][:2], ROBUST[20]], [BASE[10][:2], BASE[20][:2]]).mean(axis=0)
+    texts = []
+    for mean, low, high, seeds in (
+        (*_lead(pooled, 0 * pooled), 2),
+        (*_lead(CLEAR, BASE[10]), 3),
+    ):
+        texts.append(f"{_signed(mean)} ({_signed(low)} … {_signed(high)}, {seeds} seeds)")
+    at = shown.index(["Trained layers", *labels[1:]])
+    assert shown[at + 1 : at + 3] == [["head only", *texts], ["all blocks", "−12.0 (1 seed)", "–"]]
+    assert "n = 10 and 20, or those of them that both sources have. Bold" in page.text
+    assert "Images needed: how many times fewer than" in page.text and "Epochs needed" not in page.text
+    assert shown.count(["Trained layers", *labels[1:]]) == 2
+    # The best k, of the n that have two.
+    lead, low, high = _lead(BASE[10], ALL)
+    tied = " [or all]" if low < 0 else ""
+    at = shown.index(["n", *labels[:2]])
+    assert shown[at + 1] == [
+        "10",
+        f"0{tied} {_signed(lead)} ± {100 * (high - low) / 2:.1f}",
+        "0 [or all] +25.0",
+    ]
+    assert shown[at + 2][0] != "20"
+    # All numbers: fewer seeds than three are in brackets.
+    at = shown.index(["n", *labels, *(f"{label} − natural" for label in labels[1:])])
+    assert [row[0] for row in shown[at + 1 : at + 7]] == ["Head only", "10", "20", "All blocks", "10", "20"]
+
+    def cell(values):
+        mean, half = np.mean(values), 0.0
+        if len(values) > 1:
+            low, high = stats.t.interval(0.95, len(values) - 1, mean, stats.sem(values))
+            half = (high - low) / 2
+        interval = f" ± {100 * half:.1f}" if len(values) > 1 else ""
+        return f"{100 * mean:.1f}{interval}{f' [{len(values)}]' if len(values) < 3 else ''}"
+
+    def lead(mine, base):
+        mean, low, high = _lead(mine, base[: len(mine)])
+        return f"{_signed(mean)} ± {100 * (high - low) / 2:.1f}"
+
+    leads = [lead(ROBUST[10], BASE[10]), lead(CLEAR, BASE[10])]
+    assert shown[at + 2] == ["10", cell(BASE[10]), cell(ROBUST[10]), cell(CLEAR), *leads]
+    leads = [lead(ROBUST[20], BASE[20]), "–"]
+    assert shown[at + 3] == ["20", cell(BASE[20]), cell(ROBUST[20]), "–", *leads]
+    assert shown[at + 5] == ["10", cell(ALL), "30.0 [1]", "–", "−12.0", "–"]
+    assert shown[at + 6] == ["20"] + 5 * ["–"]
+    assert "interval over 3 seeds, fewer where given in brackets. Differences are in points" in page.text
+    assert "<th class=group colspan=6 scope=rowgroup>Head only</th>" in (folder / "report.html").read_text(
+        "utf-8"
+    )
+
+
+def test_the_top_of_a_page_counts_what_is_below(small, tmp_path):
+    page, folder = small
+    text = (folder / "report.html").read_text("utf-8")
+    assert re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", text) == [
+        ("Sources", "3"),
+        ("Targets", "1"),
+        ("Labelled images", "10–20"),
+        ("Unfrozen blocks", "0, all"),
+        ("Seeds", "1–3"),
+        ("Fine-tuned models", "18"),
+    ]
+    at = page.rows.index(["", "ℓ2 (ε = 0.5)", "ℓ∞ (ε = 4/255)"])
+    assert page.rows[at + 1][0] == "digits, images" and page.rows[at + 2][0] != "digits, epochs"
+    assert "for the same accuracy (head only; epochs at" in page.text
+    assert '<div class="headline">' in text and text.count("Student’s t over seeds. It covers") == 1
+    assert "In the layout of the paper’s table, in %: table_k0.csv, table_kall.csv." in page.text
+    # Of several targets, and of one seed alone.
+    rows = [
+        row
+        for target in "ab"
+        for source in (NATURAL, L2)
+        for row in rows_of([0.5], source=source, target=target)
+    ]
+    page = _written(rows, tmp_path)
+    text = (tmp_path / "report.html").read_text("utf-8")
+    assert '<div class="headline several">' in text and "One seed says nothing" in page.text
+    assert "Student’s t over seeds. It covers" not in text and "How many times fewer images" not in page.text
+
+
+def test_the_table_of_few_images_is_of_what_has_a_lead(tmp_path):
+    """A source without a common seed has no column; beyond 100 images none are few."""
+    for n, said in (
+        (100, "over n = 100. Bold"),
+        (101, "over n = 101 (the fewest there are; none is ≤ 100). Bold"),
+    ):
+        rows = rows_of([0.5, 0.6], n=n) + rows_of([0.6, 0.8], source=L2, n=n)
+        page = _written(rows + rows_of({9: 0.7}, source=LINF, n=n), tmp_path)
+        assert said in page.text and ["Trained layers", "ℓ2 (ε = 0.5)"] in page.rows
+
+
+def test_clear_leads_alone_are_bold(small):
+    text = (small[1] / "report.html").read_text("utf-8")
+    mean, low, _ = _lead(CLEAR, BASE[10])
+    robust, unclear, _ = _lead(ROBUST[20], BASE[20][:2])
+    assert unclear < 0 < low  # the clear one twice: among few images, and among all numbers
+    assert text.count(f"<td><b>{_signed(mean)}</b> <small>") == 2
+    assert f"<td>{_signed(robust)} <small>" in text
+    assert "<td><b>0</b> <small>" in text and "<td>0 [or all] <small>" in text  # the best k
+
+
+def test_the_figures_of_a_target_say_both_ends_of_their_lines(small):
+    page, folder = small
+    told = [image["alt"] for image in page.images]
+    assert (
+        "Head only: Test accuracy, % against labelled target images, n (logarithmic). natural 60.0 at 10 to "
+        "69.0 at 20; ℓ2 (ε = 0.5) 65.0 at 10 to 67.5 at 20; ℓ∞ (ε = 4/255) 90.0 at 10."
+    ) in told
+    assert (
+        "n = 10: Test accuracy, % against trained blocks, k. natural 60.0 at head to 51.0 at all; "
+        "ℓ2 (ε = 0.5) 65.0 at head to 30.0 at all; ℓ∞ (ε = 4/255) 90.0 at head."
+    ) in told
+    assert (
+        "n = 20: Lead over the natural source, points against trained blocks, k. ℓ2 (ε = 0.5) 1.5 at head."
+    ) in told
+    assert (
+        "n = 10: Test accuracy, % against source. head 60.0 at natural to 90.0 at ℓ∞ 4/255; "
+        "all 51.0 at natural to 30.0 at ℓ2 0.5."
+    ) in told
+    names = {path.name for path in folder.glob("figures/accuracy_*.svg")}
+    assert names == {
+        *(f"accuracy_vs_n_digits_k{k}.svg" for k in ("0", "all")),
+        *(f"accuracy_vs_{kind}_digits_n{n}.svg" for kind in ("k", "constraint") for n in (10, 20)),
+    }
+    assert "over 1–3 seeds" in page.text and "Every n has a vertical axis of its own." in page.text
+    assert "Accuracy against epoch is left out: one epoch was evaluated." in page.text
+
+
+def test_figures_against_k_show_four_of_many_n(tmp_path):
+    rows = [row for n in range(10, 80, 10) for k in (0, 1, -1) for row in rows_of([n / 100], n=n, k=k)]
+    page = _written(rows, tmp_path)
+    titles = [image["alt"].partition(":")[0] for image in page.images if "trained blocks" in image["alt"]]
+    assert titles == ["n = 10", "n = 30", "n = 50", "n = 70"]
+    assert "at each seed’s last epoch (1), n = 10, 30, 50 and 70" in page.text
+    assert "one seed, so no interval" in page.text
+    assert "there are 1 sources, and the figures above show them" in page.text
+    assert [cells for cells in page.rows if cells[0] == "Trained layers"] == []
+    assert "Differences are in points, paired" not in page.text  # there is no robust source
+    assert "Lead over the natural source" not in page.text
+    blocks = next(image["alt"] for image in page.images if "n = 10" in image["alt"])
+    assert blocks.endswith("natural 10.0 at head to 10.0 at all.")
+
+
+def test_panels_share_a_vertical_axis_unless_they_are_accuracies_at_several_n(tmp_path, monkeypatch):
+    """Leads are measured from zero, and their axis is as long as their intervals."""
+    groups, panel = {}, figures.line_panel
+
+    def kept(series, axis, *, title, ylabel, yrange, zero, behind):
+        groups.setdefault((axis.label, zero), []).append((title, ylabel, series, yrange))
+        assert not behind
+        return panel(series, axis, title=title, ylabel=ylabel, yrange=yrange, zero=zero)
+
+    monkeypatch.setattr(figures, "line_panel", kept)
+    rows = []
+    for (n, k), base in {(10, 0): 0.1, (100, 0): 0.5, (10, 1): 0.15, (100, 1): 0.6}.items():
+        rows += rows_of([base, base + 0.01], n=n, k=k, epochs=(0, 4))
+        rows += rows_of([base + 0.2, base + 0.24], source=L2, n=n, k=k, epochs=(0, 4))
+    page = _written(rows, tmp_path)
+    assert {(label, zero): [title for title, *_ in shown] for (label, zero), shown in groups.items()} == {
+        (label, zero): titles
+        for label, titles in {
+            "labelled target images, n (logarithmic)": ["Head only", "Head + last block"],
+            "epoch": ["Head only", "Head + last block"],  # from epoch 0, which has no logarithm
+            "trained blocks, k": ["n = 10", "n = 100"],
+        }.items()
+        for zero in ("", "natural")
+    }
+    for (label, zero), shown in groups.items():
+        whole = [series for _, _, series, _ in shown]
+        for _, ylabel, series, found in shown:
+            alone = "blocks" in label and not zero
+            low, high = figures.value_range([series] if alone else whole, include=(0.0,) if zero else ())
+            expected = (low, high) if zero else (max(low, -0.02), min(high, 1.02))
+            assert found == pytest.approx(expected)
+            assert ylabel == ("Lead over the natural source, points" if zero else "Test accuracy, %")
+    assert "fine-tuned on n = 100 images. Line: mean; band: 95 % interval" in page.text
+    assert "n = 10 and 100. Mark: mean; bar: 95 % interval (Student’s t) over 2 seeds" in page.text
+    assert "Mark: mean difference, paired by seed; bar:" in page.text
+    assert "Accuracy against constraint is left out: there are 2 sources" in page.text
+    with open(tmp_path / "figures" / "delta_vs_epoch.csv", newline="") as stream:
+        assert [row["epoch"] for row in csv.DictReader(stream)] == ["0", "4"] * 2
+
+
+def test_a_figure_of_one_n_and_one_of_nothing(tmp_path):
+    page = _written(rows_of([0.5]) + rows_of([0.6], source=L2), tmp_path)
+    assert [image["alt"].split(". ")[0] for image in page.images] == [
+        f"Head only: {what} against labelled target images, n (logarithmic)"
+        for what in ("Test accuracy, %", "Lead over the natural source, points")
+    ]
+    assert "Accuracy against k is left out: there is one k." in page.text
+    page = _written(rows_of([np.nan]), tmp_path)
+    assert "Accuracy against the number of labelled images is left out: nothing was measured." in page.text
+    assert not page.images
+
+
+def test_names_along_an_axis_are_cut(tmp_path):
+    names = ["a source of a long name", "another of a long name", "the third"]
+    rows = [row for i, name in enumerate(names) for row in rows_of([0.1 + i / 10], source=(name, "l2", 1.0))]
+    told = [image["alt"] for image in _written(rows, tmp_path).images]
+    assert told[-1] == (
+        "n = 10: Test accuracy, % against source. head 10.0 at a source of a  to 30.0 at the third."
+    )
+
+
+def test_the_n_whose_epochs_are_shown():
+    """Of those with the most epochs the largest up to 100, or else the smallest."""
+    for sizes, most, expected in (
+        ((50, 100, 200), (50, 100, 200), 100),
+        ((50, 100, 200), (50, 200), 50),
+        ((101, 200), (101, 200), 101),
+    ):
+        rows = [r for n in sizes for r in rows_of([0.5], n=n, epochs=(1, 2, 3) if n in most else (1, 2))]
+        assert epoch_size(collect(rows), "digits") == expected
+
+
+def test_targets_have_file_names_of_their_own():
+    targets = ["tfds:a b", "tfds:a-b", "c", "%"]
+    assert [slug(targets, target) for target in targets] == ["tfds-a-b-0", "tfds-a-b-1", "c", "3"]
+
+
+def test_factors_as_they_are_written():
+    row = {"factor": 3.0, "bound": "", "ci95_low": 1.25, "ci95_high": 9.99}
+    for changes, said in (
+        ({}, "<b>3.00×</b> <small>(1.25 … 9.99)</small>"),
+        ({"ci95_low": 1.0}, "3.00× <small>(1.00 … 9.99)</small>"),
+        ({"factor": 0.5, "ci95_low": 0.25, "ci95_high": 1.0}, "0.50× <small>(0.25 … 1.00)</small>"),
+        ({"factor": 0.5, "ci95_low": 0.25, "ci95_high": 0.75}, "<b>0.50×</b> <small>(0.25 … 0.75)</small>"),
+        ({"ci95_low": 0.5, "ci95_high": np.inf}, "3.00× <small>(0.50 … ∞)</small>"),
+        ({"factor": 9.995, "ci95_low": np.nan}, "10× <small>(1 seed)</small>"),
+        ({"factor": 16.0, "bound": "at least"}, "≥ 16×"),
+        ({"factor": 0.1, "bound": "not reached"}, "not reached"),
+        ({"factor": np.nan}, "–"),
+    ):
+        assert needed_cell(row | changes) == f"<td>{said}</td>"
+    assert needed_cell(None) == "<td>–</td>"
+
+
+def test_the_source_networks_and_their_pictures(tmp_path):
+    """Two twins, more pictures than captions, and a source that was not measured."""
+    clean = np.linspace(0.2, 0.8, 2 * 3 * 4 * 3).reshape(2, 3, 4, 3)
+    twins = {"a": clean + 0.01 * (-1) ** np.arange(72).reshape(clean.shape), "b": clean[::-1]}
+    sources = [
+        {"name": "a", "norm": None, "natural_accuracy": 0.5, "num_images": 2048},
+        {"name": "b", "norm": "l2", "eps": 0.5, "adversarial_accuracy": 0.25, "attack": "PGD <20>"},
+        {"name": "c", "norm": "linf"},
+    ]
+    evidence = Evidence(
+        sources=sources,
+        pictures={"source_images": clean, "target_images": clean}
+        | {f"adversarial/{n}": x for n, x in twins.items()},
+        captions={
+            "source_labels": ["cat", "dog"],
+            "natural_predictions/b": ["cat"],
+            "adversarial_predictions/b": ["cat", "fox", "too many"],
+            "target_labels": ["7"],
+        },
+    )
+    page = _written([], tmp_path, evidence=evidence)
+    at = page.rows.index(["Source", "Trained against", "Natural, %", "Adversarial, %", "Images", "Attack"])
+    assert page.rows[at + 1 : at + 4] == [
+        ["a", "nothing", "50.0", "–", "2,048", "–"],
+        ["b", "ℓ2 (ε = 0.5)", "–", "25.0", "–", "PGD <20>"],
+        ["c", "ℓ∞", "–", "–", "–", "–"],
+    ]
+    told = "natural: natural 50.0, adversarial –; ℓ2 (ε = 0.5): natural –, adversarial 25.0"
+    assert page.images[0]["alt"] == told  # not of c
+    gain = difference_gain([(x, clean) for x in twins.values()])
+    assert page.rows[at + 4 :] == [
+        ["Source image", "cat", "dog"],
+        ["natural: adversarial", "", ""],
+        [f"natural: difference × {gain}", "", ""],
+        ["ℓ2 (ε = 0.5): adversarial", "✓ cat → cat", "✗ fox"],
+        [f"ℓ2 (ε = 0.5): difference × {gain}", "", ""],
+    ]
+    assert f"magnified {gain} times" in page.text and "Attack: PGD <20>." in page.text
+    pictures = [image for image in page.images if image.get("class") == "picture"]
+    shown = [
+        clean,
+        twins["a"],
+        0.5 + gain * (twins["a"] - clean),
+        twins["b"],
+        0.5 + gain * (twins["b"] - clean),
+        clean,
+    ]
+    for image, pixels in zip(pictures, np.concatenate(shown), strict=True):
+        png = Image.open(io.BytesIO(base64.b64decode(image["src"].partition("base64,")[2]))).convert("RGB")
+        np.testing.assert_array_equal(np.asarray(png), np.round(255 * np.clip(pixels, 0, 1)))
+    assert [image["alt"] for image in pictures[-2:]] == ["Target image of class 7", "Target image"]
+    alone = Evidence([sources[2] | {"attack": "PGD"}], pictures={"source_images": clean})
+    plain = _written([], tmp_path, evidence=alone)
+    assert "accuracies were not measured in this run" in plain.text
+    assert "Images of the source task, as the networks see them." in plain.text
+    assert "Attack: PGD" not in plain.text  # there are no twins
+
+
+def test_a_source_of_which_little_is_known():
+    assert source_of({"name": 3, "norm": "", "eps": 0}) == ("3", "none", 0.0)
+    name, norm, eps = source_of({"norm": "l2"})
+    assert (name, norm) == ("unnamed", "l2") and np.isnan(eps)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4), (2, 4, 4, 1)])
+def test_pictures_of_another_shape_are_refused(tmp_path, shape):
+    for name in ("source_images", "target_images"):
+        with pytest.raises(ValueError, match=rf"pictures\['{name}'\] has shape"):
+            write_report([], tmp_path, evidence=Evidence(pictures={name: np.zeros(shape)}))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +587,8 @@ def test_refused_in_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"^rows\[0\]: columns missing: seed"):
         write_report([row], tmp_path)
     pictures = {"source_images": np.zeros((2, 4, 4, 3)), "adversarial/l2": np.zeros((2, 5, 5, 3))}
-    with pytest.raises(ValueError, match="shape"):
+    said = r"pictures\['adversarial/l2'\] has shape \(2, 5, 5, 3\), but source_images has \(2, 4, 4, 3\)"
+    with pytest.raises(ValueError, match=said):
         write_report([], tmp_path, evidence=Evidence(pictures=pictures))
     assert list(tmp_path.iterdir()) == []
 

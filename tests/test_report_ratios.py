@@ -6,10 +6,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.optimize import isotonic_regression
 
 from advtransfer.report import read_rows, write_report
-from advtransfer.report.ratios import _first_reach, _mean_shift, _rising, compare, ratios
+from advtransfer.report.ratios import (
+    _factor,
+    _first_reach,
+    _mean_shift,
+    _resamples,
+    _rising,
+    compare,
+    ratios,
+)
 from advtransfer.report.sections import needed_rows
 from advtransfer.report.summary import collect
 
@@ -78,6 +87,7 @@ def test_one_better_everywhere_has_a_bound_and_no_factor():
 
 def test_what_has_no_interval_or_no_curve():
     assert compare(curve(sizes=SIZES[:1]), curve()) is None
+    assert compare(curve(), curve(sizes=SIZES[:1])) is None
     one = compare(curve(seeds=1), curve(2, seeds=1)).whole
     assert one.value == pytest.approx(2) and math.isnan(one.low) and math.isnan(one.high)
     # A seed that lacks some n, and one that only one source has, still count where they are.
@@ -85,7 +95,59 @@ def test_what_has_no_interval_or_no_curve():
     del natural[3][400]
     natural[2][100] = math.nan
     assert compare(natural, robust).whole.value == pytest.approx(2)
-    assert compare(natural, robust).num_seeds == 5
+    assert compare(natural, robust).num_seeds == compare(robust, natural).num_seeds == 5
+
+
+def test_two_points_are_a_curve_and_forty_become_twenty_four():
+    """What stands at zero has no logarithm and is left out."""
+    short = {s: {0: 0.0} | values for s, values in curve(sizes=SIZES[:2]).items()}
+    assert compare(short, curve(1.5)).whole.value == pytest.approx(1.5)
+    assert compare(short, curve(1.5)).places.tolist() == [100, 200]
+    assert compare(curve(), curve(1.5, sizes=SIZES[:2])).whole.value == pytest.approx(1.5)
+    np.testing.assert_allclose(compare(short, curve()).accuracies, line(np.array([100, 200])))
+    sizes = range(1, 41)
+    found = compare(curve(sizes=sizes), curve(2, sizes=sizes))
+    expected = 1 + np.linspace(0, 39, 24).round()
+    assert found.places.tolist() == expected.tolist() and len(found.factors) == 24
+    assert len(compare(curve(sizes=range(1, 26)), curve()).places) == 24
+
+
+def test_seeds_are_resampled_among_their_like():
+    weights = _resamples((0, 1, 0, 1, 1, 2))
+    assert weights.shape == (2001, 6) and np.all(weights[0] == 1)
+    assert np.all(weights[:, [0, 2]].sum(axis=1) == 2) and np.all(weights[:, [1, 3, 4]].sum(axis=1) == 3)
+    assert np.all(weights[:, 5] == 1)
+    np.testing.assert_allclose(weights[1:, 1].mean(), 1, atol=0.06)
+    np.testing.assert_allclose(weights[1:, 1].var(), 3 * (1 / 3) * (2 / 3), atol=0.1)
+
+
+def test_an_interval_is_students_t_or_of_widened_percentiles():
+    """Under six seeds the first; the second where a resample is beyond an end of the robust curve."""
+    drawn = np.random.default_rng(0).normal(0.5, 0.2, 2000)
+    shifts, ends = np.append(0.5, drawn), {"least": 2.0, "most": -2.0}
+
+    def widened(seeds, low, high):
+        t = stats.t.ppf(0.975, seeds - 1) * math.sqrt(seeds / (seeds - 1))
+        levels = stats.norm.cdf([-t, t])
+        places = (math.floor(levels[0] * 1999), math.ceil(levels[1] * 1999))
+        return [math.exp(np.sort(values)[place]) for values, place in zip((low, high), places, strict=True)]
+
+    for seeds in (2, 5):
+        half = stats.t.ppf(0.975, seeds - 1) * math.sqrt(seeds / (seeds - 1)) * drawn.std()
+        found = _factor(shifts, seeds, **ends)
+        assert found[:3] == pytest.approx(np.exp([0.5, 0.5 - half, 0.5 + half]))
+    for seeds in (6, 9):
+        found = _factor(shifts, seeds, **ends)
+        assert found[1:3] == pytest.approx(widened(seeds, drawn, drawn)) and found.bound == ""
+    far = np.copy(drawn)
+    far[:400], far[400:800], far[800:1000] = math.inf, -math.inf, math.nan
+    low = np.where(np.isnan(far), -math.inf, np.where(far == math.inf, 2.0, far))
+    high = np.where(np.isnan(far), math.inf, np.where(far == -math.inf, -2.0, far))
+    for seeds in (5, 9):
+        assert _factor(np.append(0.5, far), seeds, **ends)[1:3] == pytest.approx(widened(seeds, low, high))
+    assert _factor(np.append(math.inf, far), 9, **ends)[::3] == (pytest.approx(math.exp(2)), "at least")
+    assert _factor(np.append(-math.inf, far), 9, **ends)[::3] == (pytest.approx(math.exp(-2)), "not reached")
+    assert all(map(math.isnan, _factor(np.append(math.nan, far), 9, **ends)[:3]))
 
 
 def test_curves_are_made_to_rise_as_scipy_does():

@@ -41,8 +41,10 @@ def refusal(path) -> str:
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 def test_rows_survive_the_disk(tmp_path, suffix):
     rows = [make_row(), make_row(seed=1, num_unfrozen_blocks=-1, test_accuracy=0.1 + 0.2)]
-    path = write_rows(rows, tmp_path / "deep" / f"rows.{suffix}")
+    path = write_rows(rows, str(tmp_path / "deep" / f"rows.{suffix}"))
     assert read_rows(path) == rows
+    write_rows([row | {"note": "x"} for row in rows], path)  # columns of one's own come after the others
+    assert [list(row) for row in read_rows(path)] == [[*COLUMNS, "note"]] * 2
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # no temporary stays
 
 
@@ -115,12 +117,17 @@ def test_a_folder_is_read_to_the_bottom_and_other_files_are_passed_over(tmp_path
     write_rows([make_row(seed=0), make_row(seed=1)], tmp_path / "rows.csv")  # the merged copy
     (tmp_path / "train_log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / ".rows.jsonl").write_text("hidden")
+    few = dict(list(make_row().items())[:5])
+    (tmp_path / "few.jsonl").write_text(json.dumps(few))  # under half of the columns: not meant to be rows
     assert sorted(row["seed"] for row in read_rows(tmp_path)) == [0, 1]
+    (tmp_path / "few.jsonl").write_text(json.dumps(few | {"seed": 1}))
+    assert "few.jsonl:1: columns missing: num_unfrozen_blocks, epoch" in refusal(tmp_path)
 
 
 def test_refusals_name_the_place_in_one_line(tmp_path):
     path = tmp_path / "rows.jsonl"
-    assert "no such file" in refusal(path)
+    assert "no such file" in refusal(str(path))
     assert "no rows found" in refusal(tmp_path)
 
     short = {k: v for k, v in make_row().items() if k not in ("seed", "test_accuracy")}
@@ -135,6 +142,9 @@ def test_refusals_name_the_place_in_one_line(tmp_path):
     assert "rows.jsonl:3" in refusal(path)
 
     table = tmp_path / "rows.csv"
+    write_rows([make_row()], table)
+    table.write_text(table.read_text() + "\n")
+    assert len(read_rows(table)) == 1
     write_rows([make_row()], table)
     table.write_text(table.read_text() + "natural,none,0\n")
     assert "rows.csv:3: 3 cells under 15 columns" in refusal(table)
@@ -151,6 +161,7 @@ def test_refusals_name_the_place_in_one_line(tmp_path):
         ("num_unfrozen_blocks", 1.5, "whole number"),
         ("seed", None, "is empty"),
         ("epoch", "nan", "whole number"),
+        ("epoch", None, "is empty"),
         ("num_train_images", 0, "at least 1"),
         ("source", "", "is empty"),
         ("train_loss", "low", "could not convert"),

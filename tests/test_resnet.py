@@ -1,5 +1,6 @@
 """The ResNet family against NumPy, PyTorch, closed forms and known parameter counts."""
 
+import re
 from functools import partial
 
 import chex
@@ -64,6 +65,22 @@ def test_shapes(name):
     assert len(module.block_names) == module.num_blocks
     assert params["fc"]["kernel"].shape == (module.num_features, 1000)
     chex.assert_type(jax.tree.leaves(shapes), jnp.float32)
+
+
+def test_names_say_how_deep_and_how_wide_networks_are():
+    """The depth counts the stem, the head and 2 or 3 convolutions a block (He et al., 2016, table 1)."""
+    for name, fields in ARCHITECTURES.items():
+        module, depth = create_module(name), re.match(r"(?:wide_)?resne[x]?t(\d+)", name)
+        assert module.cifar_stem == (name.endswith("_cifar") or name == "resnet_tiny")
+        if name == "resnet_tiny":
+            assert (module.num_blocks, module.width, module.bottleneck) == (4, 16, False)
+            continue
+        assert int(depth[1]) == 2 + (3 if module.bottleneck else 2) * module.num_blocks
+        assert module.bottleneck == (int(depth[1]) >= 50) and module.width == 64
+        wide = re.match(r"wide_resnet\d+_(\d)", name)
+        grouped = re.search(r"_(\d+)x(\d+)d", name)
+        expected = (int(grouped[1]), int(grouped[2])) if grouped else (1, 64 * int(wide[1]) if wide else 64)
+        assert (module.groups, module.base_width) == expected and len(fields["stage_sizes"]) == 4
 
 
 def test_paths_mirror_torchvision():
@@ -174,13 +191,21 @@ def test_every_seam(module, channels):
     chex.assert_type(seams[blocks], jnp.float32)
     for b, seam in enumerate(seams):
         np.testing.assert_allclose(run(variables, seam, start=b), whole, rtol=1e-5)
+    np.testing.assert_array_equal(module.apply(variables, seams[1], start=1, stop=1), seams[1])
     onward = run(variables, seams[1], start=1, stop=blocks - 1)
     np.testing.assert_allclose(onward, seams[blocks - 1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("seams", [{"start": 5}, {"stop": -1}, {"start": 3, "stop": 2}])
-def test_impossible_seams(seams):
-    with pytest.raises(ValueError, match=r"start is|stop is"):
+@pytest.mark.parametrize(
+    ("seams", "message"),
+    [
+        *(({"start": start}, f"start is {start}; this network has the seams 0 to 2") for start in (-1, 3)),
+        *(({"stop": stop}, f"stop is {stop}; this network has the seams 0 to 2") for stop in (-1, 3)),
+        ({"start": 2, "stop": 1}, "start is 2, after stop, which is 1"),
+    ],
+)
+def test_impossible_seams(seams, message):
+    with pytest.raises(ValueError, match=message):
         jax.eval_shape(partial(BASIC.init, **seams), jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
 
 
@@ -228,6 +253,13 @@ def test_batch_statistics():
     np.testing.assert_allclose(y, want, atol=5e-3)
     np.testing.assert_allclose(stats["mean"], 0.9 * 0.5 + 0.1 * rows.mean(0), rtol=1e-6)
     np.testing.assert_allclose(stats["var"], 0.9 * 2.0 + 0.1 * rows.var(0, ddof=1), rtol=1e-5)
+
+
+def test_the_statistics_of_a_single_pixel():
+    """Its variance is 0, whatever it is divided by."""
+    stats = batch_norm()(jnp.full((1, 1, 1, 4), 3.0))[1]
+    np.testing.assert_allclose(stats["mean"], 0.9 * 0.5 + 0.1 * 3.0, rtol=1e-6)
+    np.testing.assert_allclose(stats["var"], 0.9 * 2.0, rtol=1e-6)
 
 
 def test_momentum_zero_keeps_the_last_batch():

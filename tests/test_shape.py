@@ -104,6 +104,9 @@ def test_wilson_intervals_against_scipy():
         interval = scipy.stats.binomtest(int(count), 100).proportion_ci(method="wilson")
         np.testing.assert_allclose([found.lower[i], found.upper[i]], interval, atol=1e-12)
     np.testing.assert_allclose(found.value, counts / 100)
+    totals = np.arange(1, 500)
+    none, all_of_them = wilson(0 * totals, totals), wilson(totals, totals)
+    assert np.all(none.lower >= 0) and np.all(all_of_them.upper <= 1)  # whatever the rounding
     nothing = wilson(0, 0)
     assert np.isnan(nothing.value)
     np.testing.assert_allclose([nothing.lower, nothing.upper], [0, 1], atol=1e-12)

@@ -5,17 +5,32 @@ import json
 import os
 import re
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from advtransfer import config as base
-from advtransfer import stages
+from advtransfer import source, stages
 from advtransfer.config import ConfigError
-from advtransfer.data import load_dataset
+from advtransfer.data import Dataset, load_dataset
 from advtransfer.evaluate import predict
-from advtransfer.models import load_model, logits_fn
+from advtransfer.models import (
+    Model,
+    ModelSpec,
+    create_module,
+    identity,
+    init_variables,
+    load_model,
+    logits_fn,
+    save_model,
+)
+from advtransfer.stages import transfer
+from advtransfer.stages.study import _remarks
+from advtransfer.stages.study_grid import Grid, Place
+from advtransfer.study import Source
 from advtransfer.train import DivergedError
+from advtransfer.transfer import normalised_by
 
 pytestmark = pytest.mark.usefixtures("two_blocks", "unoptimised")
 
@@ -120,18 +135,103 @@ def test_transfer_and_evaluate_take_its_model_folders(study, tmp_path):
     assert "adversarial_accuracy" not in found
 
 
+def test_plans_say_of_how_many_blocks_images_steps_and_bytes(tmp_path):
+    module = create_module("resnet_tiny", num_classes=10)
+    spec = ModelSpec("resnet_tiny", 10, 8, module.mean, module.std)
+    save_model(Model(module, init_variables(module, jax.random.key(0), 8), spec), tmp_path / "blank")
+    digits, config = load_dataset("builtin:digits", image_size=8), tiny()
+    config.stage, config.evaluate.model = "evaluate", str(tmp_path / "blank")
+    whole = digits.test.num_images
+    for asked, number in ((0, whole), (50, 50), (whole + 1, whole)):
+        config.evaluate.num_images = asked
+        said = stages.plan(config, tmp_path / "out")
+        assert said == f"evaluate resnet_tiny on {number} images of builtin:digits, 2 × PGD-2"
+    config.evaluate.norm = "none"
+    assert stages.plan(config, tmp_path / "out").endswith("of builtin:digits")
+
+    config.stage, config.source = "transfer", config.evaluate.model
+    config.transfer.num_train_images = 25
+    for k, blocks in ((-1, "all"), (0, "0"), (1, "1")):
+        config.transfer.num_unfrozen_blocks = k
+        said = f"fine-tune {blocks} blocks of resnet_tiny on 25 images of builtin:digits, 9 steps"
+        assert stages.plan(config, tmp_path / "out") == said
+    config.transfer.num_train_images = -1
+    assert f"on {digits.train.num_images} images of" in stages.plan(config, tmp_path / "out")
+
+    config = tiny()
+    config.stage = "source"
+    for norm, eps, attack in (("none", 0.0, ""), ("linf", 0.25, " against PGD-3")):
+        config.train.update(norm=norm, eps=eps, attack_steps=3)
+        size = source.state_bytes(config, digits) + digits.train.images.nbytes + digits.train.labels.nbytes
+        name = "natural" if norm == "none" else "linf:0.25"
+        said = (
+            f"source {name}: train resnet_tiny, {digits.train.num_images // 80} steps of 80 images{attack}; "
+        )
+        said += f"state and images {size / 1e6:,.1f} MB a device"
+        assert stages.plan(config, tmp_path / "out") == said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("norm", "input_norm", "changed"),
+    [("none", "target", True), ("none", "source", False), ("l2", "target", False)],
+)
+def test_a_transfer_normalises_natural_sources_and_sets_images_aside_but_of_all(
+    norm, input_norm, changed, tmp_path, monkeypatch
+):
+    module = create_module("resnet_tiny", num_classes=10)
+    spec = ModelSpec("resnet_tiny", 10, 8, module.mean, module.std, norm, 0.5 * (norm != "none"))
+    model = Model(module, init_variables(module, jax.random.key(0), 8), spec)
+    save_model(model, tmp_path / "blank")
+    config, asked, sources = tiny(), [], []
+    config.stage, config.source = "transfer", str(tmp_path / "blank")
+    config.transfer.input_norm = input_norm
+    for name, spy in (
+        ("load_data", lambda *_, **options: asked.append(options["set_aside"])),
+        ("make_trial", lambda _, source, *args, **options: sources.append(source)),
+    ):
+        own = getattr(transfer, name)
+        monkeypatch.setattr(
+            transfer, name, lambda *a, own=own, spy=spy, **kw: (spy(*a, **kw), own(*a, **kw))[1]
+        )
+    for config.transfer.num_train_images in (25, -1):
+        stages.plan(config, tmp_path / "out")
+    assert asked == [True, False]
+    images = load_dataset("builtin:digits", image_size=8).train.images
+    expected = identity(normalised_by(model, images) if changed else model)
+    assert sources == [Source("blank", norm, spec.eps, expected)] * 2
+
+
+@pytest.mark.parametrize(("num_classes", "num_skipped"), [(30, 5), (31, 6), (2, 0)])
+def test_remarks_name_thirty_classes_and_five_broken_images(num_classes, num_skipped):
+    names, skipped = ([f"{x}{i}" for i in range(n)] for x, n in (("c", num_classes), ("p", num_skipped)))
+    split = load_dataset("builtin:digits", image_size=8).test
+    target = Dataset("mine", tuple(names), split, split, split, skipped=tuple(skipped))
+    grid = Grid([], {Place("mine", "natural", 8, False): target})
+    classes, *broken = _remarks(None, grid)
+    more = ", … (31)" if num_classes == 31 else ""
+    assert classes == f"The classes of mine: {', '.join(names[:30])}{more}."
+    end = "; …" if num_skipped == 6 else "."
+    said = (
+        f"{num_skipped} images of mine could not be decoded and were left out: {'; '.join(skipped[:5])}{end}"
+    )
+    assert broken == [said] * (num_skipped > 0)
+    others = target._replace(name="others", skipped=("q",))
+    assert _remarks(others, grid)[1] == "1 images of others could not be decoded and were left out: q."
+
+
 def test_a_retrained_model_is_measured_again(study, tmp_path):
     """The figures of the model that stood there before must not pass for the new one's."""
     config = tiny()
     config.stage, config.evaluate.norm = "evaluate", "none"
     link = tmp_path / "current"
-    for source in ("natural", "l2_0.25"):
+    for name in ("natural", "l2_0.25"):
         link.unlink(missing_ok=True)
-        os.symlink(study / "sources" / source / "model", link)
+        os.symlink(study / "sources" / name / "model", link)
         config.evaluate.model = str(link)
         stages.run(config, tmp_path / "measured")
         found = json.loads((tmp_path / "measured" / "evaluation.json").read_text())
-        reference = json.loads((study / "sources" / source / "evaluation.json").read_text())
+        reference = json.loads((study / "sources" / name / "evaluation.json").read_text())
         assert found["model"] == reference["model"]
         assert found["natural_accuracy"] == reference["natural_accuracy"]
 

@@ -1,9 +1,12 @@
 """The study: who a trial is, which trials run together, and what they are fed."""
 
 import hashlib
+import itertools
 import json
+import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -15,7 +18,8 @@ from advtransfer.data import Augmentation, Dataset, Split, subset_indices
 from advtransfer.models import Model, ModelSpec, create_module, init_variables
 from advtransfer.study import Source, Trial, flatten, group, make_trials, num_steps, run_trials
 from advtransfer.study import run as study_run
-from advtransfer.study.rows import holds
+from advtransfer.study.rows import finished_rows, history_rows, holds
+from advtransfer.study.trials import make_recipe
 from advtransfer.transfer import Recipe, fine_tune_many, prepare
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -183,7 +187,8 @@ def test_rows_say_what_was_measured_on(view, split, target):
     trial = _trial()._replace(view=view, split=split)
     epochs = len(trial.recipe.evaluate_epochs)
     history = dict.fromkeys(METRICS, np.zeros(epochs))
-    assert {row["target"] for row in study.history_rows(trial, history, 1.0)} == {target}
+    rows = study.history_rows(trial, history, 1.234567)
+    assert {(row["target"], row["seconds"]) for row in rows} == {(target, 1.2346)}
     assert (trial.identity() == _trial().identity()) == (target == "random")
 
 
@@ -232,6 +237,18 @@ def test_the_grid_is_the_configs():
         ("validation", "random", (3, 9))
     }
     assert num_steps(trials[0]) == 9 and num_steps(trials[4]) == 9 * 3
+
+
+def test_no_more_steps_are_made_than_are_allowed_but_one_epoch_is():
+    config = base.default().transfer
+    config.update(num_epochs=9, batch_size=8)
+    for num_images, max_steps in itertools.product((5, 8, 16, 17, 40), (0, 1, 2, 3, 6, 14, 15, 27, 100)):
+        config.max_steps = max_steps
+        recipe = make_recipe(config, DATASET.train.images, num_images)
+        an_epoch = math.ceil(num_images / 8)
+        possible = [e for e in range(1, 10) if not max_steps or e == 1 or e * an_epoch <= max_steps]
+        assert (recipe.num_epochs, recipe.batch_size) == (max(possible), min(8, num_images))
+        assert recipe.evaluate_epochs[-1] == max(possible)
 
 
 def test_a_program_tries_the_same_rates_on_every_seed():
@@ -300,9 +317,45 @@ def test_out_of_memory_halves_a_group(monkeypatch):
     assert [row["test_loss"] for row in rows[::2]] == [
         float(jax.random.key_data(t.key())[-1]) for t in members
     ]
-    monkeypatch.setattr(study_run, "fine_tune_many", _raise(jax.errors.JaxRuntimeError("INTERNAL: no")))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        study_run.run_group(members, _models()["d0"], DATASET)
+
+
+def test_a_group_is_halved_between_seeds_down_to_one_and_its_seconds_are_shared(monkeypatch):
+    """Two rates of each seed; one seed that does not fit, and any other error, end the run at once."""
+    members = [
+        _trial(seed=seed, recipe=RECIPE._replace(learning_rate=rate))
+        for seed in range(3)
+        for rate in (0.125, 0.5)
+    ]
+    sizes, now = [], [0.0]
+
+    def fitting(model, train, test, *, subsets, keys, rates, **options):
+        sizes.append(len(subsets))
+        if len(subsets) > 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+        now[0] += 6.0
+        seeds = np.float64(jax.random.key_data(keys))[:, -1:, None]
+        return dict.fromkeys(METRICS, seeds + rates.learning_rate[:, None] + np.arange(2))
+
+    monkeypatch.setattr(study_run, "fine_tune_many", fitting)
+    monkeypatch.setattr(study_run, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    rows = study_run.run_group(members, None, DATASET)
+    assert sizes == [3, 1, 2, 1, 1]
+    assert [row["trial_id"] for row in rows[::2]] == [t.identity() for t in members]
+    assert [row["test_loss"] for row in rows] == [
+        float(jax.random.key_data(t.key())[-1]) + t.recipe.learning_rate + e for t in members for e in (0, 1)
+    ]
+    assert {row["seconds"] for row in rows} == {3.0}
+    for said, some in (("INTERNAL: no", members), ("RESOURCE_EXHAUSTED", members[:2])):
+        calls = []
+
+        def failing(*_, said=said, calls=calls, **__):
+            calls.append(said)
+            raise jax.errors.JaxRuntimeError(said)
+
+        monkeypatch.setattr(study_run, "fine_tune_many", failing)
+        with pytest.raises(jax.errors.JaxRuntimeError, match=said):
+            study_run.run_group(some, None, DATASET)
+        assert len(calls) == 1
 
 
 def _raise(error):
@@ -406,3 +459,16 @@ def test_a_file_holds_trials_when_it_has_the_rows_of_all(tmp_path):
     assert not holds(path, _grid()[:4]) and not holds(tmp_path / "none.jsonl", trials)
     path.write_text(path.read_text()[:-5])
     assert not holds(path, trials)
+
+
+def test_what_diverged_is_null_in_the_file_and_nan_again_when_it_is_read(tmp_path):
+    values = dict(
+        zip(METRICS, ([0.5, np.nan], [0.5, np.inf], [np.nan, 0.5], [0.0, 0.5], [1.0, 0.5]), strict=True)
+    )
+    rows = history_rows(_trial(), {name: np.array(x) for name, x in values.items()}, 1.0)
+    expected = [[x if math.isfinite(x) else None for x in values[name]] for name in METRICS]
+    assert [[row[name] for row in rows] for name in METRICS] == expected
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (read,) = finished_rows(tmp_path).values()
+    found = [[row[name] for row in read] for name in METRICS]
+    np.testing.assert_array_equal(found, [[math.nan if x is None else x for x in row] for row in expected])

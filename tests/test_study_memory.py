@@ -9,7 +9,7 @@ from test_fine_tune_many import CLASSES, KEY, MODEL, NUM_TRAIN, RECIPE, TEST, TR
 
 from advtransfer import parallel
 from advtransfer.data import Augmentation
-from advtransfer.transfer import cache_bytes, fine_tune_many, fine_tune_one, prepare
+from advtransfer.transfer import cache_bytes, fine_tune_many, fine_tune_one, prepare, prepared
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -22,8 +22,11 @@ def test_a_cache_that_does_not_fit_is_not_made(k, monkeypatch, caplog):
         MODEL, TRAIN, TEST, key=KEY, class_names=CLASSES, num_unfrozen_blocks=k, recipe=RECIPE
     )
     size = cache_bytes(MODEL.module, RECIPE, k, SIZE, NUM_TRAIN, TEST.num_images)
-    prepared = prepare(MODEL, TRAIN, TEST, RECIPE, k).task
-    assert size == prepared.train_inputs.nbytes + prepared.test_inputs.nbytes
+    task = prepare(MODEL, TRAIN, TEST, RECIPE, k).task
+    assert size == task.train_inputs.nbytes + task.test_inputs.nbytes
+    flipped = RECIPE._replace(augmentation=Augmentation(flip=True), num_views=3)
+    size_of_views = cache_bytes(MODEL.module, flipped, k, SIZE, NUM_TRAIN, TEST.num_images)
+    assert size_of_views == 3 * task.train_inputs.nbytes + task.test_inputs.nbytes
     monkeypatch.setattr(parallel, "free_bytes", lambda: size)
     with caplog.at_level(logging.WARNING):
         again, recomputed = fine_tune_one(
@@ -39,6 +42,17 @@ def test_a_cache_that_does_not_fit_is_not_made(k, monkeypatch, caplog):
     views = RECIPE._replace(augmentation=Augmentation(flip=True), num_views=2)
     with pytest.raises(ValueError, match="lower num_views=2"):
         prepare(MODEL, TRAIN, TEST, views, k)
+
+
+def test_a_cache_takes_at_most_seven_tenths_of_what_is_free(monkeypatch, caplog):
+    monkeypatch.setattr(parallel, "free_bytes", lambda: 10**10)
+    for size, fits in ((0, False), (7 * 10**9, True), (7 * 10**9 + 1, False)):
+        monkeypatch.setattr(prepared, "cache_bytes", lambda *_, size=size: size)
+        assert prepared.is_cached(MODEL.module, RECIPE, 1, SIZE, 2000, 30) == fits
+    (said,) = caplog.messages
+    assert said.startswith("the activations of 2,000 + 30 images at k = 1 take 7.0 GB of the 10.0 GB that")
+    with pytest.raises(ValueError, match="lower num_views=2"):
+        prepared.is_cached(MODEL.module, RECIPE._replace(num_views=2), 1, SIZE, 2000, 30)
 
 
 def test_only_the_images_that_trials_take_are_cached():

@@ -1,6 +1,7 @@
 """Several processes on one study: no group twice, none missed, whoever is killed."""
 
 import collections
+import contextlib
 import os
 import random
 import signal
@@ -111,6 +112,15 @@ def test_what_is_done_is_not_handed_out(tmp_path):
         own.append(name)
         done.add(name)
     assert own == ["a", "c"]
+
+
+def test_what_another_holds_comes_last_and_is_waited_for(tmp_path, monkeypatch):
+    with contextlib.ExitStack() as other:
+        assert other.enter_context(claim(tmp_path / "b.lock"))
+        slept = []
+        monkeypatch.setattr("time.sleep", lambda _: (slept.append(1), other.close()))
+        assert list(divide("abc", tmp_path, lambda _: False)) == ["a", "c", "b"]
+        assert len(slept) == 1
 
 
 def test_at_an_address_the_processes_number_decides(monkeypatch):

@@ -17,7 +17,6 @@ def test_known_models_are_well_formed():
         assert (known.norm, known.eps > 0) in {("none", False), ("l2", True), ("linf", True)}
         assert known.eps < (8.1 / 255 if known.norm == "linf" else 5.1)
         assert (known.mean is None) == (known.std is None)
-        assert known.image_size == (32 if known.dataset == "CIFAR-10" else known.image_size)
         assert known.architecture.endswith("_cifar") == (known.dataset == "CIFAR-10")
 
 
@@ -38,6 +37,25 @@ def test_the_names_of_robust_models_say_what_the_table_says():
     for (_, norm), points in families.items():  # past the smallest radii, robustness costs accuracy
         falling = [accuracy for radius, accuracy in sorted(points) if norm == "linf" or radius >= 0.05]
         assert falling == sorted(falling, reverse=True)
+
+
+def test_the_names_of_the_models_of_robustness_say_what_the_table_says():
+    found = []
+    for known in KNOWN_MODELS:
+        if match := re.fullmatch(r"(cifar|imagenet)_(l2|linf|nat)_?([\d_]*)\.pt", known.file):
+            radius = float(match[3].replace("_", ".") or 0) / (255 if match[2] == "linf" else 1)
+            assert known.eps == pytest.approx(radius, rel=1e-12)
+            assert known.norm == (match[2] if radius else "none")
+            found.append(match[1])
+    assert sorted(found) == ["cifar"] * 5 + ["imagenet"] * 3
+
+
+def test_the_images_that_published_accuracies_are_of():
+    for known in KNOWN_MODELS:
+        usual = 32 if known.dataset == "CIFAR-10" else 224
+        assert known.image_size == (288 if known.file == "Wong2020Fast.pt" else usual)
+        if known.source.endswith("RobustBench/robustbench"):
+            assert known.norm == "linf" and known.eps == pytest.approx(4 / 255, rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from damage_checkpoints import (
     write_zip,
 )
 
-from advtransfer.torch_checkpoint import unpickle
+from advtransfer.torch_checkpoint import unpickle, zip_format
 from advtransfer.torch_checkpoint.reader import CheckpointError, Stub, open_checkpoint
 
 ROOT = Path(__file__).parent.parent
@@ -111,6 +111,8 @@ def test_nothing_that_is_named_is_imported_or_changed(tmp_path):
         (b"]K\x01a)R", "it calls a list"),
         (name_of("os.system") + text("true") + b"R", "calls os.system with a str"),
         (b"0", "more from the stack"),
+        (b"](K\x01a", "more from the stack"),  # the list lies below a mark
+        (b"(](K\x01a", "more from the stack"),
         (b"K\x01t", "a mark that is not there"),
         (b"h\x05", "an object that it never stored"),
         (b"}(K\x01u", "a key without a value"),
@@ -127,6 +129,10 @@ def test_nothing_that_is_named_is_imported_or_changed(tmp_path):
         (b"Np-1\n", "a number out of range"),
         (b"Np%d\n" % 2**32, "a number out of range"),
         (b"X\x58\x02\x00\x00" + b"a" * 600 + b"2\x93", "something else than a short text"),
+        (text("a") + text("b" * 501) + b"\x93", "something else than a short text"),
+        (text("a" * 501) + text("b") + b"\x93", "something else than a short text"),
+        (text("a") + b"K\x01\x93", "something else than a short text"),
+        (b"K\x01" + text("a") + b"\x93", "something else than a short text"),
     ],
 )
 def test_damaged_pickles_say_where(tmp_path, operations, message):
@@ -183,11 +189,68 @@ def test_the_limits_of_a_pickle(tmp_path):
     )
 
 
+def test_what_is_just_within_the_limits_of_a_pickle(tmp_path, monkeypatch):
+    path, longest = tmp_path / "a.pt", "a" * 500
+    assert load(write_zip(path, text(longest) * 2 + b"\x93")).tree.name == f"{longest}.{longest}"[:100]
+    bits = unpickle._MAX_INTEGER
+    for size in (bits, bits + 1):
+        raw = (2 ** (size - 1)).to_bytes(size // 8 + 1, "little", signed=True)
+        write_zip(path, b"\x8b" + struct.pack("<I", len(raw)) + raw)
+        if size == bits:
+            assert load(path).tree == 2 ** (size - 1)
+        else:
+            refuse(path, f"it holds an integer of {size:,} bits")
+    names = [name_of(f"a.b{i}") + b"0" for i in range(1001)]
+    assert len(load(write_zip(path, b"".join(names[:1000]) * 2 + b"N")).stubs) == 1000
+    refuse(write_zip(path, b"".join(names) + b"N"), "it names more than 1,000 functions and classes")
+    assert load(write_zip(path, b"N(0")).tree is None  # takes the mark away
+    pickle_size = len(b"\x80\x02N.")
+    for limit in (pickle_size, pickle_size - 1):
+        monkeypatch.setattr(zip_format, "MAX_BYTES", limit)
+        write_zip(path, b"N")
+        if limit == pickle_size:
+            assert load(path).tree is None
+        else:
+            refuse(path, "its data.pkl has 4 bytes; at most 3 are read")
+
+
+def test_what_constructors_may_copy_counts(tmp_path, monkeypatch):
+    """The elements of the first two arguments, and a 64th of the characters."""
+
+    def cost(operations):
+        path = write_zip(tmp_path / "a.pt", operations)
+        for limit in range(400):
+            monkeypatch.setattr(unpickle, "MAX_OPERATIONS", limit)
+            try:
+                load(path)
+            except CheckpointError:
+                continue
+            return limit
+        raise AssertionError("it costs more than 400 operations")
+
+    assert cost(b"N") == 3  # the protocol, the value, the end
+    empty = cost(call("builtins.list", b"]"))
+    assert empty == 2 + 5 + 10
+    one_key = b"}(" + (text("a") + b"N") * 25 + b"u"
+    for items, length in ((b"](" + b"N" * 50 + b"e", 50), (b"(" + b"N" * 50 + b"t", 50), (one_key, 1)):
+        of_nothing = cost(items + b"0" + call("builtins.list", b"]"))  # two operations more
+        assert cost(call("builtins.list", items)) - of_nothing == length - 2
+    letters = [cost(call("_codecs.encode", text("x" * n), text("latin1"))) for n in (0, 63, 64, 640)]
+    assert np.diff(letters).tolist() == [0, 1, 9]
+    fifty = b"(" + b"N" * 50 + b"t"
+    places = [
+        cost(call("builtins.list", *[b"N"] * place, fifty, *[b"N"] * (3 - place))) for place in range(4)
+    ]
+    assert places == [places[0], places[0], places[0] - 50, places[0] - 50]
+
+
 def test_a_call_of_a_constructor_counts_for_ten_more(tmp_path, monkeypatch):
     path, one = tmp_path / "a.pt", call("builtins.dict") + b"0"  # five operations, 15 in all
     monkeypatch.setattr(unpickle, "MAX_OPERATIONS", 1_000)
     assert load(write_zip(path, one * 66 + b"N")).tree is None
     refuse(write_zip(path, one * 67 + b"N"), "it takes more than 1,000 operations")
+    assert load(write_zip(path, one * 66 + b"N" + b"0N" * 3 + b"2")).tree is None  # 1,000 with begin and end
+    refuse(write_zip(path, one * 66 + b"N" + b"0N" * 3 + b"22"), "it takes more than 1,000 operations")
     stubbed = call("os.system") + b"0"  # no constructor
     assert load(write_zip(path, stubbed * 199 + b"N")).tree is None
 

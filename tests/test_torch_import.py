@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from advtransfer.models import ARCHITECTURES, create_module, load_model, logits_fn, save_model
 from advtransfer.torch_checkpoint import export, export_torch_state_dict, import_torch_checkpoint
+from advtransfer.torch_checkpoint.metadata import check_normalisation, check_threat_model
 from advtransfer.torch_checkpoint.reader import CheckpointError, open_checkpoint
 
 NETWORKS = Path(__file__).parent / "fixtures" / "networks"
@@ -140,6 +141,35 @@ def test_what_the_caller_says_goes_first():
 )
 def test_arguments_that_make_no_sense(message, options):
     refused(message, NETWORKS / "hub.ckpt", error=ValueError, **options)
+
+
+def test_normalisations_and_threat_models_at_their_limits():
+    half = (0.5,) * 3
+    for mean, std in ((half, half), ((0, 0.5, 1), half), (half, (1e-9, 1, 255.9))):
+        check_normalisation(mean, std)
+    for mean, std in (
+        ((0, -1e-9, 1), half),
+        ((0, 1 + 1e-9, 1), half),
+        (half, (0.5, 0.5, 256)),
+        (half, (0.5, 0, 0.5)),
+        (half[:2], half),
+        (half, half + half[:1]),
+        ((0.5, np.nan, 0.5), half),
+    ):
+        with pytest.raises(ValueError, match="do not normalise images|not 3 each"):
+            check_normalisation(mean, std)
+    for norm, eps in ((None, None), ("none", None), ("none", 0.0), ("l2", 3), ("linf", 1e-9)):
+        check_threat_model(norm, eps)
+    for norm, eps in (
+        (None, 0.0),
+        ("none", 1e-9),
+        ("l2", None),
+        ("linf", -1),
+        ("l2", np.inf),
+        ("l2", np.nan),
+    ):
+        with pytest.raises(ValueError, match=r"eps"):
+            check_threat_model(norm, eps)
 
 
 def test_files_that_are_no_network(tmp_path):

@@ -49,12 +49,46 @@ def unreadable(path, message):
 # --- what of a file is read, and believed -------------------------------------------------------------------
 
 
-def test_damage_outside_of_what_is_read(tmp_path):
+@pytest.mark.parametrize("piece", [5, 8, 1 << 20])  # of 24 bytes
+def test_damage_outside_of_what_is_read(tmp_path, monkeypatch, piece):
     """The checksum is that of the whole storage, and is taken once."""
+    monkeypatch.setattr(tensors, "_CHUNK", piece)
     path = write_zip(tmp_path / "a.pt", tensor(shape=(1,), strides=(1,)))
     assert read(path) == [0.0]
     path.write_bytes(path.read_bytes().replace(SIX, SIX[:-1] + b"x"))
     unreadable(path, "storage 0 is damaged")
+
+
+class Slow:
+    """A file that gives three bytes at a time, and no more than it has."""
+
+    closed = False
+
+    def __init__(self, data):
+        self.data, self.place = data, 0
+
+    def seek(self, place):
+        self.place = place
+
+    def readinto(self, view):
+        piece = self.data[self.place : self.place + min(3, len(view))]
+        view[: len(piece)] = piece
+        self.place += len(piece)
+        return len(piece)
+
+
+def test_files_are_read_in_as_many_pieces_as_they_come():
+    data = bytes(range(20))
+    file = tensors.File(Path("a.pt"), Slow(data), 20)
+    for start, size in ((0, 20), (4, 7), (13, 7), (20, 0)):
+        assert file.read(start, size).tobytes() == data[start : start + size]
+    for start, size in ((-1, 2), (14, 7)):
+        with pytest.raises(CheckpointError, match="truncated: it has 20 bytes"):
+            file.read(start, size)
+    with pytest.raises(CheckpointError, match="became shorter while it was read"):
+        tensors.File(Path("a.pt"), Slow(data[:16]), 20).read(4, 16)
+    with pytest.raises(CheckpointError, match="storage 3 is not in the file"):
+        tensors.Storage(file, "3", "uint8", 1, 4).read(0, 4)
 
 
 def test_a_damaged_storage_is_summed_once(tmp_path, monkeypatch):
@@ -147,6 +181,37 @@ def test_a_safetensors_header_is_read_once(tmp_path, monkeypatch):
             np.testing.assert_array_equal(contents.tree[name].read(), value)
     assert len(opened) <= 1
     assert sum(sizes) < path.stat().st_size + 4096  # all of the file once, and its beginning
+
+
+def test_a_safetensors_file_that_ends_with_its_header(tmp_path):
+    path = tmp_path / "a.safetensors"
+    for length, message in (
+        (2, ""),
+        (3, "a truncated or damaged safetensors file: 10 bytes with a header of 3"),
+    ):
+        path.write_bytes(struct.pack("<Q", length) + b"{}")
+        if message:
+            with pytest.raises(CheckpointError, match=message), open_checkpoint(path):
+                pass
+        else:
+            with open_checkpoint(path) as contents:
+                assert contents.tree == {}
+
+
+def test_offsets_that_do_not_fit_a_shape_are_not_read():
+    """Nor would the library let them through."""
+    file = tensors.File(Path("a.safetensors"), Slow(bytes(40)), 40)
+    good = {"dtype": "F32", "shape": [2, 1], "data_offsets": [4, 12]}
+    assert reader._safetensor(file, 8, "a", **good).read().shape == (2, 1)
+    for change in (
+        {"data_offsets": [4, 11]},
+        {"data_offsets": [-4, 4]},
+        {"data_offsets": [12, 4]},
+        {"shape": [-2, -1]},
+        {"dtype": "F8_E5M2", "data_offsets": [12, 4]},
+    ):
+        with pytest.raises(ValueError, match="do not fit its shape"):
+            reader._safetensor(file, 8, "a", **good | change)
 
 
 def test_a_long_safetensors_header_is_refused(tmp_path):

@@ -197,8 +197,10 @@ def test_copies_must_be_equal():
             copies | {name: other},
         )
     refused("differ in fc.bias", {n: t for n, t in copies.items() if n != name})
-    many = {f"{i}.{name}": t for i in range(99) for name, t in ours.items()}
-    refused("holds 99 networks", many)
+    many = {f"{i}.{name}": t for i in range(9) for name, t in ours.items()}
+    refused("holds 9 networks", many)
+    eight = find_network(contents({name: t for name, t in many.items() if not name.startswith("8.")}))
+    assert list(eight.copies) == [f"{i}." for i in range(1, 8)]
     refused("differ in fc.more", copies | {"module.attacker.model.fc.more": tensor((1,))})
 
 
@@ -243,6 +245,8 @@ def test_a_normalisation_beside_the_network(names):
     for pair in values:
         found = find_network(contents({"state_dict": network(), **dict(zip(names, pair, strict=True))}))
         assert (found.mean, found.std) == (MEAN, STD)
+    for huge in ([2**53] * 3, [0.5, 0.5, -(2**53)]):
+        assert find_network(contents({"state_dict": network(), names[0]: huge, names[1]: STD})).mean is None
     for mean in ("abc", 0.5, (0.5, 0.5), [True] * 3, [None] * 3, tensor((3, 2)), {}, None):
         found = find_network(contents({"state_dict": network(), names[0]: mean, names[1]: STD}))
         assert (found.mean, found.std) == (None, None)
@@ -275,6 +279,13 @@ def test_claims_are_the_numbers_beside_the_network():
         "arch": "resnet50",
         "loss": math.nan,
         "huge": 10**400,
+        "small": -(10**400),
+        "largest": 2**53 - 1,
+        "smallest": 1 - 2**53,
+        "larger": 2**53,
+        "smaller": -(2**53),
+        "one": tensor([[7.0]]),
+        "none": tensor(np.zeros((0, 1))),
         "optimizer": {"lr": 0.1},
         "broken": broken,
         "big": tensor((7, 7)),
@@ -286,6 +297,9 @@ def test_claims_are_the_numbers_beside_the_network():
         "nat_prec1": pytest.approx(57.9, rel=1e-7),
         "adv_prec1": 35.5,
         "best_acc1": 0.25,
+        "largest": 2**53 - 1,
+        "smallest": 1 - 2**53,
+        "one": 7.0,
     }
     assert all(type(value) in (int, float) for value in claims.values())
 
@@ -329,4 +343,8 @@ def test_what_is_no_state_dict():
     refused("no state dict was found: the top-level keys are none", {})
     strange = {"a\nb": tensor((1,)), "x" * 999: tensor((1,))}
     refused(r"the first names are 'a\\nb', 'x{100}'\.\.\.$", strange)
-    refused("conv7.weight and 92 more", {f"conv{i}.weight": tensor((1,)) for i in range(100)})
+    for count, rest in ((100, " and 92 more"), (9, " and 1 more"), (8, "")):
+        refused(f"conv7.weight{rest}$", {f"conv{i}.weight": tensor((1,)) for i in range(count)})
+    refused(f"the first names are {'x' * 100}$", {"x" * 100: tensor((1,))})
+    refused(f"the first names are '{'x' * 100}'\\.\\.\\.$", {"x" * 101: tensor((1,))})
+    refused("the first names are 'a b'$", {"a b": tensor((1,))})

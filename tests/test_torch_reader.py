@@ -14,8 +14,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from damage_checkpoints import SIX, TENSOR, call, name_of, tensor, text, write_legacy, write_zip
+from damage_checkpoints import SIX, TENSOR, call, integer, name_of, tensor, text, write_legacy, write_zip
 
+from advtransfer.torch_checkpoint import tensors
 from advtransfer.torch_checkpoint.plain_data import PLAIN_DATA
 from advtransfer.torch_checkpoint.reader import CheckpointError, Stub, file_sha256, open_checkpoint, open_file
 from advtransfer.torch_checkpoint.unpickle import unpickle
@@ -243,7 +244,7 @@ def test_the_hash_of_a_file(tmp_path):
     for data, start in (
         (b"abc", "ba7816bf8f01cfea414140de5dae2223"),  # FIPS 180-2, appendix B.1
         (b"a" * 1_000_000, "cdc76e5c9914fb9281a1c7e284d73e67"),  # appendix B.3
-        (b"ab" * 2_000_000, hashlib.sha256(b"ab" * 2_000_000).hexdigest()),  # more than one piece
+        (b"ab" * 2**21 + b"c", hashlib.sha256(b"ab" * 2**21 + b"c").hexdigest()),  # more than one piece
     ):
         path.write_bytes(data)
         with open_file(path) as file:
@@ -267,7 +268,8 @@ def test_the_hash_of_a_file(tmp_path):
         ({"shape": (-2, -3)}, "are no sizes"),
         ({"offset": -1}, "are no sizes"),
         ({"shape": (6,)}, "are no sizes"),
-        ({"shape": (1,) * 40, "strides": (1,) * 40}, "at most 32"),
+        ({"shape": (1,) * 33, "strides": (1,) * 33}, "at most 32"),
+        ({"shape": (1,), "strides": (2**60,)}, "are no sizes"),
         ({"numel": 5, "shape": (5,), "strides": (1,)}, "storage 0"),
         ({"key": "../../etc/passwd"}, "storage"),
         ({"key": "0\x1b[2J"}, "refers to a storage in a way that PyTorch does not"),
@@ -279,9 +281,40 @@ def test_tensors_that_do_not_fit_their_storage(tmp_path, change, message):
     refuse(write_legacy(tmp_path / "a.pt", tensor(**change, legacy=True)), message)
 
 
+@pytest.mark.parametrize(
+    ("kind", "itemsize"), [("QInt8", 1), ("QUInt8", 1), ("QUInt4x2", 1), ("QUInt2x4", 1), ("QInt32", 4)]
+)
+def test_quantised_storages_are_known_and_not_read(tmp_path, kind, itemsize):
+    count = len(SIX) // itemsize
+    quantised = tensor(numel=count, shape=(count,), strides=(1,), kind=f"torch.{kind}Storage")
+    path = write_zip(tmp_path / "a.pt", quantised)
+    assert load(path).tree.shape == (count,)
+    refuse(path, f"tensors of type {kind.lower()} are not supported")
+
+
 def test_a_storage_that_the_file_does_not_have(tmp_path):
     refuse(write_zip(tmp_path / "a.pt", tensor(key="7")), "storage 7 is not in the file")
     refuse(write_legacy(tmp_path / "a.pt", tensor(key="7", legacy=True)), "list of storages does not name")
+
+
+def test_a_tensor_of_32_dimensions(tmp_path):
+    with open_checkpoint(
+        write_zip(tmp_path / "a.pt", tensor(shape=(1,) * 32, strides=(1,) * 32))
+    ) as contents:
+        assert contents.tree.read().shape == (1,) * 32
+
+
+def test_a_tensor_may_have_as_many_numbers_as_its_storage_or_the_limit(tmp_path, monkeypatch):
+    for limit, count, good in ((5, 6, True), (5, 7, False), (7, 7, True), (7, 8, False)):
+        monkeypatch.setattr(tensors, "_MAX_EXPANDED", limit)
+        path = write_zip(tmp_path / "a.pt", tensor(shape=(count,), strides=(int(count == 6),)))
+        if good:
+            with open_checkpoint(path) as contents:
+                np.testing.assert_array_equal(
+                    contents.tree.read(), np.arange(6) if count == 6 else [0] * count
+                )
+        else:
+            refuse(path, "absurd")
 
 
 def test_a_big_tensor_of_few_numbers_is_read_up_to_a_limit(tmp_path):
@@ -314,6 +347,146 @@ def test_zip_bombs_and_records_out_of_place(tmp_path):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("model.json", "{}")
     refuse(path, "a zip file that PyTorch did not save: it holds model.json")
+
+
+def test_records_beside_the_data(tmp_path):
+    path = tmp_path / "a.pt"
+    for order, message in (
+        (b"little", ""),
+        (b"middle", "its byte order is neither little nor big"),
+        (b"little and or big", "its byteorder has 17 bytes; at most 16 are read"),
+        (b"little or so big", "its byte order is neither little nor big"),
+    ):
+        with zipfile.ZipFile(write_zip(path, tensor()), "a") as archive:
+            archive.writestr("archive/byteorder", order)
+        if message:
+            refuse(path, message)
+        else:
+            with open_checkpoint(path) as contents:
+                np.testing.assert_array_equal(contents.tree.read(), numbers(2, 3))
+    two = write_zip(path, tensor(), (SIX, SIX)).read_bytes()
+    path.write_bytes(two.replace(b"archive/data/1", b"archive/data/0"))
+    refuse(path, "a damaged zip file: two records have one name")
+    good = write_zip(path, tensor()).read_bytes()
+    flags = good.index(b"PK\1\2") + 8
+    for bits, message in ((1, r"compressed or encrypted records \(archive/data.pkl\)"), (2, "")):
+        path.write_bytes(good[:flags] + bytes([bits]) + good[flags + 1 :])
+        if message:
+            refuse(path, message)
+        else:
+            load(path)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4])
+def test_what_another_zip_file_holds(tmp_path, count):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        for i in range(count):
+            archive.writestr(f"{i}.txt", "")
+    names = {0: "nothing", 1: "0.txt", 3: "0.txt, 1.txt, 2.txt", 4: "0.txt, 1.txt, 2.txt, ..."}[count]
+    refuse(tmp_path / "a.pt", f"a zip file that PyTorch did not save: it holds {re.escape(names)}$")
+
+
+def persistent(*parts):
+    """The operations of a persistent id."""
+    return b"(" + b"".join(parts) + b"tQ"
+
+
+ID = (text("storage"), name_of("torch.FloatStorage"), text("0"), text("cpu"), b"K\x06")
+
+
+def test_storages_that_are_referred_to_in_another_way(tmp_path):
+    path = tmp_path / "a.pt"
+    for operations in (
+        persistent(*ID[:4]),
+        persistent(text("other"), *ID[1:]),
+        persistent(ID[0], text("torch.FloatStorage"), *ID[2:]),
+        persistent(*ID[:2], b"K\x00", *ID[3:]),
+        persistent(*ID[:4], b"G" + struct.pack(">d", 6)),
+        persistent(*ID[:4], integer(-1)),
+        persistent(*ID[:4], integer(2**60)),
+        persistent(text("module")),
+        persistent(text("module"), b"K\x05"),
+        persistent(text("other"), name_of("os.system")),
+    ):
+        refuse(write_zip(path, operations), "refers to (data|a storage) in a way that PyTorch does not")
+        for legacy in (operations, operations.replace(b"tQ", b"NtQ")):
+            refuse(write_legacy(path, legacy), "refers to (data|a storage) in a way that PyTorch does not")
+    for kind in ("os.FloatStorage", "torch.FooStorage"):
+        stub = load(write_zip(path, persistent(ID[0], name_of(kind), *ID[2:]))).tree
+        assert isinstance(stub, Stub) and stub.name == kind
+        refuse(
+            write_legacy(path, persistent(ID[0], name_of(kind), *ID[2:], b"N")),
+            f"its storages of type {kind} are not supported",
+        )
+
+
+def test_a_class_in_a_legacy_file_comes_with_its_source(tmp_path):
+    operations = persistent(text("module"), name_of("my.Net"), text("net.py"), text("class Net: ..."))
+    contents = load(write_legacy(tmp_path / "a.pt", b"](" + operations + tensor(legacy=True) + b"e"))
+    assert contents.tree[0].name == "my.Net" and contents.stubs == ("my.Net",)
+
+
+def test_views_of_legacy_storages_that_cannot_be(tmp_path):
+    path = tmp_path / "a.pt"
+    for view, message in (
+        (b"K\x05", "a view of storage 0 is described in no known way"),
+        (b"(" + text("1") + b"K\x02t", "a view of storage 0 is described in no known way"),
+        (b"(" + text("1") + integer(-1) + b"K\x02t", "a view reaches out of storage 0"),
+        (b"(" + text("1") + b"K\x02" + integer(-1) + b"t", "a view reaches out of storage 0"),
+        (b"(" + text("1") + text("2") + b"K\x02t", "a view reaches out of storage 0"),
+        (b"(" + text("1") + b"K\x02" + text("2") + b"t", "a view reaches out of storage 0"),
+    ):
+        refuse(write_legacy(path, persistent(*ID, view)), message)
+    two = b"](" + tensor(legacy=True) + tensor(numel=5, shape=(5,), strides=(1,), legacy=True) + b"e"
+    refuse(write_legacy(path, two), "storage 0 is described in two ways")
+
+
+def test_the_pickles_around_a_legacy_tree(tmp_path):
+    path = write_legacy(tmp_path / "a.pt", tensor(legacy=True))
+    good = path.read_bytes()
+    path.write_bytes(good.replace(pickle.dumps(1001, 2), pickle.dumps(1002, 2)))
+    refuse(path, "of an unknown protocol: save it again with a newer PyTorch")
+    for keys in ("0", {"0": 0}, [0], ["0", 0]):
+        path.write_bytes(good.replace(pickle.dumps(["0"], 2), pickle.dumps(keys, 2)))
+        refuse(path, "its list of storages is damaged")
+
+
+@pytest.mark.parametrize("count", range(4))
+def test_tensors_of_too_few_arguments_are_no_tensors(tmp_path, count):
+    storage = persistent(*ID)
+    arguments = [storage, b"K\x00", b"K\x06\x85", b"K\x01\x85", b"\x89", b"N", name_of("torch.float32")]
+    path, v3 = tmp_path / "a.pt", "torch._utils._rebuild_tensor_v3"
+    for name, taken in ((TENSOR, arguments[:count]), (v3, arguments[: count + 3])):
+        stub = load(write_zip(path, call(name, *taken))).tree
+        assert isinstance(stub, Stub) and stub.name == name
+    for name, taken in ((TENSOR, arguments[:4]), (v3, arguments)):
+        with open_checkpoint(write_zip(path, call(name, *taken))) as contents:
+            np.testing.assert_array_equal(contents.tree.read(), np.arange(6))
+
+
+def test_what_tensors_are_wrapped_in(tmp_path):
+    path, from_type = tmp_path / "a.pt", "torch._tensor._rebuild_from_type_v2"
+    inner = tensor().partition(b"\n_rebuild_tensor_v2\n")[2].removesuffix(b"R")  # its arguments alone
+    whole = (name_of(TENSOR), name_of("my.Tensor"), inner)
+    for name, arguments, good in (
+        ("torch._utils._rebuild_parameter", (tensor(), b"\x88", b"}"), True),
+        ("torch._utils._rebuild_parameter", (), False),
+        ("torch._utils._rebuild_parameter", (b"K\x05",), False),
+        (from_type, (*whole, b"}"), True),
+        (from_type, whole, True),
+        (from_type, whole[:2], False),
+        (from_type, (text("f"), *whole[1:]), False),
+        (from_type, (*whole[:2], b"]"), False),
+        (from_type, (name_of("os.system"), *whole[1:]), False),
+    ):
+        with open_checkpoint(write_zip(path, call(name, *arguments))) as contents:
+            assert isinstance(contents.tree, Stub) != good, (name, arguments)
+            if good:
+                np.testing.assert_array_equal(contents.tree.read(), numbers(2, 3))
+    for name, argument, value in (("torch.Size", b"K\x02\x85", (2,)), ("torch.device", text("cpu"), "cpu")):
+        assert load(write_zip(path, call(name, argument))).tree == value
+        for arguments in ((), (b"K\x05",)):
+            assert isinstance(load(write_zip(path, call(name, *arguments))).tree, Stub)
 
 
 @pytest.mark.parametrize("name", ["little_endian.pt", "training_legacy.pt", "zoo.safetensors"])

@@ -1,5 +1,9 @@
 """The one step and the loop: against PyTorch's formulas, and one device against two."""
 
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,11 +19,13 @@ from advtransfer.optim import apply_updates, freeze_mask, make_schedule, sgd
 from advtransfer.source import prepare
 from advtransfer.train import (
     DivergedError,
+    Preempted,
     TrainState,
     fit,
     init_state,
     make_train_step,
     means,
+    on_sigterm,
     smoothed_cross_entropy,
 )
 
@@ -96,10 +102,24 @@ def test_schedules_at_the_points_that_define_them():
     np.testing.assert_allclose(
         [cyclic(i) for i in range(150)], np.interp(epochs, [0, 4, 15], [0, 0.2, 0]), atol=1e-6
     )
+    # Of so few steps each is a part of its own, and the rate goes up before it goes down.
+    for name, rates in (("step", [0.2, 0.02, 0.002]), ("cyclic", [0.0, 0.2, 0.1])):
+        np.testing.assert_allclose([make_schedule(name, 0.2, 3)(i) for i in range(3)], rates, rtol=1e-5)
+    assert make_schedule("cyclic", 0.2, 1)(0) == 0.0
     assert make_schedule("constant", 0.3, 10)(7) == pytest.approx(0.3)
     assert [make_schedule(name, 0.1, 1)(0) for name in ("step", "cosine")] == pytest.approx([0.1, 0.1])
     with pytest.raises(ValueError, match="unknown schedule 'stpe'.*step"):
         make_schedule("stpe", 0.1, 10)
+
+
+def test_rates_are_numbers_and_updates_have_the_shapes_of_what_they_update():
+    for wrong in (
+        lambda: make_schedule("constant", np.ones(1), 10),
+        lambda: sgd(0.1, weight_decay=np.ones(2)),
+        lambda: apply_updates({"w": np.ones(2)}, {"w": np.ones(1)}, None),
+    ):
+        with pytest.raises(AssertionError):
+            wrong()
 
 
 def test_freeze_mask_says_what_it_missed():
@@ -237,11 +257,22 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused():
 # --- fit ------------------------------------------------------------------------------------------
 
 
-def _counting_fit(folder, *, num_steps=10, losses=None, grow=0.0, log=lambda *_: None, state=None):
+def _counting_fit(
+    folder,
+    *,
+    num_steps=10,
+    losses=None,
+    grow=0.0,
+    log=lambda *_: None,
+    state=None,
+    at=lambda _: None,
+    **options,
+):
     """fit() on a state that counts; `losses` by step, `grow` added to the weight at every step."""
     state = state or TrainState(jnp.zeros((), jnp.int32), {"w": jnp.float32(0)}, {}, ())
 
     def run_step(state, step):
+        at(step)
         loss = 1.0 if losses is None else losses[step]
         state = state._replace(step=state.step + 1, params={"w": state.params["w"] + grow})
         return state, {"loss": (np.float32(loss), 1.0), "accuracy": (np.float32(step), 1.0)}
@@ -252,11 +283,11 @@ def _counting_fit(folder, *, num_steps=10, losses=None, grow=0.0, log=lambda *_:
         restored or state,
         run_step,
         num_steps=num_steps,
-        schedule=make_schedule("constant", 0.1, 10),
         checkpoints=checkpoints,
         save_every=4,
         log_every=3,
         log=log,
+        **{"schedule": make_schedule("constant", 0.1, 10), **options},
     )
 
 
@@ -267,6 +298,54 @@ def test_fit_logs_means_and_keeps_the_last_checkpoints(tmp_path):
     assert [step for step, _ in logged] == [3, 4, 6, 8, 9, 10]
     assert [scalars["accuracy"] for _, scalars in logged] == [1.0, 3.0, 4.5, 6.5, 8.0, 9.0]
     assert sorted(int(p.name) for p in tmp_path.iterdir()) == [8, 10]
+
+
+def test_the_log_has_the_rate_of_the_last_step_and_what_was_validated(tmp_path):
+    logged, seen = {}, []
+
+    def validate(state):
+        seen.append(int(state.step))
+        return {"found": 2.0 * int(state.step)}
+
+    options = {"schedule": lambda step: 0.1 * step, "validate": validate, "validate_every": 5}
+    _counting_fit(tmp_path, log=logged.__setitem__, **options)
+    assert list(logged) == [3, 4, 5, 6, 8, 9, 10] and seen == [5, 10]
+    for step, scalars in logged.items():
+        assert scalars["learning_rate"] == pytest.approx(0.1 * (step - 1))
+        assert scalars.get("found") == {5: 10.0, 10: 20.0}.get(step)
+
+
+def test_sigterm_saves_the_step_in_flight_and_the_handler_before_comes_back(tmp_path):
+    stray = []
+    before = signal.signal(signal.SIGTERM, lambda *_: stray.append(1))
+    try:
+        own = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(Preempted, match="SIGTERM: saved at step 6 of 10"):
+            _counting_fit(tmp_path, at=lambda step: step == 5 and os.kill(os.getpid(), signal.SIGTERM))
+        assert signal.getsignal(signal.SIGTERM) is own and not stray
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert Checkpoints(tmp_path).latest() == 6
+
+
+def test_signals_are_left_alone_in_other_threads_and_in_one_of_several_processes(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def inside():
+        with on_sigterm(lambda: None):
+            return signal.getsignal(signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(inside).result() is before
+    assert inside() is not before
+    monkeypatch.setattr(parallel, "num_processes", lambda: 2)
+    assert inside() is before
+
+
+@pytest.mark.parametrize("step", [jnp.zeros((1,), jnp.int32), jnp.zeros(())])
+def test_steps_are_whole_numbers(step, tmp_path):
+    with pytest.raises(AssertionError):
+        _counting_fit(tmp_path, state=TrainState(step, {"w": jnp.float32(0)}, {}, ()))
 
 
 def test_a_loss_that_is_no_number_names_step_rate_and_checkpoint(tmp_path):

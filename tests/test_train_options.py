@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from advtransfer import config as base
-from advtransfer import parallel
+from advtransfer import parallel, source
 from advtransfer.config import ConfigError, validate
-from advtransfer.data import AUGMENTATIONS, Batch, choose_augmentation, load_dataset
+from advtransfer.data import AUGMENTATIONS, Batch, Dataset, Split, choose_augmentation, load_dataset
 from advtransfer.evaluate import evaluate
-from advtransfer.models import load_model, logits_fn
+from advtransfer.models import Model, ModelSpec, init_variables, load_model, logits_fn
 from advtransfer.optim import make_schedule, sgd
 from advtransfer.source import check_source, load_source_data, measure, train_source
 from advtransfer.train import init_state, make_train_step
@@ -111,6 +111,91 @@ def test_parts_that_do_not_divide_a_devices_share_are_refused():
     with pytest.raises(ConfigError, match="config.train.num_parts=3 must divide the 40 images of a device"):
         check_source(config, load_source_data(config))
     assert parallel.num_devices() == 2
+
+
+def _small(num_train):
+    rng = np.random.default_rng(0)
+    splits = (
+        Split(rng.integers(0, 256, (n, 8, 8, 3), np.uint8), np.arange(n, dtype=np.int32) % 3)
+        for n in (num_train, 8, 14)
+    )
+    return Dataset("small", ("a", "b", "c"), *splits)
+
+
+def test_steps_are_of_whole_batches_and_one_batch_may_be_all_images():
+    config = _config(num_parts=1)
+    config.train.batch_size = 8
+    for num_images, steps in ((8, 2), (15, 2), (16, 4), (25, 6)):
+        check_source(config, _small(num_images))
+        assert source.num_steps(config, _small(num_images)) == steps
+    with pytest.raises(ConfigError, match="config.train.batch_size: 8 is larger than the 7 training images"):
+        check_source(config, _small(7))
+
+
+def test_a_state_is_weights_momentum_statistics_and_their_average():
+    config = _config()
+    module = source.create_source_module(config, _small(8))
+    shapes = jax.eval_shape(lambda: init_variables(module, jax.random.key(0), 8))
+    params, stats = (sum(x.size for x in jax.tree.leaves(shapes[name])) for name in ("params", "batch_stats"))
+    found = source.state_bytes(config, _small(8))
+    assert 0 <= found - 4 * (2 * params + stats) <= 16  # a counter or two
+    config.train.average_decay = 0.5
+    assert source.state_bytes(config, _small(8)) - found == 4 * (params + stats)
+
+
+@pytest.mark.parametrize(
+    ("changes", "attack", "num_images"),
+    [
+        ({"norm": "none"}, "none", 14),
+        ({"norm": "l2", "eps": 0.5, "num_steps": 7}, "ℓ2 PGD-7, ε = 0.5", 14),
+        ({"norm": "linf", "eps": 4 / 255, "num_restarts": 2}, "ℓ∞ PGD-20, ε = 0.0157, 2 restarts", 14),
+        ({"norm": "none", "num_images": 5}, "none", 5),
+        ({"norm": "none", "num_images": 99}, "none", 14),
+    ],
+)
+def test_what_is_measured_of_a_network_and_said_of_it(changes, attack, num_images, monkeypatch):
+    config = base.default()
+    config.evaluate.update(num_steps=20, split="test", batch_size=4, num_restarts=1, num_images=0)
+    config.evaluate.update(changes)
+    module = source.create_source_module(config, _small(8))
+    model = Model(module, {}, ModelSpec("resnet_tiny", 3, 11, module.mean, module.std))
+    asked = []
+
+    def evaluates(network, split, **options):
+        asked.append((split, options))
+        return {"accuracy": 1 / len(asked), "loss": 2.0}
+
+    monkeypatch.setattr(source, "evaluate", evaluates)
+    found = measure(model, _small(8), config, name="x")
+    kinds = ["natural"] if attack == "none" else ["natural", "adversarial"]
+    expected = {"num_images": num_images, "attack": attack}
+    for i, kind in enumerate(kinds, start=1):
+        expected |= {f"{kind}_accuracy": 1 / i, f"{kind}_loss": 2.0}
+    assert found == expected
+    for (split, options), kind in zip(asked, kinds, strict=True):
+        np.testing.assert_array_equal(split.images, _small(8).test.images[:num_images])
+        assert (options["batch_size"], options["image_size"]) == (4, 11)
+        assert (options["attack"] is None) == (kind == "natural")
+    own = jax.random.fold_in(jax.random.key(config.seed), 0)
+    assert jax.random.key_data(asked[0][1]["key"]).tolist() != jax.random.key_data(own).tolist()
+
+
+@pytest.mark.parametrize(("num_restarts", "random_start"), [(1, False), (2, True)])
+def test_restarts_begin_at_random_places(num_restarts, random_start):
+    config = base.default()
+    config.evaluate.update(norm="l2", eps=0.5, num_restarts=num_restarts)
+    options = source.evaluation_attack(config).keywords
+    assert (options["num_restarts"], options["random_start"]) == (num_restarts, random_start)
+
+
+def test_the_first_skipped_images_are_named_and_an_empty_split_is_refused(monkeypatch, caplog):
+    skipped = tuple(f"{c}.png" for c in "abcdefg")
+    monkeypatch.setattr(source, "load_dataset", lambda *_, **__: _small(8)._replace(skipped=skipped))
+    source.load_data(base.default(), "transfer.target", image_size=8, splits=("train",))
+    assert caplog.messages == ["builtin:digits: 7 images skipped: a.png; b.png; c.png; d.png; e.png"]
+    monkeypatch.setattr(source, "load_dataset", lambda *_, **__: _small(0))
+    with pytest.raises(ConfigError, match="config.transfer.target: builtin:digits has no train images"):
+        source.load_data(base.default(), "transfer.target", image_size=8, splits=("test", "train"))
 
 
 def _experiment(name, *arguments):

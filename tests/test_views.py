@@ -95,6 +95,26 @@ def test_amplitudes_are_the_partners_and_phases_the_images_own():
     assert place == 0 and sorted(cycle) == list(range(7))
 
 
+def test_every_image_has_the_same_partner_on_every_machine():
+    """Of images of one colour nothing but the partner's amplitude, the colour, is left."""
+    flat = np.broadcast_to(np.arange(8, dtype=np.uint8)[:, None, None, None] * 10, (8, 5, 4, 3))
+    shown = views.amplitude_swap(flat)
+    np.testing.assert_array_equal(shown, flat[[1, 7, 4, 6, 3, 0, 5, 2]])
+
+
+def test_amplitudes_are_swapped_as_the_whole_plane_of_coefficients_says():
+    """With what is cut off at 0 and 255; where an image has no amplitude its phase is 0."""
+    flat = np.full((1, 24, 24, 3), 90, np.uint8)
+    images = np.concatenate([IMAGES, flat, 255 * (IMAGES[:2] > 127).astype(np.uint8)])
+    colours = np.broadcast_to(np.arange(8, dtype=np.uint8)[:, None, None, None], (8, 1, 1, 3))
+    partners = views.amplitude_swap(colours)[:, 0, 0, 0]
+    own, other = (np.fft.fft2(x.astype(float), axes=(1, 2)) for x in (images, images[partners]))
+    phase = np.where(np.abs(own) > 1e-6, np.exp(1j * np.angle(own)), 1)
+    expected = np.fft.ifft2(phase * np.abs(other), axes=(1, 2)).real
+    assert expected.min() < -10 and expected.max() > 265
+    np.testing.assert_allclose(views.amplitude_swap(images), np.clip(expected, 0, 255), atol=0.51)
+
+
 def test_amplitudes_of_an_image_with_itself_are_the_image():
     np.testing.assert_array_equal(views.amplitude_swap(IMAGES[:1]), IMAGES[:1])
 
@@ -139,6 +159,21 @@ def test_the_figure_is_black_whether_dark_or_bright(opposite):
     image[:, 0, 5] = 200  # it may touch the border
     shown = views.silhouette(255 - image if opposite else image)
     np.testing.assert_array_equal(shown, np.where(image == 200, 0, 255))
+
+
+def test_the_ground_is_what_more_than_half_of_the_border_shows():
+    bright = np.random.default_rng(6).random((300, 5, 4)) < 0.5
+    bright[:, 2, 1:3] = False, True  # both are there
+    images = np.where(bright[..., None], 200, 30).astype(np.uint8).repeat(3, axis=-1)
+    border = np.ones((5, 4), bool)
+    border[1:-1, 1:-1] = False
+    figure = bright != (bright[:, border].sum(1) > 7)[:, None, None]  # of 14
+    np.testing.assert_array_equal(views.silhouette(images)[..., 0], np.where(figure, 0, 255))
+
+
+def test_the_threshold_of_two_pixels():
+    assert views.otsu_threshold(np.uint8([[9, 200]])) == 9
+    assert views.otsu_threshold(np.uint8([[0, 255]])) == 0
 
 
 def test_silhouettes_of_letters_are_their_masks():

@@ -243,21 +243,22 @@ def test_noise_is_the_papers():
 
 
 def test_a_grid_puts_rows_below_one_another():
-    pictures = np.float32(RNG.random((2, 3, 4, 5, 3)))
+    pictures = np.float32(1.5 * RNG.random((2, 3, 4, 5, 3)) - 0.25)
     whole = vis.grid([list(row) for row in pictures], border=2)
     assert whole.shape == (2 * 6 + 2, 3 * 7 + 2, 3) and whole.dtype == np.uint8
     white = np.ones(whole.shape, bool)
     for i, j in np.ndindex(2, 3):
         place = slice(2 + 6 * i, 6 + 6 * i), slice(2 + 7 * j, 7 + 7 * j)
-        np.testing.assert_array_equal(whole[place], np.round(255 * pictures[i, j]))
+        np.testing.assert_array_equal(whole[place], np.round(255 * pictures[i, j].clip(0, 1)))
         white[place] = False
     assert np.all(whole[white] == 255)
 
 
 def test_what_does_not_exist_is_told_in_one_line():
     images = start(2)
-    with pytest.raises(ValueError, match="there is no block 3: this network has 0 to 2"):
-        vis.unit(model(), 3, 0)
+    for block in (-1, 3):
+        with pytest.raises(ValueError, match=f"there is no block {block}: this network has 0 to 2"):
+            vis.unit(model(), block, 0)
     with pytest.raises(ValueError, match="there is no unit or class 8: there are 0 to 7"):
         vis.visualise(vis.unit(model(), 0, np.array([3, 8])), images)
     with pytest.raises(ValueError, match="there is no unit or class -1: there are 0 to 6"):
