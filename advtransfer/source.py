@@ -313,7 +313,8 @@ def measure(model: Model, dataset: Dataset, config: ConfigDict, *, name: str) ->
 
     Returns:
       {"natural_accuracy", "natural_loss", "natural_mean_per_class_accuracy", "num_images", "attack"} and the
-      first three with "adversarial_" when there is an attack; "attack" is a sentence's worth of its settings.
+      first three with "adversarial_" when there is an attack, and "adversarial_unmoved" (see `evaluate`);
+      "attack" is a sentence's worth of its settings.
     """
     recipe = config.evaluate
     split = getattr(dataset, recipe.split)
@@ -324,15 +325,16 @@ def measure(model: Model, dataset: Dataset, config: ConfigDict, *, name: str) ->
         attacks["adversarial"] = evaluation_attack(config)
     results: dict[str, Any] = {"num_images": len(split.labels), "attack": _describe(recipe)}
     for kind, attack in attacks.items():
-        found = evaluate(
-            logits_fn(model),
-            split,
-            batch_size=recipe.batch_size,
-            attack=attack,
-            key=evaluation_key(config),
-            image_size=model.spec.image_size,
-            steps=lambda steps, kind=kind: progress_bar(steps, f"{kind} {name}", "batches"),
-        )
+        with names_key("evaluate"):
+            found = evaluate(
+                logits_fn(model),
+                split,
+                batch_size=recipe.batch_size,
+                attack=attack,
+                key=evaluation_key(config),
+                image_size=model.spec.image_size,
+                steps=lambda steps, kind=kind: progress_bar(steps, f"{kind} {name}", "batches"),
+            )
         results |= {f"{kind}_{metric}": value for metric, value in found.items()}
     return results
 

@@ -91,7 +91,7 @@ _conv2d.defvjp(_conv2d_forward, _conv2d_backward)
 
 
 def _cpu_value(x, kernel, stride, padding):
-    size, channels = kernel.shape[0], kernel.shape[3]
+    size, _, _, channels = kernel.shape
     if size == 1 and padding == 0:
         return _product(x[:, ::stride, ::stride], kernel[0, 0])
     if _is_tiny(x, kernel, padding):
