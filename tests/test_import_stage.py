@@ -211,12 +211,12 @@ def test_a_workdir_of_something_else_is_left_alone(study, tmp_path, monkeypatch)
     refuse_to_touch(config, study, "stage: 'source' there, 'import' now")
     shutil.copytree(study / "model", copied / "model")  # a user's, without a config.json
     refuse_to_touch(
-        config, copied, r"holds files that are not ours \(model\): choose another, or an empty folder"
+        config, copied, r"holds files that are not ours \(model\)"
     )
     single.mkdir()
     (single / "model").write_text("years of work")
     refuse_to_touch(
-        config, single, r"holds files that are not ours \(model\): choose another, or an empty folder"
+        config, single, r"holds files that are not ours \(model\)"
     )
 
 

@@ -71,6 +71,6 @@ def describe(evaluation: dict[str, Any]) -> str:
     text = f"natural accuracy {evaluation['natural_accuracy']:.1%}"
     if "adversarial_accuracy" in evaluation:
         text += f", adversarial accuracy {evaluation['adversarial_accuracy']:.1%} ({evaluation['attack']})"
-        if unmoved := evaluation["adversarial_unmoved"]:
+        if unmoved := evaluation.get("adversarial_unmoved"):
             text += f", of which {unmoved:.1%} where the attack changed nothing: no gradient leads it"
     return f"{text}, {evaluation['num_images']:,} images"
