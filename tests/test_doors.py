@@ -27,7 +27,7 @@ from advtransfer.analysis import (
     visualise,
 )
 from advtransfer.analysis.cue_conflict import CueConflict
-from advtransfer.attacks import L2, Linf, Unconstrained, cross_entropy, pgd
+from advtransfer.attacks import L2, Linf, Unconstrained, cross_entropy, log_odds, margin, pgd
 from advtransfer.data import (
     Augmentation,
     Batch,
@@ -144,7 +144,10 @@ ON_SPLITS = ", ".join(
 
 DOORS = [
     # attacks
-    Door(cross_entropy, {"logits": LOGITS, "labels": LABELS}, f"logits rank, {ON_LABELS}"),
+    *(
+        Door(loss, {"logits": LOGITS, "labels": LABELS}, f"logits rank, {ON_LABELS}")
+        for loss in (cross_entropy, log_odds, margin)
+    ),
     Door(
         pgd,
         {**ATTACKED, "threat_model": L2(0.5), "key": KEYS, "random_start": True},
@@ -436,6 +439,9 @@ DOORS = [
 
 # What takes arrays, or may, and has no door of its own.
 EXCEPTIONS = {
+    "attacks.network.as_network": "images of any shape that the network takes",
+    "attacks.pgd.check_images": "`pgd` checks their shape",
+    "attacks.pgd.check_labels": "`pgd` and others check their shape",
     "models.bundle.digest": "any tree of weights",
     "models.resnet.init_variables": "jax.random refuses what is no single key",
     "optim.freeze_mask": "any tree of parameters",

@@ -691,6 +691,6 @@ def test_shape_is_not_measured_on_networks_of_other_classes(networks, tmp_path):
     """With a folder of images too, and no thousand classes."""
     Image.new("RGB", (16, 16)).save(tmp_path / "cat1-dog1.png")
     config = _config(networks[:1], analyses=("shape",), cue_conflict=str(tmp_path))
-    stages.run(config, tmp_path)
-    assert "Not measured: these networks read neither" in (tmp_path / "report.html").read_text()
-    assert not (tmp_path / "shape.csv").exists()
+    stages.run(config, tmp_path / "out")
+    assert "Not measured: these networks read neither" in (tmp_path / "out/report.html").read_text()
+    assert not (tmp_path / "out/shape.csv").exists()

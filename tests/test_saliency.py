@@ -10,7 +10,7 @@ import pytest
 from advtransfer.analysis import saliency
 from advtransfer.attacks import L2, Linf, Unconstrained, pgd
 from advtransfer.attacks import cross_entropy as softmax_cross_entropy
-from advtransfer.models import Model, ResNet, init_variables, logits_fn
+from advtransfer.models import Model, ModelSpec, ResNet, init_variables, logits_fn
 
 SHAPE = (5, 4, 6, 3)
 LABELS = np.array([0, 1, 2, 1, 0])
@@ -41,7 +41,7 @@ def pixels(x):
 def network():
     module = ResNet(stage_sizes=(1, 1), bottleneck=False, num_classes=3, cifar_stem=True, width=8)
     variables = init_variables(module, jax.random.key(0))
-    return logits_fn(Model(module, variables, None))
+    return logits_fn(Model(module, variables, ModelSpec("small", 3, 16, module.mean, module.std)))
 
 
 @pytest.mark.parametrize("margin", [-40.0, 0.0, 3.0, 17.0, 60.0])

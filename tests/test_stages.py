@@ -14,6 +14,7 @@ from advtransfer import config as base
 from advtransfer import source, stages
 from advtransfer.config import ConfigError
 from advtransfer.data import Dataset, load_dataset
+from advtransfer.data.recorded import Part, inspect
 from advtransfer.evaluate import predict
 from advtransfer.models import (
     Model,
@@ -204,20 +205,22 @@ def test_a_transfer_normalises_natural_sources_and_sets_images_aside_but_of_all(
 
 @pytest.mark.parametrize(("num_classes", "num_skipped"), [(30, 5), (31, 6), (2, 0)])
 def test_remarks_name_thirty_classes_and_five_broken_images(num_classes, num_skipped):
-    names, skipped = ([f"{x}{i}" for i in range(n)] for x, n in (("c", num_classes), ("p", num_skipped)))
+    names = [f"c{i}" for i in range(num_classes)]
     split = load_dataset("builtin:digits", image_size=8).test
-    target = Dataset("mine", tuple(names), split, split, split, skipped=tuple(skipped))
+    images = [f"p{i}" for i in range(num_skipped)]
+    part = Part(
+        split.images, split.labels, np.array(images, str), np.array(""), np.arange(797, dtype=np.uint64)
+    )
+    empty = part._replace(skipped=np.empty(0, str), hashes=np.empty(0, np.uint64), labels=split.labels[:0])
+    remarks = inspect({"train": part, "validation": empty, "test": empty})
+    target = Dataset("mine", tuple(names), split, split, split, remarks=tuple(remarks))
     grid = Grid([], {Place("mine", "natural", 8, False): target})
     classes, *broken = _remarks(None, grid)
     more = ", … (31)" if num_classes == 31 else ""
     assert classes == f"The classes of mine: {', '.join(names[:30])}{more}."
-    end = "; …" if num_skipped == 6 else "."
-    said = (
-        f"{num_skipped} images of mine could not be decoded and were left out: {'; '.join(skipped[:5])}{end}"
-    )
+    end = "; …." if num_skipped == 6 else "."
+    said = f"mine: left out {num_skipped} images that cannot be decoded: {'; '.join(images[:5])}{end}"
     assert broken == [said] * (num_skipped > 0)
-    others = target._replace(name="others", skipped=("q",))
-    assert _remarks(others, grid)[1] == "1 images of others could not be decoded and were left out: q."
 
 
 def test_a_retrained_model_is_measured_again(study, tmp_path):

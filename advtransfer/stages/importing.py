@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from advtransfer.config import names_key
+from advtransfer import storage
+from advtransfer.config import ConfigError, names_key
 from advtransfer.data import Dataset, check_dataset_name
 from advtransfer.models import Model, ModelSpec, load_model, save_model
 from advtransfer.source import check_classes, check_evaluation, compute_dtype, load_data
@@ -60,6 +61,12 @@ def _check(config: ConfigDict, workdir: Path) -> None:
             check_dataset_name(config.verify)
         check_evaluation(config)
     check_workdir(config, workdir)
+    # At an address a killed process may have left weights without their model.json.
+    described = storage.is_address(workdir) or (workdir / "model" / "model.json").exists()
+    if (workdir / "model").exists() and not described:
+        raise ConfigError(
+            f"--workdir={workdir} holds a model/ that was not imported: choose another --workdir"
+        )
 
 
 def _import(config: ConfigDict) -> Model:
