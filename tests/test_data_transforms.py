@@ -214,13 +214,14 @@ def test_each_colour_change_is_pillows(which, images):
     chex.assert_trees_all_close(255 * out, np.array(expected, np.float32), atol=1.6)
 
 
-def test_jitter_draws_factors_and_orders_uniformly():
-    """Grey images of one colour show the brightness factor alone."""
+@pytest.mark.parametrize(("brightness", "low", "high"), [(0.3, 0.7, 1.3), (1.5, 0.0, 2.5)])
+def test_jitter_draws_factors_and_orders_uniformly(brightness, low, high):
+    """Grey images of one colour show the brightness factor alone, which is never negative."""
     num = 4000
-    images = np.full((num, 1, 1, 3), 0.5, np.float32)
-    out = transforms.color_jitter(keys_for(num), images, brightness=0.3, contrast=0.5, saturation=0.5)
-    factors = np.sort(np.asarray(out)[:, 0, 0, 0] / 0.5)
-    distance = np.abs(factors - np.linspace(0.7, 1.3, num)).max() / 0.6
+    images = np.full((num, 1, 1, 3), 0.3, np.float32)
+    out = transforms.color_jitter(keys_for(num), images, brightness=brightness, contrast=0.5, saturation=0.5)
+    factors = np.sort(np.asarray(out)[:, 0, 0, 0] / 0.3)
+    distance = np.abs(factors - np.linspace(low, high, num)).max() / (high - low)
     assert distance < 1.63 / np.sqrt(num)  # Kolmogorov-Smirnov at 1 %
 
 
