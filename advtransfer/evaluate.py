@@ -123,7 +123,7 @@ def evaluate(
     keys = jax.random.split(jax.random.key(0) if key is None else key, num_images)
     totals = []
     for i in steps(range(-(-num_images // batch_size))):
-        chosen = slice(i * batch_size, min((i + 1) * batch_size, num_images))
+        chosen = slice(i * batch_size, (i + 1) * batch_size)
         images = to_float(jnp.asarray(split.images[chosen]), image_size)
         batch = Batch(images, split.labels[chosen], keys[chosen])
         batch, mask = parallel.pad(batch, batch_size)

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from advtransfer.data import Dataset, check_subset, choose_augmentation, subset_indices
-from advtransfer.transfer import Recipe, check_recipe
+from advtransfer.transfer import Recipe
 
 # Folded into each trial's seed, apart from the source's own use of the same number.
 _TRIAL_STREAM = 0x7A5C
@@ -128,7 +128,6 @@ def make_trial(
     n = num_all if n == -1 else n
     check_subset(n, num_all, dataset.name)
     recipe = make_recipe(config.transfer, dataset.train.images, n)
-    check_recipe(recipe, n)
     return Trial(
         source=source,
         target=dataset.name,
