@@ -158,7 +158,7 @@ def test_the_fake_relu_changes_no_activation(stop):
 def test_only_the_last_relu_is_fake():
     """Block 1 dead: with its true ReLU nothing of its residual or of what it was given comes through."""
     dead = shifted(1, -1e3)
-    _, gradient = pixel_gradient(dead.module, 2, True, dead.variables, start(2))
+    _, gradient = pixel_gradient(dead.module, 3, True, dead.variables, start(2))
     assert not np.any(gradient)
 
 
