@@ -158,7 +158,7 @@ DOORS = [
     Door(
         batches.make_batch,
         {"images": IMAGES, "labels": LABELS, "indices": LABELS, "keys": KEYS, "augmentation": Augmentation()},
-        f"{ON_IMAGES}, indices rank, indices kind, keys length",
+        f"{ON_IMAGES}, {ON_LABELS}, indices rank, indices kind, keys length",
     ),
     Door(batches.check_batch, {"batch": batch_of(FLOATS)}, "batch.images length, batch.labels kind"),
     Door(datasets.check_split, {"split": SPLIT}, "split.images rank, split.images kind, split.labels length"),
