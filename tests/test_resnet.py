@@ -197,16 +197,16 @@ def test_every_seam(module, channels):
 
 
 @pytest.mark.parametrize(
-    ("seams", "message"),
+    ("ends", "message"),
     [
         *(({"start": start}, f"start is {start}; this network has the seams 0 to 2") for start in (-1, 3)),
         *(({"stop": stop}, f"stop is {stop}; this network has the seams 0 to 2") for stop in (-1, 3)),
         ({"start": 2, "stop": 1}, "start is 2, after stop, which is 1"),
     ],
 )
-def test_impossible_seams(seams, message):
+def test_impossible_boundaries(ends, message):
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(partial(BASIC.init, **seams), jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+        jax.eval_shape(partial(BASIC.init, **ends), jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
 
 
 def test_activations_of_another_rank_are_refused():
