@@ -14,16 +14,19 @@ for each other at every operation, far more than XLA's.
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 
-EPS, STEP_SIZE, NUM_STEPS = 3.0, 1.0, 3
+EPS, STEP_SIZE = 3.0, 1.0
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 1e-3, 0.9, 5e-4
 
 
@@ -43,8 +46,18 @@ CASES = {
 STEPS = ("forward", "attack", "clean", "pgd3")
 
 
-def our_steps(case: Case, images: np.ndarray, labels: np.ndarray, dtype: Any):
-    """Step name -> a call that runs it once and waits; and the weights that all sides start from."""
+class Step(NamedTuple):
+    """A step that is ready to run."""
+
+    run: Callable[[int], None]  # so many times, and waits
+    compile_seconds: float = math.nan  # with the others at its side
+    temporary_bytes: float = math.nan  # beside its arguments and results
+
+
+def our_steps(
+    case: Case, images: np.ndarray, labels: np.ndarray, dtype: Any, names: Sequence[str] = STEPS
+) -> tuple[dict[str, Step], Any, Any]:
+    """The compiled steps by name, the network and the weights that all sides start from."""
     import jax
     import jax.numpy as jnp
 
@@ -59,13 +72,13 @@ def our_steps(case: Case, images: np.ndarray, labels: np.ndarray, dtype: Any):
     tx = sgd(LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     batch = Batch(jnp.asarray(images), jnp.asarray(labels), jax.random.split(jax.random.key(1), len(labels)))
 
-    def attack(logits_fn, images, labels, key):
+    def attack(num_steps, logits_fn, images, labels, key):
         return pgd(
             logits_fn,
             images,
             labels,
             L2(EPS),
-            num_steps=NUM_STEPS,
+            num_steps=num_steps,
             step_size=STEP_SIZE,
             use_best=False,
         )
@@ -73,101 +86,166 @@ def our_steps(case: Case, images: np.ndarray, labels: np.ndarray, dtype: Any):
     def loss_fn(images, variables, labels):
         return cross_entropy(module.apply(variables, images), labels).sum()
 
-    def training(attack):
-        step = jax.jit(make_train_step(module_apply(module), tx, attack=attack), donate_argnums=0)
-        state = init_state(jax.tree.map(jnp.copy, variables), tx)
+    def build(function, *args, donate=()):
+        started = time.perf_counter()
+        compiled = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+        memory = compiled.memory_analysis()
+        return compiled, time.perf_counter() - started, getattr(memory, "temp_size_in_bytes", math.nan)
 
-        def run():
+    def passes(function, *args):
+        compiled, *costs = build(function, *args)
+
+        def run(calls):
+            for _ in range(calls):
+                out = compiled(*args)
+            jax.block_until_ready(out)
+
+        return Step(run, *costs)
+
+    def training(num_steps):
+        attacked = functools.partial(attack, num_steps) if num_steps else None
+        state = init_state(jax.tree.map(jnp.copy, variables), tx)
+        step = make_train_step(module_apply(module), tx, attack=attacked)
+        compiled, *costs = build(step, state, batch, donate=0)
+
+        def run(calls):
             nonlocal state
-            state, metrics = step(state, batch)
+            for _ in range(calls):
+                state, metrics = compiled(state, batch)
             jax.block_until_ready((state, metrics))
 
-        return run
+        return Step(run, *costs)
 
-    forward, attack_pass = jax.jit(module.apply), jax.jit(jax.value_and_grad(loss_fn))
-    steps = {
-        "forward": lambda: jax.block_until_ready(forward(variables, batch.images)),
-        "attack": lambda: jax.block_until_ready(attack_pass(batch.images, variables, batch.labels)),
-        "clean": training(None),
-        "pgd3": training(attack),
-    }
+    def make(name):
+        if name == "forward":
+            return passes(module.apply, variables, batch.images)
+        if name == "attack":
+            return passes(jax.value_and_grad(loss_fn), batch.images, variables, batch.labels)
+        return training(num_attack_steps(name))
+
+    with ThreadPoolExecutor(len(names)) as threads:  # XLA compiles each on a core of its own
+        steps = dict(zip(names, threads.map(make, names), strict=True))
     return steps, module, variables
 
 
+def num_attack_steps(name: str) -> int:
+    """Of a training step's name: "clean", "pgd3"."""
+    return 0 if name == "clean" else int(name.removeprefix("pgd"))
+
+
 def torch_steps(
-    module: Any, variables: Any, images: np.ndarray, labels: np.ndarray
-) -> dict[str, Callable[[], Any]]:
-    """The same steps in PyTorch on the CPU."""
+    module: Any,
+    variables: Any,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    device: str = "cpu",
+    names: Sequence[str] = STEPS,
+) -> dict[str, Step]:
+    """The same steps in PyTorch: eager in float32 on "cpu"; on "cuda" in bfloat16 by autocast, compiled by
+    `torch.compile`, with the fused SGD. Parameters ask for no gradient during the attack."""
     import torch
     import torch.nn.functional as F
 
     from benchmarks.torch_resnet import make_twin
 
     torch.set_num_threads(os.cpu_count())
-    x = torch.tensor(images).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-    y = torch.tensor(labels, dtype=torch.int64)
+    on_gpu = device == "cuda"
+    torch.backends.cudnn.benchmark = True
+    x = torch.tensor(images, device=device).permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    y = torch.tensor(labels, dtype=torch.int64, device=device)
 
     def make():
-        model = make_twin(module, variables).to(memory_format=torch.channels_last)
+        model = make_twin(module, variables).to(device=device, memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(
             model.parameters(),
             LEARNING_RATE,
             momentum=MOMENTUM,
             weight_decay=WEIGHT_DECAY,
-            foreach=True,
+            foreach=not on_gpu,
+            fused=on_gpu,
         )
-        return model, optimizer
+        return model, torch.compile(model) if on_gpu else model, optimizer
 
-    def input_gradient(model, x):
+    def loss(network, x, reduction):
+        with torch.autocast(device, torch.bfloat16, enabled=on_gpu):
+            logits = network(x)
+        return F.cross_entropy(logits.float(), y, reduction=reduction)
+
+    def input_gradient(network, x):
         x = x.detach().requires_grad_()
-        return torch.autograd.grad(F.cross_entropy(model(x), y, reduction="sum"), [x])[0]
+        return torch.autograd.grad(loss(network, x, "sum"), [x])[0]
 
     def norm(d):
         return d.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
 
-    def attack(model):
+    def attack(network, num_steps):
         adversarial = x
-        for _ in range(NUM_STEPS):
-            gradient = input_gradient(model, adversarial)
+        for _ in range(num_steps):
+            gradient = input_gradient(network, adversarial)
             moved = adversarial + STEP_SIZE * gradient / (norm(gradient) + 1e-10)
             delta = moved - x
             delta = delta * (EPS / norm(delta).clamp_min(1e-12)).clamp_max(1.0)
             adversarial = (x + delta).clamp(0.0, 1.0)
         return adversarial
 
-    evaluated = make()[0].eval()
+    def forward(network):
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=on_gpu):
+            return network(x)
 
-    def forward():
-        with torch.no_grad():
-            return evaluated(x)
+    model, network, optimizer = make()
+    measured, evaluated, _ = make()
+    measured.eval().requires_grad_(False)
 
-    def training(adversarial):
-        model, optimizer = make()
+    def train(num_steps):
+        inputs = x
+        if num_steps:
+            model.eval().requires_grad_(False)
+            inputs = attack(network, num_steps)
+            model.requires_grad_(True)
+        model.train()
+        optimizer.zero_grad(set_to_none=True)
+        loss(network, inputs, "mean").backward()
+        optimizer.step()
 
-        def run():
-            inputs = attack(model.eval()) if adversarial else x
-            model.train()
-            optimizer.zero_grad(set_to_none=True)
-            F.cross_entropy(model(inputs), y).backward()
-            optimizer.step()
+    def repeat(function, *args):
+        def run(calls):
+            for _ in range(calls):
+                function(*args)
+            if on_gpu:
+                torch.cuda.synchronize()
 
-        return run
+        return Step(run)
 
-    return {
-        "forward": forward,
-        "attack": lambda: input_gradient(evaluated, x),
-        "clean": training(False),
-        "pgd3": training(True),
-    }
+    def make_step(name):
+        if name == "forward":
+            return repeat(forward, evaluated)
+        if name == "attack":
+            return repeat(input_gradient, evaluated, x)
+        return repeat(train, num_attack_steps(name))
+
+    return {name: make_step(name) for name in names}
 
 
-def seconds(run: Callable[[], Any], calls: int) -> float:
+def seconds(step: Step, calls: int) -> float:
     """Seconds per call."""
     time.sleep(0.02)  # lets the other side's threads fall asleep
     begin = time.perf_counter()
-    for _ in range(calls):
-        run()
+    step.run(calls)
     return (time.perf_counter() - begin) / calls
+
+
+def alternate(steps: dict[str, Step], turns: int, *, least_seconds: float = 0.2) -> dict[str, list[float]]:
+    """Seconds per call of each side, turn by turn in alternating order, after a warm-up."""
+    calls = {}
+    for side, step in steps.items():
+        step.run(2)
+        calls[side] = max(1, round(least_seconds / seconds(step, 1)))
+    times: dict[str, list[float]] = {side: [] for side in steps}
+    for turn in range(turns):
+        for side in sorted(steps, reverse=turn % 2 == 1):
+            times[side].append(seconds(steps[side], calls[side]))
+    return times
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -177,18 +255,11 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     return tuple(statistics.quantiles(values, n=4, method="inclusive"))
 
 
-def measure(case: Case, sides: dict[str, dict[str, Callable]], step: str, repeats: int) -> str:
+def measure(case: Case, sides: dict[str, dict[str, Step]], name: str, turns: int) -> str:
     """One row of the table."""
-    calls = {}
-    for side, steps in sides.items():
-        steps[step]()
-        calls[side] = max(1, round(0.2 / seconds(steps[step], 1)))
-    times: dict[str, list[float]] = {side: [] for side in sides}
-    for turn in range(repeats):
-        for side in sorted(sides, reverse=turn % 2 == 1):
-            times[side].append(seconds(sides[side][step], calls[side]))
+    times = alternate({side: steps[name] for side, steps in sides.items()}, turns)
     rate = {side: case.batch_size / statistics.median(t) for side, t in times.items()}
-    cells = [case.architecture, f"{case.batch_size}×{case.image_size}²", step, f"{rate['ours']:.1f}"]
+    cells = [case.architecture, f"{case.batch_size}×{case.image_size}²", name, f"{rate['ours']:.1f}"]
     if "peer" in sides:
         low, middle, high = quartiles([b / a for a, b in zip(times["ours"], times["peer"], strict=True)])
         cells += [f"{rate['peer']:.1f}", f"{middle:.2f} [{low:.2f}, {high:.2f}]"]
@@ -233,11 +304,12 @@ def main() -> None:
         rng = np.random.default_rng(0)
         images = rng.random((case.batch_size, case.image_size, case.image_size, 3), np.float32)
         labels = rng.integers(0, 1000, case.batch_size, np.int32)
-        ours, module, variables = our_steps(case, images, labels, dtype)
+        names = arguments.step or STEPS
+        ours, module, variables = our_steps(case, images, labels, dtype, names)
         sides = {"ours": ours}
         if arguments.peer == "torch":
-            sides["peer"] = torch_steps(module, variables, images, labels)
-        for step in arguments.step or STEPS:
+            sides["peer"] = torch_steps(module, variables, images, labels, names=names)
+        for step in names:
             print(measure(case, sides, step, arguments.repeats), flush=True)
 
 

@@ -7,8 +7,8 @@ cache: a training step of ResNet-50's last k blocks from cached activations, aga
   of 150 epochs, the making of the cache included; the recomputing one is timed for 2 epochs and multiplied.
 heads: trials of 150 epochs on n images, 2,048 features and 10 classes, time for each: a compiled one alone in
   feature space, alone in dual form, 20 seeds in one program, 20 rates on one subset.
-groups: 8 seeds of ResNet-50's last k blocks in one program, side by side (vmap) and in turn (lax.map),
-  against one compiled trial after another.
+groups: 8 seeds of ResNet-50's last k blocks in one program, in turn (lax.map) and side by side (vmap), there
+  also with convolutions as matrix products, against one compiled trial after another.
 streams: 8 trials, one at a time and as many at the same time as there are cores, on both sides of the bound
   that the engine goes by.
 torch: a process of PyTorch for every head (n = 400), against a head among 20 seeds, and among 20 rates.
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -36,7 +36,8 @@ import numpy as np
 
 from advtransfer import parallel
 from advtransfer.data import Split
-from advtransfer.models import Model, ModelSpec, create_module, init_variables
+from advtransfer.models import Model, ModelSpec, conv, create_module, init_variables
+from advtransfer.source import compute_dtype
 from advtransfer.transfer import (
     Prepared,
     Rates,
@@ -78,8 +79,11 @@ class Way(NamedTuple):
     trials: float = 1  # that one call does
 
 
-def compare(case: str, ways: list[Way], turns: int) -> None:
-    """Prints each way's time for a trial, and the first way's over it."""
+Row = tuple[str, dict[str, Any]]  # what was measured, and the figures by name
+
+
+def compare(case: str, ways: list[Way], turns: int) -> Iterator[Row]:
+    """Each way's time for a trial, and the first way's over it: median [quartiles]."""
     for way in ways:
         jax.block_until_ready(way.run())
     times = np.empty((len(ways), turns))
@@ -90,27 +94,26 @@ def compare(case: str, ways: list[Way], turns: int) -> None:
             times[i, turn] = (time.perf_counter() - started) / way.trials
     for way, found in zip(ways, times, strict=True):
         low, ratio, high = np.quantile(times[0] / found, [0.25, 0.5, 0.75])
-        milliseconds = np.median(found) * 1e3
-        print(
-            f"{case:32} {way.name:26} {milliseconds:9.2f} ms  {ratio:7.2f} [{low:.2f}, {high:.2f}]",
-            flush=True,
-        )
+        milliseconds = float(np.median(found)) * 1e3
+        yield f"{case}: {way.name}", {"ms": milliseconds, "ratio": f"{ratio:.2f} [{low:.2f}, {high:.2f}]"}
 
 
 @functools.cache
 def network() -> tuple[Any, tuple[Any, Any]]:
-    module = create_module("resnet50", num_classes=CLASSES)
+    module = create_module("resnet50", num_classes=CLASSES, dtype=compute_dtype("auto"))
     variables = init_variables(module, jax.random.key(0))
     return module, (variables["params"], variables["batch_stats"])
 
 
-def make_task(shape: tuple[int, ...], num_images: int, *, images: bool = False) -> Task:
+def make_task(
+    shape: tuple[int, ...], num_images: int, *, images: bool = False, dtype: Any = np.float32
+) -> Task:
     """Random images or activations of so many, and one to test on."""
     rng = np.random.default_rng(0)
     if images:
         inputs = rng.integers(0, 256, (num_images, *shape)).astype(np.uint8)
     else:
-        inputs = np.maximum(rng.normal(size=(num_images, *shape)), 0).astype(np.float32) / 2
+        inputs = np.maximum(rng.normal(size=(num_images, *shape)), 0).astype(dtype) / 2
     labels = rng.integers(0, CLASSES, num_images).astype(np.int32)
     return Task(*(jnp.asarray(x) for x in (inputs, labels, inputs[:1], labels[:1])))
 
@@ -133,25 +136,25 @@ def train_all(recipe: Recipe, k: int, task: Task) -> Callable[[], Any]:
     return lambda: trial(task, np.arange(len(task.train_labels)), jax.random.key(0), RATES)
 
 
-def cache(turns: int, size: int, batch_size: int) -> None:
+def cache(turns: int, size: int, batch_size: int, ks: tuple[int, ...] = (1, 3, 9)) -> Iterator[Row]:
     module, _ = network()
     flops = block_flops(module, size)
     recipe = Recipe(num_epochs=2, evaluate_epochs=(2,), batch_size=batch_size)
     images = make_task((size, size, 3), 2 * batch_size, images=True)
-    for k in (1, 3, 9):
+    for k in ks:
         start = module.num_blocks - k
-        entering = make_task(activation_shape(module, start, size).shape[1:], 2 * batch_size)
+        entering = make_entering(k, size, 2 * batch_size)
         bound = 1 + sum(flops[: start + 1]) / (3 * sum(flops[start + 1 :]))
         # Evaluation takes one image, of 4 batches.
         ways = [
             Way("recomputed", train_all(recipe, k, images), 4),
             Way("cached", train_all(recipe, k, entering), 4),
         ]
-        compare(f"step, k = {k}, bound {bound:.2f}", ways, turns)
-    whole_training(recipe, images, turns)
+        yield from compare(f"step, k = {k}, bound {bound:.2f}", ways, turns)
+    yield from whole_training(recipe, images, turns)
 
 
-def whole_training(recipe: Recipe, images: Task, turns: int) -> None:
+def whole_training(recipe: Recipe, images: Task, turns: int) -> Iterator[Row]:
     module, (params, batch_stats) = network()
     enter = jax.jit(
         lambda x: module.apply({"params": params, "batch_stats": batch_stats}, x, stop=module.num_blocks)
@@ -171,7 +174,7 @@ def whole_training(recipe: Recipe, images: Task, turns: int) -> None:
         Way("recomputed", train_all(recipe, 0, images), recipe.num_epochs / 150),
         Way("cached, making included", cached),
     ]
-    compare("150 epochs, k = 0", ways, turns)
+    yield from compare("150 epochs, k = 0", ways, turns)
 
 
 class Heads(NamedTuple):
@@ -192,11 +195,12 @@ def make_heads(n: int) -> tuple[Task, Heads]:
     alone, alone_in_dual = jax.jit(primal), jax.jit(in_dual)
     one = (task, subsets[0], keys[0], RATES)
     spec = ModelSpec("resnet50", CLASSES, 224, module.mean, module.std)
+    unused = Split(np.zeros((POOL, 1, 1, 3), np.uint8), np.zeros(POOL, np.int32))  # for what is prepared
     engine = functools.partial(
         fine_tune_many,
         Model(module, {"params": params, "batch_stats": batch_stats}, spec),
-        None,
-        None,
+        unused,
+        unused,
         num_classes=CLASSES,
         recipe=recipe,
         prepared=Prepared(batch_stats, task),
@@ -209,8 +213,8 @@ def make_heads(n: int) -> tuple[Task, Heads]:
     )
 
 
-def heads(turns: int) -> None:
-    for n in (100, 400, 1600):
+def heads(turns: int, sizes: tuple[int, ...] = (100, 400, 1600)) -> Iterator[Row]:
+    for n in sizes:
         _, ways = make_heads(n)
         named = [
             Way("alone, feature space", ways.alone),
@@ -218,31 +222,53 @@ def heads(turns: int) -> None:
             Way("20 seeds", ways.seeds, 20),
             Way("20 rates on one subset", ways.rates, 20),
         ]
-        compare(f"head, n = {n}", named, turns)
+        yield from compare(f"head, n = {n}", named, turns)
 
 
-def groups(turns: int, size: int, batch_size: int, trials: int = 8) -> None:
-    module, _ = network()
+def groups(
+    turns: int, size: int, batch_size: int, trials: int = 8, ks: tuple[int, ...] = (1, 3)
+) -> Iterator[Row]:
     keys = jax.random.split(jax.random.key(1), trials)
-    for k in (1, 3):
-        task = make_task(activation_shape(module, module.num_blocks - k, size).shape[1:], 4 * batch_size)
+    for k in ks:
+        task = make_entering(k, size, 4 * batch_size)
         run = make_trial(Recipe(num_epochs=1, evaluate_epochs=(1,), batch_size=batch_size), k)
         trial = functools.partial(last_metrics, run)
         alone, beside = jax.jit(trial), jax.jit(jax.vmap(trial, in_axes=(None, 0)))
+        products = jax.jit(jax.vmap(functools.partial(as_products, trial), in_axes=(None, 0)))
         in_turn = jax.jit(lambda task, keys, trial=trial: jax.lax.map(lambda key: trial(task, key), keys))
         ways = [
             Way("one after another", lambda f=alone, x=task: [f(x, key) for key in keys], trials),
-            Way("side by side (vmap)", functools.partial(beside, task, keys), trials),
             Way("in turn (lax.map)", functools.partial(in_turn, task, keys), trials),
+            Way("side by side (vmap)", functools.partial(beside, task, keys), trials),
+            Way("side by side, as products", functools.partial(products, task, keys), trials),
         ]
-        compare(f"k = {k}, {size}², batch {batch_size}", ways, turns)
+        yield from compare(f"k = {k}, {size}², batch {batch_size}", ways, turns)
+
+
+def make_entering(k: int, size: int, num_images: int) -> Task:
+    """Random activations that enter the first of the last k blocks."""
+    module, _ = network()
+    entering = activation_shape(module, module.num_blocks - k, size)
+    return make_task(entering.shape[1:], num_images, dtype=entering.dtype)
+
+
+def as_products(trial: Callable, *args: Any) -> Any:
+    """A trial whose convolutions are matrix products, which vmap makes batched ones of."""
+
+    def product(x, kernel, stride, padding, groups=1):
+        size = kernel.shape[0]
+        taps = x[:, ::stride, ::stride] if size == 1 else conv._taps(x, size, stride, padding)
+        return conv._product(taps, kernel.reshape(-1, kernel.shape[-1]))
+
+    with mock.patch.object(conv, "_native", product):
+        return trial(*args)
 
 
 def last_metrics(run: Callable, task: Task, key: jax.Array) -> Any:
     return run(task, jnp.arange(len(task.train_labels)), key, RATES)[1]
 
 
-def streams(turns: int, trials: int = 8) -> None:
+def streams(turns: int, trials: int = 8) -> Iterator[Row]:
     rng = np.random.default_rng(0)
     for architecture, size, k, n in (
         ("resnet_tiny", 16, 1, 100),
@@ -278,10 +304,10 @@ def streams(turns: int, trials: int = 8) -> None:
             Way("at the same time", functools.partial(ways, parallel.cores_per_device()), trials),
         ]
         engine = "same time" if fine_tune.num_streams(module, k, size, cached=k >= 0) > 1 else "one"
-        compare(f"{architecture} {size}², k = {k}, n = {n} ({engine})", named, turns)
+        yield from compare(f"{architecture} {size}², k = {k}, n = {n} ({engine})", named, turns)
 
 
-def torch(turns: int) -> None:
+def torch(turns: int) -> Iterator[Row]:
     task, ways = make_heads(400)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "head.npz")
@@ -292,7 +318,7 @@ def torch(turns: int) -> None:
             Way("20 seeds", ways.seeds, 20),
             Way("20 rates on one subset", ways.rates, 20),
         ]
-        compare("head, n = 400", named, turns)
+        yield from compare("head, n = 400", named, turns)
 
 
 def main() -> None:
@@ -316,7 +342,8 @@ def main() -> None:
     }
     for name in args.parts.split(","):
         part, options = parts[name]
-        part(args.turns, **options)
+        for what, figures in part(args.turns, **options):
+            print(f"{what:60} {figures['ms']:9.2f} ms  {figures['ratio']}", flush=True)
 
 
 if __name__ == "__main__":

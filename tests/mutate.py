@@ -202,10 +202,9 @@ def order(mutation: Mutation, root: Path, measured: dict[str, dict]) -> list[str
 
     def is_near(file: str) -> bool:
         """Whether a file is about the module, by its name or what it imports."""
-        named = {stem, package_of(mutation)} & {*Path(file).stem.split("_")}
-        return bool(named) or bool(
-            re.search(rf"^(from|import) advtransfer.*\b{stem}\b", texts[file], re.MULTILINE)
-        )
+        if {stem, package_of(mutation)} & {*Path(file).stem.split("_")}:
+            return True
+        return re.search(rf"^(from|import) advtransfer.*\b{stem}\b", texts[file], re.MULTILINE) is not None
 
     def cost(file: str) -> float:
         """Seconds; a file that is about the module is worth ten times its time."""

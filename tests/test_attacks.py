@@ -98,8 +98,8 @@ def test_every_output_is_in_the_ball_and_in_the_box(norm, options, num_restarts)
     assert np.abs(offsets).max() > 1e-3
 
 
-def _losses(logits_fn, images):
-    return np.asarray(cross_entropy(logits_fn(images), LABELS))
+def _losses(logits_fn, images, labels=LABELS):
+    return np.asarray(cross_entropy(logits_fn(images), labels))
 
 
 def test_use_best_never_returns_less_than_it_has_seen():
@@ -212,12 +212,8 @@ def test_early_finish_towards_a_target_stops_where_it_is_reached():
     reached = np.asarray(jnp.argmax(network(full), -1) == labels)
     assert reached.any()
     np.testing.assert_array_equal(jnp.argmax(network(early), -1) == labels, reached)
-    assert (_loss_of(network, early, labels) >= _loss_of(network, full, labels) - 1e-5).all()
-    assert (_loss_of(network, early, labels) > _loss_of(network, full, labels) + 1e-3)[reached].all()
-
-
-def _loss_of(network, images, labels):
-    return np.asarray(cross_entropy(network(images), labels))
+    assert (_losses(network, early, labels) >= _losses(network, full, labels) - 1e-5).all()
+    assert (_losses(network, early, labels) > _losses(network, full, labels) + 1e-3)[reached].all()
 
 
 def test_two_restarts_are_compared_by_loss_even_where_the_last_iterate_is_wanted():

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from advtransfer.models.conv import conv2d, max_pool
+from advtransfer.models.conv import _on_blocks, conv2d, max_pool
+
+PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def reference(x, kernel, *, stride, groups=1, padding=None):
@@ -166,6 +168,34 @@ def test_each_platform_holds_only_its_own_lowering():
     pool = jax.jit(max_pool).trace(x)
     assert "reduce_window" in pool.lower(lowering_platforms=("tpu",)).as_text()
     assert "reduce_window" not in pool.lower(lowering_platforms=("cpu",)).as_text()
+    of_pool = jax.jit(lambda x, g: jax.vjp(max_pool, x)[1](g)).trace(x, max_pool(x))
+    scatters = {
+        p: "select_and_scatter" in of_pool.lower(lowering_platforms=(p,)).as_text() for p in PLATFORMS
+    }
+    assert scatters == {"cpu": False, "cuda": False, "tpu": True}
+
+
+@pytest.mark.parametrize(("kernel_size", "size"), [(3, (8, 6)), (5, (8, 12)), (7, (12, 8))])
+def test_a_stem_on_blocks_of_pixels(kernel_size, size):
+    x, kernel, g = operands(size, kernel_size, 2, channels=(3, 10))
+    got = value_and_gradients(partial(_on_blocks, padding=kernel_size // 2), x, kernel, g)
+    assert_close(got, value_and_gradients(partial(reference, stride=2), x, kernel, g))
+
+
+def test_which_lowering_an_accelerator_gets():
+    """Blocks of 2×2 pixels for a stride of 2 over images of even sides."""
+    for size, kernel_size, channels, blocks in (
+        ((224, 224), 7, 3, True),
+        ((32, 48), 3, 3, True),
+        ((223, 224), 7, 3, False),
+        ((32, 32), 3, 64, False),
+        ((32, 32), 1, 3, False),
+    ):
+        x, kernel, _ = operands(size, kernel_size, 2, channels=(channels, 8))
+        convolve = jax.jit(partial(ours, stride=2)).trace(x, kernel)
+        for platform in ("cuda", "tpu"):
+            text = convolve.lower(lowering_platforms=(platform,)).as_text()
+            assert ("stride = [2, 2]" in text) != blocks
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def threats(threat_model):
 
 
 ATTACKED = {"logits_fn": flat, "images": FLOATS, "labels": LABELS}
-ON_LABELS = "labels rank, labels length, labels kind"
+ON_LABELS = "labels rank, labels column, labels length, labels kind"
 ON_IMAGES = f"images rank, images kind, {ON_LABELS}"
 RANKED = {"scores": SCORES, "query_labels": np.zeros(Q, int), "train_labels": LABELS}
 ON_SCORES = "scores rank, query_labels length, train_labels length"
@@ -500,6 +500,11 @@ def rank(x):
     return x[0] if x.ndim else x[None]
 
 
+def column(x):
+    """As some tables hold labels."""
+    return x[:, None]
+
+
 def length(x):
     return x[:-1]
 
@@ -508,7 +513,7 @@ def kind(x):
     return x.astype(np.float32 if np.issubdtype(x.dtype, np.integer) else np.int32)
 
 
-BREAKS = {"rank": rank, "length": length, "kind": kind}
+BREAKS = {"rank": rank, "column": column, "length": length, "kind": kind}
 
 
 def parts(container):

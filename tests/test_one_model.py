@@ -335,7 +335,7 @@ def test_the_smallest_within_one_standard_error_is_taken():
 
 
 def test_the_rule_takes_more_blocks_for_more_images():
-    assert depths(16) == (0, 1, 3, 6, 9, -1) and depths(4) == (0, 1, 3, -1)
+    assert depths(16) == (0, 1, 3, 6, 9, -1) and depths(4) == (0, 1, 3, -1) and depths(3) == (0, 1, -1)
     chosen = [rule_of_thumb(n, 16) for below, _ in RULE for n in (below - 1, below)]
     assert chosen == [0, 1, 1, 3, 3, 9, 9, -1]
     assert [rule_of_thumb(n, 4) for n in (99, 100, 1_600, 12_800)] == [0, 1, 3, -1]

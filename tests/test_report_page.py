@@ -160,7 +160,7 @@ def test_pictures_and_figures_have_words(written):
     page = Page(path.read_text())
     assert all(attributes["alt"].strip() for attributes in page.all("img"))
     # Accuracy and lead against n and epoch (2 k) and against k (3 n), on 2 targets; against constraint (3 n)
-    # where there are three sources; 1 of the sources, 8 of 9 images × (1 + 2 twins × 2), 4 targets.
+    # where there are three sources; 1 of the sources, 8 of 9 images × (1 + 2 adversarial × 2), 4 targets.
     assert len(page.all("img")) == 2 * 2 * (2 + 2 + 3) + 2 * 3 + 1 + 40 + 4
     for kind in ("n", "epoch", "k", "constraint"):
         for measure in ("accuracy", "delta"):
@@ -376,7 +376,7 @@ def test_figures_against_k_show_four_of_many_n(tmp_path):
     assert titles == ["n = 10", "n = 30", "n = 50", "n = 70"]
     assert "at each seed’s last epoch (1), n = 10, 30, 50 and 70" in page.text
     assert "one seed, so no interval" in page.text
-    assert "there are 1 sources, and the figures above show them" in page.text
+    assert "left out: there is one source, which the figures above show." in page.text
     assert [cells for cells in page.rows if cells[0] == "Trained layers"] == []
     assert "Differences are in points, paired" not in page.text  # there is no robust source
     assert "Lead over the natural source" not in page.text
@@ -479,9 +479,9 @@ def test_factors_as_they_are_written():
 
 
 def test_the_source_networks_and_their_pictures(tmp_path):
-    """Two twins, more pictures than captions, and a source that was not measured."""
+    """Adversarial images of two sources, more pictures than captions, and a source that was not measured."""
     clean = np.linspace(0.2, 0.8, 2 * 3 * 4 * 3).reshape(2, 3, 4, 3)
-    twins = {"a": clean + 0.01 * (-1) ** np.arange(72).reshape(clean.shape), "b": clean[::-1]}
+    adversarial = {"a": clean + 0.01 * (-1) ** np.arange(72).reshape(clean.shape), "b": clean[::-1]}
     sources = [
         {"name": "a", "norm": None, "natural_accuracy": 0.5, "num_images": 2048},
         {"name": "b", "norm": "l2", "eps": 0.5, "adversarial_accuracy": 0.25, "attack": "PGD <20>"},
@@ -490,7 +490,7 @@ def test_the_source_networks_and_their_pictures(tmp_path):
     evidence = Evidence(
         sources=sources,
         pictures={"source_images": clean, "target_images": clean}
-        | {f"adversarial/{n}": x for n, x in twins.items()},
+        | {f"adversarial/{n}": x for n, x in adversarial.items()},
         captions={
             "source_labels": ["cat", "dog"],
             "natural_predictions/b": ["cat"],
@@ -507,7 +507,7 @@ def test_the_source_networks_and_their_pictures(tmp_path):
     ]
     told = "natural: natural 50.0, adversarial –; ℓ2 (ε = 0.5): natural –, adversarial 25.0"
     assert page.images[0]["alt"] == told  # not of c
-    gain = difference_gain([(x, clean) for x in twins.values()])
+    gain = difference_gain([(x, clean) for x in adversarial.values()])
     assert page.rows[at + 4 :] == [
         ["Source image", "cat", "dog"],
         ["natural: adversarial", "", ""],
@@ -519,10 +519,10 @@ def test_the_source_networks_and_their_pictures(tmp_path):
     pictures = [image for image in page.images if image.get("class") == "picture"]
     shown = [
         clean,
-        twins["a"],
-        0.5 + gain * (twins["a"] - clean),
-        twins["b"],
-        0.5 + gain * (twins["b"] - clean),
+        adversarial["a"],
+        0.5 + gain * (adversarial["a"] - clean),
+        adversarial["b"],
+        0.5 + gain * (adversarial["b"] - clean),
         clean,
     ]
     for image, pixels in zip(pictures, np.concatenate(shown), strict=True):
@@ -533,7 +533,7 @@ def test_the_source_networks_and_their_pictures(tmp_path):
     plain = _written([], tmp_path, evidence=alone)
     assert "accuracies were not measured in this run" in plain.text
     assert "Images of the source task, as the networks see them." in plain.text
-    assert "Attack: PGD" not in plain.text  # there are no twins
+    assert "Attack: PGD" not in plain.text  # no adversarial images
 
 
 def test_a_source_of_which_little_is_known():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from advtransfer.models import ARCHITECTURES, ResNet, create_module, init_variables
-from advtransfer.models.layers import BatchNorm
+from advtransfer.models.layers import BatchNorm, moments_in_one_pass, moments_in_two_passes
 
 BOTTLENECK = ResNet(stage_sizes=(2, 1), bottleneck=True, num_classes=5, width=8, groups=2, base_width=32)
 BASIC = create_module("resnet_tiny", num_classes=5, mean=(0.5,), std=(0.25,)).clone(
@@ -197,16 +197,16 @@ def test_every_seam(module, channels):
 
 
 @pytest.mark.parametrize(
-    ("seams", "message"),
+    ("ends", "message"),
     [
         *(({"start": start}, f"start is {start}; this network has the seams 0 to 2") for start in (-1, 3)),
         *(({"stop": stop}, f"stop is {stop}; this network has the seams 0 to 2") for stop in (-1, 3)),
         ({"start": 2, "stop": 1}, "start is 2, after stop, which is 1"),
     ],
 )
-def test_impossible_seams(seams, message):
+def test_impossible_boundaries(ends, message):
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(partial(BASIC.init, **seams), jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+        jax.eval_shape(partial(BASIC.init, **ends), jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
 
 
 def test_activations_of_another_rank_are_refused():
@@ -253,6 +253,28 @@ def test_batch_statistics():
     np.testing.assert_allclose(y, want, atol=5e-3)
     np.testing.assert_allclose(stats["mean"], 0.9 * 0.5 + 0.1 * rows.mean(0), rtol=1e-6)
     np.testing.assert_allclose(stats["var"], 0.9 * 2.0 + 0.1 * rows.var(0, ddof=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("moments", [moments_in_one_pass, moments_in_two_passes])
+@pytest.mark.parametrize("shift", [0.0, 300.0, -1e3])
+def test_moments(moments, shift):
+    rng = np.random.default_rng(0)
+    x = rng.normal(shift, [0.1, 1.0, 3.0], (5, 4, 6, 3)).astype(np.float32)
+    exact = x.astype(np.float64)
+    mean, var = moments(jnp.asarray(x))
+    np.testing.assert_allclose(mean, exact.mean((0, 1, 2)), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(var, exact.var((0, 1, 2)), rtol=1e-4)
+    a, b = rng.normal(size=(2, 3))
+    gradient = jax.grad(lambda x: sum(jnp.sum(w * m) for w, m in zip((a, b), moments(x), strict=True)))(x)
+    want = (a + 2 * b * (exact - exact.mean((0, 1, 2)))) / exact[..., 0].size
+    np.testing.assert_allclose(gradient, want, atol=2e-4 * np.abs(want).max())
+
+
+def test_the_moments_of_equal_values():
+    for moments in (moments_in_one_pass, moments_in_two_passes):
+        mean, var = moments(jnp.full((2, 3, 3, 4), 0.1))
+        np.testing.assert_allclose(mean, 0.1, rtol=1e-6)
+        np.testing.assert_allclose(var, 0.0, atol=1e-12)
 
 
 def test_the_statistics_of_a_single_pixel():

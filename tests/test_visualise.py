@@ -122,27 +122,27 @@ def test_inversion_of_an_invertible_map_finds_the_image():
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def pixel_gradient(module, block, fake_relu, variables, images):
-    """Of all channels of a block's output, with different weights."""
+def pixel_gradient(module, stop, fake_relu, variables, images):
+    """Of all channels of an activation, or of all logits, with different weights."""
 
     def total(x):
-        features = module.apply(variables, x, stop=block + 1, fake_relu=fake_relu)
+        features = module.apply(variables, x, stop=stop, fake_relu=fake_relu)
         return jnp.sum(features * jnp.sin(jnp.arange(features.size)).reshape(features.shape))
 
     return jax.value_and_grad(total)(images)
 
 
-@pytest.mark.parametrize("block", [1, 2])
-def test_the_fake_relu_lets_gradients_through_as_the_identity(block):
+@pytest.mark.parametrize(("block", "stop"), [(1, 2), (2, 3), (2, None)])
+def test_the_fake_relu_lets_gradients_through_as_the_identity(block, stop):
     """A constant before the ReLU changes nothing in what the identity would let through: so from a network
     whose units are all dead the fake ReLU's gradient is the true one where all are alive."""
     module, images = model().module, start(2)
     dead, alive = shifted(block, -1e3).variables, shifted(block, 1e3).variables
-    value, true = pixel_gradient(module, block, False, dead, images)
-    assert value == 0 and not np.any(true)
-    fake_value, fake = pixel_gradient(module, block, True, dead, images)
-    _, want = pixel_gradient(module, block, False, alive, images)
-    assert fake_value == 0 and np.abs(want).max() > 1e-3
+    value, true = pixel_gradient(module, stop, False, dead, images)
+    assert (value == 0 or stop is None) and not np.any(true)
+    fake_value, fake = pixel_gradient(module, stop, True, dead, images)
+    _, want = pixel_gradient(module, stop, False, alive, images)
+    assert fake_value == value and np.abs(want).max() > 1e-3
     np.testing.assert_allclose(fake, want, rtol=1e-3, atol=1e-5 * np.abs(want).max())
 
 
@@ -158,7 +158,7 @@ def test_the_fake_relu_changes_no_activation(stop):
 def test_only_the_last_relu_is_fake():
     """Block 1 dead: with its true ReLU nothing of its residual or of what it was given comes through."""
     dead = shifted(1, -1e3)
-    _, gradient = pixel_gradient(dead.module, 2, True, dead.variables, start(2))
+    _, gradient = pixel_gradient(dead.module, 3, True, dead.variables, start(2))
     assert not np.any(gradient)
 
 

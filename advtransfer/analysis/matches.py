@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from advtransfer.analysis.shape import wilson
+
 _BLOCK = 1024  # queries that are sorted at a time
 
 
@@ -48,7 +50,7 @@ def match_shares(
     The intervals are over queries, for one head and one training set.
     """
     matches = _matches(scores, query_labels, train_labels, 5, exclude_self)
-    return {"top1": _wilson(matches[:, 0]), "three_of_five": _wilson(matches.sum(axis=1) >= 3)}
+    return {"top1": _share(matches[:, 0]), "three_of_five": _share(matches.sum(axis=1) >= 3)}
 
 
 def class_heat_map(
@@ -155,11 +157,9 @@ def _matches(scores, query_labels, train_labels, num, exclude_self):
     return np.asarray(train_labels)[ranked] == np.asarray(query_labels)[:, None]
 
 
-def _wilson(hits: np.ndarray) -> Share:
-    n, share, z = len(hits), float(np.mean(hits)), 1.959964
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return Share(share, float(middle - half), float(middle + half))
+def _share(hits: np.ndarray) -> Share:
+    share = wilson(np.sum(hits), len(hits))
+    return Share(float(share.value), float(share.lower), float(share.upper))
 
 
 def _bins(labels: np.ndarray, num_classes: int, bins_per_class: int) -> np.ndarray:

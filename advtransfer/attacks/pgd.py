@@ -16,6 +16,7 @@ from advtransfer.attacks.network import LogitsFn, as_network
 from advtransfer.attacks.threat_models import L2, THREAT_MODELS, Linf, ThreatModel
 
 _SLACK = 1e-4  # of pixels beyond [0, 1], as resizing leaves them
+_UNROLLED = 3  # steps of an attack that is compiled without a loop, on accelerators
 
 
 class _Search(NamedTuple):
@@ -261,7 +262,9 @@ def _loop(body, num_iterations: int, search: _Search, *, stop_when_done: bool) -
     if num_iterations == 1:
         return body(0, search)
     if not stop_when_done:
-        return jax.lax.fori_loop(0, num_iterations, body, search)
+        # A GPU launches what it can foresee ahead of time; on a CPU only compiling would take longer.
+        unroll = num_iterations <= _UNROLLED and jax.default_backend() != "cpu"
+        return jax.lax.fori_loop(0, num_iterations, body, search, unroll=True if unroll else None)
     _, search = jax.lax.while_loop(
         lambda carry: (carry[0] < num_iterations) & ~jnp.all(carry[1].done),
         lambda carry: (carry[0] + 1, body(*carry)),

@@ -1,10 +1,11 @@
-"""How convolutions and max-pools are lowered: XLA's own on accelerators, what measured best on CPU.
+"""How convolutions and max-pools are lowered: as XLA does it, or in another form that measured better.
 
 XLA:CPU runs a matrix product at the machine's peak, its convolutions at anything between that and a
 fiftieth of it: 1×1 kernels at a half, small maps at a few percent, and results of fewer than 128
 channels on one core. So on CPU some convolutions are written as matrix products, each direction
 (value, gradient to the input, gradient to the kernel) as suits it; `lax.platform_dependent` leaves
-no trace of them on other platforms. benchmarks/RESULTS.md has the figures.
+no trace of them on other platforms. On accelerators the stem runs on blocks of pixels, and on a GPU the
+max-pool's gradient gathers instead of scattering. benchmarks/RESULTS.md has the figures.
 
 Gradients that stay convolutions are written in the plain form, NHWC by HWIO to NHWC. XLA:CPU brings
 other forms into it only outside of loops; inside (a PGD attack, a scan over training steps) it runs
@@ -59,9 +60,16 @@ def _value(x, kernel, stride, padding):
         return _cpu_value(x, kernel, stride, padding)
 
     def default(x, kernel):
-        return _native(x, kernel, stride, padding)
+        return _accelerator_value(x, kernel, stride, padding)
 
     return lax.platform_dependent(x, kernel, cpu=cpu, default=default)
+
+
+def _accelerator_value(x, kernel, stride, padding):
+    even = x.shape[1] % 2 == 0 and x.shape[2] % 2 == 0
+    if stride == 2 and even and x.shape[3] <= 4 and kernel.shape[0] == 2 * padding + 1 > 1:
+        return _on_blocks(x, kernel, padding)
+    return _native(x, kernel, stride, padding)
 
 
 _conv2d = jax.custom_vjp(_value, nondiff_argnums=(2, 3))
@@ -72,9 +80,10 @@ def _conv2d_forward(x, kernel, stride, padding):
 
 
 def _conv2d_backward(stride, padding, operands, g):
-    def native(argument):
+    def accelerator(argument):
         def gradient(x, kernel, g):
-            return jax.vjp(partial(_native, stride=stride, padding=padding), x, kernel)[1](g)[argument]
+            convolve = partial(_accelerator_value, stride=stride, padding=padding)
+            return jax.vjp(convolve, x, kernel)[1](g)[argument]
 
         return gradient
 
@@ -82,12 +91,32 @@ def _conv2d_backward(stride, padding, operands, g):
         return lambda x, kernel, g: gradient(x, kernel, g, stride, padding)
 
     return (
-        lax.platform_dependent(*operands, g, cpu=cpu(_cpu_input_gradient), default=native(0)),
-        lax.platform_dependent(*operands, g, cpu=cpu(_cpu_kernel_gradient), default=native(1)),
+        lax.platform_dependent(*operands, g, cpu=cpu(_cpu_input_gradient), default=accelerator(0)),
+        lax.platform_dependent(*operands, g, cpu=cpu(_cpu_kernel_gradient), default=accelerator(1)),
     )
 
 
 _conv2d.defvjp(_conv2d_forward, _conv2d_backward)
+
+
+def _on_blocks(x, kernel, padding):
+    """A convolution of stride 2 as one of stride 1 over blocks of 2×2 pixels, with four times the channels.
+
+    For the stem: tensor cores take channels by the eight, and images have three.
+    """
+    n, h, w, c = x.shape
+    size = kernel.shape[0]
+    low = padding % 2  # so that a block begins where a window does
+    x = jnp.pad(x, ((0, 0), (low, low), (low, low), (0, 0)))
+    x = x.reshape(n, h // 2 + low, 2, w // 2 + low, 2, c).transpose(0, 1, 3, 2, 4, 5)
+    kernel = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
+    kernel = kernel.reshape(size // 2 + 1, 2, size // 2 + 1, 2, c, -1).transpose(0, 2, 1, 3, 4, 5)
+    return _native(
+        x.reshape(n, h // 2 + low, w // 2 + low, 4 * c),
+        kernel.reshape(size // 2 + 1, size // 2 + 1, 4 * c, -1),
+        1,
+        padding // 2,
+    )
 
 
 def _cpu_value(x, kernel, stride, padding):
@@ -255,8 +284,8 @@ def _winners(x):
     return best, winner
 
 
-def _cpu_max_pool_gradient(x, g):
-    """Gathers by parity of the pixel; XLA's select-and-scatter takes nine times as long."""
+def _max_pool_gradient(x, g):
+    """Gathers by parity of the pixel; XLA's select-and-scatter takes nine times as long on a CPU."""
     n, h, w, c = x.shape
     rows, columns = g.shape[1:3]
     edge = ((0, 0), (0, 1), (0, 1), (0, 0))
@@ -280,10 +309,10 @@ def _cpu_max_pool_gradient(x, g):
 
 
 def _max_pool_backward(x, g):
-    def default(x, g):
+    def tpu(x, g):
         return jax.vjp(_native_max_pool, x)[1](g)[0]
 
-    return (lax.platform_dependent(x, g, cpu=_cpu_max_pool_gradient, default=default),)
+    return (lax.platform_dependent(x, g, tpu=tpu, default=_max_pool_gradient),)
 
 
 max_pool.defvjp(lambda x: (_max_pool_value(x), x), _max_pool_backward)

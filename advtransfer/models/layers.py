@@ -92,6 +92,26 @@ def batch_statistics(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, ja
     """Mean [C], biased variance [C] and number of x [N, H, W, C] over all but channels, float32."""
     x = x.astype(jnp.float32)
     count = parallel.total(jnp.float32(x.size // x.shape[-1]), axis_name)
-    mean = parallel.mean(jnp.mean(x, (0, 1, 2)), axis_name)
-    var = parallel.mean(jnp.mean(jnp.square(x - _per_channel(mean)), (0, 1, 2)), axis_name)
-    return mean, var, count
+    mean, var = jax.lax.platform_dependent(x, cpu=moments_in_two_passes, default=moments_in_one_pass)
+    if axis_name is None:
+        return mean, var, count
+    overall = parallel.mean(mean, axis_name)
+    return overall, parallel.mean(var + jnp.square(mean - overall), axis_name), count
+
+
+def moments_in_two_passes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance of float32 [N, H, W, C]."""
+    mean = jnp.mean(x, (0, 1, 2))
+    return mean, jnp.mean(jnp.square(x - _per_channel(mean)), (0, 1, 2))
+
+
+def moments_in_one_pass(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same, reading x once: memory is what limits an accelerator here.
+
+    Both moments are taken around a value of x, so that a mean far from 0 costs no digits (Chan et al., 1983,
+    "Algorithms for computing the sample variance", shifted data).
+    """
+    center = jax.lax.stop_gradient(x[0, 0, 0])
+    x = x - _per_channel(center)
+    first, second = jnp.mean(x, (0, 1, 2)), jnp.mean(jnp.square(x), (0, 1, 2))
+    return center + first, jnp.maximum(second - jnp.square(first), 0.0)

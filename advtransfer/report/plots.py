@@ -60,8 +60,9 @@ def axis_figures(material: Material, target: str) -> Iterator[str]:
         points, where = _points(material, target, kind)
         number = len({point[kind.x] for point in points})
         if number < kind.least:
+            sources = "there is one source" if number == 1 else f"there are {number} sources"
             few = {"epoch": "one epoch was evaluated", "k": "there is one k"}
-            reason = few.get(kind.name, f"there are {number} sources, and the figures above show them")
+            reason = few.get(kind.name, f"{sources}, which the figures above show")
             yield f"<p class=caveat>Accuracy against {kind.noun} is left out: {reason}.</p>"
             continue
         yield _figure(material, target, kind, points, where)

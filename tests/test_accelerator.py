@@ -1,0 +1,81 @@
+"""The benchmark of an accelerator runs on any backend, counts right and cuts its sets right."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from test_data_tfds import numbered, serials_of, write_set
+
+from advtransfer.data import load_dataset
+from benchmarks import accelerator, path, subsets
+from benchmarks.steps import Case
+
+
+def test_activations_counted_by_hand():
+    # resnet_tiny on 16²: the stem, and four blocks of two convolutions at 16, 32, 64, 128 channels, the last
+    # three with a third one on the way around.
+    sides, channels = (16, 8, 4, 2), (16, 32, 64, 128)
+    blocks = [(2 if i == 0 else 3) * s * s * c for i, (s, c) in enumerate(zip(sides, channels, strict=True))]
+    assert accelerator.activation_size("resnet_tiny", 16) == 16 * 16 * 16 + sum(blocks)
+
+
+def test_the_slower_of_arithmetic_and_memory_bounds_a_step():
+    case = Case("resnet_tiny", 1, 16)
+    size = 4 * accelerator.activation_size("resnet_tiny", 16)
+    of_memory = accelerator.Peaks(flops=math.inf, bandwidth=1e9)
+    for name, moves in (("forward", 2), ("attack", 5), ("clean", 14), ("pgd3", 29)):
+        assert accelerator.bound(case, name, of_memory, 4) == pytest.approx(1e9 / (moves * size))
+    of_products = accelerator.Peaks(flops=1e9, bandwidth=math.inf)
+    rates = {name: accelerator.bound(case, name, of_products, 4) for name in ("forward", "clean", "pgd3")}
+    assert rates["forward"] == pytest.approx(3 * rates["clean"]) == pytest.approx(9 * rates["pgd3"])
+
+
+def test_a_table_has_every_figure_in_its_column():
+    rows = [("a", {"x": 1234.5, "y": "1 [0, 2]"}), ("b", {"z": 0.12345})]
+    assert accelerator.table(rows).splitlines() == [
+        "| | x | y | z |",
+        "|---|---|---|---|",
+        "| a | 1,234 | 1 [0, 2] |  |",
+        "| b |  |  | 0.1235 |",
+    ]
+
+
+def test_a_lead_and_its_interval():
+    """By hand: of 1, 2, 3 points the mean is 2 and its standard error 1/√3; t(0.975, 2) = 4.303."""
+    natural = np.float32([0.5, 0.6, 0.7])
+    assert path.lead(natural + np.float32([0.01, 0.02, 0.03]), natural) == "+2.0 [-0.5, +4.5]"
+
+
+def test_a_prepared_set_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    whole = write_set(
+        tmp_path / "pets" / "1.0.0",
+        {"train": numbered(0, 60), "validation": numbered(60, 8), "test": numbered(70, 4)},
+    )
+    counts = {"train": 40, "validation": 3, "test": 9}  # of shards of 30, 4 and 2 records
+    subsets.cut(whole, tmp_path / "small" / "1.0.0", counts)
+    small = load_dataset(f"tfds:{tmp_path}/small")
+    assert small.class_names == ("cat", "dog")
+    assert sorted(serials_of(small.train)) == list(range(40))
+    assert serials_of(small.validation) == [60, 61, 62]
+    assert serials_of(small.test) == [70, 71, 72, 73]
+
+
+@pytest.mark.process
+def test_every_section_runs_on_a_cpu(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.accelerator", "--minutes=10", f"--out={tmp_path}"]
+    options = ["--sections=right,steps,study,path", "--turns=1", "--source-seconds=0.2"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "accelerator.json").read_text())
+    assert [*found] == ["device", "right", "steps", "study", "path"]
+    assert {figures[""] for _, figures in found["right"]} == {"right", ""}
+    assert len(found["right"]) == 20
+    rates = dict(found["steps"])
+    assert rates["resnet_tiny 16², batch 32, clean"]["ours, images/s"] > 0
+    assert all(figures["roofline"] > 0 for _, figures in found["steps"] if "roofline" in figures)
+    assert len(found["path"]) == len(path.EPS) + len(path.DEPTHS)
+    assert "| source natural |" in (tmp_path / "accelerator.md").read_text()
