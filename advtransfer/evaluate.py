@@ -13,8 +13,9 @@ import numpy as np
 from jax.tree_util import Partial
 
 from advtransfer import parallel
-from advtransfer.attacks import LogitsFn, as_network, check_labels, cross_entropy
+from advtransfer.attacks import LogitsFn, as_network, check_images, check_labels, cross_entropy
 from advtransfer.data import Batch, Split, check_batch, check_split, to_float
+from advtransfer.models import Model, logits_fn
 from advtransfer.train import Metrics, sum_metrics
 
 Attack = Callable[..., jax.Array]
@@ -79,7 +80,7 @@ def evaluation_means(metrics: Metrics) -> dict[str, Any]:
 
 
 def evaluate(
-    logits_fn: LogitsFn,
+    network: Model | LogitsFn,
     split: Split,
     *,
     batch_size: int,
@@ -95,8 +96,8 @@ def evaluate(
     of devices.
 
     Args:
-      logits_fn: images [N, H, W, 3] in [0, 1] to logits: `at.logits_fn(model)`, or any other callable that
-        JAX can trace (see `attacks.as_network`).
+      network: a model, or any callable from images [N, H, W, 3] in [0, 1] to logits that JAX can trace (see
+        `attacks.as_network`).
       split: uint8 images and labels on the host.
       batch_size: over all devices, which must divide it.
       attack: (logits_fn, images, labels, key=keys) to images; None measures natural accuracy.
@@ -116,7 +117,7 @@ def evaluate(
     step = _evaluate_on_devices(attack)
     sides = (image_size, image_size) if image_size else split.images.shape[1:3]
     batch = jax.ShapeDtypeStruct((batch_size // parallel.num_devices(), *sides, 3), jnp.float32)
-    network = as_network(logits_fn, batch)
+    network = as_network(logits_fn(network) if isinstance(network, Model) else network, batch)
     check_labels(split.labels, jax.eval_shape(network, batch).shape[1])
     network = parallel.replicate(network)
     num_images = len(split.labels)
@@ -145,16 +146,25 @@ def _evaluate_on_devices(attack: Attack | None) -> Callable[..., Metrics]:
     )
 
 
-def predict(logits_fn: LogitsFn, images: np.ndarray | jax.Array, *, batch_size: int = 256) -> Any:
-    """Logits [N, classes] of float images [N, H, W, 3] in [0, 1], computed in batches on one device.
+def predict(
+    network: Model | LogitsFn, images: np.ndarray | jax.Array, *, batch_size: int = 256
+) -> np.ndarray:
+    """Logits, float32 [N, classes], computed in batches on one device.
 
-    Any callable that JAX can trace will do (see `attacks.as_network`).
+    Args:
+      network: a model, which takes images of every size (see `logits_fn`), or any callable from images in
+        [0, 1] to logits that JAX can trace (see `attacks.as_network`).
+      images: [N, H, W, C], uint8 or floats in [0, 1]; squares in colour for a model.
+      batch_size: images at a time.
+
+    Raises:
+      ValueError: images of another shape, type or range.
     """
-    chex.assert_rank(images, 4)
-    chex.assert_type(images, float)
+    images = images if isinstance(images, jax.Array) else np.asarray(images)
+    _check_pixels(images, of_model=isinstance(network, Model))
     batch_size = min(batch_size, len(images))
     batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), jnp.float32)
-    network = as_network(logits_fn, batch)
+    network = as_network(logits_fn(network) if isinstance(network, Model) else network, batch)
     batches = [
         _apply(network, parallel.pad(images[i : i + batch_size], batch_size)[0])
         for i in range(0, len(images), batch_size)
@@ -162,6 +172,20 @@ def predict(logits_fn: LogitsFn, images: np.ndarray | jax.Array, *, batch_size: 
     return np.concatenate([np.asarray(batch) for batch in batches])[: len(images)]
 
 
+def _check_pixels(images: np.ndarray | jax.Array, *, of_model: bool) -> None:
+    colour = images.ndim == 4 and images.shape[1] == images.shape[2] and images.shape[3] == 3
+    if images.ndim != 4 or not len(images) or (of_model and not colour):
+        raise ValueError(
+            f"images have the shape {images.shape}, not {'[N, H, H, 3]' if of_model else '[N, H, W, C]'}: a "
+            "single one is images[None]; grey ones are repeated three times along the last axis, and "
+            "rectangular ones cropped or padded"
+        )
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        check_images(images)
+    elif images.dtype != jnp.uint8:
+        raise ValueError(f"images are {images.dtype}: pass uint8, or floats in [0, 1]")
+
+
 @jax.jit
 def _apply(network: Partial, images: jax.Array) -> jax.Array:
-    return network(jnp.asarray(images, jnp.float32))
+    return network(to_float(images) if images.dtype == jnp.uint8 else images.astype(jnp.float32))

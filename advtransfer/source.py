@@ -6,6 +6,8 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +17,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from advtransfer import parallel, storage
-from advtransfer.attacks import make_attack
+from advtransfer.attacks import make_attack, threat_model
 from advtransfer.checkpoint import Checkpoints
 from advtransfer.config import FREE_KEYS, ConfigError, flatten, names_key
-from advtransfer.data import Dataset, Feed, StreamedSplit, choose_augmentation, load_dataset, make_feed
+from advtransfer.data import (
+    SPLITS,
+    Dataset,
+    Feed,
+    Split,
+    StreamedSplit,
+    choose_augmentation,
+    load_dataset,
+    make_feed,
+)
 from advtransfer.evaluate import evaluate
 from advtransfer.models import (
     Model,
@@ -107,12 +118,45 @@ def check_evaluation(config: ConfigDict) -> None:
         parallel.split(np.empty(config.evaluate.batch_size))
 
 
-def check_classes(dataset: Dataset, spec: ModelSpec) -> None:
-    """Raises a ValueError if the dataset's classes cannot be those of the model's logits."""
-    if len(dataset.class_names) != spec.num_classes:
+def align_classes(dataset: Dataset, spec: ModelSpec) -> Dataset:
+    """The dataset with the model's labels for its classes, which may be fewer and in another order.
+
+    Classes are matched by name; where one side only numbers them, by their number.
+
+    Raises:
+      ValueError: a class that the model does not know; without names, another number of classes, or the
+        numbering of ImageNet's development kit.
+    """
+    theirs, ours, count = dataset.class_names, spec.class_names, spec.num_classes
+    numbered = tuple(map(str, range(count)))
+    if ours in ((), numbered) or theirs == numbered:
+        if len(theirs) != count:
+            raise ValueError(f"{dataset.name} has {len(theirs)} classes, the model {count}")
+        if count == 1000 and {*theirs} == {str(i) for i in range(1, 1001)}:
+            raise ValueError(
+                f"{dataset.name} numbers its classes from 1 to 1000, as ImageNet's development kit does, in"
+                " an order that is not the networks': name the folders by WordNet ids (n01440764, ...)"
+            )
+        return dataset
+    if unknown := [name for name in theirs if name not in ours]:
         raise ValueError(
-            f"{dataset.name} has {len(dataset.class_names)} classes, the model {spec.num_classes}"
+            f"{dataset.name} has the classes {_few(unknown)}, which the model does not know; "
+            f"it has {_few(ours)}"
         )
+    if theirs == ours:
+        return dataset
+    places = np.array([ours.index(name) for name in theirs], np.int32)
+    logging.info("%s: %d of the model's %d classes, matched by name", dataset.name, len(theirs), count)
+    splits = {
+        name: split._replace(labels=places[split.labels])
+        for name in SPLITS
+        if isinstance(split := getattr(dataset, name), Split)
+    }
+    return dataset._replace(class_names=ours, digests={}, **splits)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 def num_steps(config: ConfigDict, dataset: Dataset) -> int:
@@ -164,10 +208,9 @@ def prepare(config: ConfigDict, dataset: Dataset) -> Run:
         module_apply(module),
         tx,
         attack=make_attack(
-            recipe.norm,
-            recipe.eps,
+            threat_model(recipe.norm, recipe.eps),
             num_steps=recipe.attack_steps,
-            step_ratio=recipe.attack_step_ratio,
+            step_size=recipe.attack_step_ratio * recipe.eps,
             random_start=recipe.attack_random_start,
             use_best=False,
         ),
@@ -348,10 +391,9 @@ def evaluation_attack(config: ConfigDict):
     """The attack of config.evaluate, or None."""
     recipe = config.evaluate
     return make_attack(
-        recipe.norm,
-        recipe.eps,
+        threat_model(recipe.norm, recipe.eps),
         num_steps=recipe.num_steps,
-        step_ratio=recipe.step_ratio,
+        step_size=recipe.step_ratio * recipe.eps,
         num_restarts=recipe.num_restarts,
         random_start=recipe.num_restarts > 1,
     )

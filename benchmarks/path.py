@@ -36,7 +36,7 @@ from advtransfer.data import (
     to_float,
 )
 from advtransfer.evaluate import evaluate
-from advtransfer.models import Model, ModelSpec, create_module, init_variables, logits_fn
+from advtransfer.models import Model, ModelSpec, create_module, init_variables
 from advtransfer.optim import sgd
 from advtransfer.train import init_state, make_train_step, module_apply
 from advtransfer.transfer import Recipe, fine_tune_many, prepare
@@ -140,12 +140,12 @@ def name_of(eps: float) -> str:
 def run(made: Setting, clock: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of the table: sources first, then each (n, k) while `clock()`, the seconds left, allows."""
     models = {}
-    attack = make_attack("l2", EVALUATION_EPS, num_steps=20, step_ratio=0.125)
+    attack = make_attack(L2(EVALUATION_EPS), num_steps=20, step_size=0.125 * EVALUATION_EPS)
     test = Split(*(x[: made.num_measured] for x in made.source.test))
     for eps, model, steps, compiling in train_sources(made, clock):
         models[eps] = model
         started = time.perf_counter()
-        measure = functools.partial(evaluate, logits_fn(model), test, batch_size=min(500, made.num_measured))
+        measure = functools.partial(evaluate, model, test, batch_size=min(500, made.num_measured))
         yield (
             f"source {name_of(eps)}",
             {

@@ -6,7 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advtransfer.attacks import L2, Linf, Unconstrained, cross_entropy, log_odds, make_attack, margin, pgd
+from advtransfer.attacks import (
+    L2,
+    Linf,
+    Unconstrained,
+    cross_entropy,
+    log_odds,
+    make_attack,
+    margin,
+    pgd,
+    threat_model,
+)
 
 SHAPE = (5, 4, 4, 3)
 MODELS = {"l2": L2(0.7), "linf": Linf(0.05), "unconstrained": Unconstrained()}
@@ -246,14 +256,17 @@ def test_a_ball_without_extent_holds_its_centre_alone():
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("l2", 0.3), ("linf", 0.02)])
-def test_an_attack_by_name_takes_steps_that_are_a_share_of_its_radius(norm, eps):
+def test_an_attack_with_everything_chosen(norm, eps):
     images, network = _images(low=0.4, high=0.6), _linear(_weights())
-    attack = make_attack(norm, eps, num_steps=1, step_ratio=0.25)
+    chosen = {"num_steps": 1, "step_size": 0.25 * eps}
+    attack = make_attack(threat_model(norm, eps), **chosen)
     offsets = np.asarray(attack(network, images, LABELS) - images).reshape(5, -1)
     size = np.linalg.norm(offsets, axis=1) if norm == "l2" else np.abs(offsets)
     np.testing.assert_allclose(size, 0.25 * eps, rtol=1e-3)
-    assert attack is make_attack(norm, eps, num_steps=1, step_ratio=0.25)
-    assert make_attack("none", eps, num_steps=1, step_ratio=0.25) is None
+    assert attack is make_attack(threat_model(norm, eps), **chosen)
+    assert make_attack(threat_model("none", 0.0), **chosen) is None
+    usual = make_attack(threat_model(norm, eps))(network, images, LABELS)
+    np.testing.assert_array_equal(usual, pgd(network, images, LABELS, threat_model(norm, eps)))
 
 
 def test_an_example_does_not_depend_on_its_batch():

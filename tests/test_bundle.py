@@ -49,6 +49,17 @@ def folder(model, tmp_path):
     return tmp_path / "model"
 
 
+def test_a_model_prints_as_a_line(model):
+    names = tuple(f"class {i}" for i in range(1000))
+    spec = dataclasses.replace(model.spec, num_classes=1000, class_names=names)
+    text = repr(spec)
+    assert "architecture='resnet_tiny', num_classes=1000, image_size=16" in text
+    assert "norm='l2', eps=0.5, class_names=('class 0', 'class 1', 'class 2', … 997 more)" in text
+    assert "provenance={seed, recipe}" in text
+    assert repr(model._replace(spec=spec)).endswith(f" parameters, {text})")
+    assert len(text) < 400 and "\n" not in text
+
+
 def test_round_trip(model, folder):
     loaded = load_model(folder)
     chex.assert_trees_all_equal(loaded.variables, model.variables)

@@ -264,10 +264,10 @@ DOORS = [
     ),
     Door(
         evaluate,
-        {"logits_fn": flat, "split": SPLIT, "batch_size": 2},
+        {"network": flat, "split": SPLIT, "batch_size": 2},
         "split.images rank, split.images kind, split.labels length, split.labels kind",
     ),
-    Door(predict, {"logits_fn": flat, "images": FLOATS}, "images rank, images kind"),
+    Door(predict, {"network": flat, "images": FLOATS}, "images rank, images kind"),
     # transfer
     Door(
         transfer.fine_tune_one,
@@ -440,6 +440,7 @@ DOORS = [
 # What takes arrays, or may, and has no door of its own.
 EXCEPTIONS = {
     "attacks.network.as_network": "images of any shape that the network takes",
+    "attacks.threat_models.threat_model": "a name and a number",
     "attacks.pgd.check_images": "`pgd` checks their shape",
     "attacks.pgd.check_labels": "`pgd` and others check their shape",
     "models.bundle.digest": "any tree of weights",

@@ -1,5 +1,6 @@
 """Evaluation against a plain count, whatever the batch and the devices, with and without an attack."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,9 +11,10 @@ from jax.tree_util import Partial
 
 from advtransfer import parallel
 from advtransfer.attacks import L2, pgd
-from advtransfer.data import Batch, Split, resize, to_float
+from advtransfer.data import Batch, Dataset, Split, resize, to_float
 from advtransfer.evaluate import evaluate, make_evaluate_step, predict
 from advtransfer.models import Model, ModelSpec, create_module, init_variables, logits_fn
+from advtransfer.source import align_classes
 
 NUM_IMAGES = 13
 
@@ -146,6 +148,39 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused_in_one_line():
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("size", [8, 5, 16])
+def test_a_model_takes_bytes_and_floats_of_every_size(size):
+    """At its own size, 8²: predictions and accuracy are those of images that were resized before."""
+    images = np.random.default_rng(2).integers(0, 256, (7, size, size, 3), np.uint8)
+    resized = np.asarray(resize(to_float(jnp.asarray(images)), 8))
+    expected = _logits(resized)
+    for given in (images, images / np.float32(255), jnp.asarray(images), images / 255):
+        np.testing.assert_allclose(predict(MODEL, given, batch_size=4), expected, rtol=1e-5, atol=1e-5)
+    labels = np.arange(7, dtype=np.int32) % 4
+    assert evaluate(MODEL, Split(images, labels), batch_size=4)["accuracy"] == pytest.approx(
+        np.mean(expected.argmax(1) == labels)
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((8, 8, 3), np.uint8), r"the shape \(8, 8, 3\), .* a single one is images\[None\]"),
+        (np.zeros((2, 8, 6, 3), np.uint8), "rectangular ones cropped or padded"),
+        (np.zeros((2, 8, 8, 1), np.uint8), "grey ones are repeated three times"),
+        (np.zeros((0, 8, 8, 3), np.uint8), r"the shape \(0, 8, 8, 3\)"),
+        (np.full((2, 8, 8, 3), 255.0), r"images run from 255 to 255: pass pixels in \[0, 1\]"),
+        (np.full((2, 8, 8, 3), -1.0), "networks do that themselves"),
+        (np.full((2, 8, 8, 3), np.nan), "images run from nan"),
+        (np.zeros((2, 8, 8, 3), np.int32), "images are int32: pass uint8, or floats"),
+    ],
+)
+def test_predict_refuses_what_is_no_image(images, message):
+    with pytest.raises(ValueError, match=message) as error:
+        predict(MODEL, images)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("batch_size", [4, 256])
 def test_predict_is_the_networks_logits(batch_size):
     images = SPLIT.images / np.float32(255)
@@ -153,3 +188,47 @@ def test_predict_is_the_networks_logits(batch_size):
     expected = _logits(images)
     assert found.shape == (NUM_IMAGES, 4)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+# --- classes --------------------------------------------------------------------------------------
+
+
+def dataset_of(names, labels):
+    labels = np.int32(labels)
+    split = Split(np.zeros((len(labels), 8, 8, 3), np.uint8), labels)
+    return Dataset("pets", tuple(names), split, split, split)
+
+
+def spec_of(names, num_classes=4):
+    return dataclasses.replace(MODEL.spec, num_classes=num_classes, class_names=tuple(names))
+
+
+def test_labels_follow_the_models_classes_by_name():
+    spec = spec_of(("ant", "bee", "cow", "dog"))
+    aligned = align_classes(dataset_of(("dog", "ant"), [0, 1, 1]), spec)
+    assert aligned.class_names == spec.class_names
+    for split in (aligned.train, aligned.validation, aligned.test):
+        assert split.labels.tolist() == [3, 0, 0]
+    same = dataset_of(spec.class_names, [0, 1, 2, 3])
+    assert align_classes(same, spec) is same
+    assert aligned.digest("test") != dataset_of(("dog", "ant"), [0, 1, 1]).digest("test")
+
+
+@pytest.mark.parametrize("names", [(), ("0", "1", "2", "3")])
+def test_without_names_the_number_decides(names):
+    dataset = dataset_of(("ant", "bee", "cow", "dog"), [0, 1])
+    assert align_classes(dataset, spec_of(names)) is dataset
+    with pytest.raises(ValueError, match="pets has 2 classes, the model 4"):
+        align_classes(dataset_of(("ant", "bee"), [0, 1]), spec_of(names))
+    numbered = dataset_of(("0", "1", "2", "3"), [0, 1])
+    assert align_classes(numbered, spec_of(("ant", "bee", "cow", "dog"))) is numbered
+
+
+def test_unknown_classes_and_the_development_kits_numbers_are_refused():
+    with pytest.raises(
+        ValueError, match="has the classes b, c, which the model does not know; it has a, x, y, z"
+    ):
+        align_classes(dataset_of("abc", [0]), spec_of("axyz"))
+    numbers = sorted(str(i) for i in range(1, 1001))
+    with pytest.raises(ValueError, match="numbers its classes from 1 to 1000"):
+        align_classes(dataset_of(numbers, [0]), spec_of((), 1000))

@@ -197,11 +197,18 @@ def _carried_shapes(jaxpr):
     [
         (3, {}, "cannot unfreeze 3 blocks: this network has 2"),
         (-2, {}, "cannot unfreeze -2 blocks"),
-        (0, {"batch_size": 21}, "batch_size=21 is larger than the 20 training images"),
+        (0, {"batch_size": 0}, "batch_size=0 must be a whole number, 1 or more"),
+        (0, {"num_epochs": 2.5}, "num_epochs=2.5 must be a whole number"),
+        (0, {"learning_rate": -0.1}, "learning_rate=-0.1 must be a positive number"),
+        (0, {"learning_rate": float("nan")}, "learning_rate=nan must be a positive number"),
+        (0, {"momentum": 1.0}, "momentum=1.0 must be a number from 0 to below 1"),
+        (0, {"weight_decay": -5e-4}, "weight_decay=-0.0005 must be 0 or more"),
+        (0, {"label_smoothing": 1.5}, "label_smoothing=1.5 must be a number from 0 to below 1"),
+        (0, {"schedule": "linear"}, "schedule='linear' must be one of constant, step, cosine, cyclic"),
         (0, {"evaluate_epochs": (3, 1)}, r"evaluate_epochs=\(3, 1\) must be .* in ascending order"),
         (0, {"evaluate_epochs": (4,)}, r"evaluate_epochs=\(4,\) must be .* num_epochs=3"),
         (0, {"frozen_batch_norm": "sources"}, "frozen_batch_norm='sources' must be one of update, source"),
-        (0, {"head_init": "zero"}, "unknown head init 'zero'; nearest: zeros"),
+        (0, {"head_init": "zero"}, "head_init='zero' must be one of torch, normal, zeros"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(k, change, message):
@@ -225,7 +232,8 @@ def test_the_epochs_and_the_batch_that_a_recipe_may_have():
     for evaluate_epochs in ((1,), (3,), (1, 2, 3), [1, 3]):
         recipe = check_recipe(RECIPE._replace(evaluate_epochs=evaluate_epochs, batch_size=20), 20)
         assert recipe.evaluate_epochs == tuple(evaluate_epochs)
-    for evaluate_epochs in ((), (0, 3), (2, 2), (1, 4)):
+    assert check_recipe(RECIPE._replace(evaluate_epochs=(), batch_size=128), 20)[1:3] == ((3,), 20)
+    for evaluate_epochs in ((0, 3), (2, 2), (1, 4)):
         with pytest.raises(ValueError, match="must be epochs in ascending order, from 1 to num_epochs=3"):
             check_recipe(RECIPE._replace(evaluate_epochs=evaluate_epochs), 20)
 

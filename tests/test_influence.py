@@ -379,3 +379,26 @@ def test_seconds_are_operations_at_the_speed_of_a_product(monkeypatch):
     monkeypatch.setattr(influence.time, "perf_counter", lambda: next(clock))
     price = influence.cost(100, 10, 20, 3, solver="damped")
     assert influence.expected_seconds(price) == pytest.approx(price.flops * 2.0 / (2 * 1024**3))
+
+
+def test_a_head_that_is_certain_has_no_influence_to_speak_of():
+    train, _, queries, _, kernel, bias = make_problem(30, 5, 4, 3)
+    certain = np.argmax(train @ kernel + bias, 1), np.argmax(queries @ kernel + bias, 1)
+    problem = (train, certain[0], queries, certain[1], 1e6 * kernel, 1e6 * bias)
+    with pytest.raises(ValueError, match="certain of the labels of all training images") as error:
+        score(problem)
+    assert "\n" not in str(error.value)
+    mistaken = (certain[0] + (np.arange(30) == 3)) % 3
+    with pytest.raises(ValueError, match="certain of the labels of all queries"):
+        score((train, mistaken, *problem[2:]))
+
+
+def test_a_kernel_by_classes_is_to_be_transposed():
+    *arrays, kernel, bias = make_problem(30, 5, 4, 3)
+    with pytest.raises(ValueError, match=r"\[C, D\]: transpose it"):
+        score((*arrays, kernel.T, bias))
+
+
+def test_it_prints_nothing_by_default(capfd):
+    influence.last_layer_scores(*make_problem(6, 2, 3, 2))
+    assert capfd.readouterr() == ("", "")

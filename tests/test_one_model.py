@@ -52,6 +52,25 @@ def test_it_is_the_engines_training_on_all_of_the_images(tuned):
     assert tuned.choice is None
 
 
+def test_a_recipe_of_defaults_fits_any_set():
+    """20 images fill no batch of 128, and 3 epochs are measured after the third."""
+    tuned = at.fine_tune(MODEL, TRAIN.images, TRAIN.labels, recipe=at.Recipe(num_epochs=3), key=KEY)
+    assert tuned.history["epoch"].tolist() == [3]
+    explicit = at.Recipe(num_epochs=3, evaluate_epochs=(3,), batch_size=NUM_TRAIN)
+    same = at.fine_tune(MODEL, TRAIN.images, TRAIN.labels, recipe=explicit, key=KEY)
+    chex.assert_trees_all_equal(tuned.model.variables, same.model.variables)
+    shortest = at.fine_tune_many(
+        MODEL,
+        TRAIN,
+        TEST,
+        subsets=np.arange(NUM_TRAIN)[None],
+        keys=KEY[None],
+        num_classes=len(CLASSES),
+        recipe=at.Recipe(num_epochs=3),
+    )
+    assert shortest["test_accuracy"].shape == (1, 1)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
 def test_floats_are_the_bytes_that_they_came_from(dtype):
     """And without test images the history is of the training images, with the same training."""
@@ -66,10 +85,9 @@ def test_floats_are_the_bytes_that_they_came_from(dtype):
     chex.assert_trees_all_equal(found.history, expected)
 
 
-def test_what_it_tells_of_the_test_images_is_what_the_network_says(monkeypatch):
-    """Of images smaller than the network's, in batches that do not divide them."""
+def test_what_it_tells_of_the_test_images_is_what_the_network_says():
+    """Of images smaller than the network's."""
     small = TEST.images[:, 1:6, 1:6]
-    monkeypatch.setattr(one_model, "_BATCH", len(small) - 1)
     found = tune(TRAIN.images[:, 1:6, 1:6], TRAIN.labels, test_images=small, test_labels=TEST.labels)
     enlarged = jnp.clip(
         jax.image.resize(jnp.asarray(small, jnp.float32) / 255, (len(small), 8, 8, 3), "linear"), 0, 1
@@ -226,7 +244,7 @@ IMAGES, LABELS = TRAIN
         ({"num_unfrozen_blocks": "auto"}, "num_unfrozen_blocks='auto': .* one of rule, cross_validation"),
         ({"num_unfrozen_blocks": 3}, "cannot unfreeze 3 blocks: this network has 2"),
         ({"num_unfrozen_blocks": "cross_validation", "num_folds": 1}, "in 1 folds: give at least 2"),
-        ({"recipe": RECIPE._replace(batch_size=21)}, "batch_size=21 is larger than the 20"),
+        ({"recipe": RECIPE._replace(weight_decay="0")}, "weight_decay='0' must be 0 or more"),
         ({"folder": "/proc/no"}, "/proc"),
     ],
 )

@@ -52,7 +52,7 @@ def test_events_have_the_scalars_of_the_log_and_forget_what_was_interrupted(tmp_
         def close(self):
             said.append("closed")
 
-    monkeypatch.setattr(progress, "SummaryWriter", Writer)
+    monkeypatch.setattr("tensorboardX.SummaryWriter", Writer)
     with RunLog(tmp_path, first_step=4) as log:
         log(6, {"loss": 0.5, "accuracy": 0.25})
     assert said == [(str(tmp_path), 5), ("loss", 0.5, 6), ("accuracy", 0.25, 6), "closed"]

@@ -17,7 +17,7 @@ from advtransfer import config as base
 from advtransfer import parallel, source
 from advtransfer.analysis import gauss_newton, influence, matches, saliency, shape, visualise
 from advtransfer.analysis.cue_conflict import CueConflict
-from advtransfer.attacks import L2, Linf, Unconstrained, make_attack, pgd
+from advtransfer.attacks import L2, Linf, Unconstrained, make_attack, pgd, threat_model
 from advtransfer.data import Augmentation, Batch, Dataset, Split, make_batch
 from advtransfer.data.views import VIEWS
 from advtransfer.evaluate import evaluate, make_evaluate_step, predict
@@ -101,9 +101,9 @@ def test_the_checks_find_what_they_are_for():
 STEPS = {
     "natural": {},
     "smoothed, in parts, averaged": {"label_smoothing": 0.1, "num_parts": 3, "average_decay": 0.9},
-    "l2": {"attack": make_attack("l2", 0.5, num_steps=2, step_ratio=0.5, random_start=True, use_best=False)},
+    "l2": {"attack": make_attack(L2(0.5), num_steps=2, random_start=True, use_best=False)},
     "linf, of the batch's statistics": {
-        "attack": make_attack("linf", 0.1, num_steps=2, step_ratio=0.5),
+        "attack": make_attack(Linf(0.1), num_steps=2),
         "attack_in_train_mode": True,
     },
 }
@@ -145,7 +145,7 @@ def test_a_source_training_on_all_devices(monkeypatch):
 
 @pytest.mark.parametrize("norm", ["none", "l2"])
 def test_no_tracer_leaks_out_of_an_evaluation_step(model, norm):
-    attack = make_attack(norm, 0.5, num_steps=2, step_ratio=0.5, random_start=True, num_restarts=2)
+    attack = make_attack(threat_model(norm, 0.5), num_steps=2, random_start=True, num_restarts=2)
     with strict():
         step = make_evaluate_step(attack)
         jax.eval_shape(step, logits_fn(model), Batch(IMAGES, LABELS, KEYS), jnp.ones(NUM_IMAGES))
@@ -159,7 +159,14 @@ def test_an_evaluation_on_all_devices_without_nan(model):
 # --- attacks --------------------------------------------------------------------------------------
 
 THREATS = {"l2": L2(0.5), "linf": Linf(0.1), "unconstrained": Unconstrained()}
-SEARCH = {"num_steps": 2, "random_start": True, "num_restarts": 2, "early_finish": True, "key": KEYS}
+SEARCH = {
+    "num_steps": 2,
+    "step_size": 0.2,
+    "random_start": True,
+    "num_restarts": 2,
+    "early_finish": True,
+    "key": KEYS,
+}
 
 
 def _linear(x):

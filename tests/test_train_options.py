@@ -188,11 +188,7 @@ def test_restarts_begin_at_random_places(num_restarts, random_start):
     assert (options["num_restarts"], options["random_start"]) == (num_restarts, random_start)
 
 
-def test_the_first_skipped_images_are_named_and_an_empty_split_is_refused(monkeypatch, caplog):
-    skipped = tuple(f"{c}.png" for c in "abcdefg")
-    monkeypatch.setattr(source, "load_dataset", lambda *_, **__: _small(8)._replace(skipped=skipped))
-    source.load_data(base.default(), "transfer.target", image_size=8, splits=("train",))
-    assert caplog.messages == ["builtin:digits: 7 images skipped: a.png; b.png; c.png; d.png; e.png"]
+def test_an_empty_split_is_refused(monkeypatch):
     monkeypatch.setattr(source, "load_dataset", lambda *_, **__: _small(0))
     with pytest.raises(ConfigError, match="config.transfer.target: builtin:digits has no train images"):
         source.load_data(base.default(), "transfer.target", image_size=8, splits=("test", "train"))

@@ -7,6 +7,7 @@ Hessian are those of the head alone, and the Hessian is summed over the training
 from __future__ import annotations
 
 import difflib
+import logging
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ import scipy.linalg
 from advtransfer.analysis import head_hessian, krylov
 from advtransfer.analysis.head_hessian import Examples
 
+_log = logging.getLogger(__name__)
+
 RCOND = 0.05  # Utrera et al., 2021
 WEIGHT_DECAY = 5e-4  # of their fine-tuning, per training image
 
@@ -26,6 +29,7 @@ _TYPICAL_VECTORS, _TYPICAL_ITERATIONS = 500, 100
 _MAX_ITERATIONS = 2000
 _BLOCK = 256  # right sides solved for at a time, fewer where their copies would take more than
 _BLOCK_BYTES = 2**30
+_SATURATED = 1e-12  # 1 - p of a label, below which nothing is left of its gradient beside any damping
 _COPIES = 8  # of a block that a solver makes
 
 
@@ -57,7 +61,7 @@ def last_layer_scores(
     damping: float | None = None,
     rcond: float = RCOND,
     tolerance: float = 1e-8,
-    tell: Callable[[str], None] = print,
+    tell: Callable[[str], None] = _log.info,
 ) -> np.ndarray:
     """How much each training image helps each query: ∇L(query)ᵀ H⁺ ∇L(train).
 
@@ -84,14 +88,16 @@ def last_layer_scores(
         of the paper's fine-tuning in a loss that is summed.
       rcond: cut-off of `truncated` relative to H's largest eigenvalue, between 0 and 1; others do not use it.
       tolerance: of `cg`: length of a residual relative to the training (or query) gradient it is solved for.
-      tell: takes one line with the expected time and memory before the work starts, and what was found.
+      tell: takes one line with the expected time and memory before the work starts, and what was found; such
+        as `print`. By default they go to the log, as information.
 
     Returns:
       float64 [Q, N]; larger is more helpful, negative harmful.
 
     Raises:
       ValueError: shapes that do not match, labels out of range, features that are not finite, an unknown
-        solver, damping or rcond out of range, a problem too large for the memory that is free.
+        solver, damping or rcond out of range, a problem too large for the memory that is free, a head so
+        certain of all labels that no gradient is left.
       RuntimeError: an iterative solver does not converge.
     """
     arrays = _checked(train_features, train_labels, query_features, query_labels, kernel, bias)
@@ -116,6 +122,7 @@ def last_layer_scores(
     basis = head_hessian.basis_of_few(train_features)
     train = head_hessian.make_examples(train_features, train_labels, kernel, bias, basis)
     queries = head_hessian.make_examples(query_features, query_labels, kernel, bias, basis)
+    _check_gradients({"training images": train, "queries": queries})
     options = _Options(damping, rcond, tolerance, free - price.num_bytes, tell)
     return _SOLVERS[solver](train, queries, options)
 
@@ -238,6 +245,8 @@ def _checked(*arrays: Any) -> tuple[np.ndarray, ...]:
     kernel = found["kernel"]
     if kernel.ndim != 2 or kernel.shape[1] < 2:
         raise ValueError(f"kernel has shape {kernel.shape}: pass [D, C] with two classes or more")
+    if kernel.shape[0] == found["bias"].size != kernel.shape[1] == found["train_features"].shape[-1]:
+        raise ValueError(f"kernel has shape {kernel.shape}, which is [C, D]: transpose it, kernel.T")
     num_features, num_classes = kernel.shape
     if found["bias"].shape != (num_classes,):
         raise ValueError(
@@ -262,6 +271,15 @@ def _checked(*arrays: Any) -> tuple[np.ndarray, ...]:
         if not np.all(np.isfinite(found[name])):
             raise ValueError(f"{name} holds NaN or infinity: influence needs finite numbers")
     return tuple(found.values())
+
+
+def _check_gradients(examples: dict[str, Examples]) -> None:
+    for name, found in examples.items():
+        if (largest := np.max(np.abs(found.residuals))) < _SATURATED:
+            raise ValueError(
+                f"the head is certain of the labels of all {name} (1 - p is {largest:.0e} at most), so their "
+                "gradients and all scores are zero: train it with more weight decay or for fewer steps"
+            )
 
 
 def _check_numbers(solver: str, damping: float, rcond: float) -> None:

@@ -6,7 +6,14 @@ Nothing here knows Flax. An attack sees `logits_fn`, a function from images [N, 
 from advtransfer.attacks.losses import LossFn, cross_entropy, log_odds, margin
 from advtransfer.attacks.network import LogitsFn, as_network
 from advtransfer.attacks.pgd import check_images, check_labels, make_attack, pgd
-from advtransfer.attacks.threat_models import L2, THREAT_MODELS, Linf, ThreatModel, Unconstrained
+from advtransfer.attacks.threat_models import (
+    L2,
+    THREAT_MODELS,
+    Linf,
+    ThreatModel,
+    Unconstrained,
+    threat_model,
+)
 
 __all__ = [
     "L2",
@@ -24,4 +31,5 @@ __all__ = [
     "make_attack",
     "margin",
     "pgd",
+    "threat_model",
 ]

@@ -13,7 +13,7 @@ from jax.tree_util import Partial
 
 from advtransfer.attacks.losses import LossFn, cross_entropy, log_odds
 from advtransfer.attacks.network import LogitsFn, as_network
-from advtransfer.attacks.threat_models import L2, THREAT_MODELS, Linf, ThreatModel
+from advtransfer.attacks.threat_models import L2, Linf, ThreatModel
 
 _SLACK = 1e-4  # of pixels beyond [0, 1], as resizing leaves them
 _UNROLLED = 3  # steps of an attack that is compiled without a loop, on accelerators
@@ -279,27 +279,20 @@ def _per_example(flags: jax.Array, images: jax.Array) -> jax.Array:
 
 
 @functools.lru_cache(maxsize=64)
-def make_attack(norm: str, eps: float, *, num_steps: int, step_ratio: float, **options):
+def make_attack(
+    threat_model: ThreatModel | None, *, num_steps: int = 20, step_size: float | None = None, **options
+):
     """`pgd` with everything chosen but (logits_fn, images, labels, key): what training and evaluation call.
 
     The same arguments give the same object, so that what was compiled for it serves again.
 
     Args:
-      norm: a key of `THREAT_MODELS`, or "none".
-      eps: its radius, pixel units.
-      num_steps: gradient steps.
-      step_ratio: step size divided by eps.
-      **options: of `pgd`.
+      threat_model, num_steps, step_size, **options: of `pgd`; sizes are plain numbers.
 
     Returns:
-      An attack, or None for the norm "none".
+      An attack, or None for no threat model.
     """
-    if norm == "none":
+    if threat_model is None:
         return None
-    return functools.partial(
-        pgd,
-        threat_model=THREAT_MODELS[norm](eps),
-        num_steps=num_steps,
-        step_size=step_ratio * eps,
-        **options,
-    )
+    options |= {"threat_model": threat_model, "num_steps": num_steps, "step_size": step_size}
+    return functools.partial(pgd, **options)

@@ -1,7 +1,15 @@
 """Datasets as host arrays, subsets of them, and batches made from them on the device."""
 
 from advtransfer.data.batches import Batch, check_batch, make_batch
-from advtransfer.data.datasets import DATASETS, Dataset, Split, check_dataset_name, check_split, load_dataset
+from advtransfer.data.datasets import (
+    DATASETS,
+    SPLITS,
+    Dataset,
+    Split,
+    check_dataset_name,
+    check_split,
+    load_dataset,
+)
 from advtransfer.data.feed import Feed, make_feed
 from advtransfer.data.glyphs import LETTERS, render_glyphs
 from advtransfer.data.stream import LostWorker, StreamedSplit
@@ -20,6 +28,7 @@ __all__ = [
     "AUGMENTATIONS",
     "DATASETS",
     "LETTERS",
+    "SPLITS",
     "TARGETS",
     "Augmentation",
     "Batch",

@@ -25,7 +25,7 @@ _MAX_SIDE, _MAX_CLASSES = 8192, 10**6
 _THREAT_MODELS = ("none", "l2", "linf")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ModelSpec:
     """What a model is, beside its weights."""
 
@@ -39,6 +39,20 @@ class ModelSpec:
     class_names: tuple[str, ...] = ()
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)  # where it comes from
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  # of what wrote it
+
+    def __repr__(self) -> str:
+        """Short: of long names and of nested facts there is the beginning, or the keys."""
+        parts = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, dict):
+                text = "{" + ", ".join(value) + "}"
+            elif field.name == "class_names" and len(value) > 5:
+                text = f"({', '.join(map(repr, value[:3]))}, … {len(value) - 3:,} more)"
+            else:
+                text = repr(value)
+            parts.append(f"{field.name}={text}")
+        return f"ModelSpec({', '.join(parts)})"
 
 
 def check_spec(spec: ModelSpec) -> None:
@@ -87,6 +101,10 @@ class Model(NamedTuple):
     module: ResNet
     variables: dict[str, Any]  # {"params", "batch_stats"}, float32
     spec: ModelSpec
+
+    def __repr__(self) -> str:
+        count = sum(np.size(x) for x in jax.tree.leaves(self.variables.get("params")))
+        return f"Model({count:,} parameters, {self.spec!r})"
 
 
 def logits_fn(model: Model) -> Partial:

@@ -15,7 +15,7 @@ from advtransfer import storage
 from advtransfer.config import ConfigError, names_key
 from advtransfer.data import Dataset, check_dataset_name
 from advtransfer.models import Model, ModelSpec, load_model, save_model
-from advtransfer.source import check_classes, check_evaluation, compute_dtype, load_data
+from advtransfer.source import align_classes, check_evaluation, compute_dtype, load_data
 from advtransfer.stages.named_models import model_name
 from advtransfer.stages.source import describe, measure_once
 from advtransfer.stages.workdir import check_workdir, open_workdir, write_json
@@ -82,8 +82,7 @@ def _load_data(config: ConfigDict, spec: ModelSpec) -> Dataset | None:
     splits = (config.evaluate.split,)
     dataset = load_data(config, "verify", image_size=spec.image_size, splits=splits)
     with names_key("verify"):
-        check_classes(dataset, spec)
-    return dataset
+        return align_classes(dataset, spec)
 
 
 def _describe(spec: ModelSpec) -> str:

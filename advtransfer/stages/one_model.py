@@ -10,19 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from advtransfer import parallel, storage
-from advtransfer.data import Split, to_float
+from advtransfer import storage
+from advtransfer.data import Split
 from advtransfer.evaluate import predict
-from advtransfer.models import Model, logits_fn, package_versions, save_model
+from advtransfer.models import Model, package_versions, save_model
 from advtransfer.report import ModelPage, Outcome, make_outcome, write_model_page
 from advtransfer.report.summary import Source
 from advtransfer.train import DivergedError
-from advtransfer.transfer import RULE, Choice, Recipe, choose_k, fine_tune_one
+from advtransfer.transfer import RULE, Choice, Recipe, check_recipe, choose_k, fine_tune_one
 
 _EVALUATE_EPOCHS = (1, 2, 5, 10, 20, 50, 100, 150)
 _MAX_SIDE = 224  # pixels of a picture on the page
 _NUM_PICTURES = 16
-_BATCH = 256
 
 
 class FineTuned(NamedTuple):
@@ -61,7 +60,7 @@ def fine_tune(
       num_unfrozen_blocks: residual blocks trained beside the head, counted from the end; -1: everything;
         "rule": by `rule_of_thumb`; "cross_validation": by `cross_validate`, on `images` alone.
       num_folds: of the cross-validation.
-      recipe: the hyper-parameters; None: the paper's, in batches of at most all images.
+      recipe: the hyper-parameters; None: the paper's, measured after some epochs on the way.
       key: of the new head, the batch order, the augmentation and the folds; None: `jax.random.key(0)`.
       folder: where to leave `model/`, `report.html` and its tables (see `write_model_page`), in the place of
         what an earlier call left there; None: nowhere.
@@ -71,8 +70,8 @@ def fine_tune(
       matrix, the accuracy of each class and the mistakes, most confident first.
 
     Raises:
-      ValueError: images or labels that are not as above, a network with fewer blocks, a batch larger than the
-        set, too few images of a class to cross-validate, or a folder that cannot be written.
+      ValueError: images or labels that are not as above, a network with fewer blocks, a recipe that cannot
+        be, too few images of a class to cross-validate, or a folder that cannot be written.
       DivergedError: the loss became NaN or infinite; nothing was written.
     """
     train = _split(images, labels, "images", "labels")
@@ -88,9 +87,8 @@ def fine_tune(
         storage.check_writable(folder)
     key = jax.random.key(0) if key is None else key
     if recipe is None:
-        recipe = Recipe(
-            batch_size=min(Recipe().batch_size, len(train.labels)), evaluate_epochs=_EVALUATE_EPOCHS
-        )
+        recipe = Recipe(evaluate_epochs=_EVALUATE_EPOCHS)
+    recipe = check_recipe(recipe, train.num_images)
     choice = None
     if isinstance(num_unfrozen_blocks, str):
         options = {"num_classes": len(names), "key": key, "num_folds": num_folds, "recipe": recipe}
@@ -143,8 +141,8 @@ def tune(
             f"the loss became NaN or infinite (learning rate {recipe.learning_rate:g}); nothing was saved. "
             "Lower the learning rate (recipe.learning_rate, config.transfer.learning_rate)"
         )
-    history = {"epoch": np.asarray(recipe.evaluate_epochs), **history}
-    outcome = None if test is None else make_outcome(test.labels, _logits(tuned, test.images), class_names)
+    history = {"epoch": np.asarray(recipe.measured_epochs), **history}
+    outcome = None if test is None else make_outcome(test.labels, predict(tuned, test.images), class_names)
     return FineTuned(tuned, history, choice, outcome, test)
 
 
@@ -232,16 +230,6 @@ def _pictures(tuned: FineTuned) -> np.ndarray:
     images = tuned.test.images[tuned.outcome.mistakes[:_NUM_PICTURES]]
     step = -(-max(images.shape[1:3]) // _MAX_SIDE)
     return images[:, ::step, ::step] / np.float32(255)
-
-
-def _logits(model: Model, images: np.ndarray) -> np.ndarray:
-    """Logits [N, C] of uint8 images, which are enlarged batch by batch; all batches are of one size."""
-    network, size = logits_fn(model), min(_BATCH, len(images))
-    pieces = []
-    for i in range(0, len(images), size):
-        piece, _ = parallel.pad(np.asarray(images[i : i + size]), size)
-        pieces.append(predict(network, to_float(jnp.asarray(piece), model.spec.image_size), batch_size=size))
-    return np.concatenate(pieces)[: len(images)]
 
 
 def _split(images: Any, labels: Any, images_name: str, labels_name: str) -> Split:

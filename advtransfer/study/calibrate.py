@@ -135,7 +135,7 @@ def _time(piece: Piece, model: Model, target: Dataset, budget: float, speed: Spe
 def _shorten(piece: Piece, num_test: int, budget: float) -> Piece:
     """The piece with as many epochs as lie between two evaluations, or fewer, and fewer images."""
     recipe, n, k = piece.first.recipe, piece.first.num_train_images, piece.first.num_unfrozen_blocks
-    num_epochs = -(-recipe.num_epochs // len(recipe.evaluate_epochs))
+    num_epochs = -(-recipe.num_epochs // len(recipe.measured_epochs))
     if k != 0:
         n = min(n, _BATCHES * recipe.batch_size)
     while True:

@@ -55,5 +55,5 @@ def fine_tune_flops(
     if prefix_is_constant(num_unfrozen_blocks, recipe):
         frozen = 0.0
     num_steps = recipe.num_epochs * num_train
-    num_measured = len(recipe.evaluate_epochs) * (num_train + num_test)
+    num_measured = len(recipe.measured_epochs) * (num_train + num_test)
     return num_steps * (frozen + 3 * trained) + num_measured * (frozen + trained)

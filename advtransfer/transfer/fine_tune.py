@@ -52,8 +52,7 @@ def fine_tune_one(
       `recipe.evaluate_epochs`, in evaluation mode.
 
     Raises:
-      ValueError: more blocks than the network has, a batch larger than the subset, `evaluate_epochs` that
-        do not ascend within 1 ... `num_epochs`, or an unknown name in the recipe.
+      ValueError: more blocks than the network has, or a recipe that cannot be (`check_recipe`).
     """
     check_split(train)
     if test is not None:
