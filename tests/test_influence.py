@@ -1,5 +1,10 @@
 """Influence through the last layer, against dense Hessians, and against training without an image."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -402,3 +407,50 @@ def test_a_kernel_by_classes_is_to_be_transposed():
 def test_it_prints_nothing_by_default(capfd):
     influence.last_layer_scores(*make_problem(6, 2, 3, 2))
     assert capfd.readouterr() == ("", "")
+
+
+# --- factorising ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("panel", [1, 7, 32, 50, 100])
+def test_a_factor_by_panels(panel):
+    rng = np.random.default_rng(0)
+    root = rng.normal(size=(50, 60))
+    matrix = np.asfortranarray(np.tril(root @ root.T))
+    factor = head_hessian.factorise(matrix, panel=panel)
+    assert factor is matrix
+    np.testing.assert_allclose(np.tril(factor), np.linalg.cholesky(root @ root.T), rtol=1e-9, atol=1e-9)
+    indefinite = np.asfortranarray(np.diag(np.float64([1] * 40 + [-1] + [1] * 9)))
+    with pytest.raises(ValueError, match="singular to float64: choose a larger damping"):
+        head_hessian.factorise(indefinite, panel=panel)
+
+
+CPU = Path("/proc/cpuinfo")
+LARGE = """
+import numpy as np
+from scipy.linalg.blas import dtrmv
+from advtransfer.analysis.head_hessian import factorise
+
+n, rng = 16_500, np.random.default_rng(0)
+v, x = rng.normal(size=(2, n))
+matrix = np.empty((n, n), order="F")
+for i in range(0, n, 512):
+    matrix[:, i : i + 512] = np.outer(v, v[i : i + 512])
+matrix[np.diag_indices(n)] += n
+want = v * (v @ x) + n * x
+factor = factorise(matrix)
+found = dtrmv(factor, dtrmv(factor, x, lower=1, trans=1), lower=1)
+print(np.max(np.abs(found - want)) / np.max(np.abs(want)))
+"""
+
+
+@pytest.mark.sweep
+@pytest.mark.skipif(
+    not CPU.exists() or "avx512f" not in CPU.read_text(),
+    reason="the processor has no avx512f, so OpenBLAS would not run the kernels that crash",
+)
+def test_a_large_factor_with_the_kernels_that_crash():
+    environment = os.environ | {"OPENBLAS_CORETYPE": "SkylakeX", "OPENBLAS_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", LARGE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert float(done.stdout) < 1e-10

@@ -30,6 +30,7 @@ _MAX_ITERATIONS = 2000
 _BLOCK = 256  # right sides solved for at a time, fewer where their copies would take more than
 _BLOCK_BYTES = 2**30
 _SATURATED = 1e-12  # 1 - p of a label, below which nothing is left of its gradient beside any damping
+_PANELS = 3  # copies of a panel of columns that factorising takes
 _COPIES = 8  # of a block that a solver makes
 
 
@@ -141,7 +142,8 @@ def cost(num_train: int, num_queries: int, num_features: int, num_classes: int, 
         size -= width
         build = num_train * width * size * num_classes / 2
         flops += build + size**3 / 3 + 2 * few * size**2
-        work = 8 * size**2
+        panels = 8 * _PANELS * size * head_hessian.PANEL if size > head_hessian.PANEL else 0
+        work = 8 * size**2 + max(0, panels - block)  # factorised first, solved for the block then
     elif solver == "truncated":
         vectors = min(_TYPICAL_VECTORS, size)
         flops = vectors * (product + 4 * vectors * size + 2 * (num_train + num_queries) * size)
