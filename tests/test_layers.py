@@ -1,6 +1,8 @@
 """The rules of the house: which room may know which, and what is spelt in one place only."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 from advtransfer import config as base
@@ -118,3 +120,27 @@ def test_every_config_key_is_read_somewhere():
 
 def test_the_stages_of_the_config_are_those_that_run():
     assert set(STAGES) == set(STAGE_MODULES)
+
+
+def test_the_library_imports_nothing_heavy(tmp_path):
+    """Whatever is installed: here every one of them is there, and ends the process if it is imported."""
+    names = (
+        "torch",
+        "tensorboardX",
+        "tensorflow",
+        "tensorflow_datasets",
+        "matplotlib",
+        "scipy.ndimage",
+        "pandas",
+    )
+    code = f"""
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name in {names}:
+            raise SystemExit(name + " is imported")
+sys.meta_path.insert(0, Finder())
+import advtransfer, advtransfer.main
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -16,7 +16,6 @@ import hashlib
 from pathlib import Path
 
 import chex
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 
@@ -149,6 +148,8 @@ def render_glyphs(
 
 def versions() -> dict[str, object]:
     """Everything beside the arguments that the drawn pixels depend on."""
+    import matplotlib  # half a second, which those who draw nothing need not wait
+
     return {
         "generator": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "matplotlib": matplotlib.__version__,
@@ -198,6 +199,8 @@ def _gratings(textures: np.ndarray, amplitude: np.ndarray, phase: np.ndarray, im
 
 def _letter_masters(alphabet: str, side: int) -> dict[tuple[int, int], Image.Image]:
     """Every letter in every face, as coverage (mode L), centred on a canvas of `side` pixels."""
+    import matplotlib
+
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     masters = {}
     for face, file in enumerate(_FACES):

@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 import chex
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 LOW_PASS_SIDE = 32  # pixels
 GRID = 4  # patches a side
@@ -92,6 +91,7 @@ def edges(images: np.ndarray) -> np.ndarray:
 
     Scaled so that a step is as bright as it is high, and cut off at 255; the border is repeated outwards.
     """
+    from scipy import ndimage  # a quarter of a second, and this is its only use
 
     def slope(image: np.ndarray) -> np.ndarray:
         luma = np.asarray(_luma(image), np.float64)
