@@ -274,6 +274,7 @@ def test_headline_in_its_three_outcomes(gap, words):
     assert sentence.startswith("On digits, with at most 100 labelled images, ")
     assert "5 seeds, head only" in sentence
     assert ("includes zero" in sentence) == (gap == 0.004)
+    assert sentence.endswith(" The interval leaves out what training the sources again would change.")
 
 
 def test_headline_with_one_seed_and_with_many_images_only():

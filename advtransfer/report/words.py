@@ -31,9 +31,14 @@ def _sentence(results: Results, target: str, pooled: list[Pooled]) -> str:
     few = f"with {at_most}{count(largest, 'labelled image')}"
     if len(here) > 1:
         said = "; ".join(_verdict(p, count(p.num_seeds, "seed"), short=True) for p in here)
-        return f"On {target}, {few} ({blocks}), against the natural source: {said}."
-    verdict = _verdict(here[0], f"{count(here[0].num_seeds, 'seed')}, {blocks}")
-    return f"On {target}, {few}, {verdict}."
+        said = f"On {target}, {few} ({blocks}), against the natural source: {said}."
+    else:
+        verdict = _verdict(here[0], f"{count(here[0].num_seeds, 'seed')}, {blocks}")
+        said = f"On {target}, {few}, {verdict}."
+    if all(math.isnan(p.ci95) for p in here):
+        return said
+    interval = "The intervals leave" if len(here) > 1 else "The interval leaves"
+    return f"{said} {interval} out what training the sources again would change."
 
 
 def _verdict(p: Pooled, settings: str, *, short: bool = False) -> str:
