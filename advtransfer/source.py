@@ -269,12 +269,12 @@ def create_source_module(config: ConfigDict, dataset: Dataset) -> Any:
 def train_source(config: ConfigDict, folder: str | Path, *, name: str = "source") -> Model:
     """Trains the network that config.train describes, or goes on where an earlier run stopped.
 
-    Writes `folder`/checkpoints, log.jsonl, TensorBoard events, and at the end `folder`/model. A finished
-    model is loaded and returned as it is. Over several processes, which share `folder`, all write and read
-    the checkpoints, and process 0 the rest.
+    Writes `folder`/source.json, checkpoints, log.jsonl, TensorBoard events, and at the end `folder`/model. A
+    finished model is loaded and returned as it is. Over several processes, which share `folder`, all write
+    and read the checkpoints, and process 0 the rest.
 
     Raises:
-      ConfigError: as `prepare`, or `folder` holds the model of another source.
+      ConfigError: as `prepare`, or `folder` holds the model of another source, or what is not ours.
       DivergedError, Preempted: as `train.fit`.
       UnreadableCheckpoints, SaveError: as `Checkpoints`.
     """
@@ -285,12 +285,20 @@ def train_source(config: ConfigDict, folder: str | Path, *, name: str = "source"
         model = load_model(folder / "model", dtype=compute_dtype(config.dtype))
         _check_model(config, model, folder / "model")
         return model
+    try:
+        storage.check_ours(folder, "source.json", "config.json")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     dataset = load_source_data(config)
     run = prepare(config, dataset)
     recipe = config.train.to_dict().items()
     asked = {key: value for key, value in recipe if f"train.{key}" not in FREE_KEYS}
     asked |= {"seed": config.seed, "dtype": config.dtype, "classes": dataset.class_names}
-    identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+    described = json.dumps(asked, sort_keys=True).encode()
+    identity = hashlib.sha256(described).hexdigest()
+    if parallel.is_main_process():
+        storage.make_folder(folder)
+        storage.write(folder / "source.json", described)
     checkpoints = Checkpoints(folder / "checkpoints", keep=config.train.keep, run=identity)
     with contextlib.closing(run):
         restored = checkpoints.restore(run.state)

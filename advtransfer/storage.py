@@ -99,6 +99,18 @@ def check_writable(folder: Path | epath.Path) -> None:
         raise ValueError(reason(error)) from error
 
 
+def check_ours(folder: Path | epath.Path, *markers: str) -> None:
+    """Raises a ValueError if `folder` holds anything, but none of the files that mark what we may replace."""
+    if not folder.exists() or any((folder / marker).exists() for marker in markers):
+        return
+    if others := sorted(path.name for path in folder.iterdir() if path.name[0] != "."):
+        more = ", ..." if len(others) > 3 else ""
+        raise ValueError(
+            f"{folder} holds files that are not ours ({', '.join(others[:3])}{more}): choose another, or an "
+            "empty folder"
+        )
+
+
 def is_file(path: Path | epath.Path) -> bool:
     """Whether there is a file at `path`.
 

@@ -66,7 +66,7 @@ def test_a_prepared_set_is_cut(tmp_path, monkeypatch):
 
 @pytest.mark.process
 def test_every_section_runs_on_a_cpu(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.accelerator", "--minutes=10", f"--out={tmp_path}"]
+    command = [sys.executable, "-m", "benchmarks.accelerator", "--minutes=60", f"--out={tmp_path}"]
     options = ["--sections=right,steps,study,path", "--turns=1", "--source-seconds=0.2"]
     done = subprocess.run([*command, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

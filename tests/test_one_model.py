@@ -204,7 +204,7 @@ def test_a_folder_holds_the_model_and_its_page(tuned, tmp_path):
     assert [row["num_unfrozen_blocks"] for row in rows if row["chosen"] == "1"] == ["0"]
     tune(TRAIN.images, TRAIN.labels, **options, num_unfrozen_blocks=1)  # in its place
     tables = {"epochs.csv", "confusion.csv", "classes.csv", "mistakes.csv"}
-    assert {path.name for path in folder.iterdir()} == {"model", "report.html", *tables}
+    assert {path.name for path in folder.iterdir()} == {"fine_tune.json", "model", "report.html", *tables}
     description = json.loads((folder / "model" / "model.json").read_text())
     assert description["provenance"]["num_unfrozen_blocks"] == 1
     page = (folder / "report.html").read_text()
@@ -252,6 +252,21 @@ def test_what_cannot_be_is_refused_in_one_line(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         at.fine_tune(MODEL, **({"images": IMAGES, "labels": LABELS} | change))
     assert "\n" not in str(caught.value)
+
+
+def test_files_of_others_are_left_alone(tmp_path, monkeypatch):
+    """And refused before the training; a folder of ours is written again."""
+    (tmp_path / "report.html").write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(one_model, "tune", None)
+        with pytest.raises(
+            ValueError, match=r"holds files that are not ours \(report.html\): choose another"
+        ):
+            tune(TRAIN.images, TRAIN.labels, folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    for _ in range(2):
+        tune(TRAIN.images, TRAIN.labels, folder=tmp_path / "own")
+    assert json.loads((tmp_path / "own" / "fine_tune.json").read_text())["num_train_images"] == NUM_TRAIN
 
 
 def test_a_training_that_diverges_leaves_nothing(tmp_path):

@@ -143,7 +143,11 @@ def test_models_in_a_bucket(store, monkeypatch):
         chex.assert_trees_all_equal(load_model(name).variables, variables)
     with pytest.raises(ValueError, match="exists already.*overwrite=True"):
         save_model(model, folder)
-    save_model(model._replace(spec=spec.__class__(**{**vars(spec), "eps": 1.0})), folder, overwrite=True)
+    save_model(
+        model._replace(spec=spec.__class__(**{**vars(spec), "norm": "l2", "eps": 1.0})),
+        folder,
+        overwrite=True,
+    )
     assert load_model(folder).spec.eps == 1.0
     storage.remove(folder / "model.json")  # as a killed process leaves it
     with pytest.raises(ValueError, match="is no model folder: it has no model.json"):

@@ -169,3 +169,10 @@ def test_what_was_put_aside_is_deleted_once_the_new_one_is_there(tmp_path):
     (tmp_path / ".good.0123.new").mkdir()
     save_model(make_model(seed=2), tmp_path / "good", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["good"]
+
+
+def test_a_source_is_not_trained_among_files_of_others(tmp_path):
+    (tmp_path / "log.jsonl").write_text("mine")
+    with pytest.raises(ConfigError, match=r"holds files that are not ours \(log.jsonl\)"):
+        train_source(make_config("source"), tmp_path)
+    assert files(tmp_path) == {"log.jsonl": b"mine"}

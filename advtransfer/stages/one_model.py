@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from advtransfer.report.summary import Source
 from advtransfer.train import DivergedError
 from advtransfer.transfer import RULE, Choice, Recipe, check_recipe, choose_k, fine_tune_one
 
+_MARKER = "fine_tune.json"  # of a folder whose files a later call may replace
 _EVALUATE_EPOCHS = (1, 2, 5, 10, 20, 50, 100, 150)
 _MAX_SIDE = 224  # pixels of a picture on the page
 _NUM_PICTURES = 16
@@ -63,7 +65,7 @@ def fine_tune(
       recipe: the hyper-parameters; None: the paper's, measured after some epochs on the way.
       key: of the new head, the batch order, the augmentation and the folds; None: `jax.random.key(0)`.
       folder: where to leave `model/`, `report.html` and its tables (see `write_model_page`), in the place of
-        what an earlier call left there; None: nowhere.
+        what an earlier call left there, which `fine_tune.json` tells; None: nowhere.
 
     Returns:
       `FineTuned`: the model, its history by epoch, and its predictions on the test images with the confusion
@@ -71,7 +73,8 @@ def fine_tune(
 
     Raises:
       ValueError: images or labels that are not as above, a network with fewer blocks, a recipe that cannot
-        be, too few images of a class to cross-validate, or a folder that cannot be written.
+        be, too few images of a class to cross-validate, or a folder that cannot be written or holds other
+        files.
       DivergedError: the loss became NaN or infinite; nothing was written.
     """
     train = _split(images, labels, "images", "labels")
@@ -84,6 +87,7 @@ def fine_tune(
         _check_range(test.labels, len(names), "test_labels")
     if folder is not None:
         folder = storage.to_path(folder)
+        storage.check_ours(folder, _MARKER)
         storage.check_writable(folder)
     key = jax.random.key(0) if key is None else key
     if recipe is None:
@@ -105,6 +109,9 @@ def fine_tune(
         choice=choice,
     )
     if folder is not None:
+        provenance = json.dumps(tuned.model.spec.provenance, default=str, indent=1)
+        storage.make_folder(folder)
+        storage.write(folder / _MARKER, provenance.encode())
         save_model(tuned.model, folder / "model", overwrite=True)
         write_model_page(make_page(tuned, title="A fine-tuned network"), folder)
     return tuned

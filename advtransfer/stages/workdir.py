@@ -28,11 +28,10 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
     except ValueError as error:
         raise ConfigError(f"--workdir={workdir} cannot be written: {error}") from error
     saved = workdir / "config.json"
-    if not saved.exists() and (others := sorted(p.name for p in _list(workdir) if p.name[0] != ".")):
-        raise ConfigError(
-            f"--workdir={workdir} holds files that are not ours ({', '.join(others[:3])}"
-            f"{', ...' if len(others) > 3 else ''}): choose another, or an empty folder"
-        )
+    try:
+        storage.check_ours(workdir, saved.name)
+    except ValueError as error:
+        raise ConfigError(f"--workdir={error}") from error
     if saved.exists():
         try:
             different = conflicts(config, saved.read_text())
@@ -43,10 +42,6 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
                 f"--workdir={workdir} holds the results of another config ({'; '.join(different)}): "
                 "choose another --workdir, or go back to that config"
             )
-
-
-def _list(workdir: Path) -> list[Path]:
-    return list(workdir.iterdir()) if workdir.exists() else []
 
 
 @contextlib.contextmanager
