@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from types import SimpleNamespace
 
 import pytest
 from test_report_rows import make_row
@@ -31,7 +32,7 @@ def test_rows_are_used_as_far_as_they_go_and_the_rest_is_told(tmp_path):
     path = foreign(tmp_path, rows)
     with open(path, "a") as stream:
         stream.write("natural,none,0")  # the writer was stopped here
-    read, told = read_foreign_rows(path)
+    read, told = read_foreign_rows(path, "fraction")
     assert [row["seed"] for row in read] == [0, 1, 2, 3, 4, 5, "first", "second", 7, 8, 11]
     assert [row["seed"] for row in read if math.isnan(row["test_accuracy"])] == [7, 8]
     assert read[5]["test_accuracy"] == 0.25 and read[-1]["source_norm"] == "l2"
@@ -51,28 +52,74 @@ def test_rows_are_used_as_far_as_they_go_and_the_rest_is_told(tmp_path):
     assert "num_train_images = &#x27;all&#x27;" in text and "1 duplicate row dropped" in text
 
 
-def test_a_column_in_percent_is_taken_as_such_and_told(tmp_path):
-    rows = [make_row(seed=seed, train_accuracy=1.0, test_accuracy=70.0 + seed) for seed in range(10)]
-    rows.append(make_row(seed=10, test_accuracy=0.9))  # a network that has just begun
-    read, [told] = read_foreign_rows(foreign(tmp_path, rows))
-    expected = [*(0.7 + seed / 100 for seed in range(10)), 0.009]
-    assert [row["test_accuracy"] for row in read] == pytest.approx(expected)
+def accuracies(tmp_path, train, test, unit="auto", **changes):
+    """What is read of two columns of accuracies, and what is told."""
+    rows = [
+        make_row(seed=i, train_accuracy=x, test_accuracy=y) | changes
+        for i, (x, y) in enumerate(zip(train, test, strict=True))
+    ]
+    read, told = read_foreign_rows(foreign(tmp_path, rows), unit)
+    return [row["train_accuracy"] for row in read], [row["test_accuracy"] for row in read], told
+
+
+def test_accuracies_in_percent_are_taken_as_such_and_told(tmp_path):
+    near_chance = [0.9] * 6 + [7.0, 8.0, 9.0, 10.0]  # with a hundred classes
+    train, test, told = accuracies(tmp_path, [99.5] * 10, near_chance)
+    assert train == pytest.approx([0.995] * 10) and test == pytest.approx([y / 100 for y in near_chance])
+    assert sum("4 rows: test_accuracy is above 1" in sentence for sentence in told) == 1
+    # What is then outside 0 to 100 is missing, alone.
+    _, test, told = accuracies(tmp_path, [99.5] * 10, [-0.5, 100.5, *near_chance[2:]])
+    assert [math.isnan(y) for y in test] == [True] * 2 + [False] * 8 and test[2] == pytest.approx(0.009)
+    assert any(sentence.startswith("2 rows: test_accuracy counts as missing") for sentence in told)
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ([""] * 4, [0.57, 0.58, 57.0, 58.0]),  # of two writers, or near chance
+        ([0.99, 0.98, 99.0, 98.0], [0.57, 0.58, 57.0, 58.0]),
+        ([""] * 4, [0, 1, 1, 0]),  # no point anywhere: fractions of one image, or rounded percent
+        ([1, 1, 1, 1], [0, 1, 1, 0]),
+    ],
+)
+def test_accuracies_of_which_nobody_can_tell_the_unit_are_asked_for(tmp_path, train, test):
+    found_train, found_test, [told] = accuracies(tmp_path, train, test)
+    assert all(map(math.isnan, found_train + found_test))
+    assert "config.report.accuracy_unit=fraction or =percent" in told and "foreign.csv:" in told
+    _, found, _ = accuracies(tmp_path, train, test, "percent")
+    assert found == pytest.approx([y / 100 for y in test])
+    _, found, _ = accuracies(tmp_path, train, test, "fraction")
+    assert found == pytest.approx([y if y <= 1 else math.nan for y in test], nan_ok=True)
+
+
+def test_a_percent_sign_says_percent_of_its_column(tmp_path):
+    train, test, told = accuracies(tmp_path, [0.995, 0.25], ["50.00%", " 0.9 % "])
+    assert train == [0.995, 0.25] and test == pytest.approx([0.5, 0.009])
+    assert len(told) == 1 and "2 rows: test_accuracy is above 1 or has a % sign" in told[0]
+    _, test, [told] = accuracies(tmp_path, [""] * 4, ["50.00%", "51%", 0.5, 0.6])  # half without
+    assert all(map(math.isnan, test)) and "cannot be told" in told
+
+
+@pytest.mark.parametrize(
+    "name", ["test_accuracy_percent", "Test accuracy (%)", "test_acc [%]", "TEST-ACC pct"]
+)
+def test_a_columns_name_says_percent(tmp_path, name):
+    path = foreign(tmp_path, [make_row(test_accuracy=0.9), make_row(seed=1, test_accuracy=1)])
+    path.write_text(path.read_text().replace("test_accuracy", name, 1))
+    read, _ = read_foreign_rows(path)
+    assert [row["test_accuracy"] for row in read] == pytest.approx([0.009, 0.01])
     assert {row["train_accuracy"] for row in read} == {1.0}
-    assert "10 rows: test_accuracy is above 1, so all 11 were taken as percent" in told
-    # Nine of ten above 1, from 0 to 100, are enough; below 0 or above 100 there is no percent.
-    for first, last, percent in ((0.0, 100.0, True), (-0.5, 100.0, False), (0.0, 100.5, False)):
-        column = [first, *(40.0 + i for i in range(8)), last]
-        few = [make_row(seed=i, train_accuracy=1.0, test_accuracy=y) for i, y in enumerate(column)]
-        read, [told] = read_foreign_rows(foreign(tmp_path, few))
-        assert ("so all 10 were taken as percent" in told) == percent
-        assert (read[1]["test_accuracy"] == pytest.approx(0.4)) == percent
-    few = [make_row(seed=i, test_accuracy=y) for i, y in enumerate((0.5, 0.5, *range(40, 47)))]
-    assert sum(math.isnan(r["test_accuracy"]) for r in read_foreign_rows(foreign(tmp_path, few))[0]) == 7
-    # Where fractions and percent are mixed nobody can tell: what cannot be a fraction is missing.
-    mixed = rows[:2] + [make_row(seed=seed) for seed in range(5, 9)]
-    read, [told] = read_foreign_rows(foreign(tmp_path, mixed))
-    assert [math.isnan(row["test_accuracy"]) for row in read] == [True] * 2 + [False] * 4
-    assert "2 rows: test_accuracy counts as missing" in told
+
+
+def test_the_unit_of_a_file_is_decided_beside_the_others(tmp_path):
+    for name, scale in (("a", 100), ("b", 100), ("c", 1)):
+        rows = [make_row(target=name, seed=s, train_accuracy=scale, test_accuracy=scale / 2) for s in (0, 1)]
+        write_rows(rows, tmp_path / f"{name}.csv")
+    read, told = read_foreign_rows(tmp_path)
+    assert [row["test_accuracy"] for row in read[:4]] == [0.5] * 4
+    assert all(math.isnan(row["test_accuracy"]) for row in read[4:]) and "c.csv:" in " ".join(told)
+    (tmp_path / "a.csv").unlink(), (tmp_path / "b.csv").unlink()
+    assert [row["test_accuracy"] for row in read_foreign_rows(tmp_path)[0]] == [0.5] * 2
 
 
 def test_the_stage_tells_it_too_and_draws_the_papers_numbers(tmp_path, capsys):
@@ -146,6 +193,9 @@ class Bucket:
         depth = len(self.parts)
         below = {key[: depth + 1] for key in self.store if key[:depth] == self.parts}
         return (Bucket(self.store, key) for key in below)
+
+    def stat(self):
+        return SimpleNamespace(length=len(self.store[self.parts]))
 
     def write_bytes(self, content):
         self.store[self.parts] = bytes(content)
