@@ -2,8 +2,11 @@
 
 import csv
 import io
+import json
 import math
+import os
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 from test_report_rows import make_row
@@ -240,3 +243,180 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_rows([make_row(), make_row(seed=1)], path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def table(tmp_path, text, encoding="utf-8"):
+    path = tmp_path / "theirs.csv"
+    path.write_bytes(text.encode(encoding))
+    return read_foreign_rows(path)
+
+
+HEADER = ",".join(COLUMNS[:11])
+LINE = "natural,none,0.5,tä,100,-1,7,150,0.75,0.125,0.5"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_separators_and_encodings(tmp_path, encoding, separator, end):
+    text = f"{HEADER}\n{LINE}\n".replace(",", separator).replace("\n", end)
+    [[row], told] = table(tmp_path, text, encoding)
+    assert not told and (row["target"], row["seed"], row["test_accuracy"]) == ("tä", 7, 0.5)
+    if separator != ",":  # as a German spreadsheet writes it
+        [[comma], told] = table(tmp_path, text.replace(".", ","), encoding)
+        assert not told and comma == row
+        assert table(tmp_path, f"sep={separator}{end}{text}", encoding)[0] == [row]
+
+
+def test_decimal_commas_and_marks_of_thousands_are_not_guessed(tmp_path):
+    german = "natural;none;0;t;100;-1;7;150;0,75;0,125;"
+    header = HEADER.replace(",", ";")
+    rows, told = table(tmp_path, f"{header}\n{german}50,5%\n{german.replace('100', '1.000')}51,5%\n")
+    assert [row["test_accuracy"] for row in rows] == pytest.approx([0.505])
+    assert any(
+        "theirs.csv:3: num_train_images = '1.000' has a point, or a mark of thousands" in t for t in told
+    )
+    rows, told = table(tmp_path, f"{header}\n{german}0,5\n{german.replace(';7;', ';8;')}1.234,5\n")
+    assert any("theirs.csv:3: test_accuracy = '1.234,5'" in sentence for sentence in told)
+    # With commas between cells a decimal comma makes one cell more.
+    with pytest.raises(ValueError, match=r"theirs.csv:2: 12 cells under 11 columns"):
+        table(tmp_path, f"{HEADER}\n{LINE.replace('0.75', '0,75')}\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (f"{HEADER}\n{LINE}\n".encode("latin-1"), "theirs.csv:2: target = 't\\udce4': is not UTF-8"),
+        (f"{HEADER}\n{LINE}\n".encode("utf-16-le"), "theirs.csv: no text (it holds zero bytes"),
+        (f"{HEADER}\n{LINE}\n".encode("utf-16")[:-1], "theirs.csv: no text ("),
+        (f"{HEADER},seed\n{LINE},8\n".encode(), "theirs.csv:1: two columns are called seed"),
+        (f"{HEADER},Test accuracy (%)\n{LINE},8\n".encode(), "two columns are test_accuracy"),
+        (os.urandom(16) + b"\0" * 16, "theirs.csv: no text ("),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(tmp_path, content, words):
+    (tmp_path / "theirs.csv").write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        read_foreign_rows(tmp_path / "theirs.csv")
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("seed", "read"),
+    [
+        (str(2**53 + 1), 2**53 + 1),
+        (str(2**64 - 1), 2**64 - 1),
+        ("1e3", 1000),
+        ("3.0", 3),
+        ("-4", -4),
+        ("1" * 40, int("1" * 40)),
+        ("9007199254740993.0", 2**53 + 1),
+        ("1e1000000000", "1e1000000000"),  # a name as good as any
+        ("1_000", "1_000"),
+        ("run-3", "run-3"),
+    ],
+)
+def test_seeds_are_exact(tmp_path, seed, read):
+    [[row], _] = table(tmp_path, f"{HEADER}\n{LINE.replace(',7,', f',{seed},')}\n")
+    assert row["seed"] == read and type(row["seed"]) is type(read)
+
+
+def test_seeds_that_a_float_would_make_one(tmp_path):
+    lines = "".join(LINE.replace(",7,", f",{2**53 + i},") + "\n" for i in range(4))
+    rows, told = table(tmp_path, f"{HEADER}\n{lines}")
+    assert [row["seed"] for row in rows] == [2**53 + i for i in range(4)] and not told
+    (tmp_path / "a.jsonl").write_text(json.dumps(make_row(seed=2.0**60)))
+    with pytest.raises(ValueError, match="not exact: write it as an integer"):
+        read_foreign_rows(tmp_path / "a.jsonl")
+
+
+def test_fields_of_one_name_are_refused(tmp_path):
+    text = json.dumps(make_row())
+    (tmp_path / "a.jsonl").write_text(text[:-1] + ', "seed": 1}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl:1: two fields are called seed"):
+        read_foreign_rows(tmp_path / "a.jsonl")
+
+
+NAMES = [
+    "=1+1",
+    "+cmd|' /C calc'!A0",
+    "-2+3",
+    "@SUM(1)",
+    "\t=1",
+    "\r=1",
+    "'=1",
+    "''@x",
+    "＝1",
+    "'quoted'",
+    "-3",
+]
+
+
+def test_no_cell_is_a_formula_and_names_come_back(tmp_path):
+    rows = [make_row(source=name, target=name, seed=i) for i, name in enumerate(NAMES)]
+    path = write_rows(rows, tmp_path / "rows.csv")
+    assert [row["source"] for row in read_rows(path)] == NAMES
+    write_report(rows, tmp_path / "report")
+    for file in [path, *(tmp_path / "report").rglob("*.csv")]:
+        with file.open(newline="") as stream:
+            for cell in (cell for line in csv.reader(stream) for cell in line):
+                number = cell.replace(".", "").replace(" ", "").lstrip("-").isdigit() or "e-" in cell
+                assert cell[:1] not in tuple("=+-@\t\r＝") or number, (file.name, cell)
+
+
+def test_odd_files_among_rows_are_passed_over(tmp_path):
+    write_rows([make_row()], tmp_path / "good.csv")
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "dangling.csv").symlink_to("/nowhere")
+    (tmp_path / "up").symlink_to(tmp_path)
+    (tmp_path / "binary.csv").write_bytes(bytes(range(256)) * 100)
+    (tmp_path / "binary.jsonl").write_bytes(bytes(range(256)) * 100)
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    assert read_rows(tmp_path) == [make_row()]
+    for name in ("pipe.csv", "dangling.csv"):
+        with pytest.raises(ValueError, match="neither a regular file nor a folder|no such file"):
+            read_rows(tmp_path / name)
+
+
+def test_rows_are_bounded_before_they_are_read(tmp_path, monkeypatch):
+    pyarrow, parquet = map(pytest.importorskip, ("pyarrow", "pyarrow.parquet"))
+    row = make_row()
+    del row["config"]
+    many = pyarrow.table({name: pyarrow.array([value] * 20) for name, value in row.items()})
+    parquet.write_table(
+        many.append_column("big", pyarrow.array(["x" * 1000] * 20)), tmp_path / "rows.parquet"
+    )
+    [read] = read_rows(tmp_path / "rows.parquet")
+    assert "big" not in read
+    monkeypatch.setattr("advtransfer.report.rows.MAX_ROWS", 19)
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", None)  # not even begun
+    with pytest.raises(ValueError, match=r"rows.parquet: .*20 rows, more than 19"):
+        read_rows(tmp_path / "rows.parquet")
+    monkeypatch.setattr("advtransfer.report.cells.MAX_ROWS", 19)
+    with pytest.raises(ValueError, match=r"rows.csv:21: more than 19 rows"):
+        read_rows(write_rows([make_row(seed=s) for s in range(20)], tmp_path / "rows.csv"))
+
+
+def test_networks_of_one_name_keep_their_rows(tmp_path):
+    """Two networks called r, ε equal to six digits, beside one that is called as one of them would be."""
+    rows = [make_row(source="r", source_norm="l2", source_eps=eps, test_accuracy=a, seed=s)
+            for eps, a in ((0.5, 0.1), (0.50000001, 0.2)) for s in (0, 1)]  # fmt: skip
+    rows += [make_row(source="r, ℓ2 (ε = 0.5)", source_norm="l2", source_eps=1, test_accuracy=0.3)]
+    write_report(rows, tmp_path)
+    with open(tmp_path / "summary.csv", newline="") as stream:
+        found = {row["source"]: float(row["mean"]) for row in csv.DictReader(stream)}
+    assert sorted(found.values()) == pytest.approx([0.1, 0.2, 0.3])
+
+
+def test_figures_of_names_with_control_characters_are_xml(tmp_path):
+    rows = [
+        make_row(source=s, source_norm=norm, source_eps=eps, num_train_images=n, target="t\x0b\x1b[31m")
+        for s, norm, eps in (("a", "none", 0), ("\0", "l2", 1), ("c\x1b]\x07", "l2", 1), ("\u202e", "l2", 2))
+        for n in (10, 20)
+    ]  # fmt: skip
+    text = write_report(rows, tmp_path).read_text("utf-8")
+    figures = list(tmp_path.rglob("*.svg"))
+    for figure in figures:
+        ElementTree.parse(figure)
+    assert figures and not any(ord(c) < 32 and c not in "\t\n" for c in text) and "\u202e" not in text

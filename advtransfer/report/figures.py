@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MappingProxyType
@@ -335,7 +336,9 @@ def _dot(style: Style) -> dict[str, object]:
 def _svg(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
+    with warnings.catch_warnings():  # of characters that DejaVu Sans has not: the reader's font may have them
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     fonts = b"system-ui, -apple-system, 'Segoe UI', Roboto, Arial"  # as in template.html
     text = printable(buffer.getvalue().decode())
     return text.encode().replace(b"'DejaVu Sans'", fonts)

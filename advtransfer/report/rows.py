@@ -115,8 +115,11 @@ def csv_lines(lines: Iterable[Iterable[Any]]) -> str:
     """Lines of cells as CSV. Text that a spreadsheet would take for a formula has an apostrophe before it,
     which our own reader takes away."""
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerows([_no_formula(_null(cell)) for cell in line] for line in lines)
+    writer = csv.writer(buffer, lineterminator="\r\n")  # a \r in a cell is quoted if it ends lines
+    for line in lines:
+        writer.writerow([_no_formula(_null(cell)) for cell in line])
+        buffer.seek(buffer.truncate(buffer.tell() - 2))
+        buffer.write("\n")
     return buffer.getvalue()
 
 
