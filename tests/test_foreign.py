@@ -1,12 +1,14 @@
 """What comes from outside: names inside a folder, text without control characters, bounded files and JSON."""
 
+import io
 import os
 import re
 from pathlib import Path
 
 import pytest
 
-from advtransfer import foreign
+from advtransfer import foreign, main
+from advtransfer.study import finished_rows
 
 
 @pytest.mark.parametrize("name", ["a.csv", "figures/a b.svg", "ü", "..a", "a..b", "x" * 200])
@@ -70,3 +72,24 @@ def test_file_names_differ_whatever_the_capitals():
     names = [foreign.file_name(text, taken) for text in texts]
     assert len({name.casefold() for name in names}) == len(texts) and names[:3] == ["a-b", "a-b-1", "a-b-1-1"]
     assert all(re.fullmatch(r"[A-Za-z0-9-]{1,70}", name) for name in names)
+
+
+def test_a_terminal_obeys_progress_bars_alone():
+    shown = io.StringIO()
+    stream = main._Stream(shown)
+    for text in ("\r 50 %|█", "\n\n\x1b[A\x1b[A", "a\x1b[2Jb\rc\x07\n", "\x1b]0;x\x07"):
+        stream.write(text)
+    assert shown.getvalue() == "\r 50 %|█\n\n\x1b[A\x1b[Aa␛[2Jb␍c␇\n␛]0;x␇"
+
+
+def test_odd_files_among_a_studys_rows_are_set_aside(tmp_path, caplog):
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "dangling.jsonl").symlink_to("/nowhere")
+    (tmp_path / "loop.jsonl").symlink_to("loop.jsonl")
+    (tmp_path / "binary.jsonl").write_bytes(bytes(range(256)))
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    assert finished_rows(tmp_path) == {}
+    assert len(list(tmp_path.glob("*.jsonl"))) == 6 and len(caplog.messages) == 6
+    assert finished_rows(tmp_path, set_aside=True) == {}
+    assert not list(tmp_path.glob("*.jsonl")) and len(list(tmp_path.glob("*.corrupt"))) == 6
