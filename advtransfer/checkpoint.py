@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from advtransfer import parallel, storage
+from advtransfer import foreign, parallel, storage
 from advtransfer.storage import SaveError
 
 _OVERHEAD = 2**20  # bytes that a checkpoint takes beside its arrays, at most
@@ -179,7 +179,7 @@ class Checkpoints:
     def _read(self, step: int, template: Arrays) -> Arrays:
         """All shares of a checkpoint, whose SHA-256 must be the one that was written."""
         folder = self.folder / str(step)
-        about = json.loads((folder / _WHOLE).read_text())
+        about = foreign.read_json(folder / _WHOLE)
         if about.get("run", self._run) != self._run:
             raise _OtherRun
         found: Arrays = {}

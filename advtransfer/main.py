@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from advtransfer import parallel, stages, storage
+from advtransfer import foreign, parallel, stages, storage
 from advtransfer.checkpoint import SaveError, UnreadableCheckpoints
 from advtransfer.config import ConfigError, check_keys
 from advtransfer.data import LostWorker
@@ -129,14 +130,17 @@ def _stop(code: int, message: str) -> None:
 
 
 class _Stream:
-    """A stream whose reader may go away: what is written to it then is dropped."""
+    """A stream whose reader may go away: what is written to it then is dropped. A terminal obeys nothing that
+    is written but a line anew and a line up, which progress bars write alone or first."""
 
     def __init__(self, stream: Any):
         self._stream = stream
 
     def write(self, text: str) -> int:
+        anew = text[: text.startswith("\r")]
+        shown = text if re.fullmatch("(\n|\x1b\\[A)*", text) else anew + foreign.printable(text[len(anew) :])
         try:
-            return self._stream.write(text)
+            return self._stream.write(shown)
         except (OSError, ValueError):
             return len(text)
 
@@ -160,3 +164,4 @@ def _keep_streams() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, _Stream(stream))
+    logging.get_absl_handler().python_handler.setStream(sys.stderr)  # it had the one before

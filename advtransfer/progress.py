@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from advtransfer import parallel, storage
+from advtransfer import foreign, parallel, storage
 
 
 def progress_bar(
@@ -96,9 +96,9 @@ def _read_lines(path: Path) -> list[dict]:
     if not path.exists():
         return []
     lines = []
-    for text in path.read_text().splitlines():
+    for text in foreign.read_bytes(path).decode().splitlines():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            lines.append(foreign.parse_json(text))
+        except ValueError:
             break
     return lines

@@ -44,6 +44,7 @@ BOUNDS = {
     "interpret.solver": (["damped", "truncated", "cg"], ["exact"]),
     "interpret.rcond": ([1e-9, 1 - 1e-9], [0, 1]),
     "report.reference": (["none", "paper"], ["blog"]),
+    "report.accuracy_unit": (["auto", "fraction", "percent"], ["", "ratio"]),
     "transfer.view": (["natural", "low_pass"], ["red"]),
     "train.augmentation.preset": (["", "none", "utrera_color", "salman", "robustness"], ["utrera"]),
     "transfer.augmentation.preset": (["", "none", "utrera", "robustness"], ["madry"]),

@@ -28,7 +28,8 @@ from advtransfer.models import (
 )
 from advtransfer.models.resnet import ARCHITECTURES
 from advtransfer.report.figures import styles
-from advtransfer.report.interpretation import Section, draw
+from advtransfer.report.interpretation import Section
+from advtransfer.report.kept import to_data
 from advtransfer.report.summary import Source
 from advtransfer.stages import explain_cues, explain_pixels, interpret
 from advtransfer.stages.explain_data import influence_cost
@@ -93,12 +94,12 @@ def shown(networks, tmp_path_factory):
     """A workdir, and the sections of its page before they became HTML."""
     workdir, sections = tmp_path_factory.mktemp("interpret"), {}
 
-    def kept(section, **options):
+    def kept(section):
         sections[section.title] = section
-        return draw(section, **options)
+        return to_data(section)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpret, "draw", kept)
+        patch.setattr(interpret, "to_data", kept)
         stages.run(_config(networks), workdir)
     return workdir, sections
 

@@ -14,7 +14,6 @@ from PIL import Image
 from test_model_page import _csv, _Page
 
 from advtransfer.report import (
-    Drawn,
     Evidence,
     Interpretation,
     Section,
@@ -24,6 +23,7 @@ from advtransfer.report import (
     write_report,
 )
 from advtransfer.report.interpretation import Bars, HeatMaps, Lines, Pictures, Row, Table
+from advtransfer.report.kept import from_data, to_data
 from advtransfer.report.summary import Source
 
 RNG = np.random.default_rng(0)
@@ -180,8 +180,81 @@ def test_a_report_shows_sections_beside_its_rows(tmp_path):
 
 
 def test_a_section_that_was_kept_as_json_gives_the_same_page(tmp_path):
-    page = _page(_section(), Section("Shape", "Not measured."))
-    kept = [Drawn(**json.loads(json.dumps(section._asdict()))) for section in page.sections]
-    again = write_interpretation(page._replace(sections=kept), tmp_path / "kept")
+    sections = [_section(), Section("Shape", "Not measured.")]
+    page = _page(*sections)
+    kept = [from_data(json.loads(json.dumps(to_data(section), sort_keys=True))) for section in sections]
+    again = write_interpretation(_page(*kept), tmp_path / "kept")
     assert again.read_bytes() == write_interpretation(page, tmp_path / "new").read_bytes()
     assert (tmp_path / "kept" / "seen.csv").read_bytes() == (tmp_path / "new" / "seen.csv").read_bytes()
+
+
+def _kept(**changes):
+    """A kept section of which fields are changed."""
+    return json.loads(json.dumps(to_data(_section()))) | changes
+
+
+def _with_part(which, **changes):
+    data = _kept()
+    [part] = [part for part in data["parts"] if part["kind"] == which]
+    part.update(changes)
+    return data
+
+
+ARRAY = {"type": "float64", "shape": [2, 2], "base64": base64.b64encode(bytes(32)).decode()}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _kept(parts="<script>alert(1)</script>"),
+        _kept(parts=["<script>alert(1)</script>"]),
+        _kept(parts=[{"kind": "Section"}]),
+        _kept(title=["a"]),
+        _kept(files={"../../escaped": {"columns": [], "rows": []}}),
+        _kept(files={"/tmp/escaped": {"columns": [], "rows": []}}),
+        _kept(files={"seen": "text"}),
+        _kept(files={"seen": {"columns": ["a"], "rows": [[{"b": 1}]]}}),
+        _kept(files={}),  # its parts name a table
+        _with_part("Table", numbers="../../../etc/passwd"),
+        _with_part("Table", rows=[["a", 1]]),
+        _with_part("Table", kind="Bars"),
+        _with_part("HeatMaps", maps=[["a", ARRAY | {"shape": [2, 10**9]}]]),
+        _with_part("HeatMaps", maps=[["a", ARRAY | {"shape": [-2, -2]}]]),
+        _with_part("HeatMaps", maps=[["a", ARRAY | {"type": "object"}]]),
+        _with_part("HeatMaps", maps=[["a", ARRAY | {"base64": "<>"}]]),
+        _with_part("HeatMaps", maps={"a": [[1.0]]}),
+        _with_part("Pictures", groups=[[{"head": "a", "images": ARRAY, "labels": []}]]),
+        {},
+        {"title": "a", "finding": "b", "parts": [], "files": []},
+    ],
+)
+def test_what_is_no_section_is_refused(data):
+    with pytest.raises(ValueError):
+        from_data(data)
+
+
+def test_text_of_a_kept_section_is_text(tmp_path):
+    """Whoever can write into a workdir can put words on a page, and nothing that runs."""
+    bad = "<script>alert(1)</script>\x1b]0;owned\x07"
+    data = _with_part("Table", caption=bad, heads=[bad, bad], rows=[[bad, bad]])
+    data |= {"title": bad, "finding": bad}
+    data["files"]["seen"] = {"columns": [bad], "rows": [["=1+1"]]}
+    page = write_interpretation(_page(from_data(data)), tmp_path).read_text("utf-8")
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f]", page) and "␛]0;owned␇" in page
+    assert "'=1+1" in (tmp_path / "seen.csv").read_text()
+
+
+def test_pages_forbid_scripts_and_what_lies_elsewhere(tmp_path):
+    text = write_interpretation(_page(_section()), tmp_path).read_text("utf-8")
+    [policy] = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', text)
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'" and rules["img-src"] == "data:" and "script-src" not in rules
+    assert text.index("Content-Security-Policy") < text.index("<title>") < text.index("<style>")
+
+
+def test_two_tables_of_one_name_are_refused(tmp_path):
+    other = _section(files={"SEEN": [{"a": 1}]}, parts=[])
+    with pytest.raises(ValueError, match=r"two files of this report are called 'SEEN.csv'"):
+        write_interpretation(_page(_section(), other), tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -267,7 +267,7 @@ def test_a_table_of_factors_is_of_its_target_quantity_and_n():
 def test_they_stand_in_a_file_and_in_the_report(tmp_path):
     rows = rows_of(
         {
-            source: {s: {n: {1: line(n, f) + 0.001 * s} for n in SIZES} for s in range(4)}
+            source: {s: {n: {1: line(n, f) - 0.2 + 0.001 * s} for n in SIZES} for s in range(4)}
             for source, f in {"nat": 1, "rob": 3, "far": 100}.items()
         }
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from advtransfer import foreign
 from advtransfer.config.keys import NORMS, STAGES, default
 
 # Keys that change what is computed or shown beside the results, but not the results that a workdir holds.
@@ -138,6 +139,7 @@ _CHECKS = {
     "interpret.rcond": (lambda x: 0 < x < 1, "must be between 0 and 1"),
     "report.num_pictures": _NOT_NEGATIVE,
     "report.reference": _one_of("none", "paper"),
+    "report.accuracy_unit": _one_of("auto", "fraction", "percent"),
 }
 _CHECKS |= {
     f"{stage}.augmentation.preset": _one_of("", "none", "utrera_color", "salman", "robustness", *more)
@@ -305,7 +307,10 @@ def to_json(config: ConfigDict) -> str:
 
 def conflicts(config: ConfigDict, saved: str) -> list[str]:
     """Keys whose values in the saved JSON make its results another experiment's, as "key: saved != asked"."""
-    old = flatten(ConfigDict(json.loads(saved)))
+    fields = foreign.parse_json(saved)
+    if not isinstance(fields, dict):
+        raise ValueError("it is no JSON object")
+    old = flatten(ConfigDict(fields))
     new = flatten(ConfigDict(json.loads(to_json(config))))
     return [
         f"{key}: {old.get(key)!r} there, {new.get(key)!r} now"

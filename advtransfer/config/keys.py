@@ -194,6 +194,7 @@ def _report() -> ConfigDict:
     report.command = ""  # what a reader types to get the report again; launch.py fills it in
     report.remarks = ()  # sentences for the reader, such as how hyper-parameters were chosen
     report.reference = "none"  # "paper": its published accuracies behind the figures against n (k = 3)
+    report.accuracy_unit = "auto"  # of stage=report's rows: fraction | percent | auto: told from each file
     report.analyses = ()  # stage=study: of the sources it trains; some of config.interpret.analyses
     report.num_pictures = 8  # source images shown with their adversarial twins, at most 8
     return report

@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import functools
 import io
-import json
 import os
 import re
 import threading
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from advtransfer import foreign
 from advtransfer.data.cache import fingerprint
 from advtransfer.data.recorded import PLACE_AND_TRAIN, Recording, Records, check_training
 
@@ -104,7 +104,7 @@ def _check_features(name: str, folder: Path) -> None:
                 check(value)
 
     try:
-        check(json.loads(path.read_text()))
+        check(foreign.read_json(path))
     except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
         why = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise ValueError(f"{name}: {path} is no description of a set: {why}") from error

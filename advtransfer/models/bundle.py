@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from advtransfer import storage
+from advtransfer import foreign, storage
 from advtransfer.data import resize
 from advtransfer.models.resnet import ResNet, create_module, init_variables
 
@@ -232,7 +232,7 @@ def _is_half_an_upload(folder: Path) -> bool:
 def _read(folder: Path) -> tuple[ModelSpec, str]:
     path = folder / _SPEC_FILE
     try:
-        fields = json.loads(path.read_text())
+        fields = foreign.read_json(path)
         written = fields.pop("format")
         if written not in (1, _FORMAT):
             raise ValueError("it was written by another version of advtransfer")
@@ -251,8 +251,6 @@ def _read(folder: Path) -> tuple[ModelSpec, str]:
                 "at.save_model(model._replace(spec=dataclasses.replace(model.spec, ...)), folder)"
             )
         return spec, sha256
-    except RecursionError:
-        raise ValueError(f"{path} is no model description: it is nested too deep") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         said = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is no model description: {said}") from error

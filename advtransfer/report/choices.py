@@ -58,11 +58,18 @@ def paper_tables(results: Results, summary: Iterable[Mapping[str, Any]]) -> dict
     """Per k, rows as in paper_summary_k3.csv: accuracies in %, one column per source.
 
     Sources of the paper's threats have its column names (0, 3, 4, 8) unless several have the same; the others
-    have their own names.
+    have their own names, after "source " where that is another column's.
     """
     columns = {name: column_of(source) for name, source in results.sources.items()}
-    taken = list(columns.values())
-    names = {name: c if c and taken.count(c) == 1 else name for name, c in columns.items()}
+    shared = list(columns.values())
+    names = {name: c for name, c in columns.items() if c and shared.count(c) == 1}
+    taken = {"num_training_images", "target_ds", *names.values()}
+    for name in [name for name in columns if name not in names]:
+        names[name] = name
+        while names[name] in taken:
+            names[name] = f"source {names[name]}"
+        taken.add(names[name])
+    names = {name: names[name] for name in columns}
     tables: dict[int, dict[tuple[int, str], dict[str, Any]]] = {}
     for row in summary:
         place = {"num_training_images": row["num_train_images"], "target_ds": row["target"]}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from advtransfer.foreign import printable
 from advtransfer.report.summary import Source
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ class Style(NamedTuple):
     label: str
     colour: str
     marker: str
-    line: str | tuple[int, tuple[int, ...]]
+    line: str | tuple[int, tuple[float, ...]]
     hollow: bool  # markers of natural sources
 
 
@@ -212,9 +214,13 @@ def png(image: np.ndarray) -> bytes:
     from matplotlib.image import imsave
 
     buffer = io.BytesIO()
-    pixels = np.round(255 * np.clip(np.nan_to_num(np.asarray(image, float)), 0, 1)).astype(np.uint8)
-    imsave(buffer, pixels, format="png", metadata={"Software": None})
+    imsave(buffer, to_bytes(image), format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def to_bytes(images: np.ndarray) -> np.ndarray:
+    """Images in [0, 1] as uint8 [0, 255], rounded; NaN is black."""
+    return np.round(255 * np.clip(np.nan_to_num(np.asarray(images, float)), 0, 1)).astype(np.uint8)
 
 
 def difference_gain(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> int:
@@ -330,9 +336,12 @@ def _dot(style: Style) -> dict[str, object]:
 def _svg(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
+    with warnings.catch_warnings():  # of characters that DejaVu Sans has not: the reader's font may have them
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(buffer, format="svg", metadata=nothing, transparent=True)
     fonts = b"system-ui, -apple-system, 'Segoe UI', Roboto, Arial"  # as in template.html
-    return buffer.getvalue().replace(b"'DejaVu Sans'", fonts)
+    text = printable(buffer.getvalue().decode())
+    return text.encode().replace(b"'DejaVu Sans'", fonts)
 
 
 def _thousands(value: float) -> str:

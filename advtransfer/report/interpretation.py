@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from advtransfer.report import figures
+from advtransfer.report import figures, markup
 from advtransfer.report.markup import image, numbers_link, picture_row, scrolling, table, th
 from advtransfer.report.model_page import bar, reproduction
-from advtransfer.report.rows import csv_text, write_atomically
+from advtransfer.report.rows import add_files, csv_text, write_files
 
 MAX_NAMED = 30  # classes that have room beside a heat map
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -85,7 +83,7 @@ class Section(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A section as it stands on a page: text alone, so that it can be kept as JSON."""
+    """A section as it stands on a page."""
 
     title: str
     finding: str
@@ -109,7 +107,6 @@ def write_interpretation(page: Interpretation, folder: str | os.PathLike[str]) -
 
     Each file appears whole, report.html last. The same page gives the same bytes.
     """
-    folder = Path(folder) if isinstance(folder, str) else folder
     told = "".join(f"<p>{_unbroken(section.finding)}</p>" for section in page.sections if section.parts)
     facts = "".join(f"<div><dt>{escape(a)}</dt><dd>{escape(b)}</dd></div>" for a, b in page.facts)
     body = [
@@ -118,12 +115,10 @@ def write_interpretation(page: Interpretation, folder: str | os.PathLike[str]) -
         *map(section_html, page.sections),
         reproduction(page),
     ]
-    files = {name: text for section in page.sections for name, text in section.files.items()}
-    template = Template(resources.files(__package__).joinpath("template.html").read_text("utf-8"))
-    files["report.html"] = template.substitute(title=escape(page.title), body="\n".join(filter(None, body)))
-    for name, content in files.items():
-        write_atomically(folder / name, content)
-    return folder / "report.html"
+    files: dict[str, str | bytes] = {}
+    for section in page.sections:
+        add_files(files, section.files)
+    return write_files(folder, files | {"report.html": markup.page(page.title, body)})
 
 
 def draw(section: Section, *, beside: str = "") -> Drawn:

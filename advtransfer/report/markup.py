@@ -5,10 +5,19 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from html import escape
+from importlib import resources
+from string import Template
 
 import numpy as np
 
+from advtransfer.foreign import printable
 from advtransfer.report import figures
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """The HTML file of a title, as text, and of ready-made parts; empty ones are left out."""
+    template = Template(resources.files(__package__).joinpath("template.html").read_text("utf-8"))
+    return printable(template.substitute(title=escape(title), body="\n".join(filter(None, parts))))
 
 
 def table(
@@ -66,7 +75,7 @@ def attribute(name: str, value: str) -> str:
 
 
 def numbers_link(name: str, what: str = "Numbers") -> str:
-    path = f"figures/{name}.csv".replace("figures/../", "")
+    path = escape(f"figures/{name}.csv".replace("figures/../", ""))
     return f"{what}: <a href='{path}'>{path}</a>."
 
 

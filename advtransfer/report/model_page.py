@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from advtransfer.report import figures
+from advtransfer.report import figures, markup
 from advtransfer.report.markup import image, numbers_link, scrolling, table, th
 from advtransfer.report.outcome import Outcome, class_records, confused_pairs, mistake_records, wilson
-from advtransfer.report.rows import csv_text, write_atomically
+from advtransfer.report.rows import csv_lines, csv_text, write_files
 
 MAX_CLASSES = 30  # in a confusion matrix that one can read
 MAX_MISTAKES = 16
@@ -82,14 +78,11 @@ def write_model_page(page: ModelPage, folder: str | os.PathLike[str]) -> Path:
     if page.outcome is not None:
         body += [_confusion(page.outcome), _classes(page.outcome), _mistakes(page)]
     body.append(reproduction(page))
-    template = Template(resources.files(__package__).joinpath("template.html").read_text("utf-8"))
-    files["report.html"] = template.substitute(title=escape(page.title), body="\n".join(filter(None, body)))
+    files["report.html"] = markup.page(page.title, body)
     for name in _FILES:
         if name not in files:
             (folder / name).unlink(missing_ok=True)
-    for name, content in files.items():
-        write_atomically(folder / name, content)
-    return folder / "report.html"
+    return write_files(folder, files)
 
 
 def _opening(page: ModelPage) -> str:
@@ -292,12 +285,8 @@ def reproduction(page: ModelPage) -> str:
 
 def _confusion_csv(outcome: Outcome) -> str:
     """A class may be called anything, so the columns are told by their place."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["label", *outcome.class_names])
     names = zip(outcome.class_names, outcome.confusion.tolist(), strict=True)
-    writer.writerows([name, *counts] for name, counts in names)
-    return buffer.getvalue()
+    return csv_lines([["label", *outcome.class_names], *([name, *counts] for name, counts in names)])
 
 
 def _percent(share: float) -> str:

@@ -8,9 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from html import escape
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from advtransfer.report import figures
@@ -18,10 +16,10 @@ from advtransfer.report.cells import clean_rows
 from advtransfer.report.choices import BEST_COLUMNS, best_blocks, paper_tables
 from advtransfer.report.evidence import Evidence, pictures_section, source_of, sources_section
 from advtransfer.report.interpretation import section_html
-from advtransfer.report.markup import span, table
+from advtransfer.report.markup import page, span, table
 from advtransfer.report.plots import Material
 from advtransfer.report.ratios import RATIO_COLUMNS, ratios
-from advtransfer.report.rows import csv_text, drop_duplicates, write_atomically
+from advtransfer.report.rows import add_files, csv_text, drop_duplicates, write_files
 from advtransfer.report.sections import NEEDED, needed_rows, transfer_section
 from advtransfer.report.summary import SUMMARY_COLUMNS, Results, collect, curves, pooled_deltas, summarise
 from advtransfer.report.words import blocks_text, count, headline, notes, ratio_notes
@@ -91,12 +89,7 @@ def write_report(
         _limits(material, evidence, [problem.sentence for problem in problems], len(rows) - len(kept)),
         _reproduction(evidence, material.files),
     ]
-    template = Template(resources.files(__package__).joinpath("template.html").read_text("utf-8"))
-    page = template.substitute(title=escape(title), body="\n".join(filter(None, body)))
-    folder = Path(workdir) if isinstance(workdir, str) else workdir
-    for name, content in (material.files | {"report.html": page}).items():
-        write_atomically(folder / name, content)
-    return folder / "report.html"
+    return write_files(workdir, material.files | {"report.html": page(title, body)})
 
 
 def _opening(material: Material, title: str) -> str:
@@ -161,7 +154,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
 
 def _sections(material: Material, evidence: Evidence) -> str:
     for section in evidence.sections:
-        material.files.update({f"figures/{name}": text for name, text in section.files.items()})
+        add_files(material.files, {f"figures/{name}": text for name, text in section.files.items()})
     drawn = "\n".join(section_html(section, level=3) for section in evidence.sections)
     return f"<h2>What the networks look at</h2>\n{drawn}" if drawn else ""
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+from advtransfer.foreign import file_name
 from advtransfer.report import figures, reference
 from advtransfer.report.markup import image, listing, numbers_link, span
 from advtransfer.report.rows import csv_text
@@ -250,8 +251,6 @@ def add_numbers(
 
 
 def slug(targets: Sequence[str], target: str) -> str:
-    """A target's name for a file name; targets that would share one get their position too."""
-    slugs = [re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-") for name in targets]
-    position = targets.index(target)
-    mine = slugs[position]
-    return mine if mine and slugs.count(mine) == 1 else f"{mine}-{position}".lstrip("-")
+    """A target's name for a file name, which no other of the targets has."""
+    taken: set[str] = set()
+    return {name: file_name(name, taken) for name in targets}[target]

@@ -6,19 +6,31 @@ Files are reached through the path object that is given, with methods that `path
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from advtransfer.report.cells import COLUMNS, REQUIRED, Problem, Row, clean_rows
-
-Record = tuple[str, Mapping[str, Any] | str]  # where it stands, and what: the cells, or why there are none
+from advtransfer.foreign import inside, parse_json, read_bytes
+from advtransfer.report.cells import (
+    COLUMNS,
+    COUNTS,
+    MAX_ROWS,
+    NUMBERS,
+    REQUIRED,
+    Problem,
+    Record,
+    Row,
+    clean_files,
+    column,
+)
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
@@ -44,24 +56,27 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     return rows
 
 
-def read_foreign_rows(path: str | os.PathLike[str]) -> tuple[list[Row], list[str]]:
+def read_foreign_rows(path: str | os.PathLike[str], unit: str = "auto") -> tuple[list[Row], list[str]]:
     """As `read_rows`, but what cannot be used is left out, and told: rows, and a sentence on each kind.
+
+    Args:
+      unit: of accuracies, "fraction" or "percent"; "auto": told from all that a file holds.
 
     Raises:
       ValueError: in one line: nothing to read, columns missing, no row that can be used.
     """
-    rows, problems, repeats = _read(path)
+    rows, problems, repeats = _read(path, unit)
     if not rows:
         raise ValueError(problems[0].first)
     told = [problem.sentence for problem in problems]
     return rows, [*told, _repeated(repeats)] if repeats else told
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[list[Row], list[Problem], int]:
+def _read(path: str | os.PathLike[str], unit: str = "auto") -> tuple[list[Row], list[Problem], int]:
     path = Path(path) if isinstance(path, str) else path
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder of rows")
-    read, problems = clean_rows(record for file in _row_files(path) for record in _records(file))
+    read, problems = clean_files((_records(file) for file in _row_files(path)), unit)
     if not read and not problems:
         raise ValueError(f"{path}: holds no rows")
     rows = drop_duplicates(read)
@@ -93,11 +108,56 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) 
 
 def csv_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """`rows` as CSV with these columns; None and NaN are empty cells, floats keep every digit."""
+    return csv_lines([columns, *([row.get(name) for name in columns] for row in rows)])
+
+
+def csv_lines(lines: Iterable[Iterable[Any]]) -> str:
+    """Lines of cells as CSV. Text that a spreadsheet would take for a formula has an apostrophe before it,
+    which our own reader takes away."""
     buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([_null(row.get(name)) for name in columns] for row in rows)
+    writer = csv.writer(buffer, lineterminator="\r\n")  # a \r in a cell is quoted if it ends lines
+    for line in lines:
+        writer.writerow([_no_formula(_null(cell)) for cell in line])
+        buffer.seek(buffer.truncate(buffer.tell() - 2))
+        buffer.write("\n")
     return buffer.getvalue()
+
+
+def _no_formula(cell: Any) -> Any:
+    is_formula = isinstance(cell, str) and _FORMULA.match(cell) and not _NUMBERS.fullmatch(cell)
+    return f"'{cell}" if is_formula else cell
+
+
+# As OWASP lists them, and their wide forms; text that begins so after apostrophes has to keep these.
+_NUMBERS = re.compile(r"[-+]?[\d.]+( [-+]?[\d.]+)*")
+_FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+
+
+def add_files(files: dict[str, str | bytes], more: Mapping[str, str | bytes]) -> None:
+    """Adds files by name to others.
+
+    Raises:
+      ValueError: two have one name, or names that differ in capitals alone.
+    """
+    taken = {name.casefold() for name in files}
+    for name, content in more.items():
+        if name.casefold() in taken:
+            raise ValueError(f"two files of this report are called {name!r}")
+        taken.add(name.casefold())
+        files[name] = content
+
+
+def write_files(folder: str | os.PathLike[str], files: Mapping[str, str | bytes]) -> Path:
+    """Writes files into a folder, each whole, the last one last; returns the path of that.
+
+    Raises:
+      ValueError: a name leads out of the folder; nothing is written then.
+    """
+    folder = Path(folder) if isinstance(folder, str) else folder
+    paths = [inside(folder, name) for name in files]
+    for path, content in zip(paths, files.values(), strict=True):
+        write_atomically(path, content)
+    return paths[-1]
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -125,6 +185,8 @@ def drop_duplicates(rows: Iterable[Row]) -> list[Row]:
 def _row_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
+    if not path.is_dir():
+        raise ValueError(f"{path} is neither a regular file nor a folder")
     files = list(_files(path))
     for suffix in _READERS:
         rows = [file for file in files if file.suffix == suffix and _looks_like_rows(file)]
@@ -133,19 +195,23 @@ def _row_files(path: Path) -> list[Path]:
     raise ValueError(f"{path}: no rows found in this folder ({', '.join(_READERS)})")
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """Every file below, in order; hidden files are passed over."""
+def _files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Every regular file below, in order; hidden ones and links back up are passed over."""
+    place = os.path.realpath(folder) if isinstance(folder, Path) else str(folder)
+    if place in above:
+        return
     for entry in sorted(folder.iterdir(), key=str):
         if entry.is_dir():
-            yield from _files(entry)
-        elif not entry.name.startswith("."):
+            yield from _files(entry, (*above, place))
+        elif not entry.name.startswith(".") and entry.is_file():
             yield entry
 
 
 def _looks_like_rows(file: Path) -> bool:
     """At least half of the required columns in the first record: then it is meant to be rows."""
     _, first = next(_records(file), ("", ""))
-    return not isinstance(first, str) and 2 * sum(name in first for name in REQUIRED) >= len(REQUIRED)
+    names = set() if isinstance(first, str) else {column(name)[0] for name in first}
+    return 2 * len(names & {*REQUIRED}) >= len(REQUIRED)
 
 
 def _records(file: Path) -> Iterator[Record]:
@@ -155,29 +221,108 @@ def _records(file: Path) -> Iterator[Record]:
     return reader(file)
 
 
+def _text(file: Path) -> str:
+    """A file's text: UTF-8, or what its first bytes say. What is no UTF-8 becomes surrogates, for which names
+    are refused."""
+    content = read_bytes(file)
+    for mark, encoding in _MARKS.items():
+        if content.startswith(mark):
+            return content.decode(encoding)
+    if b"\0" in content[:1000]:
+        raise ValueError("it holds zero bytes, so it is no UTF-8: save it as UTF-8")
+    return content.decode(errors="surrogateescape")
+
+
+_MARKS = {  # UTF-32's begins with UTF-16's
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
 def _read_jsonl(file: Path) -> Iterator[Record]:
-    for number, line in enumerate(io.BytesIO(file.read_bytes()), start=1):
+    try:
+        text = _text(file)
+    except ValueError as error:
+        yield str(file), f"no text ({error})"
+        return
+    for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
         if not line.strip():
             continue
+        where = f"{file}:{number}"
         try:
-            record = json.loads(line)
-            yield f"{file}:{number}", record if isinstance(record, dict) else "no JSON object"
+            record = parse_json(line, _fields)
+        except _Twice as error:
+            yield where, f"two fields are called {error}: rename or delete one"
         except ValueError:
-            yield f"{file}:{number}", "not a line of JSON"
+            yield where, "not a line of JSON"
+        else:
+            yield where, record if isinstance(record, dict) else "no JSON object"
+
+
+class _Twice(ValueError):
+    """A name that two fields have."""
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise _Twice(name)
+        fields[name] = value
+    return fields
 
 
 def _read_csv(file: Path) -> Iterator[Record]:
-    reader = csv.reader(io.StringIO(file.read_bytes().decode("utf-8-sig", errors="replace"), newline=""))
-    header = next(reader, [])
     try:
+        text = _text(file)
+    except ValueError as error:
+        yield str(file), f"no text ({error})"
+        return
+    told = re.match(r"sep=([,;\t])\r?\n", text)  # a line for Excel
+    start = told.end() if told else 0
+    first = re.split("[\r\n]", text[start : start + 100_000])[0]
+    separator = told[1] if told else max(",;\t", key=lambda mark: _num_columns(first, mark))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    try:
+        if told:
+            next(reader)
+        header = [_unquoted(name).strip() for name in next(reader, [])]
+        if twice := next((name for name in header if name and header.count(name) > 1), ""):
+            yield f"{file}:{reader.line_num}", f"two columns are called {twice}: rename or delete one"
+            return
         for cells in reader:
             where = f"{file}:{reader.line_num}"
             if cells and len(cells) != len(header):
                 yield where, f"{len(cells)} cells under {len(header)} columns"
             elif cells:
-                yield where, dict(zip(header, cells, strict=True))
+                record = dict(zip(header, map(_unquoted, cells), strict=True))
+                yield where, record if separator == "," else _with_points(record)
     except csv.Error as error:
         yield f"{file}:{reader.line_num}", f"not a line of CSV ({error}), and nothing after it was read"
+
+
+def _num_columns(line: str, separator: str) -> int:
+    """How many of the columns of rows a line names."""
+    return len({column(name)[0] for name in next(csv.reader([line], delimiter=separator), [])} & {*COLUMNS})
+
+
+def _unquoted(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+
+
+def _with_points(record: Mapping[str, str]) -> Mapping[str, str] | str:
+    """The cells with points for decimal commas; or what is wrong with one that could be two numbers."""
+    points = dict(record)
+    for name, cell in record.items():
+        known, _ = column(name)
+        if known in NUMBERS and re.fullmatch(r"\s*[+-]?\d*,\d+(e[+-]?\d+)?\s*%?\s*", cell, re.IGNORECASE):
+            points[name] = cell.replace(",", ".")
+        elif known in COUNTS and re.fullmatch(r"\s*\d{1,3}(\.\d{3})+\s*", cell):
+            return f"{name} = {cell!r} has a point, or a mark of thousands: write digits alone"
+    return points
 
 
 def _read_parquet(file: Path) -> Iterator[Record]:
@@ -186,11 +331,20 @@ def _read_parquet(file: Path) -> Iterator[Record]:
     except ImportError:
         raise ValueError(f"{file}: reading Parquet needs pyarrow: pip install pyarrow") from None
     try:
-        records = pyarrow.parquet.read_table(io.BytesIO(file.read_bytes())).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{file}: not a Parquet file ({str(error).splitlines()[0]})") from None
-    for number, record in enumerate(records, start=1):
-        yield f"{file}:{number}", record
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(read_bytes(file)))
+        if table.metadata.num_rows > MAX_ROWS:
+            raise ValueError(f"{table.metadata.num_rows:,} rows, more than {MAX_ROWS:,}")
+        names = table.schema_arrow.names
+        wanted = [name for name in names if column(name)[0] in COLUMNS]
+        if twice := next((name for name in wanted if names.count(name) > 1), ""):
+            raise ValueError(f"two columns are called {twice}: rename or delete one")
+        number = 0
+        for batch in table.iter_batches(1000, columns=wanted):
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{file}:{number}", record
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        yield str(file), f"not a Parquet file of rows ({str(error).splitlines()[0]})"
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {

@@ -119,10 +119,11 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> Results:
         trials.setdefault(place, {})[row.get("trial_id", "")] = row["test_accuracy"]
 
     accuracies: dict[Cell, dict[int, dict[int, float]]] = {}
+    told_apart = _told_apart(identities)
     found = {}
     for (name, threat, cell, seed, epoch), values in trials.items():
         if len(identities[name]) > 1:  # one name for several networks: tell them apart
-            name = f"{name}, {Source(name, *threat).constraint}"
+            name = told_apart[name, threat]
         found[name] = Source(name, *threat)
         epochs = accuracies.setdefault(Cell(name, *cell), {}).setdefault(seed, {})
         epochs[epoch] = sum(values.values()) / len(values)
@@ -135,6 +136,22 @@ def collect(rows: Iterable[Mapping[str, Any]]) -> Results:
     }
     repeated = sum(len(values) > 1 for values in trials.values())
     return Results({source.name: source for source in ranked}, accuracies, by_target, repeated)
+
+
+def _told_apart(identities: Mapping[str, set[tuple[str, float]]]) -> dict[tuple, str]:
+    """Names of networks that share one, by this and the threat: with the constraint, and a number if another
+    has that name."""
+    names, taken = {}, set(identities)
+    for name in sorted(identities):
+        for threat in sorted(identities[name], key=str) if len(identities[name]) > 1 else ():
+            told = f"{name}, {Source(name, *threat).constraint}"
+            number = 1
+            while told in taken:
+                number += 1
+                told = f"{name}, {Source(name, *threat).constraint} ({number})"
+            taken.add(told)
+            names[name, threat] = told
+    return names
 
 
 def mean_and_ci95(values: Sequence[float]) -> tuple[float, float]:

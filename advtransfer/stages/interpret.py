@@ -18,6 +18,7 @@ from advtransfer.data.cache import fingerprint
 from advtransfer.models import Model, identity
 from advtransfer.report.figures import styles
 from advtransfer.report.interpretation import Drawn, Interpretation, draw, write_interpretation
+from advtransfer.report.kept import from_data, to_data
 from advtransfer.report.summary import Source
 from advtransfer.source import compute_dtype, load_data
 from advtransfer.stages.explain_cues import shape_section
@@ -130,7 +131,8 @@ def _sections(
 ) -> list[Drawn]:
     """In the order of `wanted`; influence, of `ranked`, can fail and is computed first.
 
-    Each is kept in `folder` as soon as it is drawn, for the same command when it is given again.
+    The data of each are kept in `folder` as soon as they are there, for the same command when it is given
+    again.
     """
     storage.make_folder(folder)
     compute = {
@@ -140,17 +142,23 @@ def _sections(
         "shape": lambda: shape_section(case),
     }
     found = {}
+
+    def read(kept):
+        try:
+            return draw(from_data(kept), beside=beside)
+        except (IndexError, KeyError, TypeError, ArithmeticError) as error:  # data that cannot be drawn
+            raise ValueError(str(error)) from error
+
     for name in sorted(wanted, key=lambda name: name != "influence"):
 
         def make(name=name):
             begin = time.monotonic()
-            section = draw(compute[name](), beside=beside)
+            section = compute[name]()
             print(f"{name}: {time.monotonic() - begin:.1f} s", flush=True)
-            return section._asdict()
+            return to_data(section)
 
         subject = _subject(ranked if name == "influence" else case, config)
-        kept = keep(folder / f"{name}.json", {"subject": subject}, make)
-        found[name] = Drawn(*(kept[field] for field in Drawn._fields))
+        found[name] = keep(folder / f"{name}.json", {"subject": subject}, make, read)
     return [found[name] for name in wanted]
 
 

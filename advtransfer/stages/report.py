@@ -34,4 +34,4 @@ def _read(config: ConfigDict) -> tuple[list[dict], list[str]]:
             raise ValueError("name a file or folder of rows (CSV, Parquet or JSON lines)")
         rows = storage.to_path(config.rows)
         with storage.reading(rows):
-            return read_foreign_rows(rows)
+            return read_foreign_rows(rows, config.report.accuracy_unit)

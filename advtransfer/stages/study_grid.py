@@ -83,8 +83,8 @@ def look_up(config: ConfigDict, workdir: Path, *, searched: bool) -> Grid:
     with names_key("study.sources"):
         asked = [_ask(config, text.strip(), workdir) for text in config.study.sources.split(",")]
         names = [source.name for source in asked]
-        if len(set(names)) < len(names):
-            raise ValueError(f"{config.study.sources!r} names a source twice")
+        if twice := next((name for name in names if names.count(name) > 1), ""):
+            raise ValueError(f"two sources are called {twice!r}: rename a file, or leave one away")
     for source in asked:
         if source.config is not None:
             check_source(source.config, load_source_data(config))

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from advtransfer import parallel, storage
+from advtransfer import foreign, parallel, storage
 from advtransfer.config import ConfigError, conflicts, to_json
 from advtransfer.models import package_versions
 from advtransfer.study import claim
@@ -34,7 +34,7 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         raise ConfigError(f"--workdir={error}") from error
     if saved.exists():
         try:
-            different = conflicts(config, saved.read_text())
+            different = conflicts(config, foreign.read_bytes(saved).decode())
         except ValueError as error:
             raise ConfigError(f"{saved} is not a configuration ({error}): mend or delete it") from error
         if different:
@@ -99,20 +99,26 @@ def write_json(path: Path, value: Any) -> None:
         storage.write(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def keep(path: Path, subject: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def keep(
+    path: Path,
+    subject: dict[str, Any],
+    make: Callable[[], dict[str, Any]],
+    read: Callable[[dict[str, Any]], Any] = dict,
+) -> Any:
     """What `path` holds of the same subject, or else what `make` gives, which is then kept there.
 
-    Subject and content are one JSON object. A file that is none is made again.
+    Subject and content are one JSON object. What is returned is what `read` makes of it. A file that is none,
+    or of which `read` makes a ValueError, is made again.
     """
     try:
-        kept = json.loads(path.read_text("utf-8"))
+        kept = foreign.read_json(path)
         if subject.items() <= kept.items():
-            return kept
+            return read(kept)
     except (FileNotFoundError, ValueError, AttributeError):
         pass
     made = subject | make()
     write_json(path, made)
-    return made
+    return read(made)
 
 
 def versions() -> dict[str, str]:

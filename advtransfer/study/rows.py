@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from advtransfer import storage
+from advtransfer import foreign, storage
 from advtransfer.study.trials import Trial
 
 _METRICS = ("train_accuracy", "train_loss", "test_accuracy", "test_loss", "test_mean_per_class_accuracy")
@@ -62,10 +61,10 @@ def finished_rows(folder: str | Path, *, set_aside: bool = False) -> dict[str, l
     for path in sorted(storage.to_path(folder).glob("*.jsonl")):
         try:
             finished |= _read_group(path)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
             logging.warning("%s is damaged (%r): its trials are run again", path, error)
             if set_aside:
-                with contextlib.suppress(FileNotFoundError):  # another process has done it
+                with contextlib.suppress(OSError):  # another process has done it
                     path.replace(path.with_suffix(".corrupt"))
     return finished
 
@@ -73,20 +72,20 @@ def finished_rows(folder: str | Path, *, set_aside: bool = False) -> dict[str, l
 def holds(path: Path, trials: Iterable[Trial]) -> bool:
     """Whether the file of a group is there, and holds the rows of all of `trials`."""
     try:
-        return path.exists() and _read_group(path).keys() >= {trial.identity() for trial in trials}
-    except (ValueError, KeyError, TypeError):
+        return _read_group(path).keys() >= {trial.identity() for trial in trials}
+    except (ValueError, KeyError, TypeError, FileNotFoundError):
         return False
 
 
 def _read_group(path: Path) -> dict[str, list[Row]]:
     """Rows of one file by trial identity; ValueError, KeyError or TypeError for anything but whole trials."""
     trials: dict[str, list[Row]] = {}
-    for line in path.read_text().splitlines():
-        row = dict(json.loads(line))
+    for line in foreign.read_bytes(path).decode().splitlines():
+        row = dict(foreign.parse_json(line))
         row |= {name: math.nan for name in _METRICS if row.get(name, 0.0) is None}
         trials.setdefault(row["trial_id"], []).append(row)
     for rows in trials.values():
-        epochs = json.loads(rows[0]["config"])["recipe"]["evaluate_epochs"]
+        epochs = foreign.parse_json(rows[0]["config"])["recipe"]["evaluate_epochs"]
         if [row["epoch"] for row in rows] != epochs:
             raise ValueError(f"a trial has no row for each of its epochs {epochs}")
     return trials

@@ -25,6 +25,7 @@ from advtransfer.torch_checkpoint.reader import (
     CheckpointError,
     File,
     Tensor,
+    check_format,
     file_sha256,
     open_file,
     read_contents,
@@ -93,6 +94,7 @@ def import_torch_checkpoint(
     if blurred := re.search(r"resnet(aa|blur)[0-9]+", f"{repo}/{path.name}"):
         raise CheckpointError(f"{path}: {blurred[0]} blurs before it subsamples, which no ResNet here does")
     with open_file(path) as file:
+        check_format(file)  # before all of it is read
         actual = file_sha256(file)
         _check_hash(path, actual, sha256, find_known(path.name, repo=repo))
         found = _read(file, architecture, num_classes, _to_jax)

@@ -27,6 +27,7 @@ __all__ = [
     "File",
     "Stub",
     "Tensor",
+    "check_format",
     "file_sha256",
     "open_checkpoint",
     "open_file",
@@ -101,6 +102,14 @@ def file_sha256(file: File) -> str:
     return sha.hexdigest()
 
 
+def check_format(file: File) -> None:
+    """Raises a CheckpointError for a file that by its first bytes is no checkpoint."""
+    with naming(file.path):
+        head = _head(file)
+        if not (head[8:9] == b"{" or head.startswith((b"PK", b"\x80"))):
+            raise CheckpointError(_what_it_is(file, head))
+
+
 def read_contents(file: File) -> Contents:
     """What an open file holds; raises as `open_checkpoint`."""
     with naming(file.path):
@@ -124,8 +133,12 @@ def _open(path: Path) -> File:
         raise CheckpointError(f"cannot be opened ({getattr(error, 'strerror', error)})") from error
 
 
+def _head(file: File) -> bytes:
+    return file.read(0, min(file.size, 1024)).tobytes()
+
+
 def _read(file: File) -> Contents:
-    head = file.read(0, min(file.size, 1024)).tobytes()
+    head = _head(file)
     # First: the length of its header is the eight bytes before, which may begin as the other formats do.
     if head[8:9] == b"{":
         return _read_safetensors(file, int.from_bytes(head[:8], "little"))
