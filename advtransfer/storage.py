@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from advtransfer import parallel
+from advtransfer.foreign import inside
 
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # that fsspec needs for each kind of address
 
@@ -288,13 +289,17 @@ def upload(folder: Path, address: epath.Path) -> None:
 
 
 def download(address: epath.Path, folder: Path) -> None:
-    """Copies what is under an address into a local folder that exists."""
+    """Copies what is under an address into a local folder that exists.
+
+    Raises:
+      ValueError: the name of an object leads out of the folder.
+    """
     system, place = fsspec.url_to_fs(str(address))
     names = system.find(place)
     if not names:
         raise FileNotFoundError(f"nothing is at {address}")
-    for name in names:
-        file = folder / name.removeprefix(f"{place}/")
+    files = [inside(folder, name.removeprefix(f"{place}/")) for name in names]
+    for name, file in zip(names, files, strict=True):
         file.parent.mkdir(parents=True, exist_ok=True)
         system.get_file(name, str(file))
 

@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "optim": set(),
     "attacks": set(),
     "report": {"foreign"},
-    "storage": {"parallel"},
+    "storage": {"foreign", "parallel"},
     "checkpoint": {"foreign", "parallel", "storage"},
     "progress": {"foreign", "parallel", "storage"},
     "data": {"config", "foreign", "parallel"},

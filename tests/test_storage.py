@@ -250,3 +250,20 @@ def test_a_study_in_a_bucket_is_that_of_a_folder(store, start, undisturbed, tmp_
 def _accuracies(path):
     rows = csv.DictReader(path.read_text().splitlines())
     return [(row["num_train_images"], row["seed"], row["epoch"], row["test_loss"]) for row in rows]
+
+
+@pytest.mark.parametrize("name", ["../../evil", "a/../../../evil", "/etc/evil", "a\\..\\evil"])
+def test_names_in_a_bucket_do_not_lead_out_of_the_folder(tmp_path, monkeypatch, name):
+    class System:
+        def find(self, place):
+            return [f"{place}/fine", f"{place}/{name}"]
+
+        def get_file(self, _, path):
+            Path(path).write_bytes(b"from a stranger")
+
+    monkeypatch.setattr(storage.fsspec, "url_to_fs", lambda address: (System(), "bucket/model"))
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    with pytest.raises(ValueError, match="is no name of a file inside a folder"):
+        storage.download("gs://bucket/model", folder)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
