@@ -3,8 +3,9 @@
 import advtransfer as at
 
 model = at.load_model("runs/quickstart/sources/l2_0.25/model")
-logits = at.logits_fn(model)(images)                        # images [N, H, W, 3] in [0, 1]
-twins = at.pgd(at.logits_fn(model), images, labels, at.L2(eps=0.25))
+logits = at.predict(model, images)                          # bytes, or floats in [0, 1]; of any size
+adversarial = at.pgd(at.logits_fn(model), images, labels, at.L2(eps=0.25))
+scores = at.influence.last_layer_scores(...)                # how much each training image helps a prediction
 
 Arrays of another rank, length or kind of dtype than a docstring names are refused before anything is
 computed, with an AssertionError or a ValueError.

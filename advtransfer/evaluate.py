@@ -13,8 +13,9 @@ import numpy as np
 from jax.tree_util import Partial
 
 from advtransfer import parallel
-from advtransfer.attacks import LogitsFn, as_network, check_images, check_labels, cross_entropy
+from advtransfer.attacks import LogitsFn, as_network, check_images, cross_entropy
 from advtransfer.data import Batch, Split, check_batch, check_split, to_float
+from advtransfer.labels import check_labels
 from advtransfer.models import Model, logits_fn
 from advtransfer.train import Metrics, sum_metrics
 
@@ -83,7 +84,7 @@ def evaluate(
     network: Model | LogitsFn,
     split: Split,
     *,
-    batch_size: int,
+    batch_size: int = 256,
     attack: Attack | None = None,
     key: jax.Array | None = None,
     image_size: int | None = None,
@@ -118,7 +119,7 @@ def evaluate(
     sides = (image_size, image_size) if image_size else split.images.shape[1:3]
     batch = jax.ShapeDtypeStruct((batch_size // parallel.num_devices(), *sides, 3), jnp.float32)
     network = as_network(logits_fn(network) if isinstance(network, Model) else network, batch)
-    check_labels(split.labels, jax.eval_shape(network, batch).shape[1])
+    check_labels(split.labels, split.num_images, jax.eval_shape(network, batch).shape[1])
     network = parallel.replicate(network)
     num_images = len(split.labels)
     keys = jax.random.split(jax.random.key(0) if key is None else key, num_images)

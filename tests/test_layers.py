@@ -19,21 +19,22 @@ MAY_IMPORT = {
     "config": {"foreign"},
     "parallel": set(),
     "optim": set(),
-    "attacks": set(),
+    "labels": set(),
+    "attacks": {"labels"},
     "report": {"foreign"},
     "storage": {"foreign", "parallel"},
     "checkpoint": {"foreign", "parallel", "storage"},
     "progress": {"foreign", "parallel", "storage"},
-    "data": {"config", "foreign", "parallel"},
+    "data": {"config", "foreign", "labels", "parallel"},
     "models": {"foreign", "parallel", "storage", "data"},
     "torch_checkpoint": {"models"},
-    "train": {"foreign", "parallel", "storage", "attacks", "optim", "checkpoint", "data", "models"},
+    "train": {"foreign", "labels", "parallel", "storage", "attacks", "optim", "checkpoint", "data", "models"},
 }
 MAY_IMPORT["evaluate"] = MAY_IMPORT["train"] | {"train"}
 MAY_IMPORT["source"] = MAY_IMPORT["evaluate"] | {"evaluate", "config", "progress"}
 MAY_IMPORT["transfer"] = MAY_IMPORT["evaluate"] | {"evaluate"}
 MAY_IMPORT["study"] = MAY_IMPORT["transfer"] | {"transfer"}
-MAY_IMPORT["analysis"] = {"parallel", "attacks", "models", "data", "evaluate"}
+MAY_IMPORT["analysis"] = {"labels", "parallel", "attacks", "models", "data", "evaluate"}
 MAY_IMPORT["main"] = {"foreign", "parallel", "storage", "stages", "checkpoint", "config", "data", "train"}
 MAY_IMPORT["stages"] = (
     MAY_IMPORT["study"] | MAY_IMPORT["source"] | {"study", "source", "analysis", "report", "torch_checkpoint"}

@@ -23,7 +23,8 @@ import numpy as np
 from jax.tree_util import Partial
 
 from advtransfer import parallel
-from advtransfer.attacks import LogitsFn, LossFn, as_network, check_labels, log_odds
+from advtransfer.attacks import LogitsFn, LossFn, as_network, log_odds
+from advtransfer.labels import check_labels
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -199,13 +200,11 @@ def _mean_gradients(logits_fn, baseline, images, labels, offset, steps, loss_fn)
 def _network(logits_fn: LogitsFn, images: Any, labels: Any, batch_size: int) -> Partial:
     """The network as a pytree, for batches of the images, once these and the labels are checked."""
     chex.assert_rank(images, 4)
-    chex.assert_shape(labels, images.shape[:1])
-    chex.assert_type(labels, int)
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images are {images.dtype}: pass floats in [0, 1], such as images / 255")
     batch = jax.ShapeDtypeStruct((min(batch_size, len(images)), *images.shape[1:]), jnp.float32)
     network = as_network(logits_fn, batch)
-    check_labels(labels, jax.eval_shape(network, batch).shape[1])
+    check_labels(labels, len(images), jax.eval_shape(network, batch).shape[1])
     return network
 
 

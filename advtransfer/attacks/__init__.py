@@ -5,7 +5,7 @@ Nothing here knows Flax. An attack sees `logits_fn`, a function from images [N, 
 
 from advtransfer.attacks.losses import LossFn, cross_entropy, log_odds, margin
 from advtransfer.attacks.network import LogitsFn, as_network
-from advtransfer.attacks.pgd import check_images, check_labels, make_attack, pgd
+from advtransfer.attacks.pgd import check_images, make_attack, pgd
 from advtransfer.attacks.threat_models import (
     L2,
     THREAT_MODELS,
@@ -25,7 +25,6 @@ __all__ = [
     "Unconstrained",
     "as_network",
     "check_images",
-    "check_labels",
     "cross_entropy",
     "log_odds",
     "make_attack",

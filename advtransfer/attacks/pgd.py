@@ -14,6 +14,7 @@ from jax.tree_util import Partial
 from advtransfer.attacks.losses import LossFn, cross_entropy, log_odds
 from advtransfer.attacks.network import LogitsFn, as_network
 from advtransfer.attacks.threat_models import L2, Linf, ThreatModel
+from advtransfer.labels import check_labels
 
 _SLACK = 1e-4  # of pixels beyond [0, 1], as resizing leaves them
 _UNROLLED = 3  # steps of an attack that is compiled without a loop, on accelerators
@@ -84,8 +85,6 @@ def pgd(
         checked, and images where the loss or its gradient is not a number become NaN.
     """
     chex.assert_rank(images, 4)
-    chex.assert_shape(labels, images.shape[:1])
-    chex.assert_type(labels, int)
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images are {images.dtype}: pass floats in [0, 1], such as images / 255")
     if random_start and key is None:
@@ -104,7 +103,7 @@ def pgd(
     check_images(images)
     images = jnp.asarray(images, jnp.float32)
     network = as_network(logits_fn, images)
-    check_labels(labels, jax.eval_shape(network, images).shape[1])
+    check_labels(labels, len(images), jax.eval_shape(network, images).shape[1])
     if loss_fn is None:
         loss_fn = log_odds if isinstance(threat_model, L2 | Linf) else cross_entropy
     # Constants: an attack inside of a loss is no part of what is differentiated.
@@ -143,16 +142,6 @@ def check_images(images: jax.Array) -> None:
     if not (low >= -_SLACK and high <= 1 + _SLACK):
         hint = "such as images / 255" if low >= 0 else "not normalised: networks do that themselves"
         raise ValueError(f"images run from {low:.3g} to {high:.3g}: pass pixels in [0, 1], {hint}")
-
-
-def check_labels(labels: jax.Array, num_classes: int) -> None:
-    """Raises a ValueError unless all labels are classes; where they are known, so not inside of `jit`."""
-    low, high = map(int, _range(labels))
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"labels run from {low} to {high}; the network has {num_classes:,} classes, "
-            f"whose labels are 0 to {num_classes - 1}"
-        )
 
 
 def _range(values: jax.Array) -> tuple[float, float]:

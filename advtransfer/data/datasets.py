@@ -17,7 +17,6 @@ from os import PathLike
 from types import MappingProxyType
 from typing import NamedTuple
 
-import chex
 import numpy as np
 from PIL import Image
 
@@ -29,6 +28,7 @@ from advtransfer.data.stream import StreamedSplit, open_stream
 from advtransfer.data.subsets import stratified_order
 from advtransfer.data.tfds import open_tfds
 from advtransfer.data.views import VIEWS
+from advtransfer.labels import check_labels
 
 SPLITS = ("train", "validation", "test")
 BROKEN = ("refuse", "skip")
@@ -53,10 +53,11 @@ class Split(NamedTuple):
 
 
 def check_split(split: Split) -> None:
-    """Raises an AssertionError unless images are uint8 [N, H, W, 3] and labels integers [N]."""
-    chex.assert_shape(split.images, (None, None, None, 3))
-    chex.assert_shape(split.labels, split.images.shape[:1])
-    chex.assert_type([split.images, split.labels], [np.uint8, int])
+    """Raises a ValueError, of one line, unless images are uint8 [N, H, W, 3] and labels classes [N]."""
+    shape, dtype = np.shape(split.images), getattr(split.images, "dtype", None)
+    if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
+        raise ValueError(f"images are {dtype} {shape}, not uint8 [N, H, W, 3]")
+    check_labels(split.labels, len(split.images))
 
 
 class Dataset(NamedTuple):

@@ -7,6 +7,8 @@ import hashlib
 import chex
 import numpy as np
 
+from advtransfer.labels import check_labels
+
 
 def subset_indices(
     labels: np.ndarray,
@@ -36,12 +38,11 @@ def subset_indices(
       int32 [num_images], indices into `labels`, each at most once.
 
     Raises:
-      ValueError: `num_images` is below 1 or above N.
+      ValueError: labels that are no classes, or `num_images` below 1 or above N.
     """
     labels = np.asarray(labels)
-    chex.assert_rank(labels, 1)
+    check_labels(labels, labels.size)
     check_subset(num_images, len(labels), dataset)
-    chex.assert_type(labels, int)
     identity = f"{dataset}|{seed}" if nested else f"{dataset}|{seed}|{num_images}"
     # Python's own hash of a string differs from process to process.
     digest = hashlib.sha256(identity.encode()).digest()

@@ -14,6 +14,7 @@ import numpy as np
 from advtransfer import storage
 from advtransfer.data import Split
 from advtransfer.evaluate import predict
+from advtransfer.labels import check_labels
 from advtransfer.models import Model, package_versions, save_model
 from advtransfer.report import ModelPage, Outcome, make_outcome, write_model_page
 from advtransfer.report.summary import Source
@@ -255,19 +256,11 @@ def _split(images: Any, labels: Any, images_name: str, labels_name: str) -> Spli
         raise ValueError(
             f"{images_name} of {images.shape[1]} × {images.shape[2]} are no squares: crop or pad them"
         )
-    if labels.ndim != 1 or len(labels) != len(images):
-        hint = f": give {labels_name}.argmax(-1)" if labels.ndim == 2 else ""
-        raise ValueError(
-            f"{labels_name} have the shape {labels.shape}, not [{len(images)}], one for each image{hint}"
-        )
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{labels_name} are {labels.dtype}, not integers from 0 to C - 1")
+    check_labels(labels, len(images), name=labels_name)
     if jnp.issubdtype(images.dtype, jnp.floating):
         images = _to_bytes(images, images_name)
     if images.dtype != np.uint8:
         raise ValueError(f"{images_name} are {images.dtype}: give uint8, or floats in [0, 1]")
-    if labels.min() < 0:
-        raise ValueError(f"{labels_name} hold {labels.min()}: classes are numbered from 0 to C - 1")
     return Split(images, labels.astype(np.int32))
 
 

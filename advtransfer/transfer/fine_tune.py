@@ -14,6 +14,7 @@ import numpy as np
 
 from advtransfer import parallel
 from advtransfer.data import Split, check_split
+from advtransfer.labels import check_labels
 from advtransfer.models import Model
 from advtransfer.transfer.cost import block_flops
 from advtransfer.transfer.freezing import first_unfrozen_block
@@ -58,6 +59,7 @@ def fine_tune_one(
     if test is not None:
         check_split(test)
     num_images = len(train.labels)
+    _check_classes(train, test, len(class_names))
     recipe = check_recipe(recipe, num_images)
     module = model.module.clone(num_classes=len(class_names))
     run = _one(module, _shape_of(recipe), num_unfrozen_blocks, model.spec.image_size)
@@ -121,6 +123,9 @@ def fine_tune_many(
     chex.assert_rank(subsets, 2)
     chex.assert_type(subsets, int)
     chex.assert_equal_shape_prefix([subsets, keys], 1)
+    _check_classes(train, test, num_classes)
+    if subsets.size and not 0 <= subsets.min() <= subsets.max() < train.num_images:
+        raise ValueError(f"subsets hold other numbers than those of the {train.num_images:,} training images")
     recipe = check_recipe(recipe, subsets.shape[1])
     module = model.module.clone(num_classes=num_classes)
     lanes = _lanes(module, num_unfrozen_blocks, *subsets.shape)
@@ -157,6 +162,12 @@ def fine_tune_many(
         shared = (params, tried, prepared.batch_stats, prepared.task)
         history = _spread(programs.sharing, shared, (jnp.asarray(own), keys), streams(prepared.task))
     return history if rates is not None else {name: x[:, 0] for name, x in history.items()}
+
+
+def _check_classes(train: Split, test: Split | None, num_classes: int) -> None:
+    for name, split in (("train.labels", train), ("test.labels", test)):
+        if split is not None:
+            check_labels(split.labels, split.num_images, num_classes, name=name)
 
 
 def num_streams(module: Any, num_unfrozen_blocks: int, image_size: int, *, cached: bool) -> int:
