@@ -107,8 +107,18 @@ def check_evaluation(config: ConfigDict) -> None:
         parallel.split(np.empty(config.evaluate.batch_size))
 
 
+def check_head(spec: ModelSpec) -> None:
+    """Raises a ValueError if the model was imported without a head: its logits are all the same."""
+    if not spec.has_head:
+        raise ValueError(
+            "this model was imported without a head, so that it has no accuracy: fine-tune it first, with "
+            "config.stage=transfer and this model as config.source"
+        )
+
+
 def check_classes(dataset: Dataset, spec: ModelSpec) -> None:
     """Raises a ValueError if the dataset's classes cannot be those of the model's logits."""
+    check_head(spec)
     if len(dataset.class_names) != spec.num_classes:
         raise ValueError(
             f"{dataset.name} has {len(dataset.class_names)} classes, the model {spec.num_classes}"

@@ -6,15 +6,14 @@ of plain data, and anything that is not in it becomes a `Stub`, which swallows w
 
 from __future__ import annotations
 
-import io
 import pickletools
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 MAX_BYTES = 1 << 25  # of one pickle; the pickle of a ResNet-50 and its optimiser has 0.1 MB
-# Bytes that the values of one pickle may take; the order of an epoch of ImageNet, a list of 1,281,167 integers,
-# takes 97 MB of them. As every operation takes some, this bounds the time too.
+# Bytes that the values of one pickle may take; the order of an epoch of ImageNet, 1,281,167 integers, takes
+# 97 MB of them. As every operation takes some, this bounds the time too.
 MAX_MEMORY = 1 << 27
 _OPERATION = 48  # bytes of an operation beside its argument: a place on the stack, an entry of the memo
 _CONSTRUCTION = 10 * _OPERATION  # bytes of a call of a constructor
@@ -52,7 +51,7 @@ Constructors = Mapping[str, Callable[[tuple], Any]]  # by "module.name"; NotImpl
 
 
 def unpickle(
-    data: io.BytesIO,
+    data: BinaryIO,
     constructors: Constructors,
     persistent_load: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, set[str]]:
@@ -82,10 +81,11 @@ def unpickle(
     except CheckpointError as error:
         raise CheckpointError(f"the pickle is damaged at byte {position}: {error}") from error
     except (ValueError, Warning) as error:  # of genops; a warning that was made an error is one of them
-        size = data.getbuffer().nbytes
-        if data.tell() >= size:
-            if size >= MAX_BYTES:
-                raise CheckpointError(f"its pickle has more than {MAX_BYTES:,} bytes: {SAVE_ALONE}") from error
+        if not data.read(1):
+            if data.tell() >= MAX_BYTES:
+                raise CheckpointError(
+                    f"its pickle has more than {MAX_BYTES:,} bytes: {SAVE_ALONE}"
+                ) from error
             raise CheckpointError("the file is truncated in its pickle: download it again") from error
         raise CheckpointError(f"the pickle is damaged near byte {data.tell()}") from error
 

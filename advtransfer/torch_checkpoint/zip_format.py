@@ -10,7 +10,14 @@ import zlib
 from typing import Any, NamedTuple
 
 from advtransfer.torch_checkpoint.tensors import CONSTRUCTORS, File, Storage, View, parse_storage_id
-from advtransfer.torch_checkpoint.unpickle import MAX_BYTES, SAVE_ALONE, CheckpointError, Stub, printable, unpickle
+from advtransfer.torch_checkpoint.unpickle import (
+    MAX_BYTES,
+    SAVE_ALONE,
+    CheckpointError,
+    Stub,
+    printable,
+    unpickle,
+)
 
 _MAX_DIRECTORY = 1 << 22  # bytes; of a ResNet-50 and its optimiser 0.05 MB
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
