@@ -102,7 +102,7 @@ def _describe(spec: ModelSpec) -> str:
     if found["normalisation"] == "ImageNet":
         lines.append(
             "nothing says how images are normalised, so ImageNet's mean and standard deviation are taken: "
-            "config.checkpoint.mean and .std say otherwise"
+            "config.checkpoint.mean and .std say otherwise, (0, 0, 0) and (1, 1, 1) for images as they are"
         )
     if found["forward_pass"] == "assumed":
         check = (

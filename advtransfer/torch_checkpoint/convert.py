@@ -33,6 +33,7 @@ from advtransfer.torch_checkpoint.reader import (
 from advtransfer.torch_checkpoint.state_dict import Network, check_copies, find_network
 
 _MAX_LEFT_OUT = 20  # entries
+_log = logging.getLogger(__name__)
 
 
 class Checkpoint(NamedTuple):
@@ -145,14 +146,13 @@ def import_torch_checkpoint(
         class_names=metadata.class_names if metadata and found.has_head else (),
         provenance=provenance,
     )
-    if found.left_out:
-        logging.warning("%s: left out: %s", path, ", ".join(found.left_out))
+    remarks = [f"left out: {', '.join(found.left_out)}"] if found.left_out else []
     if not found.has_head:
-        logging.warning(
-            "%s: it has no fc.weight and fc.bias that fit: the model has a new head, cannot be evaluated, "
-            "and can be fine-tuned",
-            path,
+        remarks.append(
+            "no fc.weight and fc.bias that fit: a new head, cannot be evaluated, can be fine-tuned"
         )
+    if remarks:
+        _log.warning("%s: %s", path, "; ".join(remarks))
     module = module.clone(mean=mean, std=std, dtype=dtype or jnp.float32)
     return Model(module, found.variables, spec)
 

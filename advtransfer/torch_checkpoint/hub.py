@@ -19,6 +19,7 @@ from advtransfer.torch_checkpoint.unpickle import CheckpointError
 _NAME = re.compile(
     r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^@?#\\\x00-\x1f]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII
 )
+_log = logging.getLogger(__name__)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _EXAMPLE = "hf:madrylab/robust-imagenet-models/resnet50_l2_eps3.ckpt"
 
@@ -73,7 +74,7 @@ def fetch(name: str, folder: str | Path | None = None) -> Fetched:
             cached = f"; in the cache: {', '.join(f'@{commit}' for commit in there)}" if there else ""
             raise CheckpointError(f"{name} {problem}{cached}") from error
         (commit, path), announced = there.popitem(), ""
-        logging.warning("%s: the hub cannot be asked, so the commit in the cache is taken: %s", name, commit)
+        _log.warning("%s: the hub cannot be asked, so the commit in the cache is taken: %s", name, commit)
     _check_announced(path, announced, name)
     return Fetched(path, repo, file, path.parents[file.count("/")].name)  # .../snapshots/COMMIT/FILE
 

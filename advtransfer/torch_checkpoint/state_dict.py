@@ -25,7 +25,7 @@ _AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averaged?|avg|shadow|teacher)(?![a-z
 _NORMALISERS = (("new_mean", "new_std"), ("mean", "std"), ("mu", "sigma"))
 _PER_CHANNEL = ((3,), (3, 1, 1), (1, 3, 1, 1))
 _COUNTERS = ("num_batches_tracked", "n_averaged")
-_MAX_TENSORS, _MAX_NETWORKS, _MAX_CLAIMS, _MAX_DEPTH = 10_000, 8, 64, 3
+_MAX_TENSORS, _MAX_NETWORKS, _MAX_CLAIMS, _MAX_DEPTH = 10_000, 8, 64, 4
 _FIRST_BLOCK = "layer1.0.conv1.weight"
 _NUMBERED_BLOCK = re.compile(r"((?:.*\.)?)([0-9]{1,3})\.0\.conv1\.weight")
 
