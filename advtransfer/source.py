@@ -118,6 +118,15 @@ def check_evaluation(config: ConfigDict) -> None:
         parallel.split(np.empty(config.evaluate.batch_size))
 
 
+def check_head(spec: ModelSpec) -> None:
+    """Raises a ValueError if the model was imported without a head: its logits are all the same."""
+    if not spec.has_head:
+        raise ValueError(
+            "this model was imported without a head, so that it has no accuracy: fine-tune it first, with "
+            "config.stage=transfer and this model as config.source"
+        )
+
+
 def align_classes(dataset: Dataset, spec: ModelSpec) -> Dataset:
     """The dataset with the model's labels for its classes, which may be fewer and in another order.
 
@@ -125,8 +134,9 @@ def align_classes(dataset: Dataset, spec: ModelSpec) -> Dataset:
 
     Raises:
       ValueError: a class that the model does not know; without names, another number of classes, or the
-        numbering of ImageNet's development kit.
+        numbering of ImageNet's development kit; a model without a head.
     """
+    check_head(spec)
     theirs, ours, count = dataset.class_names, spec.class_names, spec.num_classes
     numbered = tuple(map(str, range(count)))
     if ours in ((), numbered) or theirs == numbered:

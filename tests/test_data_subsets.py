@@ -134,7 +134,7 @@ def test_impossible_sizes(num_images):
 
 
 def test_labels_of_a_random_subset_are_one_row():
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match=r"shape \(9, 1\)"):
         draw(np.zeros((9, 1), int), 3, stratified=False)
 
 

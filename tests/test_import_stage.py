@@ -226,7 +226,7 @@ def test_what_is_no_model_is_not_overwritten(study, tmp_path):
 
 def test_what_is_known_of_a_file_is_for_its_import(study):
     known = {"architecture": "resnet18", "num_classes": 7, "image_size": 16, "mean": (0.5,) * 3}
-    known |= {"std": (0.5,) * 3, "norm": "l2", "eps": 1.0, "sha256": "0" * 64}
+    known |= {"weights": "ema", "std": (0.5,) * 3, "norm": "l2", "eps": 1.0, "sha256": "0" * 64}
     assert set(known) == set(base.default().checkpoint)
     for key, value in known.items():
         for stage in set(stages.STAGES) - {"import"}:
@@ -235,6 +235,33 @@ def test_what_is_known_of_a_file_is_for_its_import(study):
             with pytest.raises(ConfigError, match=f"config.checkpoint.{key} is for config.stage=import"):
                 validate(config)
         validate(importing("a.pt", checkpoint=config.checkpoint))
+
+
+def test_a_source_without_a_head_can_be_fine_tuned_and_not_measured(study, tmp_path, caplog):
+    tensors = at.export_torch_state_dict(at.load_model(study))
+    path, folder = tmp_path / "a.safetensors", tmp_path / "imported"
+    body = {f"backbone.{n}": x for n, x in tensors.items() if not n.startswith("fc.")}
+    safetensors.numpy.save_file(body | {"head.fc.weight": tensors["fc.weight"]}, path)
+    config = importing(path)
+    config.checkpoint.update(mean=(0.5,) * 3, std=(0.5,) * 3, image_size=8)
+    assert "resnet_tiny, a new head, 8 pixels" in stages.plan(config, folder)
+    assert "left out: head (1 tensor)" in caplog.text
+    stages.run(config, folder)
+    assert not (folder / "evaluation.json").exists()
+    config.verify = "builtin:digits"
+    refuse_to_touch(config, folder, "config.verify: this model was imported without a head, .*transfer")
+    config = base.default()
+    config.stage, config.evaluate.model, config.evaluate.dataset = "evaluate", str(folder), "builtin:digits"
+    config.evaluate.norm = "none"
+    refuse_to_touch(config, tmp_path / "out", "config.evaluate.model: this model was imported without a head")
+    config = base.default()
+    config.stage, config.models, config.data = "interpret", str(folder), "builtin:digits"
+    refuse_to_touch(config, tmp_path / "out", "config.models: imported was imported without a head, and only")
+    config = base.default()
+    config.stage, config.source = "transfer", str(folder)
+    config.transfer.update(num_train_images=20, batch_size=10, num_epochs=2, evaluate_epochs=(2,))
+    stages.run(config, tmp_path / "transfer")
+    assert at.load_model(tmp_path / "transfer").spec.has_head
 
 
 def test_the_wrapping_is_said(study, tmp_path):

@@ -155,13 +155,17 @@ HEAVY = {
     "copies": text("x" * 100_000) + b"q\x00" + ENCODE * 30_000,
     "copied lists": b"](" + b"N" * 100_000 + b"eq\x00" + (call("builtins.list", b"h\x00") + b"0") * 20_000,
     "copied dicts": PAIRS + ORDERED * 2_000,
-    "copied defaults": PAIRS + DEFAULT * 50,
+    "copied defaults": PAIRS + DEFAULT * 200,
     "hashes": b"}(" + b"".join(integer((2**61 - 1) * i) + b"N" for i in range(1, 50_000)) + b"u",
     "names": b"".join(b"ca\n%d\n0" % i for i in range(5_000)) + b"N",
     "long names": text("x" * 5_000_000) + b"q\x000" + b"h\x00h\x00\x93" * 10_000,
-    "bytes": b"B\x00\x00\x00\x01" + bytes(1 << 24),
+    "bytes": b"B\x00\x00\x00\x02" + bytes(1 << 25),
+    "dicts": b"}" * 3_000_000,
+    "stored dicts": b"".join(b"}r" + struct.pack("<I", i) for i in range(1_500_000)),
+    "encoded": text("x" * 1_000_000) + b"q\x00" + ENCODE[:-1] * 500,
 }  # fmt: skip
 REFUSED = ("copies", "copied dicts", "copied defaults", "copied lists", "names", "long names", "bytes")
+REFUSED += ("dicts", "stored dicts", "encoded")
 
 
 @pytest.mark.parametrize("name", list(HEAVY))
@@ -170,7 +174,7 @@ def test_memory_and_recursion_are_bounded(tmp_path, name):
     tracemalloc.start()
     try:
         if name in REFUSED:
-            refuse(path, "operations|1,000 functions|short text|at most 16,777,216")
+            refuse(path, "bytes of memory|1,000 functions|short text|at most 33,554,432")
         else:
             load(path)
         assert tracemalloc.get_traced_memory()[1] < 250e6
@@ -181,12 +185,24 @@ def test_memory_and_recursion_are_bounded(tmp_path, name):
 def test_the_limits_of_a_pickle(tmp_path):
     path = tmp_path / "a.pt"
     assert load(write_zip(path, b"N0" * 65_000 + b"N")).tree is None  # a ResNet-152 and its Adam take as many
-    refuse(
-        write_zip(path, b"N0" * 200_000 + b"N"), f"it takes more than {unpickle.MAX_OPERATIONS:,} operations"
-    )
-    refuse(
-        write_legacy(path, b"B\x00\x00\x00\x01" + bytes(1 << 24)), "its pickle has more than 16,777,216 bytes"
-    )
+    message = "what its pickle holds beside the weights takes more than 134,217,728 bytes of memory: save the"
+    refuse(write_zip(path, b"N0" * 1_100_000 + b"N"), message)
+    message = "its pickle has more than 33,554,432 bytes: save the weights alone"
+    refuse(write_legacy(path, b"B\x00\x00\x00\x02" + bytes(1 << 25)), message)
+
+
+@pytest.mark.parametrize("write", [write_zip, write_legacy])
+def test_long_lists_beside_the_weights_are_read(tmp_path, write):
+    """The order of an epoch of ImageNet, every loss of 90 epochs, the names of 200,000 files."""
+    values = {
+        "order": list(range(1_281_167)),
+        "losses": [0.5 * i for i in range(200_000)],
+    }
+    files = [f"train/n{i % 1000:08}/{i}.JPEG" for i in range(200_000)]
+    for value in (values, files):
+        one = tensor(legacy=write is write_legacy)
+        path = write(tmp_path / "a.pt", b"](" + pickle.dumps(value, 2)[2:-1] + one + b"e")
+        assert load(path).tree[0] == value
 
 
 def test_what_is_just_within_the_limits_of_a_pickle(tmp_path, monkeypatch):
@@ -215,44 +231,40 @@ def test_what_is_just_within_the_limits_of_a_pickle(tmp_path, monkeypatch):
 
 
 def test_what_constructors_may_copy_counts(tmp_path, monkeypatch):
-    """The elements of the first two arguments, and a 64th of the characters."""
+    """The elements of the first two arguments, 48 bytes each, and the characters."""
 
     def cost(operations):
+        """The least limit, in bytes, that it is read within."""
         path = write_zip(tmp_path / "a.pt", operations)
-        for limit in range(400):
-            monkeypatch.setattr(unpickle, "MAX_OPERATIONS", limit)
+        lower, upper = 0, 1 << 16
+        while lower < upper:
+            monkeypatch.setattr(unpickle, "MAX_MEMORY", (lower + upper) // 2)
             try:
                 load(path)
+                upper = (lower + upper) // 2
             except CheckpointError:
-                continue
-            return limit
-        raise AssertionError("it costs more than 400 operations")
+                lower = (lower + upper) // 2 + 1
+        return lower
 
-    assert cost(b"N") == 3  # the protocol, the value, the end
+    none, version = 48 + sys.getsizeof(None), 48 + sys.getsizeof(2)
+    assert cost(b"N") == version + 2 * none  # the protocol, the value, the end
+    assert cost(b"N0" * 50 + b"N") == version + 102 * none
+    assert cost(text("x" * 999)) - cost(text("")) == 999
     empty = cost(call("builtins.list", b"]"))
-    assert empty == 2 + 5 + 10
+    assert empty == cost(name_of("builtins.list") + b"(]t0") + 10 * 48
+    stubbed = cost(call("os.system"))  # no constructor
+    assert stubbed == cost(name_of("os.system") + b"(t0")
     one_key = b"}(" + (text("a") + b"N") * 25 + b"u"
     for items, length in ((b"](" + b"N" * 50 + b"e", 50), (b"(" + b"N" * 50 + b"t", 50), (one_key, 1)):
-        of_nothing = cost(items + b"0" + call("builtins.list", b"]"))  # two operations more
-        assert cost(call("builtins.list", items)) - of_nothing == length - 2
-    letters = [cost(call("_codecs.encode", text("x" * n), text("latin1"))) for n in (0, 63, 64, 640)]
-    assert np.diff(letters).tolist() == [0, 1, 9]
+        of_nothing = cost(items + b"0" + call("builtins.list", b"]"))
+        assert cost(call("builtins.list", items)) - of_nothing == length * 48 - 2 * none
+    letters = [cost(call("_codecs.encode", text("x" * n), text("latin1"))) for n in (0, 64, 640)]
+    assert np.diff(letters).tolist() == [2 * 64, 2 * 576]  # the text, and its copy
     fifty = b"(" + b"N" * 50 + b"t"
     places = [
         cost(call("builtins.list", *[b"N"] * place, fifty, *[b"N"] * (3 - place))) for place in range(4)
     ]
-    assert places == [places[0], places[0], places[0] - 50, places[0] - 50]
-
-
-def test_a_call_of_a_constructor_counts_for_ten_more(tmp_path, monkeypatch):
-    path, one = tmp_path / "a.pt", call("builtins.dict") + b"0"  # five operations, 15 in all
-    monkeypatch.setattr(unpickle, "MAX_OPERATIONS", 1_000)
-    assert load(write_zip(path, one * 66 + b"N")).tree is None
-    refuse(write_zip(path, one * 67 + b"N"), "it takes more than 1,000 operations")
-    assert load(write_zip(path, one * 66 + b"N" + b"0N" * 3 + b"2")).tree is None  # 1,000 with begin and end
-    refuse(write_zip(path, one * 66 + b"N" + b"0N" * 3 + b"22"), "it takes more than 1,000 operations")
-    stubbed = call("os.system") + b"0"  # no constructor
-    assert load(write_zip(path, stubbed * 199 + b"N")).tree is None
+    assert places == [places[0], places[0], places[0] - 50 * 48, places[0] - 50 * 48]
 
 
 @pytest.mark.parametrize("name", ["builtins.list", "collections.defaultdict", TENSOR])

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from advtransfer.torch_checkpoint.hub import fetch
+from advtransfer.torch_checkpoint.hub import _check_announced, fetch
 from advtransfer.torch_checkpoint.unpickle import CheckpointError
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +23,7 @@ L2_3 = "hf:madrylab/robust-imagenet-models/resnet50_l2_eps3.ckpt"
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 FILES = {  # repository -> file -> bytes at main; v1 has them reversed
     repo: {"nets/net.ckpt": random.Random(repo).randbytes(300_000)}
-    for repo in ("some/nets", "more/nets", "torn/nets", "gated/open", "gated/closed")
+    for repo in ("some/nets", "more/nets", "other/nets", "torn/nets", "gated/open", "gated/closed")
 }
 SALMAN = "madrylab/robust-imagenet-models"
 FILES[SALMAN] = {"README.md": b"ResNets"}
@@ -64,7 +64,7 @@ class Answers(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def send_blob(self, digest):
-        data = self.server.blobs[digest]
+        data = self.server.replaced.get(digest, self.server.blobs[digest])
         start = int(re.match(r"bytes=(\d+)-|", self.headers.get("Range", ""))[1] or 0)
         headers = {"ETag": f'"{digest.hex()}"', "Accept-Ranges": "bytes"}
         if start:
@@ -99,7 +99,7 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", self.port), Answers)
         self.port = self.server.server_port
         self.server.requests, self.server.broken, self.server.torn = [], False, ""
-        self.server.blobs = self.blobs
+        self.server.blobs, self.server.replaced = self.blobs, {}
         threading.Thread(
             target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
         ).start()
@@ -205,6 +205,65 @@ def test_offline_the_cache_is_enough_and_the_message_says_what_to_do(hub):
     assert "is not in the cache and HF_HUB_OFFLINE is set: unset it, " in error
     assert error.endswith(by_hand(hub, "hf:more/nets/nets/net.ckpt") + "and run the same command again")
     assert not hub.server.requests and "\n" not in error
+
+
+def test_bytes_that_are_not_what_was_announced(hub):
+    """Neither those of a mirror that sends others, which are not kept, nor those that changed here."""
+    digest = hashlib.sha256(FILES["other/nets"]["nets/net.ckpt"])
+    hub.server.replaced[digest.digest()] = bytes(300_000)
+    error = hub.fetch("hf:other/nets/nets/net.ckpt")["error"]
+    assert f"the hub announced {digest.hexdigest()[:16]}; it is not kept: run the same command again" in error
+    assert "\n" not in error and not whole_files(hub, "other/nets")
+    hub.server.replaced.clear()
+    path = Path(hub.fetch("hf:other/nets/nets/net.ckpt")["path"])
+    assert path.read_bytes() == FILES["other/nets"]["nets/net.ckpt"]
+    blob = path.resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"?")
+    for ask in (hub.fetch, hub.fetch_offline):
+        error = ask("hf:other/nets/nets/net.ckpt")["error"]
+        assert f"; delete {blob} and run the same command again" in error and blob.exists()
+    blob.unlink()
+    assert Path(hub.fetch("hf:other/nets/nets/net.ckpt")["path"]).read_bytes()[-1:] != b"?"
+
+
+@pytest.mark.parametrize("name", ["git's", "the bytes'"])
+def test_a_small_file_has_a_sha1(tmp_path, name):
+    data = b"a small network"
+    start = b"" if name == "the bytes'" else f"blob {len(data)}\0".encode()
+    blob = tmp_path / "blobs" / hashlib.sha1(start + data).hexdigest()
+    blob.parent.mkdir()
+    blob.write_bytes(data)
+    (tmp_path / "net.pt").symlink_to(blob)
+    _check_announced(tmp_path / "net.pt", "", "hf:a/b/net.pt")
+    blob.write_bytes(data[::-1])
+    with pytest.raises(CheckpointError, match="hf:a/b/net.pt: the file is damaged or another one: its hash"):
+        _check_announced(tmp_path / "net.pt", "", "hf:a/b/net.pt")
+    blob.rename(other := blob.with_name("an-etag-of-a-mirror"))
+    _check_announced(other, "", "hf:a/b/net.pt")
+
+
+def test_a_cache_that_was_carried_to_a_machine_without_a_network(hub):
+    """Copied without its refs/, or with an end of line behind the commit."""
+    commits, truth = (COMMITS["main"], COMMITS["v1"]), b"weights"
+    folder = hub.home / "hf/hub/models--lab--nets"
+    name, refs = "hf:lab/nets/nets/net.ckpt", folder / "refs"
+    for commit in commits:
+        path = folder / "snapshots" / commit / "nets/net.ckpt"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(truth)
+    refs.mkdir()
+    (refs / "main").write_text(commits[1] + "\n")
+    assert hub.fetch_offline(name)["revision"] == commits[1]
+    (refs / "main").unlink()
+    for commit in commits:
+        assert hub.fetch_offline(f"{name}@{commit[:8]}")["revision"] == commit
+    for asked in (name, f"{name}@v1"):  # which of the two is not known
+        error = hub.fetch_offline(asked)["error"]
+        assert error.endswith(f"; in the cache: @{commits[0]}, @{commits[1]}") and "\n" not in error
+    path.unlink()
+    assert hub.fetch_offline(name)["revision"] == commits[0]
+    assert f"in the cache: @{commits[0]}" in hub.fetch_offline(f"{name}@v1")["error"]
+    assert "is in no public repository" in hub.fetch(name)["error"]  # a hub that answers is believed
 
 
 def test_a_torn_download_leaves_nothing_and_the_next_try_completes(hub):

@@ -83,7 +83,8 @@ def test_logits_are_pytorch_s(file):
     word = Path(file).stem if file in ("half.pth", "bfloat16.pth") else architecture
     for size in (32, 224) if word == architecture else (32,):
         want = np.load(NETWORKS / f"{word}_{size}.npy")
-        got = jax.jit(model.module.apply)(model.variables, images(size))
+        model = import_torch_checkpoint(NETWORKS / file, **given, image_size=size)
+        got = run(logits_fn(model), images(size))
         np.testing.assert_allclose(got, want, rtol=1e-4)
 
 
@@ -98,8 +99,12 @@ def test_provenance(tmp_path):
         "format": "PyTorch legacy",
         "stubs": stubs,
         "wrapping": "model/module.model.",
+        "weights": "file",
+        "head": "file",
+        "left_out": [],
         "claims": CLAIMS,
         "normalisation": "file",
+        "forward_pass": "assumed",
         "threat_model": "argument",
     }
     assert (model.spec.norm, model.spec.eps) == ("linf", 4 / 255)
@@ -176,7 +181,7 @@ def test_files_that_are_no_network(tmp_path):
     refused("there is no such file", tmp_path / "none.pt")
     refused("there is no such file; it looks like a URL: download it", "https://host/resnet50.pth")
     refused("holds a pickled .*TorchResNet object, not a state dict", NETWORKS / "whole_module.pth")
-    message = "module.model.model. and module.attacker.model.model., that differ in layer2.0.conv1.weight"
+    message = "module.model.model. and state_dict/module.attacker.model.model., that differ in layer2.0.conv1"
     refused(message, NETWORKS / "attacker_differs.ckpt")
     message = refused(
         "does not say how its images are normalised: import it with mean and std",
@@ -229,15 +234,96 @@ def test_weights_that_are_no_weights(saved):
     assert import_torch_checkpoint(saved(bn1__running_var=variance)).spec.num_classes == 5
     refused("fc.bias holds infinity", saved(fc__bias=bias + np.inf))
     refused("fc.bias holds infinity", saved(fc__bias=bias.astype(np.float64) + 1e300))
-    refused("with 5 classes: missing fc.bias$", saved(fc__bias=None))
-    refused("with 1000 classes: missing fc.weight, fc.bias$", saved(fc__bias=None, fc__weight=None))
-    refused("unexpected head.0.bias$", saved(head__0__bias=bias))
     refused("a normaliser is int64, no float", saved(mean=np.zeros(3, np.int64), std=np.ones(3, np.int64)))
-    refused(r"fc.bias has shape \(1, 5\), not \(5,\)", saved(fc__bias=bias[None]))
+    refused(
+        "fit small_bottleneck with 5 classes: missing layer2.0.bn1.bias$", saved(layer2__0__bn1__bias=None)
+    )
+    refused("unexpected layer1.0.more.bias$", saved(layer1__0__more__bias=bias))
+    refused("unexpected stem.conv.weight$", saved(stem__conv__weight=np.zeros((4, 2, 1, 1), np.float32)))
     refused(
         r"std \(0.2, 0.0, 0.2\) do not normalise images in \[0, 1\]: import it with mean and std",
         saved(mean=np.float32([0.5, 0.5, 0.5]), std=np.float32([0.2, 0.0, 0.2])),
     )
+
+
+HEADS = {  # what replaces fc.weight and fc.bias, and what is said of it
+    "none": ({}, []),
+    "without a bias": ({"fc.weight": (5, 32)}, ["fc (1 tensor)"]),
+    "of other features": ({"fc.weight": (5, 33), "fc.bias": (5,)}, ["fc (2 tensors)"]),
+    "a convolution": ({"fc.weight": (5, 32, 1, 1), "fc.bias": (5,)}, ["fc (2 tensors)"]),
+    "with a wrong bias": ({"fc.weight": (5, 32), "fc.bias": (1, 5)}, ["fc (2 tensors)"]),
+    "Sequential(Dropout, Linear)": ({"fc.1.weight": (5, 32), "fc.1.bias": (5,)}, ["fc (2 tensors)"]),
+    "a projection": ({f"fc.{i}.weight": (32, 32) for i in (0, 2)}, ["fc (2 tensors)"]),
+    "of another name": ({"a.b.weight": (5, 32), "top.p": (1,)}, ["a (1 tensor)", "top (1 tensor)"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_network_without_its_head(model, tmp_path, kind, wrapped, caplog):
+    shapes, left_out = HEADS[kind]
+    path, prefix = tmp_path / "a.safetensors", "module." if wrapped else ""
+    body = {n: x for n, x in export_torch_state_dict(model).items() if not n.startswith("fc.")}
+    beside = {"criterion.weight": np.ones(5, np.float32)} if wrapped else {}
+    head = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    safetensors.numpy.save_file({prefix + n: x for n, x in (body | head).items()} | beside, path)
+    found = import_torch_checkpoint(path)
+    params, want = found.variables["params"], model.variables["params"]
+    chex.assert_trees_all_equal(params | {"fc": want["fc"]}, want)
+    chex.assert_trees_all_equal(found.variables["batch_stats"], model.variables["batch_stats"])
+    assert found.spec.num_classes == 1 and not found.spec.has_head and not params["fc"]["kernel"].any()
+    left_out = [prefix + name for name in left_out] + ["criterion (1 tensor)"] * wrapped
+    assert found.spec.provenance["left_out"] == left_out and found.spec.provenance["head"] == "new"
+    assert "a new head, cannot be evaluated" in caplog.text
+    assert all(name in caplog.text for name in left_out)
+    save_model(found, tmp_path / "model")
+    assert not load_model(tmp_path / "model").spec.has_head
+    exported = export_torch_state_dict(found, tmp_path / "again.safetensors")
+    assert set(exported) == set(body)
+    again = import_torch_checkpoint(tmp_path / "again.safetensors")
+    chex.assert_trees_all_equal(again.variables, found.variables)
+    assert not again.spec.has_head
+    refused("with 7 classes: .*fc.weight.*; without num_classes it is imported without a head", path, None, 7)
+
+
+def test_weights_beside_a_network_are_left_out(model, saved, tmp_path, caplog):
+    """Its head is its own then: those of a criterion, a memory, and a projection behind it."""
+    extra = {"criterion__weight": np.ones(5), "queue": np.ones((128, 64)), "queue_ptr": np.ones(1, np.int64)}
+    extra |= {"projector__0__weight": np.ones((4, 32)), "projector__1__running_mean": np.ones(4)}
+    found = import_torch_checkpoint(saved(**extra))
+    chex.assert_trees_all_equal(found.variables, model.variables)
+    names = ("criterion (1 tensor)", "queue (1 tensor)", "queue_ptr (1 tensor)", "projector (2 tensors)")
+    assert sorted(found.spec.provenance["left_out"]) == sorted(names) and found.spec.has_head
+    assert all(name in caplog.text for name in names)
+    many = {f"task{i}__weight": np.ones(1) for i in range(30)}
+    left_out = import_torch_checkpoint(saved(**many)).spec.provenance["left_out"]
+    assert len(left_out) == 21 and left_out[-1] == "10 more"
+
+
+def test_what_may_normalise_in_an_unknown_way_is_not_left_out(saved):
+    path = saved(preprocess__m=np.ones((1, 3, 1, 1), np.float32))
+    refused(
+        "preprocess.m has a number for each channel, which may normalise .*: import it with mean and", path
+    )
+    assert import_torch_checkpoint(path, **CIFAR).spec.provenance["left_out"] == ["preprocess (1 tensor)"]
+
+
+def test_an_average_is_taken_and_the_other_can_be(model, tmp_path):
+    """The choice of a part of a file; that of another part gives other weights."""
+    plain = export_torch_state_dict(model)
+    averaged = plain | {"fc.bias": plain["fc.bias"] + 1}
+    path = tmp_path / "a.safetensors"
+    wrapped = {f"model.{n}": x for n, x in plain.items()} | {f"ema.{n}": x for n, x in averaged.items()}
+    safetensors.numpy.save_file(wrapped, path)
+    for weights, bias, other in (
+        (None, averaged, "model."),
+        ("model", plain, "ema."),
+        ("ema", averaged, "model."),
+    ):
+        found = import_torch_checkpoint(path, weights=weights)
+        np.testing.assert_array_equal(found.variables["params"]["fc"]["bias"], bias["fc.bias"])
+        assert found.spec.provenance["left_out"] == [f"the network under {other}, which weights= can name"]
+    refused("holds no network under student: .* may be ema., model.", path, weights="student")
 
 
 @pytest.mark.parametrize("file", ["torchvision.pth", "timm.safetensors"])
@@ -335,7 +421,7 @@ def test_live_against_pytorch(architecture, size, tmp_path):
                 tensor.uniform_(0.5, 1.5)
         want = twin(torch.tensor(images(size)).permute(0, 3, 1, 2)).numpy()
     torch.save({"state_dict": torch.nn.DataParallel(twin).state_dict()}, tmp_path / "twin.pth")
-    model = import_torch_checkpoint(tmp_path / "twin.pth", num_classes=11)
+    model = import_torch_checkpoint(tmp_path / "twin.pth", num_classes=11, image_size=size)
     assert model.spec.architecture == architecture
     assert model.module.mean == CIFAR["mean"]
     got = np.asarray(run(logits_fn(model), images(size)))

@@ -37,6 +37,7 @@ def _checkpoint() -> ConfigDict:
     """stage=import: what the user knows of a PyTorch file; defaults leave it to the file and the table."""
     checkpoint = ConfigDict()
     checkpoint.architecture = ""  # "": told from the names and shapes in the file
+    checkpoint.weights = ""  # which of several networks in it, by key or prefix; "": an average before others
     checkpoint.num_classes = 0  # 0: the size of its head
     checkpoint.image_size = 0  # pixels; 0: 224, or 32 for a network with a CIFAR stem
     checkpoint.mean = ()  # per channel, of images in [0, 1]; (): the file's, or the publisher's

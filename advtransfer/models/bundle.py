@@ -40,6 +40,11 @@ class ModelSpec:
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)  # where it comes from
     versions: dict[str, str] = dataclasses.field(default_factory=dict)  # of what wrote it
 
+    @property
+    def has_head(self) -> bool:
+        """Whether its logits mean anything: not if it was imported from a file without a head."""
+        return self.provenance.get("head") != "new"
+
     def __repr__(self) -> str:
         """Short: of long names and of nested facts there is the beginning, or the keys."""
         parts = []

@@ -10,7 +10,7 @@ from advtransfer import parallel
 from advtransfer.config import names_key
 from advtransfer.data import Dataset
 from advtransfer.models import Model
-from advtransfer.source import align_classes, check_evaluation, compute_dtype, load_data
+from advtransfer.source import align_classes, check_evaluation, check_head, compute_dtype, load_data
 from advtransfer.stages.named_models import find_model, model_name
 from advtransfer.stages.source import describe, measure_once
 from advtransfer.stages.workdir import check_workdir, open_workdir
@@ -39,6 +39,7 @@ def _check(config: ConfigDict, workdir: Path) -> tuple[Model, Dataset]:
         if not config.evaluate.model:
             raise ValueError("name a model: a folder, hf:REPO/FILE or a PyTorch file")
         model = find_model(config.evaluate.model, compute_dtype(config.dtype))
+        check_head(model.spec)
     splits = (config.evaluate.split,)
     dataset = load_data(config, "evaluate.dataset", image_size=model.spec.image_size, splits=splits)
     with names_key("evaluate.dataset"):

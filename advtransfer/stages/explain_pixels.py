@@ -58,6 +58,8 @@ class Case(NamedTuple):
 
 def owns_classes(model: Model, dataset: Dataset) -> bool:
     """Whether the model's outputs are the dataset's classes: by name, or by number where it has no names."""
+    if not model.spec.has_head:
+        return False
     if model.spec.class_names:
         return tuple(model.spec.class_names) == tuple(dataset.class_names)
     return model.spec.num_classes == len(dataset.class_names)

@@ -15,7 +15,7 @@ from advtransfer import storage
 from advtransfer.config import ConfigError, names_key
 from advtransfer.data import Dataset, check_dataset_name
 from advtransfer.models import Model, ModelSpec, load_model, save_model
-from advtransfer.source import align_classes, check_evaluation, compute_dtype, load_data
+from advtransfer.source import align_classes, check_evaluation, check_head, compute_dtype, load_data
 from advtransfer.stages.named_models import model_name
 from advtransfer.stages.source import describe, measure_once
 from advtransfer.stages.workdir import check_workdir, open_workdir, write_json
@@ -73,7 +73,11 @@ def _import(config: ConfigDict) -> Model:
     """The model of config.source; empty keys of config.checkpoint are left to the file and the table."""
     known = {key: value for key, value in config.checkpoint.items() if value}
     with names_key("source"):
-        return import_torch_checkpoint(config.source, **known)
+        model = import_torch_checkpoint(config.source, **known)
+    if config.verify:
+        with names_key("verify"):
+            check_head(model.spec)
+    return model
 
 
 def _load_data(config: ConfigDict, spec: ModelSpec) -> Dataset | None:
@@ -88,15 +92,22 @@ def _load_data(config: ConfigDict, spec: ModelSpec) -> Dataset | None:
 def _describe(spec: ModelSpec) -> str:
     """The model in half a sentence, and what its user should know of where it comes from."""
     found = spec.provenance
-    size = f"{spec.num_classes:,} classes, {spec.image_size} pixels"
+    head = f"{spec.num_classes:,} classes" if spec.has_head else "a new head"
+    size = f"{head}, {spec.image_size} pixels"
     trained = "natural" if spec.norm == "none" else f"{spec.norm} eps {spec.eps:.4g}"
     place = found["format"] + (f", {found['wrapping']}" if found["wrapping"] else "")
-    lines = [f"{spec.architecture}, {size}, {trained}, from {found['file']} ({place})"]
+    revision = f" at {found['hub']['revision'][:12]}" if found.get("hub", {}).get("revision") else ""
+    lines = [f"{spec.architecture}, {size}, {trained}, from {found['file']}{revision} ({place})"]
     if found["normalisation"] == "ImageNet":
         lines.append(
             "nothing says how images are normalised, so ImageNet's mean and standard deviation are taken: "
-            "config.checkpoint.mean and .std say otherwise"
+            "config.checkpoint.mean and .std say otherwise, (0, 0, 0) and (1, 1, 1) for images as they are"
         )
+    if found["forward_pass"] == "assumed":
+        check = (
+            "--config.verify=DATASET, of its classes, measures it" if spec.has_head else "a transfer shows it"
+        )
+        lines.append(f"names and shapes do not tell that it computes what torchvision's ResNet does: {check}")
     if found["threat_model"] == "unknown":
         lines.append(
             "nothing says how it was trained, so it counts as natural: --config.checkpoint.norm=l2 "

@@ -217,6 +217,11 @@ def _models(config: ConfigDict) -> dict[str, Model]:
             if called in models:
                 raise ValueError(f"two models are called {called!r}: rename a folder, or leave one away")
             models[called] = find_model(name, compute_dtype(config.dtype))
+            if not models[called].spec.has_head and {*config.interpret.analyses} - {"influence"}:
+                raise ValueError(
+                    f"{called} was imported without a head, and only influence trains one: fine-tune it "
+                    "first, or ask for --config.interpret.analyses=influence alone"
+                )
         sizes = {model.spec.image_size for model in models.values()}
         if len(sizes) > 1:
             raise ValueError(

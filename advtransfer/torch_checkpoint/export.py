@@ -27,12 +27,14 @@ def export_torch_state_dict(model: Model, path: str | Path | None = None) -> dic
 
     Returns:
         float32 arrays, convolutions [O, I, H, W] and the head [out, in], and int64 zeros for
-        num_batches_tracked, in torchvision's order.
+        num_batches_tracked, in torchvision's order. Of a model that was imported without a head, no fc.
 
     Raises:
         ValueError: `path` does not end in .safetensors.
     """
     tensors = torch_tensors(model.module, model.variables)
+    if not model.spec.has_head:
+        tensors = {name: array for name, array in tensors.items() if not name.startswith("fc.")}
     if path is not None:
         _write(tensors, model.spec, Path(path).absolute())
     return tensors

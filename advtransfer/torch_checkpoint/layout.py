@@ -183,14 +183,26 @@ def name_other(names: Iterable[str], has_resnet: bool) -> str | None:
     return None
 
 
-def misfits(tensors: Mapping[str, Tensor], strays: Iterable[str], module: ResNet) -> list[str]:
+def is_inside(name: str) -> bool:
+    """Whether a tensor has its place before a network's global pooling, by torchvision's names."""
+    return re.match(r"(conv1|bn1|layer\d+)\.", name) is not None
+
+
+def misfits(tensors: Mapping[str, Tensor], module: ResNet, *, head: bool) -> list[str]:
     """What keeps tensors by torchvision's names from being the weights of `module`, a phrase for each kind.
 
-    `strays` are names of further tensors, which nothing expects.
+    Further tensors are unexpected if they are inside the network, or are of a convolution beside its own,
+    such as attention on its stem. Others, such as a projection, come behind it. `head`: whether fc counts.
     """
-    want = layout(module)
+    want = {name: entry for name, entry in layout(module).items() if head or is_inside(name)}
     missing = [name for name in want if name not in tensors]
-    unexpected = [name for name in tensors if name not in want] + list(strays)
+    unexpected = [
+        name
+        for name, tensor in tensors.items()
+        if name not in want
+        and (is_inside(name) or (len(tensor.shape) == 4 and tensor.shape != (1, 3, 1, 1)))
+        and not name.startswith("fc.")
+    ]
     wrong = [
         f"{name} has shape {str(tensors[name].shape)[:100]}, not {entry.shape}"
         for name, entry in want.items()

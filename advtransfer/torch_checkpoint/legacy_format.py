@@ -24,7 +24,7 @@ def read_legacy(file: File) -> tuple[Any, set[str]]:
     """
     if _MAGIC_NUMBER not in file.read(0, min(file.size, 64)).tobytes():
         raise CheckpointError("an ordinary pickle, not a file that torch.save wrote: save it with torch.save")
-    pickles = io.BytesIO(file.read(0, min(file.size, MAX_BYTES)))
+    pickles = _Pickles(_Beginning(file), 1 << 16)
     unpickle(pickles, {})
     if unpickle(pickles, {})[0] != _PROTOCOL:
         raise CheckpointError("a PyTorch file of an unknown protocol: save it again with a newer PyTorch")
@@ -34,6 +34,30 @@ def read_legacy(file: File) -> tuple[Any, set[str]]:
     keys, _ = unpickle(pickles, {})
     storages.locate(keys, pickles.tell())
     return tree, stubbed
+
+
+class _Beginning(io.RawIOBase):
+    """The first MAX_BYTES of a file, read as they are asked for."""
+
+    def __init__(self, file: File):
+        self.file, self.place, self.end = file, 0, min(file.size, MAX_BYTES)
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def readinto(self, buffer: memoryview) -> int:
+        size = min(len(buffer), self.end - self.place)
+        buffer[:size] = self.file.read(self.place, size).tobytes()
+        self.place += size
+        return size
+
+
+class _Pickles(io.BufferedReader):
+    def read(self, size: int = -1) -> bytes:
+        return super().read(min(size, MAX_BYTES))  # which takes as much memory as it is asked for
 
 
 class _Storages:

@@ -70,7 +70,7 @@ class Contents(NamedTuple):
 def open_checkpoint(path: str | Path) -> Iterator[Contents]:
     """Opens a file of torch.save (zip or legacy format) or a safetensors file. None of its code is run.
 
-    Its tensors are read one by one, by `Tensor.read`, while it is open. Its pickle may have 16 MB.
+    Its tensors are read one by one, by `Tensor.read`, while it is open. Its pickle may have 32 MiB.
 
     Raises:
       CheckpointError: no such file, something else, or a damaged file; one line that says what to do.

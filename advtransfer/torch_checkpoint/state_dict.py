@@ -1,33 +1,33 @@
 """The network inside a checkpoint: out of its wrappers, with its normaliser and what the file claims of it.
 
 Training codes wrap a network in others before they save it: `module.` of DataParallel, `model.` of a
-Sequential behind a normaliser, `module.attacker.model.` of MadryLab/robustness, which saves
-every weight twice.
+Sequential behind a normaliser, `module.attacker.model.` of MadryLab/robustness, which saves every weight
+twice, `student` and `teacher` of self-distillation. Any dictionary of the file and any prefix of its names
+may hold a network; one is taken, and the others and the weights beside it are listed.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from advtransfer.torch_checkpoint.layout import brief, brief_list, name_other
+from advtransfer.torch_checkpoint.layout import brief, brief_list, is_inside, name_other
 from advtransfer.torch_checkpoint.reader import CheckpointError, Contents, Stub, Tensor
 
-# Where codes keep the state dict, in the order in which they are tried: averaged weights come last.
-_STATE_DICT_KEYS = (
-    *("model", "state_dict", "model_state_dict", "net", "network", "weights", "params"),
-    *("model_ema", "state_dict_ema", "ema_state_dict", "ema_model", "ema"),
-)
+# Words in the names of networks whose weights are means over the training: codes that keep one evaluate it.
+_AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averaged?|avg|shadow|teacher)(?![a-z])", re.IGNORECASE)
 # The buffers of normalisers, by the last part of their names.
 _NORMALISERS = (("new_mean", "new_std"), ("mean", "std"), ("mu", "sigma"))
 _PER_CHANNEL = ((3,), (3, 1, 1), (1, 3, 1, 1))
 _COUNTERS = ("num_batches_tracked", "n_averaged")
-_MAX_TENSORS, _MAX_COPIES, _MAX_CLAIMS = 10_000, 8, 64
+_MAX_TENSORS, _MAX_NETWORKS, _MAX_CLAIMS, _MAX_DEPTH = 10_000, 8, 64, 4
 _FIRST_BLOCK = "layer1.0.conv1.weight"
+_NUMBERED_BLOCK = re.compile(r"((?:.*\.)?)([0-9]{1,3})\.0\.conv1\.weight")
 
 
 Normalisation = tuple[tuple[float, ...], ...]  # mean, std
@@ -37,85 +37,214 @@ class Network(NamedTuple):
     """A network's tensors, and what stands around them in the file."""
 
     tensors: dict[str, Tensor]  # by torchvision's names, without num_batches_tracked
-    copies: dict[str, dict[str, Tensor]]  # of the network, by their prefixes; not compared with it yet
-    strays: tuple[str, ...]  # whole names of the tensors that belong to nothing known
+    copies: dict[str, dict[str, Tensor]]  # of the network, by their wrappings; not compared with it yet
+    others: tuple[str, ...]  # wrappings of further networks, which were not chosen
+    strays: dict[str, Tensor]  # by their whole names: what is in the state dict and in no network
     mean: tuple[float, ...] | None  # from the normaliser's buffers
     std: tuple[float, ...] | None
     claims: dict[str, int | float]  # the numbers that stand beside the state dict: epoch, accuracies
     wrapping: str  # where the network was: the state dict's key, "/" and the prefix of the names
+    prefix: str
 
 
-def find_network(contents: Contents) -> Network:
+class _Candidate(NamedTuple):
+    """A network in one of the file's state dicts."""
+
+    key: str  # of the state dict, "a/b" for one in another; "": the tree itself
+    prefix: str  # of its names
+    tensors: dict[str, Tensor]  # by torchvision's names
+
+    @property
+    def wrapping(self) -> str:
+        return "/".join(filter(None, (self.key, self.prefix)))
+
+
+def find_network(contents: Contents, weights: str = "") -> Network:
     """Finds the ResNet in what a file holds. No weight is read.
 
+    Args:
+        contents: of the file.
+        weights: which of several networks, by its wrapping ("." for none) or a part of it between dots and
+            slashes; "": an averaged one before others. If several are left, the shortest wrapping's is
+            taken, and the others are its copies.
+
     Raises:
-        CheckpointError: no state dict, or no ResNet in it.
+        CheckpointError: no state dict, no ResNet in it, or none that `weights` names.
     """
-    key, state, prefixes = _find_state_dict(contents.tree)
+    states = dict(_state_dicts(contents.tree))
+    found = itertools.chain.from_iterable(_candidates(key, state) for key, state in states.items())
+    candidates = list(itertools.islice(found, _MAX_NETWORKS + 1))
+    if not candidates:
+        raise CheckpointError(_nothing_found(contents.tree, states))
+    if len(candidates) > _MAX_NETWORKS:
+        raise CheckpointError(f"holds more than {_MAX_NETWORKS} networks: save one of them alone")
+    chosen, *copies = _choose(candidates, weights)
+    _check_number(chosen.tensors)
+    if kind := name_other(chosen.tensors, has_resnet=True):
+        raise CheckpointError(_other_kind(kind))
+    state = states[chosen.key]
     normalisers = _find_normalisers(state)
-    known = {name for pair in normalisers for name in pair}
-    beside = _find_values(contents.tree) if key else {}
-    parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
-    strays = []
-    for name, tensor in state.items():
-        if name in known or name.rpartition(".")[2] in _COUNTERS:
-            continue
-        prefix = max((p for p in prefixes if name.startswith(p)), key=len, default=None)
-        if prefix is None:
-            strays.append(name)
-        else:
-            parts[prefix][name[len(prefix) :]] = tensor
+    prefixes = tuple(candidate.prefix for candidate in candidates if candidate.key == chosen.key)
+    beside = _find_values(contents.tree) if chosen.key else {}
     mean, std = _read_normalisers(state, normalisers, beside)
-    first, *others = prefixes
+    named = [chosen, *copies]
     return Network(
-        tensors=_torchvision_names(parts[first]),
-        copies={prefix: _torchvision_names(parts[prefix]) for prefix in others},
-        strays=tuple(strays),
+        tensors=chosen.tensors,
+        copies={_shown(copy): copy.tensors for copy in copies},
+        others=tuple(_shown(c) for c in candidates if not any(c is other for other in named)),
+        strays={n: t for n, t in _weights(state).items() if not n.startswith(prefixes)},
         mean=mean,
         std=std,
         claims=_claims(contents.tree, state),
-        wrapping=brief("/".join(filter(None, (key, first)))) if key or first else "",
+        wrapping=brief(chosen.wrapping) if chosen.wrapping else "",
+        prefix=chosen.prefix,
     )
 
 
-def _find_state_dict(tree: Any) -> tuple[str, dict[str, Tensor], list[str]]:
-    """Its key ("": the tree itself), its tensors, and the prefixes of its networks, the shortest first."""
-    states = {"": tree}
-    if isinstance(tree, dict):
-        states |= {key: tree[key] for key in _STATE_DICT_KEYS if key in tree}
-    found: dict[str, Tensor] = {}
-    for key, state in states.items():
-        if not isinstance(state, dict):
-            continue
-        tensors = {name: t for name, t in state.items() if isinstance(name, str) and isinstance(t, Tensor)}
-        if len(tensors) > _MAX_TENSORS:
-            raise CheckpointError(f"holds {len(tensors):,} tensors; at most {_MAX_TENSORS:,} are looked at")
-        starts = [name.removesuffix(_FIRST_BLOCK) for name in tensors if name.endswith(_FIRST_BLOCK)]
-        starts = [s for s in starts if (not s or s.endswith(".")) and s + "conv1.weight" in tensors]
-        if len(starts) > _MAX_COPIES:
-            raise CheckpointError(f"holds {len(starts)} networks: save one of them alone")
-        if starts:
-            _check_family(tensors, has_resnet=True)
-            return key, tensors, sorted(starts, key=len)
-        found = found or tensors
-    if found:
-        _check_family(found, has_resnet=False)
-        raise CheckpointError(f"no ResNet was found: the first names are {brief_list(found)}")
-    for stub in filter(lambda state: isinstance(state, Stub), states.values()):
-        raise CheckpointError(
+def _state_dicts(tree: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """The tensors of every dictionary that has some, by the keys on the way to it."""
+    level, seen = [("", tree)], set()
+    for _ in range(_MAX_DEPTH):
+        deeper = []
+        for key, folder in level:
+            if not isinstance(folder, dict) or id(folder) in seen:
+                continue
+            seen.add(id(folder))
+            tensors = {n: t for n, t in folder.items() if isinstance(n, str) and isinstance(t, Tensor)}
+            if tensors:
+                yield key, tensors
+            start = key + "/" if key else ""
+            deeper += [
+                (start + n, d) for n, d in folder.items() if isinstance(n, str) and isinstance(d, dict)
+            ]
+        level = deeper
+
+
+def _candidates(key: str, state: dict[str, Tensor]) -> list[_Candidate]:
+    """The networks of a state dict; a name belongs to that with the longest prefix."""
+    renamings: dict[str, dict[str, str]] = {}  # prefix -> number of a child -> torchvision's name
+    tried: set[str] = set()
+    for name in state:
+        if name.endswith(_FIRST_BLOCK):
+            prefix = name.removesuffix(_FIRST_BLOCK)
+            if (not prefix or prefix.endswith(".")) and prefix + "conv1.weight" in state:
+                renamings[prefix] = {}
+        elif (match := _NUMBERED_BLOCK.fullmatch(name)) and match[1] not in tried:
+            tried.add(match[1])
+            if children := _numbered_children(state, match[1]):
+                renamings[match[1]] = children
+        if len(renamings) + len(tried) > 2 * _MAX_NETWORKS:  # each takes a pass over the names
+            break
+    parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in renamings}
+    if parts:
+        for name, tensor in _weights(state).items():
+            prefix = max((p for p in parts if name.startswith(p)), key=len, default=None)
+            if prefix is not None:
+                parts[prefix][name[len(prefix) :]] = tensor
+    return [
+        _Candidate(key, prefix, _torchvision_names(tensors, renamings[prefix]))
+        for prefix, tensors in parts.items()
+    ]
+
+
+def _numbered_children(state: Mapping[str, Tensor], prefix: str) -> dict[str, str]:
+    """Torchvision's names of a ResNet's children where they are in a Sequential; {}: they are not.
+
+    `Sequential(*resnet.children())` numbers them, those without weights too: 0 and 1 are the stem's
+    convolution and BatchNorm, 4 to 7 the stages.
+    """
+    names = [name[len(prefix) :].split(".") for name in state if name.startswith(prefix)]
+    numbers = {int(first) for first, *_ in names if re.fullmatch("[0-9]{1,3}", first)}
+    stages = [i for i in sorted(numbers) if f"{prefix}{i}.0.conv1.weight" in state]
+    stem = [i for i in sorted(numbers) if i < stages[0]]
+    if len(stem) != 2 or stages != list(range(stages[0], stages[0] + len(stages))):
+        return {}
+    conv, norm = (f"{prefix}{i}." for i in stem)
+    if conv + "weight" not in state or norm + "running_mean" not in state:
+        return {}
+    names = ("conv1", "bn1", *(f"layer{i + 1}" for i in range(len(stages))))
+    return dict(zip(map(str, (*stem, *stages)), names, strict=True))
+
+
+def _weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict without counters and normalisers."""
+    normalisers = {name for pair in _find_normalisers(state) for name in pair}
+    return {
+        name: tensor
+        for name, tensor in state.items()
+        if name not in normalisers and name.rpartition(".")[2] not in _COUNTERS
+    }
+
+
+def _torchvision_names(tensors: Mapping[str, Tensor], children: Mapping[str, str]) -> dict[str, Tensor]:
+    """Renames numbered children, and the shortcuts and the head of MadryLab/robustness' CIFAR networks."""
+
+    def rename(name: str) -> str:
+        first, dot, rest = name.partition(".")
+        new = children.get(first, first) + dot + rest
+        new = re.sub(r"^(layer\d+\.\d+)\.shortcut\.", r"\1.downsample.", new)
+        new = re.sub(r"^linear\.", "fc.", new)
+        return name if new in tensors else new
+
+    return {rename(name): tensor for name, tensor in tensors.items()}
+
+
+def _choose(candidates: Sequence[_Candidate], weights: str) -> list[_Candidate]:
+    """The network that is meant, and behind it those that must equal it."""
+    found = list(candidates)
+    if weights:
+        path = weights.strip("./").replace("/", ".")
+        exact = [c for c in found if c.wrapping.strip("./").replace("/", ".") == path]
+        found = exact or [c for c in found if f".{path}." in f".{c.wrapping.replace('/', '.')}."]
+        if not found:
+            raise CheckpointError(
+                f"holds no network under {brief(weights)}: config.checkpoint.weights, or weights=, may be "
+                f"{brief_list(map(_shown, candidates), quote=False)}"
+            )
+    else:
+        # Averages of the parameters alone, without BatchNorm's statistics, are no network.
+        found = [c for c in found if "bn1.running_mean" in c.tensors] or found
+        averaged = [c for c in found if _AVERAGED.search(c.wrapping)]
+        # A teacher of another architecture is no average of its student.
+        if averaged and len({frozenset(_backbone_shapes(c)) for c in found}) == 1:
+            found = averaged
+    return sorted(found, key=lambda candidate: len(candidate.wrapping))
+
+
+def _backbone_shapes(candidate: _Candidate) -> Iterator[tuple[str, tuple[int, ...]]]:
+    return ((n, t.shape) for n, t in candidate.tensors.items() if is_inside(n))
+
+
+def _shown(candidate: _Candidate) -> str:
+    return brief(candidate.wrapping or ".")
+
+
+def _nothing_found(tree: Any, states: Mapping[str, dict[str, Tensor]]) -> str:
+    """What the file holds instead of a ResNet."""
+    for found in states.values():
+        if any(tensor.shape for tensor in found.values()):
+            _check_number(found)
+            if kind := name_other(found, has_resnet=False):
+                return _other_kind(kind)
+            return f"no ResNet was found: the first names are {brief_list(found)}"
+    values = (tree, *tree.values()) if isinstance(tree, dict) else (tree,)
+    for stub in (value for value in values if isinstance(value, Stub)):
+        return (
             f"holds a pickled {brief(stub.name)} object, not a state dict: load it in PyTorch and save its "
             f"weights alone, with torch.save(model.state_dict(), FILE)"
         )
     if not isinstance(tree, dict):
-        raise CheckpointError(f"holds no state dict but a {type(tree).__name__}: save model.state_dict()")
-    raise CheckpointError(
-        f"no state dict was found: the top-level keys are {brief_list(map(str, tree)) or 'none'}"
-    )
+        return f"holds no state dict but a {type(tree).__name__}: save model.state_dict()"
+    return f"no state dict was found: the top-level keys are {brief_list(map(str, tree)) or 'none'}"
 
 
-def _check_family(tensors: Mapping[str, Tensor], has_resnet: bool) -> None:
-    if kind := name_other(tensors, has_resnet=has_resnet):
-        raise CheckpointError(f"holds {kind}, which is no torchvision ResNet: only those can be imported")
+def _check_number(tensors: Mapping[str, Tensor]) -> None:
+    if len(tensors) > _MAX_TENSORS:
+        raise CheckpointError(f"holds {len(tensors):,} tensors; at most {_MAX_TENSORS:,} are looked at")
+
+
+def _other_kind(kind: str) -> str:
+    return f"holds {kind}, which is no torchvision ResNet: only those can be imported"
 
 
 def check_copies(network: Network) -> None:
@@ -124,13 +253,14 @@ def check_copies(network: Network) -> None:
     Raises:
         CheckpointError: one differs; the first differing name is in the message.
     """
-    for prefix, copy in network.copies.items():
+    first = network.wrapping or "."
+    for wrapping, copy in network.copies.items():
         for name in dict.fromkeys((*network.tensors, *copy)):
             a, b = network.tensors.get(name), copy.get(name)
             if a is None or b is None or not _equal(a, b):
                 raise CheckpointError(
-                    f"holds two networks, under {brief(network.wrapping)} and {brief(prefix)}, that differ "
-                    f"in {brief(name)}: save one of them alone"
+                    f"holds two networks, under {first} and {wrapping}, that differ in {brief(name)}: choose "
+                    f"with config.checkpoint.weights, or weights=: {', '.join((first, *network.copies))}"
                 )
 
 
@@ -140,17 +270,6 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return (a.shape, a.dtype) == (b.shape, b.dtype) and np.array_equal(
         a.read().reshape(-1).view(np.uint8), b.read().reshape(-1).view(np.uint8)
     )
-
-
-def _torchvision_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Renames the shortcuts and the head of the CIFAR networks of MadryLab/robustness."""
-
-    def rename(name: str) -> str:
-        new = re.sub(r"^(layer\d+\.\d+)\.shortcut\.", r"\1.downsample.", name)
-        new = re.sub(r"^linear\.", "fc.", new)
-        return name if new in tensors else new
-
-    return {rename(name): tensor for name, tensor in tensors.items()}
 
 
 def _find_normalisers(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:

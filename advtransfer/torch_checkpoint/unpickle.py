@@ -6,15 +6,18 @@ of plain data, and anything that is not in it becomes a `Stub`, which swallows w
 
 from __future__ import annotations
 
-import io
 import pickletools
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
-MAX_BYTES = 1 << 24  # of one pickle; the pickle of a ResNet-50 and its optimiser has 0.1 MB
-# Of one pickle; a ResNet-152 with its copy and Adam takes some 130,000. These two bound memory and time.
-MAX_OPERATIONS = 400_000
-_CONSTRUCTION = 10  # operations that a call of a constructor counts for
+MAX_BYTES = 1 << 25  # of one pickle; the pickle of a ResNet-50 and its optimiser has 0.1 MB
+# Bytes that the values of one pickle may take; the order of an epoch of ImageNet, 1,281,167 integers, takes
+# 97 MB of them. As every operation takes some, this bounds the time too.
+MAX_MEMORY = 1 << 27
+_OPERATION = 48  # bytes of an operation beside its argument: a place on the stack, an entry of the memo
+_CONSTRUCTION = 10 * _OPERATION  # bytes of a call of a constructor
+SAVE_ALONE = "save the weights alone in PyTorch, with torch.save(model.state_dict(), FILE)"
 _MAX_ARGUMENTS = 16
 _MAX_NAMES = 1_000
 _MAX_NAME = 500  # characters
@@ -23,6 +26,10 @@ _MAX_INTEGER = 4096  # bits
 
 class CheckpointError(ValueError):
     """A file that cannot be read as a checkpoint: one line that says what was found and what to do."""
+
+
+class _TooLarge(CheckpointError):
+    """A pickle that may be whole, beyond the limits."""
 
 
 class Stub:
@@ -44,7 +51,7 @@ Constructors = Mapping[str, Callable[[tuple], Any]]  # by "module.name"; NotImpl
 
 
 def unpickle(
-    data: io.BytesIO,
+    data: BinaryIO,
     constructors: Constructors,
     persistent_load: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, set[str]]:
@@ -61,7 +68,7 @@ def unpickle(
       itself. And the names of what was stubbed.
 
     Raises:
-      CheckpointError: a damaged pickle, or one beyond the limits, with the position in bytes.
+      CheckpointError: a damaged pickle, with the position in bytes, or one beyond the limits.
     """
     machine = _Machine(constructors, persistent_load)
     position = data.tell()
@@ -69,13 +76,16 @@ def unpickle(
         for operation, argument, position in pickletools.genops(data):  # noqa: B007 (for the message)
             machine.step(operation.name, argument)
         return machine.pop(), machine.stubbed
+    except _TooLarge:
+        raise
     except CheckpointError as error:
         raise CheckpointError(f"the pickle is damaged at byte {position}: {error}") from error
     except (ValueError, Warning) as error:  # of genops; a warning that was made an error is one of them
-        size = data.getbuffer().nbytes
-        if data.tell() >= size:
-            if size >= MAX_BYTES:
-                raise CheckpointError(f"its pickle has more than {MAX_BYTES:,} bytes") from error
+        if not data.read(1):
+            if data.tell() >= MAX_BYTES:
+                raise CheckpointError(
+                    f"its pickle has more than {MAX_BYTES:,} bytes: {SAVE_ALONE}"
+                ) from error
             raise CheckpointError("the file is truncated in its pickle: download it again") from error
         raise CheckpointError(f"the pickle is damaged near byte {data.tell()}") from error
 
@@ -95,10 +105,10 @@ class _Machine:
         self.marks: list[int] = []  # heights of the stack
         self.memo: dict[int, Any] = {}
         self.stubbed: set[str] = set()
-        self.budget = MAX_OPERATIONS
+        self.budget = MAX_MEMORY
 
     def step(self, name: str, argument: Any) -> None:
-        self.spend(1)
+        self.spend(_OPERATION + sys.getsizeof(argument))
         if name in _LITERALS:
             self.stack.append(_literal(argument))
         elif name in _EMPTY:
@@ -109,9 +119,13 @@ class _Machine:
             raise CheckpointError(f"{name} is not supported")
 
     def spend(self, amount: int) -> None:
+        """Counts bytes of memory."""
         self.budget -= amount
         if self.budget < 0:
-            raise CheckpointError(f"it takes more than {MAX_OPERATIONS:,} operations")
+            raise _TooLarge(
+                f"what its pickle holds beside the weights takes more than {MAX_MEMORY:,} bytes of memory: "
+                f"{SAVE_ALONE}"
+            )
 
     def pop(self) -> Any:
         if len(self.stack) <= (self.marks[-1] if self.marks else 0):
@@ -154,9 +168,9 @@ class _Machine:
         self.spend(_CONSTRUCTION)
         for argument in arguments[:2]:  # they may be copied, and the same ones again and again
             if type(argument) in (list, tuple, dict):
-                self.spend(len(argument))
+                self.spend(len(argument) * _OPERATION)
             elif type(argument) is str:
-                self.spend(len(argument) // 64)
+                self.spend(len(argument))
         value = make(arguments)
         if value is NotImplemented:
             self.stubbed.add(function.name)

@@ -10,7 +10,14 @@ import zlib
 from typing import Any, NamedTuple
 
 from advtransfer.torch_checkpoint.tensors import CONSTRUCTORS, File, Storage, View, parse_storage_id
-from advtransfer.torch_checkpoint.unpickle import MAX_BYTES, CheckpointError, Stub, printable, unpickle
+from advtransfer.torch_checkpoint.unpickle import (
+    MAX_BYTES,
+    SAVE_ALONE,
+    CheckpointError,
+    Stub,
+    printable,
+    unpickle,
+)
 
 _MAX_DIRECTORY = 1 << 22  # bytes; of a ResNet-50 and its optimiser 0.05 MB
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
@@ -100,7 +107,9 @@ def _record(file: File, entry: zipfile.ZipInfo) -> _Record:
 def _content(file: File, records: dict[str, _Record], name: str, limit: int) -> bytes:
     record = records[name]
     if record.size > limit:
-        raise CheckpointError(f"its {name} has {record.size:,} bytes; at most {limit:,} are read")
+        raise CheckpointError(
+            f"its {name} has {record.size:,} bytes; at most {limit:,} are read: {SAVE_ALONE}"
+        )
     data = file.read(record.start, record.size).tobytes()
     if record.crc and zlib.crc32(data) != record.crc:
         raise CheckpointError(f"its {name} is damaged (the CRC-32 differs): download it again")
