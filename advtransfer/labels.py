@@ -9,7 +9,7 @@ import numpy as np
 
 
 def check_labels(labels: Any, length: int, num_classes: int | None = None, *, name: str = "labels") -> None:
-    """Raises a ValueError, of one line, unless labels are an array of integers [length] in 0 ... num_classes - 1.
+    """Raises a ValueError, of one line, unless labels are integers [length] in 0 ... num_classes - 1.
 
     Their values are looked at where they are known, so not inside of `jit`. Without a number of classes they
     must not be negative.
