@@ -4,9 +4,11 @@ from advtransfer.data.batches import Batch, check_batch, make_batch
 from advtransfer.data.datasets import DATASETS, Dataset, Split, check_dataset_name, check_split, load_dataset
 from advtransfer.data.feed import Feed, make_feed
 from advtransfer.data.glyphs import LETTERS, render_glyphs
+from advtransfer.data.planned import known_sizes, plan_dataset
 from advtransfer.data.stream import LostWorker, StreamedSplit
 from advtransfer.data.subsets import check_subset, subset_indices
 from advtransfer.data.targets import TARGETS, Target
+from advtransfer.data.tfds import NotPrepared
 from advtransfer.data.transforms import (
     AUGMENTATIONS,
     Augmentation,
@@ -26,6 +28,7 @@ __all__ = [
     "Dataset",
     "Feed",
     "LostWorker",
+    "NotPrepared",
     "Split",
     "StreamedSplit",
     "Target",
@@ -35,9 +38,11 @@ __all__ = [
     "check_split",
     "check_subset",
     "choose_augmentation",
+    "known_sizes",
     "load_dataset",
     "make_batch",
     "make_feed",
+    "plan_dataset",
     "render_glyphs",
     "resize",
     "subset_indices",

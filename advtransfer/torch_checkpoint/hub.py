@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import NamedTuple
 from urllib.parse import quote
 
-from advtransfer.torch_checkpoint.catalogue import KNOWN_MODELS
+from advtransfer.torch_checkpoint.catalogue import KNOWN_MODELS, KnownModel, find_known
 from advtransfer.torch_checkpoint.unpickle import CheckpointError
 
 _NAME = re.compile(
@@ -64,6 +64,36 @@ def fetch(name: str, folder: str | Path | None = None) -> Fetched:
     return Fetched(path, repo, file, path.parents[file.count("/")].name)  # .../snapshots/COMMIT/FILE
 
 
+def is_on_this_machine(name: str, folder: str | Path | None = None) -> bool:
+    """Whether `fetch` finds a file of the hub without the network.
+
+    Raises:
+        CheckpointError: a malformed name.
+    """
+    repo, file, revision = _parse(name)
+    if _by_hand(repo, file, revision, folder).is_file():
+        return True
+    try:
+        import huggingface_hub
+    except ImportError:
+        return False
+    try:
+        return _in_cache(huggingface_hub, repo, file, revision or "main") is not None
+    except huggingface_hub.errors.HFValidationError as error:
+        raise CheckpointError(f"{name} {_problem(error, name, '', '')}") from error
+
+
+def known_on_hub(name: str) -> KnownModel | None:
+    """The known model that a name of the hub stands for, whatever its revision.
+
+    Raises:
+        CheckpointError: a malformed name.
+    """
+    repo, file, _ = _parse(name)
+    known = find_known(file, repo=repo)
+    return known if known and known.repo == repo else None
+
+
 def check_hub_name(name: str) -> None:
     """Raises a CheckpointError if this is no hf:OWNER/NAME/FILE[@REVISION]."""
     _parse(name)
@@ -87,10 +117,14 @@ def _by_hand(repo: str, file: str, revision: str, folder: str | Path | None) -> 
     return Path(folder).absolute() / (f"{repo}@{revision}" if revision else repo) / file
 
 
-def _from_hub(hub: ModuleType, repo: str, file: str, revision: str) -> Path:
+def _in_cache(hub: ModuleType, repo: str, file: str, revision: str) -> Path | None:
     path = hub.try_to_load_from_cache(repo, file, revision=revision)
-    if isinstance(path, str):  # otherwise None, or a mark that the file was not there
-        return Path(path)
+    return Path(path) if isinstance(path, str) else None  # None, or a mark that the file was not there
+
+
+def _from_hub(hub: ModuleType, repo: str, file: str, revision: str) -> Path:
+    if path := _in_cache(hub, repo, file, revision):
+        return path
     # One request in advance: it fails at once where hf_hub_download tries again for half a minute.
     hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, revision=revision))
     return Path(hub.hf_hub_download(repo, file, revision=revision))
