@@ -29,6 +29,7 @@ from advtransfer.data import (
     choose_augmentation,
     load_dataset,
     make_feed,
+    plan_dataset,
 )
 from advtransfer.evaluate import evaluate
 from advtransfer.models import (
@@ -56,7 +57,13 @@ def compute_dtype(name: str) -> Any:
 
 
 def load_data(
-    config: ConfigDict, key: str, *, image_size: int, splits: tuple[str, ...], **options: Any
+    config: ConfigDict,
+    key: str,
+    *,
+    image_size: int,
+    splits: tuple[str, ...],
+    planned: bool = False,
+    **options: Any,
 ) -> Dataset:
     """The dataset that config.`key` names; small squares keep their size, and skipped images are said.
 
@@ -64,13 +71,14 @@ def load_data(
       config: beside the name it says where decoded images are kept and what becomes of broken ones.
       key: of the name.
       image_size, splits, options: as for `load_dataset`.
+      planned: whether a known set that is not prepared comes as a placeholder (see `plan_dataset`).
 
     Raises:
       ConfigError: naming the key: no such dataset, or no images in one of `splits`.
     """
     name = flatten(config)[key]
     with names_key(key):
-        dataset = load_dataset(
+        dataset = (plan_dataset if planned else load_dataset)(
             name,
             image_size=image_size,
             cache_dir=config.cache_dir or None,
@@ -85,12 +93,12 @@ def load_data(
     return dataset
 
 
-def load_source_data(config: ConfigDict) -> Dataset:
+def load_source_data(config: ConfigDict, *, planned: bool = False) -> Dataset:
     """The dataset of config.train, at its resolution: to train on, and to measure the network on."""
     validation = ("validation",) if config.train.validate_every else ()
     splits = tuple(dict.fromkeys(("train", *validation, config.evaluate.split)))
-    size, loading = config.train.image_size, config.train.loading
-    return load_data(config, "train.dataset", image_size=size, splits=splits, loading=loading)
+    options = {"image_size": config.train.image_size, "loading": config.train.loading}
+    return load_data(config, "train.dataset", splits=splits, planned=planned, **options)
 
 
 def check_source(config: ConfigDict, dataset: Dataset) -> None:

@@ -19,6 +19,7 @@ from advtransfer.data import (
     choose_augmentation,
     transforms,
 )
+from advtransfer.data.targets import BY_HAND, DOWNLOAD_MB, IMAGENET
 
 ALL = [(study, name) for study, targets in TARGETS.items() for name in targets]
 
@@ -39,8 +40,27 @@ def test_targets_are_as_tfds_describes_them(study, name):
     prefix, _, rest = target.dataset.partition(":")
     builder = tfds.builder(rest.partition(":")[0], try_gcs=False)
     assert prefix == "tfds" and builder.info.features["label"].num_classes == target.num_classes
-    side = builder.info.features["image"].shape[0]
-    assert side == target.side
+    side, _, num_channels = builder.info.features["image"].shape
+    assert (side, num_channels) == (target.side, target.num_channels)
+
+
+@pytest.mark.parametrize("name", DOWNLOAD_MB)
+def test_downloads_are_the_files_that_tfds_lists(name):
+    """All of them, but of two sets the files of older versions."""
+    builder = tfds.builder(name, try_gcs=False)
+    older = {"caltech101": "drive.google.com", "cars196": "http://imagenet.stanford"}.get(name, "nowhere")
+    listed = sum(info.size for url, info in builder.url_infos.items() if older not in url)
+    if name == "imagenet2012":
+        assert listed / 1e6 == pytest.approx(DOWNLOAD_MB[name], abs=1)
+    else:
+        assert DOWNLOAD_MB[name] == round(listed / 1e6)
+    assert (name in BY_HAND) == bool(builder.MANUAL_DOWNLOAD_INSTRUCTIONS)
+
+
+def test_imagenet_has_the_classes_of_its_set():
+    info = tfds.builder("imagenet2012", try_gcs=False).info
+    assert info.features["label"].num_classes == IMAGENET.num_classes
+    assert (IMAGENET.num_train, IMAGENET.num_test) == (1_281_167, 50_000)  # ILSVRC 2012, train and val
 
 
 # Images of the whole sets, training and test, and of each class in training where all classes have as many.

@@ -328,7 +328,7 @@ def test_the_list_and_a_plan_read_no_file(tmp_path, capsys):
     stages.run(importing("list"), tmp_path / "out")
     assert "resnet50_l2_eps3.ckpt" in capsys.readouterr().out
     name = "hf:madrylab/robust-imagenet-models/resnet50_l2_eps3.ckpt"
-    assert stages.plan(importing(name), tmp_path / "out") == f"fetch {name} and import it"
+    assert f"fetch {name} and import it" in stages.plan(importing(name), tmp_path / "out").splitlines()
     with pytest.raises(ConfigError, match="config.source: .*hf:OWNER/NAME/FILE"):
         stages.plan(importing("hf:madrylab"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

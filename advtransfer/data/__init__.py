@@ -12,9 +12,11 @@ from advtransfer.data.datasets import (
 )
 from advtransfer.data.feed import Feed, make_feed
 from advtransfer.data.glyphs import LETTERS, render_glyphs
+from advtransfer.data.planned import known_sizes, plan_dataset
 from advtransfer.data.stream import LostWorker, StreamedSplit
 from advtransfer.data.subsets import check_subset, subset_indices
 from advtransfer.data.targets import TARGETS, Target
+from advtransfer.data.tfds import NotPrepared
 from advtransfer.data.transforms import (
     AUGMENTATIONS,
     Augmentation,
@@ -35,6 +37,7 @@ __all__ = [
     "Dataset",
     "Feed",
     "LostWorker",
+    "NotPrepared",
     "Split",
     "StreamedSplit",
     "Target",
@@ -44,9 +47,11 @@ __all__ = [
     "check_split",
     "check_subset",
     "choose_augmentation",
+    "known_sizes",
     "load_dataset",
     "make_batch",
     "make_feed",
+    "plan_dataset",
     "render_glyphs",
     "resize",
     "subset_indices",

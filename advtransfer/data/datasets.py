@@ -74,6 +74,7 @@ class Dataset(NamedTuple):
     skipped: tuple[str, ...] = ()  # images that could not be decoded, with the reason
     remarks: tuple[str, ...] = ()  # what a reader should know: of folders, what was left out, duplicates
     digests: Mapping[str, str] = MappingProxyType({})  # `content_digest` by split, as far as it is known
+    is_placeholder: bool = False  # sizes as published of a set that is not prepared (see `plan_dataset`)
 
     def digest(self, *splits: str) -> str:
         """SHA-256 of the class names and of all images and labels of the splits, which are in memory."""
@@ -154,7 +155,7 @@ def load_dataset(
         return Dataset(name, class_names, *parts, digests=digests)
     recording = _opener(name)(name)
     size, _ = find_size(recording, image_size, cache_dir, enlarge=enlarge)
-    streamed = "train" in splits and _is_streamed(recording, size, view, loading)
+    streamed = "train" in splits and is_streamed(name, count_training(recording), size, view, loading)
     in_memory = [split for split in splits if split != "train" or not streamed]
     parts = load_parts(
         recording, image_size, cache_dir, in_memory, broken, view, enlarge=enlarge, set_aside=set_aside
@@ -170,12 +171,13 @@ def load_dataset(
     return Dataset(name, recording.class_names, **ours, skipped=skipped, remarks=remarks, digests=digests)
 
 
-def _is_streamed(recording: Recording, size: int, view: str, loading: str) -> bool:
+def is_streamed(name: str, num_images: int, size: int, view: str, loading: str) -> bool:
+    """Whether so many training images of `size`² pixels stay on disk (see `load_dataset`)."""
     if loading == "memory" or (loading == "auto" and view != "natural"):
         return False
     if view != "natural":
-        raise ValueError(f"{recording.name} cannot be streamed in the view {view}, only loaded into memory")
-    return loading == "stream" or count_training(recording) * size * size * 3 > MAX_IN_MEMORY
+        raise ValueError(f"{name} cannot be streamed in the view {view}, only loaded into memory")
+    return loading == "stream" or num_images * size * size * 3 > MAX_IN_MEMORY
 
 
 def check_dataset_name(name: str) -> None:

@@ -85,7 +85,7 @@ def load_parts(
     if view == "low_pass" and size < (image_size or size):  # enlarging them again is left to the device
         size, view = min(size, LOW_PASS_SIDE), "natural"
     found, sizes = _found(recording, set_aside)
-    _check_memory(recording.name, sum(sizes[split] for split in splits), size)
+    check_memory(recording.name, sum(sizes[split] for split in splits), size)
     parts = functools.cache(lambda: _assign(found, sizes, splits))
 
     def decode(split: str) -> dict[str, np.ndarray]:
@@ -201,10 +201,10 @@ def _found(recording: Recording, set_aside: bool) -> tuple[dict[str, Records], d
     found = dict(recording.splits)
     if "test" not in found and "validation" in found:
         found["test"] = found.pop("validation")
-    return found, _sizes({split: records.count for split, records in found.items()}, set_aside)
+    return found, split_sizes({split: records.count for split, records in found.items()}, set_aside)
 
 
-def _sizes(counts: dict[str, int], set_aside: bool) -> dict[str, int]:
+def split_sizes(counts: dict[str, int], set_aside: bool) -> dict[str, int]:
     """How many images train, validate and test, from how many are recorded in each split."""
     train, test = counts.get("train", 0), counts.get("test")
     if test is None:
@@ -272,7 +272,8 @@ def _common_side(recording: Recording, cache_dir: str | PathLike | None) -> int:
     return int(cached_arrays("side", recording.identity, measure, cache_dir=cache_dir)["side"])
 
 
-def _check_memory(name: str, num_images: int, size: int) -> None:
+def check_memory(name: str, num_images: int, size: int) -> None:
+    """Raises a ValueError if so many images of `size`² pixels take more than half of the free memory."""
     needed, free = num_images * size * size * 3, psutil.virtual_memory().available
     if needed > free / 2:
         raise ValueError(

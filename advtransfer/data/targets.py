@@ -2,13 +2,15 @@
 
 Utrera et al., "Adversarially-trained deep nets transfer better" (ICLR 2021), section 3; Salman et al., "Do
 adversarially robust ImageNet models transfer better?" (NeurIPS 2020), appendix A, and the code of both. A
-set with `dataset` "" is not in TFDS: its authors' files go into a folder (`folder:/path`).
+set with `dataset` "" is not in TFDS: its authors' files go into a folder (`folder:/path`). A plan takes what
+is known here of a set that is not prepared (module `planned`).
 
-Numbers of images are for orientation. CIFAR-10's are counted by a test. The catalogue of TFDS
+Numbers of images are as published. CIFAR-10's are counted by a test. The catalogue of TFDS
 (tensorflow.org/datasets/catalog) has those of SVHN, Fashion-MNIST, KMNIST, Caltech-101 (version 3.0.0), cars,
 DTD, flowers, Food-101, pets and SUN397, train and validation added up where both are trained on; CIFAR-100's
 and MNIST's were not looked up. Those of the sets that are not in TFDS, and which sets are measured class by
-class, have not been checked against Salman et al.'s table.
+class, have not been checked against Salman et al.'s table. Sizes of downloads are those of the files that
+TFDS lists (`builder.url_infos`), ImageNet's counts its catalogue's.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ class Target(NamedTuple):
     side: int | None  # pixels, as recorded; None: photographs of many sizes
     augmentation: str  # one of `AUGMENTATIONS`
     metric: str = "accuracy"  # or mean_per_class: the mean over classes of the accuracy on each
+    num_channels: int = 3  # of the recorded images: 1 where they are grey
 
 
 TARGETS: dict[str, dict[str, Target]] = {
@@ -33,9 +36,9 @@ TARGETS: dict[str, dict[str, Target]] = {
         "cifar10": Target("tfds:cifar10", 10, 50_000, 10_000, 32, "utrera_color"),
         "cifar100": Target("tfds:cifar100", 100, 50_000, 10_000, 32, "utrera_color"),
         "svhn": Target("tfds:svhn_cropped", 10, 73_257, 26_032, 32, "utrera_color"),
-        "mnist": Target("tfds:mnist", 10, 60_000, 10_000, 28, "none"),
-        "fashion_mnist": Target("tfds:fashion_mnist", 10, 60_000, 10_000, 28, "none"),
-        "kmnist": Target("tfds:kmnist", 10, 60_000, 10_000, 28, "none"),
+        "mnist": Target("tfds:mnist", 10, 60_000, 10_000, 28, "none", num_channels=1),
+        "fashion_mnist": Target("tfds:fashion_mnist", 10, 60_000, 10_000, 28, "none", num_channels=1),
+        "kmnist": Target("tfds:kmnist", 10, 60_000, 10_000, 28, "none", num_channels=1),
     },
     "salman": {
         "aircraft": Target("", 100, 6_667, 3_333, None, "salman", "mean_per_class"),
@@ -54,3 +57,31 @@ TARGETS: dict[str, dict[str, Target]] = {
         "sun397": Target("tfds:sun397/standard-part1-120k", 397, 19_850, 19_850, None, "salman"),
     },
 }
+
+# What the sources of both studies were trained on; TFDS records its test images as "validation".
+IMAGENET = Target("tfds:imagenet2012", 1000, 1_281_167, 50_000, None, "robustness")
+
+# 10^6 bytes of the files that TFDS prepares a set from, all of its configurations together.
+DOWNLOAD_MB = {
+    "caltech101": 137,
+    "cars196": 1957,
+    "cifar10": 170,
+    "cifar100": 169,
+    "dtd": 625,
+    "fashion_mnist": 31,
+    "food101": 4996,
+    "imagenet2012": 154_642,
+    "kmnist": 21,
+    "mnist": 12,
+    "oxford_flowers102": 345,
+    "oxford_iiit_pet": 811,
+    "sun397": 39_096,
+    "svhn_cropped": 1576,
+}
+BY_HAND = ("imagenet2012",)  # of which TFDS downloads nothing itself
+
+
+def find_target(name: str) -> Target | None:
+    """What is known of the set with this name for `load_dataset`; None: it is in no table."""
+    known = [IMAGENET, *(target for targets in TARGETS.values() for target in targets.values())]
+    return next((target for target in known if name and target.dataset == name), None)

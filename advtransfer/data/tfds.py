@@ -30,6 +30,16 @@ _CHUNK = 1024  # records read at a time
 _PREPARE = "pip install tensorflow && tfds"
 
 
+class NotPrepared(ValueError):
+    """A set that TFDS knows by name, and that is not in the folder of prepared sets."""
+
+    def __init__(self, name: str, where: str, root: Path):
+        self.name, self.root, self.base = name, root, re.split("[/:]", where)[0]
+        self.command = f"{_PREPARE} build {where} --file_format=array_record"
+        looked = f"looked in {root} (TFDS_DATA_DIR says where)"
+        super().__init__(f"{name} is not prepared; {looked}. To prepare it: {self.command}")
+
+
 def open_tfds(name: str) -> Recording:
     """Opens a prepared set; its images are read later.
 
@@ -37,8 +47,8 @@ def open_tfds(name: str) -> Recording:
     `label`. Of the recorded splits train, validation and test count, the last only if it has labels.
 
     Raises:
-      ValueError: nothing of this name is prepared (with the command that prepares it), it is not
-        stored as array_record, or it does not hold images with one label each.
+      NotPrepared: nothing of this name is prepared; has the command that prepares it.
+      ValueError: it is not stored as array_record, or does not hold images with one label each.
     """
     where, train = re.fullmatch(f"tfds:{PLACE_AND_TRAIN}", name).groups()
     builder = _find_folder(name, where) if where[:1] in ("/", "~", ".") else _find_named(name, where)
@@ -128,10 +138,7 @@ def _find_named(name: str, where: str) -> Any:
         raise ValueError(f"{name} is not prepared, only {', '.join(map(str, prepared))}; {looked}")
     known = tfds.list_builders(with_community_datasets=False)
     if base in known:
-        raise ValueError(
-            f"{name} is not prepared; {looked}. To prepare it: {_PREPARE} build {where} "
-            "--file_format=array_record"
-        )
+        raise NotPrepared(name, where, root)
     known = {*known, *(path.parents[1].name for path in root.glob("*/*/features.json"))}
     near = difflib.get_close_matches(base, known, n=2)
     hint = (

@@ -58,8 +58,17 @@ def choose_augmentation(keys: Mapping[str, Any], images: np.ndarray | None = Non
     if images is not None:
         chex.assert_rank(images, 4)
     if preset == "utrera":
-        preset = "none" if np.array_equal(images[..., :-1], images[..., 1:]) else "utrera_color"
+        preset = "none" if _are_grey(images) else "utrera_color"
     return AUGMENTATIONS[preset] if preset else Augmentation(**fields)
+
+
+def _are_grey(images: np.ndarray) -> bool:
+    """Whether all channels of [N, H, W, 3] are alike; some images at a time, until some are coloured."""
+    return all(
+        np.array_equal(some[..., 0], some[..., channel])
+        for some in (images[i : i + 256] for i in range(0, len(images), 256))
+        for channel in (1, 2)
+    )
 
 
 def augment(keys: jax.Array, images: jax.Array, augmentation: Augmentation) -> jax.Array:

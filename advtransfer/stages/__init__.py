@@ -16,6 +16,7 @@ from advtransfer.checkpoint import SaveError
 from advtransfer.config import ConfigError, validate
 from advtransfer.source import compute_dtype
 from advtransfer.stages import evaluate, importing, interpret, report, source, study, transfer
+from advtransfer.stages.missing import check_datasets, missing_lines
 from advtransfer.study import NoLocks
 from advtransfer.train import on_sigterm, stop_on_sigterm
 
@@ -36,13 +37,14 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
     """Runs config.stage. What is wrong with the config is said before anything is written.
 
     Raises:
-      ConfigError: a bad value, or a workdir that holds another config's results.
+      ConfigError: a bad value, a dataset that is not there, or a workdir that holds another config's results.
       Preempted: SIGTERM came; the state of a source training is saved.
       DivergedError: a loss or a weight is no longer a number.
       SaveError: the disk is full, or the object store refuses; what was written before is whole.
     """
     config, workdir = _resolve(config), _folder(workdir)
     try:
+        check_datasets(config)
         with on_sigterm(stop_on_sigterm):
             STAGES[config.stage].run(config, workdir)
     except NoLocks as error:
@@ -55,13 +57,14 @@ def run(config: ConfigDict, workdir: str | Path) -> None:
 
 
 def plan(config: ConfigDict, workdir: str | Path) -> str:
-    """What `run` would do, as text; writes nothing.
+    """What `run` would do, as text, and what it needs that is not here. Nothing is downloaded or written.
 
     Raises:
-      ConfigError: as `run`.
+      ConfigError: as `run`, but for sets that are not prepared only if their sizes are unknown.
     """
     config, workdir = _resolve(config), _folder(workdir)
-    return STAGES[config.stage].plan(config, workdir)
+    text = STAGES[config.stage].plan(config, workdir)
+    return "\n".join([text, *missing_lines(config)])
 
 
 def _resolve(config: ConfigDict) -> ConfigDict:

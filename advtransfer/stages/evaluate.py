@@ -11,7 +11,7 @@ from advtransfer.config import names_key
 from advtransfer.data import Dataset
 from advtransfer.models import Model
 from advtransfer.source import align_classes, check_evaluation, check_head, compute_dtype, load_data
-from advtransfer.stages.named_models import find_model, model_name
+from advtransfer.stages.named_models import find_model, model_name, plan_model
 from advtransfer.stages.source import describe, measure_once
 from advtransfer.stages.workdir import check_workdir, open_workdir
 
@@ -26,7 +26,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def plan(config: ConfigDict, workdir: Path) -> str:
-    model, dataset = _check(config, workdir)
+    model, dataset = _check(config, workdir, planned=True)
     recipe = config.evaluate
     number = len(getattr(dataset, recipe.split).labels)
     number = min(recipe.num_images or number, number)
@@ -34,14 +34,16 @@ def plan(config: ConfigDict, workdir: Path) -> str:
     return f"evaluate {model.spec.architecture} on {number:,} images of {recipe.dataset}{attack}"
 
 
-def _check(config: ConfigDict, workdir: Path) -> tuple[Model, Dataset]:
+def _check(config: ConfigDict, workdir: Path, *, planned: bool = False) -> tuple[Model, Dataset]:
+    find = plan_model if planned else find_model
     with names_key("evaluate.model"):
         if not config.evaluate.model:
             raise ValueError("name a model: a folder, hf:REPO/FILE or a PyTorch file")
-        model = find_model(config.evaluate.model, compute_dtype(config.dtype))
+        model = find(config.evaluate.model, compute_dtype(config.dtype))
         check_head(model.spec)
     splits = (config.evaluate.split,)
-    dataset = load_data(config, "evaluate.dataset", image_size=model.spec.image_size, splits=splits)
+    size = model.spec.image_size
+    dataset = load_data(config, "evaluate.dataset", image_size=size, splits=splits, planned=planned)
     with names_key("evaluate.dataset"):
         dataset = align_classes(dataset, model.spec)
     check_evaluation(config)

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from advtransfer import storage
 from advtransfer.config import ConfigError, names_key
-from advtransfer.data import Dataset, check_dataset_name
+from advtransfer.data import Dataset
 from advtransfer.models import Model, ModelSpec, load_model, save_model
 from advtransfer.source import align_classes, check_evaluation, check_head, compute_dtype, load_data
 from advtransfer.stages.named_models import model_name
@@ -57,8 +57,6 @@ def _check(config: ConfigDict, workdir: Path) -> None:
         if os.path.isdir(config.source):
             raise ValueError(f"{config.source} is a folder: a model folder needs no import")
     if config.verify:
-        with names_key("verify"):
-            check_dataset_name(config.verify)
         check_evaluation(config)
     check_workdir(config, workdir)
     # At an address a killed process may have left weights without their model.json.

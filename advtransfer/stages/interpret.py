@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -30,7 +31,7 @@ from advtransfer.stages.explain_pixels import (
     saliency_section,
     visualisation_section,
 )
-from advtransfer.stages.named_models import find_model, model_name
+from advtransfer.stages.named_models import find_model, model_name, plan_model
 from advtransfer.stages.workdir import check_workdir, keep, open_workdir, versions
 
 # In a study's report pictures are few, and so are the images behind the numbers.
@@ -64,7 +65,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def plan(config: ConfigDict, workdir: Path) -> str:
-    case, settings = _check(config, workdir), config.interpret
+    case, settings = _check(config, workdir, planned=True), config.interpret
     lines = [f"explain {len(case.subjects)} networks with images of {config.data} ({settings.split}):"]
     saliency = (
         f"  saliency: {settings.num_images:,} images shown, {settings.num_measured:,} measured; SmoothGrad "
@@ -179,15 +180,16 @@ def _subject(case: Case, config: ConfigDict) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _check(config: ConfigDict, workdir: Path) -> Case:
+def _check(config: ConfigDict, workdir: Path, *, planned: bool = False) -> Case:
     settings = config.interpret
-    models = _models(config)
+    models = _models(config, plan_model if planned else find_model)
     with names_key("data"):
         if not config.data:
             raise ValueError("name a dataset: builtin:digits, tfds:NAME or folder:/path")
     splits = (settings.split, "train") if "influence" in settings.analyses else (settings.split,)
     size = next(iter(models.values())).spec.image_size
-    dataset = load_data(config, "data", image_size=size, splits=tuple(dict.fromkeys(splits)))
+    splits = tuple(dict.fromkeys(splits))
+    dataset = load_data(config, "data", image_size=size, splits=splits, planned=planned)
     numbers = {"num_images": settings.split, "num_measured": settings.split}
     if "influence" in settings.analyses:
         numbers |= {"num_queries": settings.split, "num_train": "train"}
@@ -205,7 +207,7 @@ def _check(config: ConfigDict, workdir: Path) -> Case:
     return Case(subjects, dataset, settings.split, settings, config.seed)
 
 
-def _models(config: ConfigDict) -> dict[str, Model]:
+def _models(config: ConfigDict, find: Callable[[str, Any], Model]) -> dict[str, Model]:
     """The networks by what they are called; they take images of one size."""
     names = [name.strip() for name in config.models.split(",") if name.strip()]
     with names_key("models"):
@@ -216,7 +218,7 @@ def _models(config: ConfigDict) -> dict[str, Model]:
             called = model_name(name)
             if called in models:
                 raise ValueError(f"two models are called {called!r}: rename a folder, or leave one away")
-            models[called] = find_model(name, compute_dtype(config.dtype))
+            models[called] = find(name, compute_dtype(config.dtype))
             if not models[called].spec.has_head and {*config.interpret.analyses} - {"influence"}:
                 raise ValueError(
                     f"{called} was imported without a head, and only influence trains one: fine-tune it "

@@ -31,7 +31,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 
 def plan(config: ConfigDict, workdir: Path) -> str:
-    dataset = load_source_data(config)
+    dataset = load_source_data(config, planned=True)
     check_source(config, dataset)
     check_workdir(config, workdir)
     return training_plan(config, dataset, workdir)

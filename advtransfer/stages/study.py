@@ -125,7 +125,7 @@ def _one_at_a_time(lock: Path) -> AbstractContextManager:
 
 
 def plan(config: ConfigDict, workdir: Path) -> str:
-    grid = look_up(config, workdir, searched=is_asked(config.study))
+    grid = look_up(config, workdir, searched=is_asked(config.study), planned=True)
     check_workdir(config, workdir)
     return "\n".join(plan_lines(config, grid, workdir))
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -12,7 +12,7 @@ from advtransfer.config import names_key, parse_source
 from advtransfer.data import Dataset
 from advtransfer.models import Model, create_module, identity
 from advtransfer.source import check_source, compute_dtype, load_data, load_source_data
-from advtransfer.stages.named_models import find_model, model_name
+from advtransfer.stages.named_models import find_model, is_trained_here, model_name, plan_model
 from advtransfer.study import Cell, Source, Trial, make_trials
 from advtransfer.transfer import first_unfrozen_block, normalised_by
 
@@ -24,7 +24,7 @@ class Asked(NamedTuple):
     norm: str
     eps: float
     config: ConfigDict | None  # of its training; None for one from elsewhere
-    model: Model | None  # one from elsewhere
+    model: Model | None  # one from elsewhere; has no variables where it is to be downloaded
     place: str  # the folder where it is trained, or the name of the model
     architecture: str
     image_size: int
@@ -69,25 +69,27 @@ class Grid(NamedTuple):
         }
 
 
-def look_up(config: ConfigDict, workdir: Path, *, searched: bool) -> Grid:
+def look_up(config: ConfigDict, workdir: Path, *, searched: bool, planned: bool = False) -> Grid:
     """The sources and the targets, after everything that the config names has been looked up.
 
     Args:
       config: of the study.
       workdir: where sources are trained.
       searched: whether hyper-parameters are chosen first, on validation images.
+      planned: whether nothing is downloaded, and known sets that are not prepared come as placeholders.
 
     Raises:
       ConfigError: naming the key.
     """
     with names_key("study.sources"):
-        asked = [_ask(config, text.strip(), workdir) for text in config.study.sources.split(",")]
+        find = plan_model if planned else find_model
+        asked = [_ask(config, text.strip(), workdir, find) for text in config.study.sources.split(",")]
         names = [source.name for source in asked]
         if twice := next((name for name in names if names.count(name) > 1), ""):
             raise ValueError(f"two sources are called {twice!r}: rename a file, or leave one away")
     for source in asked:
         if source.config is not None:
-            check_source(source.config, load_source_data(config))
+            check_source(source.config, load_source_data(config, planned=planned))
         with names_key("study.num_unfrozen_blocks"):
             module = create_module(source.architecture, num_classes=1)
             for k in config.study.num_unfrozen_blocks:
@@ -99,7 +101,8 @@ def look_up(config: ConfigDict, workdir: Path, *, searched: bool) -> Grid:
         places += [places[0]._replace(is_whole=False)] if searched else []
         for place in places:
             if place not in grid.targets:
-                grid.targets[place] = _load_target(config, place, searched=searched and not place.is_whole)
+                validated = searched and not place.is_whole
+                grid.targets[place] = _load_target(config, place, searched=validated, planned=planned)
         return Source(cell.source, "none", 0.0, ""), grid.targets[places[0]]
 
     with names_key("study.num_train_images"):
@@ -109,18 +112,23 @@ def look_up(config: ConfigDict, workdir: Path, *, searched: bool) -> Grid:
 
 def starts(config: ConfigDict, grid: Grid, models: Mapping[str, Model | None]) -> dict[tuple, Start]:
     """What trials start from, by the source's name and the target's place."""
-    own = {name: model and identity(model) for name, model in models.items()}
+    # Weights that are not there yet are nobody else's.
+    own = {
+        name: identity(model) if model is not None and model.variables else f"not there yet: {name}"
+        for name, model in models.items()
+    }
     found = {}
     for source in grid.asked:
         for place, target in grid.targets.items():
             if place.image_size != source.image_size:
                 continue
             model, name = models[source.name], own[source.name]
-            if model is not None and source.norm == "none" and config.transfer.input_norm == "target":
+            is_here = model is not None and model.variables and not target.is_placeholder
+            if is_here and source.norm == "none" and config.transfer.input_norm == "target":
                 with names_key("transfer.input_norm"):
                     model = normalised_by(model, target.train.images)
                 name = identity(model)
-            start = Start(Source(source.name, source.norm, source.eps, name or ""), model)
+            start = Start(Source(source.name, source.norm, source.eps, name), model)
             found[source.name, place] = start
     return found
 
@@ -140,11 +148,10 @@ def trials_of(
         return make_trials(own, [source.name for source in grid.asked], start_of)
 
 
-def _ask(config: ConfigDict, text: str, workdir: Path) -> Asked:
+def _ask(config: ConfigDict, text: str, workdir: Path, find: Callable[[str, Any], Model]) -> Asked:
     """ "natural", "l2:0.5" (both trained here, by the one recipe of config.train), or a model by name."""
-    norm, colon, _ = text.partition(":")
-    if text != "natural" and not (colon and norm in ("l2", "linf")):
-        model = find_model(text, compute_dtype(config.dtype))
+    if not is_trained_here(text):
+        model = find(text, compute_dtype(config.dtype))
         norm, eps, architecture = model.spec.norm, model.spec.eps, model.spec.architecture
         return Asked(model_name(text), norm, eps, None, model, text, architecture, model.spec.image_size)
     own = config.copy_and_resolve_references()
@@ -154,7 +161,7 @@ def _ask(config: ConfigDict, text: str, workdir: Path) -> Asked:
     return Asked(text, train.norm, train.eps, own, None, place, train.architecture, train.image_size)
 
 
-def _load_target(config: ConfigDict, place: Place, *, searched: bool) -> Dataset:
+def _load_target(config: ConfigDict, place: Place, *, searched: bool, planned: bool) -> Dataset:
     own = config.copy_and_resolve_references()
     own.transfer.target = own.study.targets = place.target
     splits = ("train", config.study.split, *(("validation",) if searched else ()))
@@ -165,4 +172,5 @@ def _load_target(config: ConfigDict, place: Place, *, searched: bool) -> Dataset
         splits=tuple(dict.fromkeys(splits)),
         view=place.view,
         set_aside=not place.is_whole,
+        planned=planned,
     )

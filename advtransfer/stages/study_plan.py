@@ -42,14 +42,15 @@ def plan_lines(config: ConfigDict, grid: Grid, workdir: Path) -> list[str]:
     """A line for each source, and what the trials take that are not finished."""
     asked = grid.asked
     missing = [s for s in asked if s.config is not None and not _is_trained(s)]
-    source_data = sources.load_source_data(config) if any(s.config is not None for s in asked) else None
+    trained_here = any(source.config is not None for source in asked)
+    source_data = sources.load_source_data(config, planned=True) if trained_here else None
     lines = [
         training_plan(source.config, source_data, storage.to_path(source.place))
         if source.config is not None
-        else f"source {source.name}: {source.place}"
+        else f"source {source.name}: {source.place}, {source.architecture}"
         for source in asked
     ]
-    # One that is not trained yet has finished no trials.
+    # One that is not trained or downloaded yet has finished no trials.
     models = {s.name: s.model or (None if s in missing else _load(config, s)) for s in asked}
     found = starts(config, grid, models)
     trials, tried = trials_of(config, grid, found), []
@@ -69,15 +70,26 @@ def plan_lines(config: ConfigDict, grid: Grid, workdir: Path) -> list[str]:
     )
     if tried:
         lines.append(f"before them {len(tried):,} on validation images, to choose hyper-parameters")
+    # Nothing is measured for what is not here yet: a large network takes minutes on a CPU.
+    datasets = [*grid.targets.values(), *([source_data] if source_data else [])]
+    fetched = all(source.model is None or source.model.variables for source in asked)
+    is_here = fetched and not any(dataset.is_placeholder for dataset in datasets)
+    calibration = config.study.calibration if is_here else 0.0
     if tried or left:
-        lines += _costs(config, grid, [*tried, *left], {**models, **_untrained(config, missing)})
-    if missing and config.study.calibration:
+        own = models | _untrained(config, missing)
+        lines += _costs(config, grid, [*tried, *left], own, calibration)
+    if missing and calibration:
         seconds = sum(_training_seconds(source.config, source_data) for source in missing)
         lines.append(f"predicted here before that, training of the sources: {format_seconds(seconds)}")
+    if config.study.calibration and not is_here:
+        lines.append("nothing is measured here before all of the following is there")
     return lines
 
 
-def _costs(config: ConfigDict, grid: Grid, trials: list[Trial], models: dict[str, Model]) -> list[str]:
+def _costs(
+    config: ConfigDict, grid: Grid, trials: list[Trial], models: dict[str, Model], calibration: float
+) -> list[str]:
+    """What trials take; `calibration` seconds are measured to say how long it is here, 0: it is not said."""
     datasets = grid.datasets(trials)
     networks = {name: (model.module, model.spec.image_size) for name, model in models.items()}
     pieces = pieces_of(trials, networks, datasets)
@@ -93,8 +105,8 @@ def _costs(config: ConfigDict, grid: Grid, trials: list[Trial], models: dict[str
         "on one device, by the operations and MLPerf's share of the peak (study/plan.py): "
         + ", ".join(f"{name} {format_seconds(3600 * h)}" for name, h in hours.items()),
     ]
-    if config.study.calibration:
-        speed = measure_speed(pieces, models, datasets, budget=config.study.calibration)
+    if calibration:
+        speed = measure_speed(pieces, models, datasets, budget=calibration)
         seconds = predict_seconds(pieces, caches, speed)
         device = jax.local_devices()[0].device_kind
         lines.append(

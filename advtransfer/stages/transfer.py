@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from advtransfer.config import names_key, to_json
@@ -14,7 +15,7 @@ from advtransfer.data import Dataset, Split
 from advtransfer.models import Model, create_module, identity, save_model
 from advtransfer.report import write_model_page, write_rows
 from advtransfer.source import compute_dtype, load_data
-from advtransfer.stages.named_models import find_model, model_name
+from advtransfer.stages.named_models import find_model, model_name, plan_model
 from advtransfer.stages.one_model import make_page, tune
 from advtransfer.stages.workdir import check_workdir, claimed, open_workdir, versions
 from advtransfer.study import Source, Trial, history_rows, make_trial, num_steps
@@ -32,7 +33,7 @@ class _Task(NamedTuple):
     model: Model  # the source
     dataset: Dataset
     trial: Trial  # of the k that the config gives
-    train: Split  # its images
+    subset: np.ndarray  # int32 [n]: its training images
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
@@ -44,11 +45,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
 def _run(config: ConfigDict, workdir: Path, task: _Task) -> None:
     trial, names, choice = task.trial, task.dataset.class_names, None
+    train = Split(*(array[task.subset] for array in task.dataset.train))
     if (method := config.transfer.choose_num_unfrozen_blocks) != "given":
         choice = choose_k(
             method,
             task.model,
-            task.train,
+            train,
             num_classes=len(names),
             key=trial.key(),
             num_folds=config.transfer.num_folds,
@@ -58,7 +60,7 @@ def _run(config: ConfigDict, workdir: Path, task: _Task) -> None:
     started = time.monotonic()
     tuned = tune(
         task.model,
-        task.train,
+        train,
         task.dataset.test,
         key=trial.key(),
         class_names=names,
@@ -89,7 +91,7 @@ def _run(config: ConfigDict, workdir: Path, task: _Task) -> None:
 
 
 def plan(config: ConfigDict, workdir: Path) -> str:
-    task = _check(config, workdir)
+    task = _check(config, workdir, planned=True)
     trial, num_blocks = task.trial, task.model.module.num_blocks
     blocks, before = _blocks(trial.num_unfrozen_blocks), ""
     method = config.transfer.choose_num_unfrozen_blocks
@@ -97,7 +99,7 @@ def plan(config: ConfigDict, workdir: Path) -> str:
         blocks = f"{_blocks(rule_of_thumb(trial.num_train_images, num_blocks))} (by {_by(method)})"
     if method == "cross_validation":
         candidates = depths(num_blocks)
-        num_folds = possible_folds(task.train.labels, config.transfer.num_folds)
+        num_folds = possible_folds(task.dataset.train.labels[task.subset], config.transfer.num_folds)
         named = ", ".join("all" if k == -1 else str(k) for k in candidates)
         before = (
             f"choose the number of blocks among {named}: {num_folds * len(candidates)} fine-tunings more, "
@@ -118,12 +120,13 @@ def _by(method: str) -> str:
     return {"rule": "the rule of thumb", "cross_validation": "cross-validation"}[method]
 
 
-def _check(config: ConfigDict, workdir: Path) -> _Task:
+def _check(config: ConfigDict, workdir: Path, *, planned: bool = False) -> _Task:
     recipe = config.transfer
+    find = plan_model if planned else find_model
     with names_key("source"):
         if not config.source:
             raise ValueError("name a model: a folder, hf:REPO/FILE or a PyTorch file")
-        model = find_model(config.source, compute_dtype(config.dtype))
+        model = find(config.source, compute_dtype(config.dtype))
     with names_key("transfer.num_unfrozen_blocks"):
         first_unfrozen_block(create_module(model.spec.architecture), recipe.num_unfrozen_blocks)
     dataset = load_data(
@@ -133,8 +136,9 @@ def _check(config: ConfigDict, workdir: Path) -> _Task:
         splits=("train", "test"),
         view=recipe.view,
         set_aside=recipe.num_train_images != -1,
+        planned=planned,
     )
-    if recipe.input_norm == "target" and model.spec.norm == "none":
+    if recipe.input_norm == "target" and model.spec.norm == "none" and not dataset.is_placeholder:
         with names_key("transfer.input_norm"):
             model = normalised_by(model, dataset.train.images)
     source = Source(model_name(config.source), model.spec.norm, model.spec.eps, identity(model))
@@ -142,9 +146,8 @@ def _check(config: ConfigDict, workdir: Path) -> _Task:
     with names_key("transfer.num_train_images"):
         trial = make_trial(config, source, dataset, split="test", n=n, k=k, seed=config.seed)
         subset = trial.subset(dataset.train.labels)
-    train = Split(*(array[subset] for array in dataset.train))
     if recipe.choose_num_unfrozen_blocks == "cross_validation":
         with names_key("transfer.choose_num_unfrozen_blocks"):
-            possible_folds(train.labels, recipe.num_folds)
+            possible_folds(dataset.train.labels[subset], recipe.num_folds)
     check_workdir(config, workdir)
-    return _Task(model, dataset, trial, train)
+    return _Task(model, dataset, trial, subset)

@@ -109,6 +109,7 @@ def make_trial(
     k: int,
     seed: int,
     view: str | None = None,
+    recipe: Recipe | None = None,
 ) -> Trial:
     """A trial by the recipe of config.transfer.
 
@@ -120,6 +121,7 @@ def make_trial(
       k: number of unfrozen blocks.
       seed: of the subset, the head, the order and the augmentation.
       view: that the dataset was loaded in; None: config.transfer.view.
+      recipe: `make_recipe`'s of these images and `n`, if it is at hand.
 
     Raises:
       ValueError: the dataset has fewer images.
@@ -127,7 +129,7 @@ def make_trial(
     num_all = dataset.train.num_images
     n = num_all if n == -1 else n
     check_subset(n, num_all, dataset.name)
-    recipe = make_recipe(config.transfer, dataset.train.images, n)
+    recipe = recipe or make_recipe(config.transfer, dataset.train.images, n)
     return Trial(
         source=source,
         target=dataset.name,
@@ -168,16 +170,22 @@ def make_trials(
         for name in source_names
     ]
     grid = {}
+    recipes: dict[tuple[str, int], Recipe] = {}  # the preset "utrera" looks at all images
     for cell in cells:
+        source, dataset = start_of(cell)
+        images = dataset.digest("train"), cell.num_train_images
         first = make_trial(
             config,
-            *start_of(cell),
+            source,
+            dataset,
             split=study.split,
             n=cell.num_train_images,
             k=cell.num_unfrozen_blocks,
             seed=0,
             view=cell.view,
+            recipe=recipes.get(images),
         )
+        recipes[images] = first.recipe
         grid[cell] = [first._replace(seed=seed) for seed in seeds_of(study, first.num_train_images)]
     return grid
 

@@ -1,9 +1,16 @@
 """PyTorch checkpoints without PyTorch: read safely, mapped onto the ResNet family, and written back."""
 
-from advtransfer.torch_checkpoint.catalogue import KNOWN_MODELS, KnownModel, find_known, known_models_table
+from advtransfer.torch_checkpoint.catalogue import (
+    KNOWN_MODELS,
+    KnownModel,
+    file_bytes,
+    find_known,
+    known_models_table,
+    known_spec,
+)
 from advtransfer.torch_checkpoint.convert import import_torch_checkpoint
 from advtransfer.torch_checkpoint.export import export_torch_state_dict
-from advtransfer.torch_checkpoint.hub import check_hub_name, fetch
+from advtransfer.torch_checkpoint.hub import check_hub_name, fetch, is_on_this_machine, known_on_hub
 from advtransfer.torch_checkpoint.reader import CheckpointError
 
 __all__ = [
@@ -13,7 +20,11 @@ __all__ = [
     "check_hub_name",
     "export_torch_state_dict",
     "fetch",
+    "file_bytes",
     "find_known",
     "import_torch_checkpoint",
+    "is_on_this_machine",
     "known_models_table",
+    "known_on_hub",
+    "known_spec",
 ]

@@ -6,7 +6,9 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from advtransfer.models import IMAGENET_MEAN, IMAGENET_STD
+import jax
+
+from advtransfer.models import IMAGENET_MEAN, IMAGENET_STD, ModelSpec, create_module, init_variables
 
 
 class KnownModel(NamedTuple):
@@ -26,6 +28,8 @@ class KnownModel(NamedTuple):
     std: tuple[float, ...] | None = None
     image_size: int = 224  # pixels; what the accuracy is of
 
+
+_NUM_CLASSES = {"ImageNet": 1000, "CIFAR-10": 10}
 
 # Percent, from the model card of madrylab/robust-imagenet-models.
 _SALMAN_L2_EPS = (0, 0.01, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 3, 5)
@@ -127,6 +131,31 @@ def find_known(file_name: str, sha256: str = "", repo: str = "") -> KnownModel |
     here = [known for known in namesakes if repo and known.repo == repo]
     found = here or namesakes
     return found[0] if len(found) == 1 else None
+
+
+def known_spec(known: KnownModel) -> ModelSpec:
+    """What the model of a known file is, as far as that is known without it: the normalisation is ImageNet's
+    where only the file has it."""
+    return ModelSpec(
+        architecture=known.architecture,
+        num_classes=_NUM_CLASSES[known.dataset],
+        image_size=known.image_size,
+        mean=known.mean or IMAGENET_MEAN,
+        std=known.std or IMAGENET_STD,
+        norm=known.norm,
+        eps=known.eps,
+    )
+
+
+def file_bytes(known: KnownModel) -> int:
+    """Bytes of a known file, nearly: of its float32 weights, and of as many of momentum in those of training
+    runs (.ckpt), whose ResNet-50s have 205 MB."""
+    module = create_module(known.architecture, num_classes=_NUM_CLASSES[known.dataset])
+    variables = jax.eval_shape(lambda: init_variables(module, jax.random.key(0), known.image_size))
+    weights, statistics = (
+        sum(4 * leaf.size for leaf in jax.tree.leaves(variables[kind])) for kind in ("params", "batch_stats")
+    )
+    return weights * (2 if known.file.endswith(".ckpt") else 1) + statistics
 
 
 def known_models_table() -> str:

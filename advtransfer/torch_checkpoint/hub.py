@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import NamedTuple
 from urllib.parse import quote
 
-from advtransfer.torch_checkpoint.catalogue import KNOWN_MODELS
+from advtransfer.torch_checkpoint.catalogue import KNOWN_MODELS, KnownModel, find_known
 from advtransfer.torch_checkpoint.unpickle import CheckpointError
 
 _NAME = re.compile(
@@ -77,6 +77,36 @@ def fetch(name: str, folder: str | Path | None = None) -> Fetched:
         _log.warning("%s: the hub cannot be asked, so the commit in the cache is taken: %s", name, commit)
     _check_announced(path, announced, name)
     return Fetched(path, repo, file, path.parents[file.count("/")].name)  # .../snapshots/COMMIT/FILE
+
+
+def is_on_this_machine(name: str, folder: str | Path | None = None) -> bool:
+    """Whether `fetch` finds a file of the hub without the network.
+
+    Raises:
+        CheckpointError: a malformed name.
+    """
+    repo, file, revision = _parse(name)
+    if _by_hand(repo, file, revision, folder).is_file():
+        return True
+    try:
+        import huggingface_hub
+    except ImportError:
+        return False
+    try:
+        return _cached(huggingface_hub, repo, file, revision) is not None
+    except huggingface_hub.errors.HFValidationError as error:
+        raise CheckpointError(f"{name} {_problem(error, name, '', '')}") from error
+
+
+def known_on_hub(name: str) -> KnownModel | None:
+    """The known model that a name of the hub stands for, whatever its revision.
+
+    Raises:
+        CheckpointError: a malformed name.
+    """
+    repo, file, _ = _parse(name)
+    known = find_known(file, repo=repo)
+    return known if known and known.repo == repo else None
 
 
 def check_hub_name(name: str) -> None:
