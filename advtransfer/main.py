@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging as standard_logging
 import os
 import re
 import shlex
@@ -165,3 +166,7 @@ def _keep_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, _Stream(stream))
     logging.get_absl_handler().python_handler.setStream(sys.stderr)  # it had the one before
+    root = standard_logging.getLogger()
+    for handler in [*root.handlers]:
+        if type(handler) is standard_logging.StreamHandler:  # left by an import: messages would come twice
+            root.removeHandler(handler)

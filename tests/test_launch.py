@@ -2,14 +2,17 @@
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from PIL import Image
 
 from advtransfer import config as base
 from advtransfer import main as command
@@ -375,3 +378,25 @@ def test_a_run_goes_on_when_nobody_listens(tmp_path, redirected):
     line = f"set -o pipefail; {shlex.join(command)} {redirected}"
     done = subprocess.run(["bash", "-c", line], env=os.environ | {"PYTHONIOENCODING": "ascii"}, timeout=300)
     assert done.returncode == 0 and (tmp_path / "out/report.html").exists()
+
+
+@pytest.mark.process
+def test_a_warning_comes_once(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for i in range(count):
+            path = tmp_path / "pets" / split / ("cat", "dog")[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(path)
+    copied = tmp_path / "pets/train/cat/0.png"
+    shutil.copyfile(copied, tmp_path / "pets/test/cat/copy.png")
+    command = [sys.executable, str(ROOT / "launch.py"), f"--config={ROOT / 'experiments/source_cifar10.py'}"]
+    command += [
+        f"--config.train.dataset=folder:{tmp_path / 'pets'}",
+        f"--workdir={tmp_path / 'out'}",
+        "--plan",
+    ]
+    command += ["--config.train.image_size=8", "--config.train.batch_size=4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("1 of the test images are among the train") == 1
