@@ -442,6 +442,7 @@ EXCEPTIONS = {
     "attacks.network.as_network": "images of any shape that the network takes",
     "attacks.threat_models.threat_model": "a name and a number",
     "attacks.pgd.check_images": "`pgd` checks their shape",
+    "data.planned.plan_dataset": "names and numbers",
     "models.bundle.digest": "any tree of weights",
     "models.resnet.init_variables": "jax.random refuses what is no single key",
     "optim.freeze_mask": "any tree of parameters",

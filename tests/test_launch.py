@@ -138,7 +138,7 @@ def _set(config, changes):
         ({"train.batch_size": 127}, "config.train.batch_size: .*2 devices"),
         ({"train.momentum": 1.0}, r"config.train.momentum=1.0 must be in \[0, 1\)"),
         ({"train.momentum": -0.1}, r"config.train.momentum=-0.1 must be in \[0, 1\)"),
-        ({"study.sources": "natural,natural"}, "config.study.sources: .*twice"),
+        ({"study.sources": "natural,natural"}, "config.study.sources: two sources are called 'natural'"),
         ({"study.sources": "natural,l2:"}, "config.study.sources: 'l2:'.*l2:0.5"),
         ({"study.sources": "no/such"}, "config.study.sources: 'no/such' is no model folder"),
         ({"study.sources": "natural,l2:inf"}, "config.study.sources: 'l2:inf'.*positive"),

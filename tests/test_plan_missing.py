@@ -29,8 +29,8 @@ def empty(tmp_path, monkeypatch):
     pytest.importorskip("tensorflow_datasets")
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "tfds"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub, "_from_hub", lambda *_: pytest.fail("downloads"))
-    monkeypatch.setattr(hub, "_in_cache", lambda *_: None)
+    monkeypatch.setattr(hub, "_download", lambda *_: pytest.fail("downloads"))
+    monkeypatch.setattr(hub, "_cached", lambda *_: None)
     return tmp_path
 
 
@@ -275,8 +275,7 @@ def test_a_known_model_is_planned_as_what_it_is(monkeypatch):
     assert (spec.architecture, spec.num_classes, spec.image_size) == ("resnet50", 1000, 224)
     assert (spec.norm, spec.eps, model.variables) == ("linf", 4 / 255, {})
     assert model.module == create_module("resnet50", num_classes=1000, dtype=np.float32)
-    monkeypatch.setattr(hub, "_in_cache", lambda *_: ROOT / "setup.py")  # there, so it is read
-    monkeypatch.setattr(hub, "_from_hub", lambda *_: ROOT / "setup.py")
+    monkeypatch.setattr(hub, "_cached", lambda *_: ROOT / "setup.py")  # there, so it is read
     for find in (plan_model, find_model):
         with pytest.raises(ValueError, match="setup.py"):
             find(SOURCES[2], np.float32)
