@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from advtransfer import parallel, storage
-from advtransfer.attacks import make_attack, threat_model
+from advtransfer.attacks import make_attack
 from advtransfer.checkpoint import Checkpoints
 from advtransfer.config import FREE_KEYS, ConfigError, flatten, names_key
 from advtransfer.data import (
@@ -226,9 +226,10 @@ def prepare(config: ConfigDict, dataset: Dataset) -> Run:
         module_apply(module),
         tx,
         attack=make_attack(
-            threat_model(recipe.norm, recipe.eps),
+            recipe.norm,
+            recipe.eps,
             num_steps=recipe.attack_steps,
-            step_size=recipe.attack_step_ratio * recipe.eps,
+            step_ratio=recipe.attack_step_ratio,
             random_start=recipe.attack_random_start,
             use_best=False,
         ),
@@ -417,9 +418,10 @@ def evaluation_attack(config: ConfigDict):
     """The attack of config.evaluate, or None."""
     recipe = config.evaluate
     return make_attack(
-        threat_model(recipe.norm, recipe.eps),
+        recipe.norm,
+        recipe.eps,
         num_steps=recipe.num_steps,
-        step_size=recipe.step_ratio * recipe.eps,
+        step_ratio=recipe.step_ratio,
         num_restarts=recipe.num_restarts,
         random_start=recipe.num_restarts > 1,
     )

@@ -8,6 +8,7 @@ import pytest
 
 from advtransfer.attacks import (
     L2,
+    THREAT_MODELS,
     Linf,
     Unconstrained,
     cross_entropy,
@@ -15,7 +16,6 @@ from advtransfer.attacks import (
     make_attack,
     margin,
     pgd,
-    threat_model,
 )
 
 SHAPE = (5, 4, 4, 3)
@@ -258,15 +258,22 @@ def test_a_ball_without_extent_holds_its_centre_alone():
 @pytest.mark.parametrize(("norm", "eps"), [("l2", 0.3), ("linf", 0.02)])
 def test_an_attack_with_everything_chosen(norm, eps):
     images, network = _images(low=0.4, high=0.6), _linear(_weights())
-    chosen = {"num_steps": 1, "step_size": 0.25 * eps}
-    attack = make_attack(threat_model(norm, eps), **chosen)
+    attack = make_attack(norm, eps, num_steps=1, step_ratio=0.25)
     offsets = np.asarray(attack(network, images, LABELS) - images).reshape(5, -1)
     size = np.linalg.norm(offsets, axis=1) if norm == "l2" else np.abs(offsets)
     np.testing.assert_allclose(size, 0.25 * eps, rtol=1e-3)
-    assert attack is make_attack(threat_model(norm, eps), **chosen)
-    assert make_attack(threat_model("none", 0.0), **chosen) is None
-    usual = make_attack(threat_model(norm, eps))(network, images, LABELS)
-    np.testing.assert_array_equal(usual, pgd(network, images, LABELS, threat_model(norm, eps)))
+    assert attack is make_attack(norm, eps, num_steps=1, step_ratio=0.25)
+    assert make_attack("none", 0.0, num_steps=1, step_ratio=0.25) is None
+    ball = THREAT_MODELS[norm](eps)
+    same = make_attack(ball, num_steps=1, step_size=0.25 * eps)(network, images, LABELS)
+    np.testing.assert_array_equal(attack(network, images, LABELS), same)
+    usual = make_attack(ball)(network, images, LABELS)
+    np.testing.assert_array_equal(usual, pgd(network, images, LABELS, ball))
+    for wrong in (("l1", eps), (norm,), (ball, eps)):
+        with pytest.raises(ValueError, match="eps"):
+            make_attack(*wrong)
+    with pytest.raises(ValueError, match="one of step_size and step_ratio"):
+        make_attack(ball, step_size=0.1, step_ratio=0.1)
 
 
 def test_an_example_does_not_depend_on_its_batch():

@@ -440,7 +440,6 @@ DOORS = [
 # What takes arrays, or may, and has no door of its own.
 EXCEPTIONS = {
     "attacks.network.as_network": "images of any shape that the network takes",
-    "attacks.threat_models.threat_model": "a name and a number",
     "attacks.pgd.check_images": "`pgd` checks their shape",
     "data.planned.plan_dataset": "names and numbers",
     "models.bundle.digest": "any tree of weights",

@@ -17,7 +17,7 @@ from advtransfer import config as base
 from advtransfer import parallel, source
 from advtransfer.analysis import gauss_newton, influence, matches, saliency, shape, visualise
 from advtransfer.analysis.cue_conflict import CueConflict
-from advtransfer.attacks import L2, Linf, Unconstrained, make_attack, pgd, threat_model
+from advtransfer.attacks import L2, Linf, Unconstrained, make_attack, pgd
 from advtransfer.data import Augmentation, Batch, Dataset, Split, make_batch
 from advtransfer.data.views import VIEWS
 from advtransfer.evaluate import evaluate, make_evaluate_step, predict
@@ -145,7 +145,7 @@ def test_a_source_training_on_all_devices(monkeypatch):
 
 @pytest.mark.parametrize("norm", ["none", "l2"])
 def test_no_tracer_leaks_out_of_an_evaluation_step(model, norm):
-    attack = make_attack(threat_model(norm, 0.5), num_steps=2, random_start=True, num_restarts=2)
+    attack = make_attack(norm, 0.5, num_steps=2, random_start=True, num_restarts=2)
     with strict():
         step = make_evaluate_step(attack)
         jax.eval_shape(step, logits_fn(model), Batch(IMAGES, LABELS, KEYS), jnp.ones(NUM_IMAGES))

@@ -12,7 +12,6 @@ from advtransfer.attacks.threat_models import (
     Linf,
     ThreatModel,
     Unconstrained,
-    threat_model,
 )
 
 __all__ = [
@@ -30,5 +29,4 @@ __all__ = [
     "make_attack",
     "margin",
     "pgd",
-    "threat_model",
 ]

@@ -13,7 +13,7 @@ from jax.tree_util import Partial
 
 from advtransfer.attacks.losses import LossFn, cross_entropy, log_odds
 from advtransfer.attacks.network import LogitsFn, as_network
-from advtransfer.attacks.threat_models import L2, Linf, ThreatModel
+from advtransfer.attacks.threat_models import L2, THREAT_MODELS, Linf, ThreatModel
 from advtransfer.labels import check_labels
 
 _SLACK = 1e-4  # of pixels beyond [0, 1], as resizing leaves them
@@ -269,19 +269,41 @@ def _per_example(flags: jax.Array, images: jax.Array) -> jax.Array:
 
 @functools.lru_cache(maxsize=64)
 def make_attack(
-    threat_model: ThreatModel | None, *, num_steps: int = 20, step_size: float | None = None, **options
+    threat_model: ThreatModel | str,
+    eps: float | None = None,
+    *,
+    num_steps: int = 20,
+    step_size: float | None = None,
+    step_ratio: float | None = None,
+    **options,
 ):
     """`pgd` with everything chosen but (logits_fn, images, labels, key): what training and evaluation call.
 
     The same arguments give the same object, so that what was compiled for it serves again.
 
     Args:
-      threat_model, num_steps, step_size, **options: of `pgd`; sizes are plain numbers.
+      threat_model: as for `pgd`, with plain numbers; or "l2", "linf" or "none", as configurations name it.
+      eps: of a threat model that is named.
+      num_steps, step_size, **options: as for `pgd`.
+      step_ratio: step size divided by eps, instead of `step_size`.
 
     Returns:
-      An attack, or None for no threat model.
+      An attack, or None for "none".
+
+    Raises:
+      ValueError: an unknown name, an eps beside a threat model or none beside a name, or both step sizes.
     """
-    if threat_model is None:
+    if threat_model == "none":
         return None
+    if isinstance(threat_model, str):
+        if threat_model not in THREAT_MODELS or eps is None:
+            raise ValueError(
+                f"make_attack({threat_model!r}, {eps}): give l2 or linf and its eps, or at.L2(eps)"
+            )
+        threat_model, eps = THREAT_MODELS[threat_model](eps), None
+    if eps is not None or None not in (step_size, step_ratio):
+        raise ValueError("give eps once, in the threat model, and one of step_size and step_ratio")
+    if step_ratio is not None:
+        step_size = step_ratio * threat_model.eps
     options |= {"threat_model": threat_model, "num_steps": num_steps, "step_size": step_size}
     return functools.partial(pgd, **options)

@@ -103,11 +103,6 @@ class Unconstrained(NamedTuple):
 THREAT_MODELS = {"l2": L2, "linf": Linf}
 
 
-def threat_model(norm: str, eps: float) -> ThreatModel | None:
-    """By its name in a configuration or a model's folder; None for "none"."""
-    return None if norm == "none" else THREAT_MODELS[norm](eps)
-
-
 def _norms(x: jax.Array) -> jax.Array:
     """ℓ2 norm of each example, shaped to broadcast against the batch."""
     axes = tuple(range(1, x.ndim))
