@@ -16,7 +16,7 @@ from scipy import stats
 from test_model_page import _Page
 from test_report_summary import L2, LINF, NATURAL, rows_of
 
-from advtransfer.report import SUMMARY_COLUMNS, Evidence, figures, write_report
+from advtransfer.report import COLUMNS, SUMMARY_COLUMNS, Evidence, figures, write_report
 from advtransfer.report.evidence import source_of
 from advtransfer.report.figures import difference_gain
 from advtransfer.report.plots import epoch_size, slug
@@ -640,3 +640,17 @@ def test_in_a_browser_nothing_overflows_and_every_image_shows(written, tmp_path,
     assert measured["images"] == 79 and measured["broken"] == 0
     assert measured["width"] <= width
     assert measured["smallest"] >= 300  # panels are never squeezed beyond reading
+
+
+def test_a_page_of_somebody_else_is_left_alone(tmp_path):
+    (tmp_path / "report.html").write_text("<h1>years of work</h1>")
+    rows = [
+        dict(zip(COLUMNS[:11], (source, norm, eps, "t", 20, 0, seed, 1, 0.5, 1.0, 0.5), strict=True))
+        for source, norm, eps in (("a", "none", 0.0), ("b", "l2", 0.5))
+        for seed in (0, 1)
+    ]
+    with pytest.raises(ValueError, match="is no page of advtransfer's: move it"):
+        write_report(rows, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    for _ in range(2):
+        assert write_report(rows, tmp_path / "own").exists()

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import re
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,10 +152,13 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, str | bytes]
     """Writes files into a folder, each whole, the last one last; returns the path of that.
 
     Raises:
-      ValueError: a name leads out of the folder; nothing is written then.
+      ValueError: a name leads out of the folder, or the last file is there and is no page of ours; nothing is
+        written then.
     """
     folder = Path(folder) if isinstance(folder, str) else folder
     paths = [inside(folder, name) for name in files]
+    if paths[-1].exists() and b"advtransfer" not in paths[-1].read_bytes():
+        raise ValueError(f"{paths[-1]} is no page of advtransfer's: move it, or choose another folder")
     for path, content in zip(paths, files.values(), strict=True):
         write_atomically(path, content)
     return paths[-1]
@@ -167,7 +171,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     if not isinstance(path, Path):
         path.write_bytes(content)
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)
