@@ -17,7 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from advtransfer import parallel, storage
-from advtransfer.attacks import make_attack
+from advtransfer.attacks import cross_entropy, make_attack
 from advtransfer.checkpoint import Checkpoints
 from advtransfer.config import FREE_KEYS, ConfigError, flatten, names_key
 from advtransfer.data import (
@@ -232,6 +232,8 @@ def prepare(config: ConfigDict, dataset: Dataset) -> Run:
             step_ratio=recipe.attack_step_ratio,
             random_start=recipe.attack_random_start,
             use_best=False,
+            # As in MadryLab/robustness: what the network is certain of moves little, unlike in a measurement.
+            loss_fn=cross_entropy,
         ),
         attack_in_train_mode=recipe.attack_batch_norm == "batch",
         label_smoothing=recipe.label_smoothing,
