@@ -56,11 +56,16 @@ class _Program:
     """What a callable computes, without the arrays that it holds."""
 
     def __init__(self, closed: core.ClosedJaxpr, identity: tuple):
-        self.jaxpr, self.identity = closed.jaxpr, identity
+        def evaluate(arrays, images):
+            return core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, arrays))(images)
+
+        # From JAX 0.11 on a jaxpr holds its constants: in this one they are arguments.
+        (images,) = closed.in_avals
+        self.opened = jax.make_jaxpr(evaluate)(closed.consts, jax.ShapeDtypeStruct(images.shape, images.dtype))
+        self.identity = identity
 
     def __call__(self, *arguments: jax.Array) -> jax.Array:
-        *arrays, images = arguments
-        (logits,) = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, arrays))(images)
+        (logits,) = core.jaxpr_as_fun(self.opened)(*arguments)
         return logits
 
 
