@@ -232,7 +232,7 @@ def prepare(config: ConfigDict, dataset: Dataset) -> Run:
             step_ratio=recipe.attack_step_ratio,
             random_start=recipe.attack_random_start,
             use_best=False,
-            # As in MadryLab/robustness: what the network is certain of moves little, unlike in a measurement.
+            # As in MadryLab/robustness: it saturates, so images that the network is sure of barely move.
             loss_fn=cross_entropy,
         ),
         attack_in_train_mode=recipe.attack_batch_norm == "batch",

@@ -72,7 +72,7 @@ def test_every_section_runs_on_a_cpu(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "accelerator.json").read_text())
     assert [*found] == ["device", "right", "steps", "study", "path"]
-    assert {figures[""] for _, figures in found["right"]} == {"right", ""}
+    assert {figures["verdict"] for _, figures in found["right"]} == {"right", ""}
     assert len(found["right"]) == 20
     rates = dict(found["steps"])
     assert rates["resnet_tiny 16², batch 32, clean"]["ours, images/s"] > 0

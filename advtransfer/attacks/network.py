@@ -60,8 +60,8 @@ class _Program:
             return core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, arrays))(images)
 
         # From JAX 0.11 on a jaxpr holds its constants: in this one they are arguments.
-        (images,) = closed.in_avals
-        self.opened = jax.make_jaxpr(evaluate)(closed.consts, jax.ShapeDtypeStruct(images.shape, images.dtype))
+        (images,) = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in closed.in_avals)
+        self.opened = jax.make_jaxpr(evaluate)(closed.consts, images)
         self.identity = identity
 
     def __call__(self, *arguments: jax.Array) -> jax.Array:

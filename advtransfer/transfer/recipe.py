@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from advtransfer.data import Augmentation
 from advtransfer.optim import SCHEDULES
@@ -54,7 +55,7 @@ def check_recipe(recipe: Recipe, num_images: int) -> Recipe:
             return False
 
     def is_whole(value: Any) -> bool:
-        return is_number(value, 1, math.inf) and float(value).is_integer()
+        return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1
 
     fraction, largest = "a number from 0 to below 1", 3.4e38  # of float32
     for field, is_good, expected in (
