@@ -86,10 +86,10 @@ def theirs(module: Any, variables: Any, images: np.ndarray, labels: np.ndarray, 
     import torch
     import torch.nn.functional as F
 
-    from benchmarks.torch_resnet import make_twin
+    from benchmarks.torch_resnet import make_peer
 
     dtype = torch.float32 if bfloat16 else torch.float64
-    network = make_twin(module, variables).to(device, dtype).eval().requires_grad_(False)
+    network = make_peer(module, variables).to(device, dtype).eval().requires_grad_(False)
     for part in network.modules():
         if hasattr(part, "relu"):
             part.relu = torch.nn.SiLU()

@@ -147,7 +147,7 @@ def torch_steps(
     import torch
     import torch.nn.functional as F
 
-    from benchmarks.torch_resnet import make_twin
+    from benchmarks.torch_resnet import make_peer
 
     torch.set_num_threads(os.cpu_count())
     on_gpu = device == "cuda"
@@ -156,7 +156,7 @@ def torch_steps(
     y = torch.tensor(labels, dtype=torch.int64, device=device)
 
     def make():
-        model = make_twin(module, variables).to(device=device, memory_format=torch.channels_last)
+        model = make_peer(module, variables).to(device=device, memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(
             model.parameters(),
             LEARNING_RATE,

@@ -50,7 +50,7 @@ class Block(nn.Module):
 
 
 class TorchResNet(nn.Module):
-    """PyTorch's twin of an advtransfer `ResNet`: NCHW images in [0, 1] -> logits."""
+    """An advtransfer `ResNet` in PyTorch: NCHW images in [0, 1] -> logits."""
 
     def __init__(self, module: Any):
         super().__init__()
@@ -80,9 +80,9 @@ class TorchResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def make_twin(module: Any, variables: dict[str, Any]) -> TorchResNet:
-    """PyTorch's twin of a network, with its weights."""
-    twin = TorchResNet(module)
+def make_peer(module: Any, variables: dict[str, Any]) -> TorchResNet:
+    """A network in PyTorch, with its weights."""
+    peer = TorchResNet(module)
     tensors = {name: torch.from_numpy(array) for name, array in torch_tensors(module, variables).items()}
-    twin.load_state_dict(tensors | {"mean": twin.mean, "std": twin.std})
-    return twin
+    peer.load_state_dict(tensors | {"mean": peer.mean, "std": peer.std})
+    return peer

@@ -146,7 +146,7 @@ def test_a_browser_finds_every_number_and_picture(tmp_path):
     )
     correct = int(np.trace(outcome.confusion))
     low, high = (100 * x for x in wilson(correct, 60))
-    assert f"{correct / 0.6:.1f} % of 60 test images are read rightly" in page.text
+    assert f"{correct / 0.6:.1f} % of 60 test images are classified correctly" in page.text
     assert f"95 % interval {low:.1f} … {high:.1f} %" in page.text
     for words in ("A title <&>", "l2 <x>", "Chosen by hand.", "--x='<y>'", "jax 1.2", '"batch_size": 7'):
         assert words in page.text
@@ -256,5 +256,5 @@ def test_a_network_without_mistakes_says_so(tmp_path):
     labels = np.array([0, 1, 1])
     outcome = make_outcome(labels, 5.0 * np.eye(2)[labels], ("a", "b"))
     page = _written(ModelPage("Perfect", HISTORY, outcome=outcome), tmp_path)
-    assert "every test image is read rightly" in page.text
+    assert "every test image is classified correctly" in page.text
     assert _csv(tmp_path / "mistakes.csv") == []

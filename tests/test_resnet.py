@@ -159,12 +159,12 @@ def test_against_numpy(module, channels, batch):
 @pytest.mark.parametrize("name", ["resnet50", "resnet18_cifar", "resnext50_32x4d"])
 def test_against_pytorch(name):
     torch = pytest.importorskip("torch")
-    from benchmarks.torch_resnet import make_twin
+    from benchmarks.torch_resnet import make_peer
 
     module = create_module(name, num_classes=7)
     variables = random_variables(module, 64)
     images = random_images(2, 64, 64, 3)
-    peer = make_twin(module, variables).eval()
+    peer = make_peer(module, variables).eval()
     x = torch.tensor(images).permute(0, 3, 1, 2).requires_grad_()
     logits = peer(x)
     logits.logsumexp(1).sum().backward()

@@ -2,7 +2,7 @@
 
     start = noise(key, (8, 224, 224, 3))                       # or images
     pictures = visualise(unit(model, block=15, channels=np.arange(8)), start)
-    twins = visualise(match(features_fn(model, 16), features_fn(model, 16)(images)), start)
+    found = visualise(match(features_fn(model, 16), features_fn(model, 16)(images)), start)
     grid([start, pictures])                                    # uint8, one picture
 
 The search is the attack's own (`pgd`), in any threat model around the start; an objective takes the place of

@@ -49,7 +49,7 @@ def _checkpoint() -> ConfigDict:
 
 
 def _train() -> ConfigDict:
-    """How a source network is trained. Natural and robust twins share all of it but norm and eps."""
+    """How a source network is trained. A natural and a robust one may differ in norm and eps alone."""
     train = ConfigDict()
     train.dataset = "builtin:glyphs"
     # memory: decoded once, on the device; stream: decoded on the way; auto: stream what takes over 2 GB
@@ -197,7 +197,7 @@ def _report() -> ConfigDict:
     report.reference = "none"  # "paper": its published accuracies behind the figures against n (k = 3)
     report.accuracy_unit = "auto"  # of stage=report's rows: fraction | percent | auto: told from each file
     report.analyses = ()  # stage=study: of the sources it trains; some of config.interpret.analyses
-    report.num_pictures = 8  # source images shown with their adversarial twins, at most 8
+    report.num_pictures = 8  # source images shown with adversarial examples of them, at most 8
     return report
 
 

@@ -1,4 +1,4 @@
-"""What a report shows beside the rows: the source networks, adversarial twins, target images."""
+"""What a report shows beside the rows: the source networks, adversarial examples, target images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Evidence(NamedTuple):
       sources: one dict per source network: its `name` (as in the rows) and any of `norm`, `eps`,
         `natural_accuracy` and `adversarial_accuracy` (in [0, 1]), `num_images` (measured on),
         `attack` (in words).
-      pictures: `source_images` [M, H, W, 3] in [0, 1]; `adversarial/NAME` [M, H, W, 3], their twins
+      pictures: `source_images` [M, H, W, 3] in [0, 1]; `adversarial/NAME` [M, H, W, 3], their attacked versions
         against the source NAME; `target_images` [L, h, w, 3]. The first eight of each are shown.
       captions: lists of str that go with them: `source_labels`, `natural_predictions/NAME`,
         `adversarial_predictions/NAME`, `target_labels`.
@@ -73,7 +73,7 @@ def sources_section(material: Material, known: Mapping[str, Source], evidence: E
         told = "; ".join(f"{a}: natural {_percent(b)}, adversarial {_percent(c)}" for a, b, c in measured)
         caption = (
             "What robustness costs and buys on the sources’ own task. Circle: accuracy on clean "
-            "test images; diamond: on their adversarial twins, by the attack named in the table."
+            "test images; diamond: on adversarial examples of them, by the attack named in the table."
         )
         parts.append(
             f"<figure class=plot><div class=panels>{image(svg, 'svg+xml', told)}</div>"
@@ -99,32 +99,32 @@ def _source_row(source: Source, entry: Mapping[str, Any]) -> list[str]:
 
 
 def pictures_section(material: Material, evidence: Evidence) -> str:
-    parts = [_twins(material, evidence), _target_images(evidence)]
+    parts = [_adversarial_examples(material, evidence), _target_images(evidence)]
     if not any(parts):
         return "<h2>Pictures</h2>\n<p class=caveat>No pictures were handed to this report.</p>"
     return "<h2>Pictures</h2>\n" + "\n".join(filter(None, parts))
 
 
-def _twins(material: Material, evidence: Evidence) -> str:
-    """Source images above their adversarial twins and the magnified differences, image by image."""
+def _adversarial_examples(material: Material, evidence: Evidence) -> str:
+    """Source images above adversarial examples of them and the magnified differences, image by image."""
     clean = _images(evidence, "source_images")
     prefix = "adversarial/"
-    twins = {
+    attacked = {
         name.removeprefix(prefix): _images(evidence, name)
         for name in evidence.pictures
         if name.startswith(prefix)
     }
     if not len(clean):
         return ""
-    for name, images in twins.items():
+    for name, images in attacked.items():
         if images.shape != clean.shape:
             raise ValueError(
                 f"pictures[{prefix + name!r}] has shape {images.shape}, but source_images has {clean.shape}"
             )
-    gain = figures.difference_gain((images, clean) for images in twins.values())
+    gain = figures.difference_gain((images, clean) for images in attacked.values())
     labels = _texts(evidence, "source_labels", len(clean))
     rows = [picture_row("Source image", clean, [escape(label) for label in labels])]
-    for name, images in twins.items():
+    for name, images in attacked.items():
         label = material.styles[name].label if name in material.styles else name
         before = _texts(evidence, f"natural_predictions/{name}", len(clean))
         after = _texts(evidence, f"adversarial_predictions/{name}", len(clean))
@@ -133,17 +133,17 @@ def _twins(material: Material, evidence: Evidence) -> str:
         difference = 0.5 + gain * (images - clean)
         rows.append(picture_row(f"{label}: difference × {gain}", difference, [""] * len(clean)))
     caption = "Images of the source task, as the networks see them."
-    if twins:
+    if attacked:
         caption = (
-            "Images of the source task, their adversarial twins against each source, and what the "
-            f"attack added, magnified {gain} times around grey for every source alike. Under a "
-            "twin: what the network reads in the clean image → in the twin (✓ the label, ✗ another "
+            "Images of the source task, adversarial examples of them against each source, and what the "
+            f"attack added, magnified {gain} times around grey for every source alike. Under "
+            "each: what the network takes the clean image for → the adversarial one (✓ the label, ✗ another "
             "class)."
         )
     attacks = sorted({str(entry["attack"]) for entry in evidence.sources if entry.get("attack")})
-    caption += f" Attack: {'; '.join(attacks)}." if twins and attacks else ""
+    caption += f" Attack: {'; '.join(attacks)}." if attacked and attacks else ""
     content = f"<table class=pictures><tbody>{''.join(rows)}</tbody></table>"
-    return "<h3>Adversarial twins</h3>\n" + scrolling(content, caption, kind="plot")
+    return "<h3>Adversarial examples</h3>\n" + scrolling(content, caption, kind="plot")
 
 
 def _reading(label: str, before: str, after: str) -> str:

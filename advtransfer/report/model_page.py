@@ -97,7 +97,7 @@ def _opening(page: ModelPage) -> str:
         low, high = wilson(correct, total)
         said = (
             f"{_percent(correct / total)}&nbsp;% of {_count(total, 'test image')} "
-            f"{'is' if total == 1 else 'are'} read rightly "
+            f"{'is' if total == 1 else 'are'} classified correctly "
             f"(95&nbsp;% interval {_percent(low)}&nbsp;…&nbsp;{_percent(high)}&nbsp;%)."
         )
         note = (
@@ -131,7 +131,7 @@ def _epochs(page: ModelPage) -> str:
         lines,
         figures.Axis("epoch (logarithmic)", log=True),
         title="Training and test images" if len(lines) == 2 else lines[0].style.label.capitalize(),
-        ylabel="Images read rightly, %",
+        ylabel="Accuracy, %",
         yrange=(max(low, -0.02), min(high, 1.02)),
     )
     caption = f"Accuracy in evaluation mode after the epochs that were measured; {told}."
@@ -192,7 +192,7 @@ def _confusion(outcome: Outcome) -> str:
     )
     caption = (
         "Confusion matrix: test images by label (row) and by what the network reads (column). The deeper the "
-        "colour, the larger the share of the label’s images: blue rightly, orange wrongly."
+        "colour, the larger the share of the label’s images: blue correct, orange wrong."
     )
     return head + scrolling(content, caption, numbers="../confusion")
 
@@ -244,7 +244,7 @@ def _mistakes(page: ModelPage) -> str:
     outcome = page.outcome
     head = "<h2>The most confident mistakes</h2>\n"
     if not len(outcome.mistakes):
-        return f"{head}<p>There are none: every test image is read rightly.</p>"
+        return f"{head}<p>There are none: every test image is classified correctly.</p>"
     records = mistake_records(outcome)
     items = []
     for record, pixels in zip(records[:MAX_MISTAKES], page.pictures, strict=False):

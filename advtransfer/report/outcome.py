@@ -68,7 +68,7 @@ def wilson(num_correct: int, num_images: int) -> tuple[float, float]:
 
 
 def class_records(outcome: Outcome) -> list[dict[str, Any]]:
-    """One record per class: its test images, those read rightly, their share and its 95 % interval."""
+    """One record per class: its test images, the correct ones, their share and its 95 % interval."""
     records = []
     for c, name in enumerate(outcome.class_names):
         correct, total = int(outcome.confusion[c, c]), int(outcome.confusion[c].sum())

@@ -145,7 +145,7 @@ def _remarks(dataset: Dataset | None, grid: Grid) -> list[str]:
 def _pictures(
     config: ConfigDict, models: dict[str, Model], dataset: Dataset | None, target: Dataset
 ) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
-    """Source images with their adversarial twins, and target images, with what stands under them."""
+    """Source images with adversarial examples of them, and target images, with what stands under them."""
     number = config.report.num_pictures
     pictures = {"target_images": target.train.images[:number] / np.float32(255)}
     captions = {"target_labels": [target.class_names[i] for i in target.train.labels[:number]]}
@@ -159,9 +159,9 @@ def _pictures(
     captions["source_labels"] = [names[i] for i in labels]
     for source, model in models.items():
         network = logits_fn(model)
-        twins = attack(network, images, labels, key=evaluation_key(config))
-        pictures[f"adversarial/{source}"] = np.asarray(twins)
-        for kind, shown in (("natural", images), ("adversarial", twins)):
+        attacked = attack(network, images, labels, key=evaluation_key(config))
+        pictures[f"adversarial/{source}"] = np.asarray(attacked)
+        for kind, shown in (("natural", images), ("adversarial", attacked)):
             classes = np.argmax(predict(network, shown), axis=-1)
             captions[f"{kind}_predictions/{source}"] = [names[i] for i in classes]
     return pictures, captions
