@@ -28,8 +28,8 @@ class Evidence(NamedTuple):
       sources: one dict per source network: its `name` (as in the rows) and any of `norm`, `eps`,
         `natural_accuracy` and `adversarial_accuracy` (in [0, 1]), `num_images` (measured on),
         `attack` (in words).
-      pictures: `source_images` [M, H, W, 3] in [0, 1]; `adversarial/NAME` [M, H, W, 3], their attacked versions
-        against the source NAME; `target_images` [L, h, w, 3]. The first eight of each are shown.
+      pictures: `source_images` [M, H, W, 3] in [0, 1]; `adversarial/NAME` [M, H, W, 3], the same images
+        attacked against the source NAME; `target_images` [L, h, w, 3]. The first eight of each are shown.
       captions: lists of str that go with them: `source_labels`, `natural_predictions/NAME`,
         `adversarial_predictions/NAME`, `target_labels`.
       config: the run's configuration; `versions`: package -> version.
