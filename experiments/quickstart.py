@@ -6,10 +6,10 @@ Trains a natural and an ℓ2-robust network on rendered letters, fine-tunes both
 20 to 800 labelled images (head alone, and head with the last block; 20 seeds), and writes
 runs/quickstart/report.html.
 
-Expect four to five minutes on 2 cores; natural accuracy 99.6 to 100 % for both sources, 70 to 74 % (natural) and
-91 to 94 % (ℓ2) under ℓ2 PGD-20 with ε = 0.25; and, with at most 100 images and the head alone, 2 to 5 points for
-the robust source, depending on the pair of sources: rounding makes other sources on other machines, and
---config.seed others on one; README.md has the figures.
+Expect four to five minutes on 2 cores; natural accuracy 99.6 to 100 % for both sources, 70 to 74 % (natural)
+and 91 to 94 % (ℓ2) under ℓ2 PGD-20 with ε = 0.25; and, with at most 100 images and the head alone, 2 to 5
+points for the robust source, depending on the pair of sources: rounding makes others on other machines,
+--config.seed on one; README.md has the figures.
 
 Chosen without the target's test images. ε: the largest of 0.25, 0.5 and 1 at which the source's accuracy on
 the glyphs' validation split stays within a point of natural training, for source seeds 0, 1, 2: natural 99.7,
