@@ -11,7 +11,7 @@ Arrays of another rank, length or kind of dtype than a docstring names are refus
 computed, with an AssertionError or a ValueError.
 """
 
-from advtransfer import config, models, report, stages, study
+from advtransfer import config, models, report, study, tasks
 from advtransfer.analysis import influence, matches, saliency, shape, visualise
 from advtransfer.attacks import L2, Linf, Unconstrained, cross_entropy, log_odds, make_attack, margin, pgd
 from advtransfer.data import (
@@ -23,7 +23,7 @@ from advtransfer.data import (
     render_glyphs,
     subset_indices,
 )
-from advtransfer.evaluate import evaluate, predict
+from advtransfer.evaluate import Evaluation, evaluate, measure, predict
 from advtransfer.models import (
     Model,
     ModelSpec,
@@ -33,8 +33,9 @@ from advtransfer.models import (
     logits_fn,
     save_model,
 )
-from advtransfer.source import train_source
-from advtransfer.stages.one_model import FineTuned, fine_tune
+from advtransfer.source import SourceRecipe, train_source
+from advtransfer.study import Grid, Search, run_study
+from advtransfer.tasks.one_model import FineTuned, fine_tune
 from advtransfer.torch_checkpoint import CheckpointError, export_torch_state_dict, import_torch_checkpoint
 from advtransfer.train import TrainState, fit, make_train_step
 from advtransfer.transfer import Recipe, fine_tune_many, reset_head
@@ -47,11 +48,15 @@ __all__ = [
     "Batch",
     "CheckpointError",
     "Dataset",
+    "Evaluation",
     "FineTuned",
+    "Grid",
     "Linf",
     "Model",
     "ModelSpec",
     "Recipe",
+    "Search",
+    "SourceRecipe",
     "Split",
     "TrainState",
     "Unconstrained",
@@ -74,18 +79,20 @@ __all__ = [
     "make_train_step",
     "margin",
     "matches",
+    "measure",
     "models",
     "pgd",
     "predict",
     "render_glyphs",
     "report",
     "reset_head",
+    "run_study",
     "saliency",
     "save_model",
     "shape",
-    "stages",
     "study",
     "subset_indices",
+    "tasks",
     "train_source",
     "visualise",
 ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import chex
@@ -13,13 +14,56 @@ import numpy as np
 from jax.tree_util import Partial
 
 from advtransfer import parallel
-from advtransfer.attacks import LogitsFn, as_network, check_images, cross_entropy
-from advtransfer.data import Batch, Split, check_batch, check_split, to_float
+from advtransfer.attacks import NORMS, LogitsFn, as_network, check_images, cross_entropy, make_attack
+from advtransfer.data import SPLITS, Batch, Dataset, Split, check_batch, check_split, to_float
 from advtransfer.labels import check_labels
-from advtransfer.models import Model, logits_fn
+from advtransfer.models import Model, ModelSpec, logits_fn
+from advtransfer.options import option, options
+from advtransfer.progress import progress_bar
 from advtransfer.train import Metrics, sum_metrics
 
 Attack = Callable[..., jax.Array]
+
+# Folded into the seed, so that evaluation draws nothing that training has drawn.
+_EVALUATION_STREAM = 0xE7A1
+
+
+@options
+class Evaluation:
+    """How a network's natural and adversarial accuracy is measured."""
+
+    norm: str = option("l2", "of the attack; none: natural accuracy only", choices=NORMS)
+    eps: float = option(0.25, "its radius, in pixel units", low=0)
+    num_steps: int = option(20, "of PGD", low=1)
+    step_ratio: float = option(
+        0.125, "step size divided by eps: 2.5 / num_steps (Madry et al., 2018)", above=0
+    )
+    num_restarts: int = option(
+        1, "random starts, of which each image keeps its worst; 1: starts at the image", low=1
+    )
+    num_images: int = option(0, "first images of the split; 0: all", low=0)
+    batch_size: int = option(256, "images at a time, over all devices", low=1)
+
+    @property
+    def attack(self) -> Attack | None:
+        """The attack, or None."""
+        return make_attack(
+            self.norm,
+            self.eps,
+            num_steps=self.num_steps,
+            step_ratio=self.step_ratio,
+            num_restarts=self.num_restarts,
+            random_start=self.num_restarts > 1,
+        )
+
+    @property
+    def attack_name(self) -> str:
+        """In words."""
+        if self.norm == "none":
+            return "none"
+        norm = {"l2": "ℓ2", "linf": "ℓ∞"}[self.norm]
+        restarts = f", {self.num_restarts} restarts" if self.num_restarts > 1 else ""
+        return f"{norm} PGD-{self.num_steps}, ε = {self.eps:.3g}{restarts}"
 
 
 def make_evaluate_step(
@@ -190,3 +234,102 @@ def _check_pixels(images: np.ndarray | jax.Array, *, of_model: bool) -> None:
 @jax.jit
 def _apply(network: Partial, images: jax.Array) -> jax.Array:
     return network(to_float(images) if images.dtype == jnp.uint8 else images.astype(jnp.float32))
+
+
+def measure(
+    model: Model, split: Split, evaluation: Evaluation, *, seed: int = 0, name: str = "model"
+) -> dict[str, Any]:
+    """What `evaluate` finds of a model, without and with the attack.
+
+    Returns:
+      {"natural_accuracy", "natural_loss", "natural_mean_per_class_accuracy", "num_images", "attack"} and, with an
+      attack, the first three with "adversarial_", and "adversarial_unmoved" (see `evaluate`); "attack" is in words.
+
+    Raises:
+      ValueError: as `evaluate`, or a model without a head.
+    """
+    check_head(model.spec)
+    if evaluation.num_images:
+        split = type(split)(*(array[: evaluation.num_images] for array in split))
+    attacks = {"natural": None, "adversarial": evaluation.attack}
+    results: dict[str, Any] = {"num_images": len(split.labels), "attack": evaluation.attack_name}
+    for kind, attack in attacks.items():
+        if kind == "adversarial" and attack is None:
+            continue
+        found = evaluate(
+            model,
+            split,
+            batch_size=evaluation.batch_size,
+            attack=attack,
+            key=evaluation_key(seed),
+            image_size=model.spec.image_size,
+            steps=lambda steps, kind=kind: progress_bar(steps, f"{kind} {name}", "batches"),
+        )
+        results |= {f"{kind}_{metric}": value for metric, value in found.items()}
+    return results
+
+
+def evaluation_key(seed: int) -> jax.Array:
+    """Of the attack's random starts; apart from every key that training draws from."""
+    return jax.random.fold_in(jax.random.key(seed), _EVALUATION_STREAM)
+
+
+def describe(found: dict[str, Any]) -> str:
+    """What `measure` returned, in half a sentence."""
+    text = f"natural accuracy {found['natural_accuracy']:.1%}"
+    if "adversarial_accuracy" in found:
+        text += f", adversarial accuracy {found['adversarial_accuracy']:.1%} ({found['attack']})"
+        if unmoved := found.get("adversarial_unmoved"):
+            text += f", of which {unmoved:.1%} had a zero gradient, so the attack changed nothing"
+    return f"{text}, {found['num_images']:,} images"
+
+
+def check_head(spec: ModelSpec) -> None:
+    """Raises a ValueError if the model was imported without a head, so that its logits mean nothing."""
+    if not spec.has_head:
+        raise ValueError(
+            "this model was imported without a head, so it has no accuracy: fine-tune it first, with "
+            "config.stage=transfer and this model as config.source"
+        )
+
+
+def align_classes(dataset: Dataset, spec: ModelSpec) -> Dataset:
+    """The dataset with the model's labels for its classes, which may be fewer and in another order.
+
+    Classes are matched by name; where one side only numbers them, by their number.
+
+    Raises:
+      ValueError: a class that the model does not know; without names, another number of classes, or the
+        numbering of ImageNet's development kit; a model without a head.
+    """
+    check_head(spec)
+    theirs, ours, count = dataset.class_names, spec.class_names, spec.num_classes
+    numbered = tuple(map(str, range(count)))
+    if ours in ((), numbered) or theirs == numbered:
+        if len(theirs) != count:
+            raise ValueError(f"{dataset.name} has {len(theirs)} classes, the model {count}")
+        if count == 1000 and {*theirs} == {str(i) for i in range(1, 1001)}:
+            raise ValueError(
+                f"{dataset.name} numbers its classes from 1 to 1000, as ImageNet's development kit does, in"
+                " an order that is not the networks': name the folders by WordNet ids (n01440764, ...)"
+            )
+        return dataset
+    if unknown := [name for name in theirs if name not in ours]:
+        raise ValueError(
+            f"{dataset.name} has the classes {_few(unknown)}, which the model does not know; "
+            f"it has {_few(ours)}"
+        )
+    if theirs == ours:
+        return dataset
+    places = np.array([ours.index(name) for name in theirs], np.int32)
+    logging.info("%s: %d of the model's %d classes, matched by name", dataset.name, len(theirs), count)
+    splits = {
+        name: split._replace(labels=places[split.labels])
+        for name in SPLITS
+        if isinstance(split := getattr(dataset, name), Split)
+    }
+    return dataset._replace(class_names=ours, digests={}, **splits)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")

@@ -17,9 +17,9 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from advtransfer import foreign, parallel, stages, storage
+from advtransfer import foreign, parallel, storage, tasks
 from advtransfer.checkpoint import SaveError, UnreadableCheckpoints
-from advtransfer.config import ConfigError, check_keys
+from advtransfer.config import ConfigError, check_keys, explain
 from advtransfer.data import LostWorker
 from advtransfer.train import DivergedError, Preempted
 
@@ -27,6 +27,7 @@ _QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.py"
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results; default: runs/EXPERIMENT.")
 _PLAN = flags.DEFINE_bool("plan", False, "Say what would run, write nothing, stop.")
+_EXPLAIN = flags.DEFINE_bool("explain", False, "List every key of the config, and stop.")
 _MULTIHOST = flags.DEFINE_bool("multihost", False, "Join the other processes of a pod or cluster first.")
 
 DONE, DIVERGED, WRONG_INPUT, UNFINISHED, FAULT, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -43,13 +44,19 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         _stop(WRONG_INPUT, f"unknown argument {argv[1]!r}: every option is --NAME=VALUE")
     logging.set_verbosity(logging.WARNING)
+    if _EXPLAIN.value:
+        print(explain())
+        return
     experiment = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
     workdir = _WORKDIR.value or str(Path("runs") / experiment.stem)
     try:
         config = _config(_CONFIG.value, experiment)
         if _MULTIHOST.value:
             parallel.initialize()
-        print(stages.plan(config, workdir)) if _PLAN.value else stages.run(config, workdir)
+        if _PLAN.value:
+            print(tasks.plan(config, workdir))
+        else:
+            tasks.run(config, workdir, command=shlex.join(["python", "launch.py", *sys.argv[1:]]))
         sys.stdout.flush()
     except (ConfigError, UnreadableCheckpoints, parallel.NoCluster) as error:
         _stop(WRONG_INPUT, str(error))
@@ -98,7 +105,6 @@ def _config(config: Any, experiment: Path) -> ConfigDict:
             "advtransfer.config.default()"
         )
     check_keys(config)
-    config.report.command = config.report.command or shlex.join(["python", "launch.py", *sys.argv[1:]])
     return config.lock()
 
 

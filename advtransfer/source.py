@@ -1,4 +1,4 @@
-"""Source networks: trained naturally or adversarially on one dataset, measured, and kept as model folders."""
+"""Source networks: trained naturally or adversarially on one dataset, and kept as model folders."""
 
 from __future__ import annotations
 
@@ -6,193 +6,158 @@ import contextlib
 import functools
 import hashlib
 import json
-import logging
-from collections.abc import Sequence
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from advtransfer import parallel, storage
-from advtransfer.attacks import cross_entropy, make_attack
+from advtransfer.attacks import NORMS, cross_entropy, make_attack
 from advtransfer.checkpoint import Checkpoints
-from advtransfer.config import FREE_KEYS, ConfigError, flatten, names_key
-from advtransfer.data import (
-    SPLITS,
-    Dataset,
-    Feed,
-    Split,
-    StreamedSplit,
-    choose_augmentation,
-    load_dataset,
-    make_feed,
-    plan_dataset,
-)
-from advtransfer.evaluate import evaluate
+from advtransfer.data import Augmentation, Dataset, Feed, StreamedSplit, choose_augmentation, make_feed
+from advtransfer.evaluate import Evaluation, measure
 from advtransfer.models import (
     Model,
     ModelSpec,
+    compute_dtype,
     create_module,
     init_variables,
     load_model,
-    logits_fn,
     save_model,
 )
-from advtransfer.optim import make_schedule, sgd
+from advtransfer.optim import SCHEDULES, make_schedule, sgd
+from advtransfer.options import deciding, option, options, to_dict
 from advtransfer.progress import RunLog, progress_bar
 from advtransfer.train import TrainState, fit, init_state, make_train_step, module_apply
 
-# Folded into the seed for evaluation, which shares it with training.
-_EVALUATION_STREAM = 0xE7A1
+_KEPT = 2  # checkpoints
 
 
-def compute_dtype(name: str) -> Any:
-    """config.dtype as a type: bfloat16 where accelerators have units for it, float32 on CPU."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
+@options
+class SourceRecipe:
+    """How a source network is trained. A natural and a robust one may differ in norm and eps alone."""
+
+    architecture: str = option("resnet_tiny", "a key of models.ARCHITECTURES")
+    image_size: int = option(16, "side of the network's images, in pixels", low=1)
+    mean: tuple[float, ...] = option((0.5, 0.5, 0.5), "per channel, of images in [0, 1]", lengths=(3,))
+    std: tuple[float, ...] = option(
+        (0.25, 0.25, 0.25), "per channel, of images in [0, 1]", lengths=(3,), above=0
+    )
+    norm: str = option("none", "threat model of adversarial training", choices=NORMS)
+    eps: float = option(0.0, "its radius, in pixel units", low=0)
+    attack_steps: int = option(3, "of PGD (Salman et al., 2020, appendix A)", low=1)
+    attack_step_ratio: float = option(2 / 3, "step size divided by eps (same place)", above=0)
+    attack_random_start: bool = option(False, "PGD starts at random inside the threat model")
+    attack_batch_norm: str = option(
+        "running", "statistics that the attack sees", choices=("running", "batch")
+    )
+    num_epochs: int = option(8, "epochs; each drops the images that fill no batch", low=1)
+    batch_size: int = option(128, "images of a step, over all devices", low=1)
+    num_parts: int = option(
+        1, "of a batch, one after the other, where the whole needs too much memory", low=1
+    )
+    learning_rate: float = option(0.1, "peak of the schedule", above=0)
+    schedule: str = option("cyclic", "of the learning rate (optim.make_schedule)", choices=SCHEDULES)
+    momentum: float = option(0.9, "of SGD", low=0, below=1)
+    weight_decay: float = option(5e-4, "added to the gradient, of all parameters", low=0)
+    label_smoothing: float = option(0.0, "weight of the uniform distribution", low=0, below=1)
+    average_decay: float = option(
+        0.0, "of a moving average of the weights, which becomes the model; 0: none", low=0, below=1
+    )
+    augmentation: Augmentation = option(Augmentation(), "of the training images")
+    sync_batch_norm: bool = option(True, "BatchNorm statistics over all devices, not device by device")
+    num_workers: int = option(
+        -1, "processes that decode a stream; -1: one per core; 0: threads", low=-1, decides=False
+    )
+    save_every: int = option(200, "steps between checkpoints", low=1, decides=False)
+    log_every: int = option(50, "steps between lines of log.jsonl", low=1, decides=False)
+    validate_every: int = option(
+        0, "epochs between measurements on validation images; 0: none", low=0, decides=False
+    )
+
+    def check(self) -> None:
+        if (self.norm == "none") != (self.eps == 0):
+            raise ValueError(
+                f"eps={self.eps:g} does not go with norm={self.norm}: set a norm (l2, linf) and a positive eps, or "
+                "neither"
+            )
+
+    @property
+    def name(self) -> str:
+        """ "natural", or "l2:0.5"."""
+        return "natural" if self.norm == "none" else f"{self.norm}:{self.eps:g}"
 
 
-def load_data(
-    config: ConfigDict,
-    key: str,
-    *,
-    image_size: int,
-    splits: tuple[str, ...],
-    planned: bool = False,
-    **options: Any,
-) -> Dataset:
-    """The dataset that config.`key` names; small squares keep their size, and skipped images are said.
+def parse_source(text: str) -> tuple[str, float]:
+    """The threat model and its radius in pixel units: ("none", 0.0) for a natural source.
 
     Args:
-      config: beside the name it says where decoded images are kept and what becomes of broken ones.
-      key: of the name.
-      image_size, splits, options: as for `load_dataset`.
-      planned: whether a known set that is not prepared comes as a placeholder (see `plan_dataset`).
+      text: natural; NORM:EPS in pixel units (l2:0.5, linf:0.03); or, as published models are named, l2_3 in pixel
+        units and linf_4 in 255ths of them.
 
     Raises:
-      ConfigError: naming the key: no such dataset, or no images in one of `splits`.
+      ValueError: anything else.
     """
-    name = flatten(config)[key]
-    with names_key(key):
-        dataset = (plan_dataset if planned else load_dataset)(
-            name,
-            image_size=image_size,
-            cache_dir=config.cache_dir or None,
-            splits=splits,
-            broken=config.broken_images,
-            enlarge=False,
-            **options,
-        )
-        for split in splits:
-            if not getattr(dataset, split).num_images:
-                raise ValueError(f"{name} has no {split} images")
-    return dataset
-
-
-def load_source_data(config: ConfigDict, *, planned: bool = False) -> Dataset:
-    """The dataset of config.train, at its resolution: to train on, and to measure the network on."""
-    validation = ("validation",) if config.train.validate_every else ()
-    splits = tuple(dict.fromkeys(("train", *validation, config.evaluate.split)))
-    options = {"image_size": config.train.image_size, "loading": config.train.loading}
-    return load_data(config, "train.dataset", splits=splits, planned=planned, **options)
-
-
-def check_source(config: ConfigDict, dataset: Dataset) -> None:
-    """Raises a ConfigError for an architecture or a batch size that cannot be."""
-    with names_key("train.batch_size"):
-        if config.train.batch_size > dataset.train.num_images:
-            raise ValueError(
-                f"{config.train.batch_size} is larger than the {dataset.train.num_images} training images"
-            )
-        (shards,) = {len(shard) for shard in parallel.split(np.empty(config.train.batch_size))}
-    if shards % config.train.num_parts:
-        raise ConfigError(
-            f"config.train.num_parts={config.train.num_parts} must divide the {shards} images of a device"
-        )
-    with names_key("evaluate.split"):
-        if isinstance(getattr(dataset, config.evaluate.split), StreamedSplit):
-            raise ValueError("the training images are streamed: measure on test or validation")
-    check_evaluation(config)
-    create_source_module(config, dataset)
-
-
-def check_evaluation(config: ConfigDict) -> None:
-    """Raises a ConfigError for an evaluation batch that the devices do not divide."""
-    with names_key("evaluate.batch_size"):
-        parallel.split(np.empty(config.evaluate.batch_size))
-
-
-def check_head(spec: ModelSpec) -> None:
-    """Raises a ValueError if the model was imported without a head: its logits are all the same."""
-    if not spec.has_head:
+    if text == "natural":
+        return "none", 0.0
+    separator = ":" if ":" in text else "_"
+    norm, _, radius = text.partition(separator)
+    unit = 255 if (norm, separator) == ("linf", "_") else 1
+    try:
+        eps = float(radius) / unit
+    except ValueError:
+        eps = 0.0
+    if norm not in NORMS[1:] or not 0 < eps < math.inf:
         raise ValueError(
-            "this model was imported without a head, so that it has no accuracy: fine-tune it first, with "
-            "config.stage=transfer and this model as config.source"
+            f"{text!r}: write natural, NORM:EPS with a positive number of pixel units, such as l2:0.5, or "
+            "l2_3, linf_4 (255ths) and the like"
         )
+    return norm, eps
 
 
-def align_classes(dataset: Dataset, spec: ModelSpec) -> Dataset:
-    """The dataset with the model's labels for its classes, which may be fewer and in another order.
-
-    Classes are matched by name; where one side only numbers them, by their number.
-
-    Raises:
-      ValueError: a class that the model does not know; without names, another number of classes, or the
-        numbering of ImageNet's development kit; a model without a head.
-    """
-    check_head(spec)
-    theirs, ours, count = dataset.class_names, spec.class_names, spec.num_classes
-    numbered = tuple(map(str, range(count)))
-    if ours in ((), numbered) or theirs == numbered:
-        if len(theirs) != count:
-            raise ValueError(f"{dataset.name} has {len(theirs)} classes, the model {count}")
-        if count == 1000 and {*theirs} == {str(i) for i in range(1, 1001)}:
-            raise ValueError(
-                f"{dataset.name} numbers its classes from 1 to 1000, as ImageNet's development kit does, in"
-                " an order that is not the networks': name the folders by WordNet ids (n01440764, ...)"
-            )
-        return dataset
-    if unknown := [name for name in theirs if name not in ours]:
+def check_source(recipe: SourceRecipe, dataset: Dataset) -> None:
+    """Raises a ValueError for a batch size, a number of parts or an architecture that cannot be."""
+    if recipe.batch_size > dataset.train.num_images:
         raise ValueError(
-            f"{dataset.name} has the classes {_few(unknown)}, which the model does not know; "
-            f"it has {_few(ours)}"
+            f"batch_size={recipe.batch_size} is larger than the {dataset.train.num_images} training images"
         )
-    if theirs == ours:
-        return dataset
-    places = np.array([ours.index(name) for name in theirs], np.int32)
-    logging.info("%s: %d of the model's %d classes, matched by name", dataset.name, len(theirs), count)
-    splits = {
-        name: split._replace(labels=places[split.labels])
-        for name in SPLITS
-        if isinstance(split := getattr(dataset, name), Split)
-    }
-    return dataset._replace(class_names=ours, digests={}, **splits)
+    (shards,) = {len(shard) for shard in parallel.split(np.empty(recipe.batch_size))}
+    if shards % recipe.num_parts:
+        raise ValueError(f"num_parts={recipe.num_parts} must divide the {shards} images of a device")
+    create_source_module(recipe, dataset)
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+def create_source_module(recipe: SourceRecipe, dataset: Dataset, dtype: str = "auto") -> Any:
+    """The untrained network, computing in `dtype` (see `compute_dtype`)."""
+    return create_module(
+        recipe.architecture,
+        num_classes=len(dataset.class_names),
+        mean=recipe.mean,
+        std=recipe.std,
+        dtype=compute_dtype(dtype),
+        axis_name=parallel.AXIS if recipe.sync_batch_norm else None,
+    )
 
 
-def num_steps(config: ConfigDict, dataset: Dataset) -> int:
-    """Steps of the whole training; an epoch drops the images that fill no batch."""
-    return config.train.num_epochs * steps_per_epoch(config, dataset)
+def steps_per_epoch(recipe: SourceRecipe, dataset: Dataset) -> int:
+    """An epoch drops the images that fill no batch."""
+    return dataset.train.num_images // recipe.batch_size
 
 
-def steps_per_epoch(config: ConfigDict, dataset: Dataset) -> int:
-    return dataset.train.num_images // config.train.batch_size
+def num_steps(recipe: SourceRecipe, dataset: Dataset) -> int:
+    """Of the whole training."""
+    return recipe.num_epochs * steps_per_epoch(recipe, dataset)
 
 
-def state_bytes(config: ConfigDict, dataset: Dataset) -> int:
+def state_bytes(recipe: SourceRecipe, dataset: Dataset) -> int:
     """Bytes of a training state: parameters, momentum, BatchNorm statistics and their moving average."""
-    module = create_source_module(config, dataset)
-    tx = sgd(config.train.learning_rate, momentum=config.train.momentum)
-    average = config.train.average_decay > 0
+    module = create_source_module(recipe, dataset)
+    tx = sgd(recipe.learning_rate, momentum=recipe.momentum)
     variables = functools.partial(init_variables, module, jax.random.key(0))
-    state = jax.eval_shape(lambda: init_state(variables(), tx, average=average))
+    state = jax.eval_shape(lambda: init_state(variables(), tx, average=recipe.average_decay > 0))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
@@ -203,25 +168,19 @@ class Run(NamedTuple):
     state: TrainState
     run_step: Any  # (state, step) -> (state, metrics)
     schedule: Any
-    close: Any  # () -> None; ends what decodes images
+    close: Any  # () -> None; ends the workers that decode images
 
 
-def prepare(config: ConfigDict, dataset: Dataset) -> Run:
-    """Builds the training run that config.train describes, from nothing but the config and the data.
+def start_training(recipe: SourceRecipe, dataset: Dataset, *, seed: int = 0, dtype: str = "auto") -> Run:
+    """The training that a recipe describes, on all devices, from nothing but these arguments.
 
     Raises:
-      ConfigError: as `check_source`.
+      ValueError: as `check_source`.
     """
-    check_source(config, dataset)
-    recipe = config.train
-    module = create_source_module(config, dataset)
-    schedule = make_schedule(recipe.schedule, recipe.learning_rate, num_steps(config, dataset))
-    tx = sgd(
-        schedule,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        weight_decay=recipe.weight_decay,
-    )
+    check_source(recipe, dataset)
+    module = create_source_module(recipe, dataset, dtype)
+    schedule = make_schedule(recipe.schedule, recipe.learning_rate, num_steps(recipe, dataset))
+    tx = sgd(schedule, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     train_step = make_train_step(
         module_apply(module),
         tx,
@@ -241,16 +200,17 @@ def prepare(config: ConfigDict, dataset: Dataset) -> Run:
         average_decay=recipe.average_decay,
         axis_name=parallel.AXIS,
     )
-    init_key, batch_key = jax.random.split(jax.random.key(config.seed))
+    init_key, batch_key = jax.random.split(jax.random.key(seed))
     variables = init_variables(module, init_key, recipe.image_size)
     state = init_state(variables, tx, average=recipe.average_decay > 0)
+    images = None if isinstance(dataset.train, StreamedSplit) else dataset.train.images
     feed = make_feed(
         dataset.train,
-        choose_augmentation(recipe.augmentation),
+        choose_augmentation(recipe.augmentation, images),
         batch_key,
         batch_size=recipe.batch_size,
-        num_steps=num_steps(config, dataset),
-        seed=config.seed,
+        num_steps=num_steps(recipe, dataset),
+        seed=seed,
         num_workers=recipe.num_workers,
         image_size=recipe.image_size,
     )
@@ -265,62 +225,70 @@ def _make_run_step(train_step, feed: Feed):
         return train_step(state, feed.make_batch(shared, rows, state.step))
 
     step_on_devices = parallel.data_parallel(step_on_device, num_shared=2, num_split=1, donate=(0,))
-
-    def run_step(state, step):
-        with names_key("train.dataset"):
-            rows = feed.rows(step)
-        return step_on_devices(state, feed.shared, rows)
-
-    return run_step
+    return lambda state, step: step_on_devices(state, feed.shared, feed.rows(step))
 
 
-def create_source_module(config: ConfigDict, dataset: Dataset) -> Any:
-    """The untrained network of config.train."""
-    with names_key("train.architecture"):
-        return create_module(
-            config.train.architecture,
-            num_classes=len(dataset.class_names),
-            mean=config.train.mean,
-            std=config.train.std,
-            dtype=compute_dtype(config.dtype),
-            axis_name=parallel.AXIS if config.train.sync_batch_norm else None,
-        )
+def train_source(
+    recipe: SourceRecipe,
+    dataset: Dataset,
+    *,
+    folder: str | Path,
+    seed: int = 0,
+    dtype: str = "auto",
+    evaluation: Evaluation | None = None,
+    name: str = "source",
+) -> Model:
+    """Trains a source network, or goes on where an earlier run stopped.
 
+    Writes `folder`/source.json, checkpoints, log.jsonl, TensorBoard events, and at the end `folder`/model. A finished
+    model is loaded and returned as it is. Over several processes, which share `folder`, all write and read the
+    checkpoints, and process 0 the rest.
 
-def train_source(config: ConfigDict, folder: str | Path, *, name: str = "source") -> Model:
-    """Trains the network that config.train describes, or goes on where an earlier run stopped.
-
-    Writes `folder`/source.json, checkpoints, log.jsonl, TensorBoard events, and at the end `folder`/model. A
-    finished model is loaded and returned as it is. Over several processes, which share `folder`, all write
-    and read the checkpoints, and process 0 the rest.
+    Args:
+      recipe: how it is trained.
+      dataset: on what.
+      folder: empty, or of an earlier call with the same recipe, dataset and seed.
+      seed: of initial weights, batch order, augmentation and attacks.
+      dtype: of the network's computation; see `compute_dtype`.
+      evaluation: of recipe.validate_every.
+      name: on the progress bar.
 
     Raises:
-      ConfigError: as `prepare`, or `folder` holds the model of another source, or what is not ours.
+      ValueError: as `start_training`, or `folder` holds the model of another source, or foreign files.
       DivergedError, Preempted: as `train.fit`.
       UnreadableCheckpoints, SaveError: as `Checkpoints`.
     """
     folder = storage.to_path(folder)
-    if parallel.from_main(np.bool_((folder / "model" / "model.json").exists())):
-        if parallel.is_main_process():
-            storage.remove(folder / "checkpoints")  # left by a kill right after the save
-        model = load_model(folder / "model", dtype=compute_dtype(config.dtype))
-        _check_model(config, model, folder / "model")
+    if (model := load_source(recipe, folder, dtype=dtype)) is not None:
         return model
-    try:
-        storage.check_ours(folder, "source.json", "config.json")
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    dataset = load_source_data(config)
-    run = prepare(config, dataset)
-    recipe = config.train.to_dict().items()
-    asked = {key: value for key, value in recipe if f"train.{key}" not in FREE_KEYS}
-    asked |= {"seed": config.seed, "dtype": config.dtype, "classes": dataset.class_names}
-    described = json.dumps(asked, sort_keys=True).encode()
-    identity = hashlib.sha256(described).hexdigest()
+    storage.check_ours(folder, "source.json", "config.json")
+    run = start_training(recipe, dataset, seed=seed, dtype=dtype)
+    described = deciding(recipe) | {"seed": seed, "dtype": dtype, "classes": dataset.class_names}
+    described = json.dumps(described, sort_keys=True).encode()
     if parallel.is_main_process():
         storage.make_folder(folder)
         storage.write(folder / "source.json", described)
-    checkpoints = Checkpoints(folder / "checkpoints", keep=config.train.keep, run=identity)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=_KEPT, run=hashlib.sha256(described).hexdigest())
+
+    def to_model(state: TrainState) -> Model:
+        spec = ModelSpec(
+            architecture=recipe.architecture,
+            num_classes=len(dataset.class_names),
+            image_size=recipe.image_size,
+            mean=run.module.mean,
+            std=run.module.std,
+            norm=recipe.norm,
+            eps=recipe.eps,
+            class_names=dataset.class_names,
+            provenance={"seed": seed, "recipe": to_dict(recipe)},
+        )
+        return Model(run.module.clone(axis_name=None), jax.device_get(state.variables), spec)
+
+    def validate(state: TrainState) -> dict[str, float]:
+        measured = evaluation or Evaluation()
+        found = measure(to_model(state), dataset.validation, measured, seed=seed, name="validation")
+        return {f"validation_{key}": value for key, value in found.items() if key.endswith("accuracy")}
+
     with contextlib.closing(run):
         restored = checkpoints.restore(run.state)
         state = run.state if restored is None else parallel.replicate(restored)
@@ -329,109 +297,46 @@ def train_source(config: ConfigDict, folder: str | Path, *, name: str = "source"
             state = fit(
                 state,
                 run.run_step,
-                num_steps=num_steps(config, dataset),
+                num_steps=num_steps(recipe, dataset),
                 schedule=run.schedule,
                 checkpoints=checkpoints,
-                save_every=config.train.save_every,
-                log_every=config.train.log_every,
+                save_every=recipe.save_every,
+                log_every=recipe.log_every,
                 log=log,
                 steps=lambda steps: progress_bar(steps, f"train {name}", "steps", done=first_step),
-                validate=lambda state: _validate(config, dataset, run.module, state),
-                validate_every=config.train.validate_every * steps_per_epoch(config, dataset),
+                validate=validate,
+                validate_every=recipe.validate_every * steps_per_epoch(recipe, dataset),
             )
-    model = _to_model(config, dataset, run.module, state)
+    model = to_model(state)
     if parallel.is_main_process():
         save_model(model, folder / "model")
         storage.remove(folder / "checkpoints")
     return model
 
 
-def _check_model(config: ConfigDict, model: Model, folder: Any) -> None:
-    """Raises a ConfigError if a finished model is no source that config.train describes."""
-    for key in ("norm", "eps", "architecture", "image_size"):
-        asked, found = config.train[key], getattr(model.spec, key)
-        if asked != found:
-            raise ConfigError(
-                f"{folder} is a model of {key} {found}, and config.train.{key} is {asked}: choose another "
-                "folder or workdir, or delete that model"
-            )
+def load_source(recipe: SourceRecipe, folder: str | Path, *, dtype: str = "auto") -> Model | None:
+    """The finished model of an earlier `train_source`; None if there is none.
 
-
-def _validate(config: ConfigDict, dataset: Dataset, module: Any, state: TrainState) -> dict[str, float]:
-    """Accuracies of a state on the validation images, under the attack of config.evaluate too."""
-    config = config.copy_and_resolve_references()
-    config.evaluate.split = "validation"
-    found = measure(_to_model(config, dataset, module, state), dataset, config, name="validation")
-    return {f"validation_{key}": value for key, value in found.items() if key.endswith("accuracy")}
-
-
-def _to_model(config: ConfigDict, dataset: Dataset, module: Any, state: TrainState) -> Model:
-    spec = ModelSpec(
-        architecture=config.train.architecture,
-        num_classes=len(dataset.class_names),
-        image_size=config.train.image_size,
-        mean=module.mean,
-        std=module.std,
-        norm=config.train.norm,
-        eps=config.train.eps,
-        class_names=dataset.class_names,
-        provenance={"seed": config.seed, "recipe": config.train.to_dict()},
-    )
-    return Model(module.clone(axis_name=None), jax.device_get(state.variables), spec)
-
-
-def measure(model: Model, dataset: Dataset, config: ConfigDict, *, name: str) -> dict[str, Any]:
-    """What `evaluate` says of a model, under the attack of config.evaluate too.
-
-    Returns:
-      {"natural_accuracy", "natural_loss", "natural_mean_per_class_accuracy", "num_images", "attack"} and the
-      first three with "adversarial_" when there is an attack, and "adversarial_unmoved" (see `evaluate`);
-      "attack" is a sentence's worth of its settings.
+    Raises:
+      ValueError: it is the model of another source, or cannot be read.
     """
-    recipe = config.evaluate
-    split = getattr(dataset, recipe.split)
-    if recipe.num_images:
-        split = type(split)(*(array[: recipe.num_images] for array in split))
-    attacks = {"natural": None}
-    if recipe.norm != "none":
-        attacks["adversarial"] = evaluation_attack(config)
-    results: dict[str, Any] = {"num_images": len(split.labels), "attack": _describe(recipe)}
-    for kind, attack in attacks.items():
-        with names_key("evaluate"):
-            found = evaluate(
-                logits_fn(model),
-                split,
-                batch_size=recipe.batch_size,
-                attack=attack,
-                key=evaluation_key(config),
-                image_size=model.spec.image_size,
-                steps=lambda steps, kind=kind: progress_bar(steps, f"{kind} {name}", "batches"),
+    folder = storage.to_path(folder)
+    if not parallel.from_main(np.bool_((folder / "model" / "model.json").exists())):
+        return None
+    if parallel.is_main_process():
+        storage.remove(folder / "checkpoints")  # left by a kill right after the save
+    model = load_model(folder / "model", dtype=compute_dtype(dtype))
+    for field in ("norm", "eps", "architecture", "image_size"):
+        asked, found = getattr(recipe, field), getattr(model.spec, field)
+        if asked != found:
+            raise ValueError(
+                f"{folder / 'model'} is a model of {field} {found}, and {field}={asked} is asked for: choose another "
+                "folder, or delete that model"
             )
-        results |= {f"{kind}_{metric}": value for metric, value in found.items()}
-    return results
+    return model
 
 
-def evaluation_key(config: ConfigDict) -> jax.Array:
-    """Of the attack's random starts; apart from every key that training draws from."""
-    return jax.random.fold_in(jax.random.key(config.seed), _EVALUATION_STREAM)
-
-
-def evaluation_attack(config: ConfigDict):
-    """The attack of config.evaluate, or None."""
-    recipe = config.evaluate
-    return make_attack(
-        recipe.norm,
-        recipe.eps,
-        num_steps=recipe.num_steps,
-        step_ratio=recipe.step_ratio,
-        num_restarts=recipe.num_restarts,
-        random_start=recipe.num_restarts > 1,
-    )
-
-
-def _describe(recipe: ConfigDict) -> str:
-    if recipe.norm == "none":
-        return "none"
-    norm = {"l2": "ℓ2", "linf": "ℓ∞"}[recipe.norm]
-    restarts = f", {recipe.num_restarts} restarts" if recipe.num_restarts > 1 else ""
-    return f"{norm} PGD-{recipe.num_steps}, ε = {recipe.eps:.3g}{restarts}"
+def against(recipe: SourceRecipe, text: str) -> SourceRecipe:
+    """The recipe of the source that a text names, see `parse_source`."""
+    norm, eps = parse_source(text)
+    return replace(recipe, norm=norm, eps=eps)

@@ -103,9 +103,9 @@ def last_layer_scores(
     """
     arrays = _checked(train_features, train_labels, query_features, query_labels, kernel, bias)
     train_features, train_labels, query_features, query_labels, kernel, bias = arrays
-    if solver not in _SOLVERS:
-        near = difflib.get_close_matches(str(solver), _SOLVERS, n=1, cutoff=0.4)
-        raise ValueError(f"unknown solver {solver!r}; nearest: {', '.join(near or _SOLVERS)}")
+    if solver not in SOLVERS:
+        near = difflib.get_close_matches(str(solver), SOLVERS, n=1, cutoff=0.4)
+        raise ValueError(f"unknown solver {solver!r}; nearest: {', '.join(near or SOLVERS)}")
     num_train, num_queries = len(train_features), len(query_features)
     if damping is None:
         damping = 0.0 if solver == "truncated" else WEIGHT_DECAY * num_train
@@ -125,7 +125,7 @@ def last_layer_scores(
     queries = head_hessian.make_examples(query_features, query_labels, kernel, bias, basis)
     _check_gradients({"training images": train, "queries": queries})
     options = _Options(damping, rcond, tolerance, free - price.num_bytes, tell)
-    return _SOLVERS[solver](train, queries, options)
+    return SOLVERS[solver](train, queries, options)
 
 
 def cost(num_train: int, num_queries: int, num_features: int, num_classes: int, *, solver: str) -> Cost:
@@ -238,7 +238,7 @@ def _truncated(train: Examples, queries: Examples, options: _Options) -> np.ndar
     return (head_hessian.project(vectors, queries).T * weights) @ head_hessian.project(vectors, train)
 
 
-_SOLVERS = {"damped": _damped, "truncated": _truncated, "cg": _cg}
+SOLVERS = {"damped": _damped, "truncated": _truncated, "cg": _cg}
 
 
 def _checked(*arrays: Any) -> tuple[np.ndarray, ...]:

@@ -101,6 +101,7 @@ class Unconstrained(NamedTuple):
 
 
 THREAT_MODELS = {"l2": L2, "linf": Linf}
+NORMS = ("none", *THREAT_MODELS)  # none: no attack
 
 
 def _norms(x: jax.Array) -> jax.Array:

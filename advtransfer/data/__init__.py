@@ -2,7 +2,9 @@
 
 from advtransfer.data.batches import Batch, check_batch, make_batch
 from advtransfer.data.datasets import (
+    BROKEN,
     DATASETS,
+    LOADING,
     SPLITS,
     Dataset,
     Split,
@@ -25,13 +27,17 @@ from advtransfer.data.transforms import (
     resize,
     to_float,
 )
+from advtransfer.data.views import VIEWS
 
 __all__ = [
     "AUGMENTATIONS",
+    "BROKEN",
     "DATASETS",
     "LETTERS",
+    "LOADING",
     "SPLITS",
     "TARGETS",
+    "VIEWS",
     "Augmentation",
     "Batch",
     "Dataset",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ def make_feed(
             seed, batch_size, parallel.process(), parallel.num_processes(), augmentation.resized_crop
         )
         batches = DeviceBatches(train, order, num_steps, num_workers=num_workers)
-        uncropped = augmentation._replace(resized_crop=0.0)
+        uncropped = dataclasses.replace(augmentation, resized_crop=0.0)
 
         def make_streamed(shared, rows, step):
             images, labels, positions = rows

@@ -17,11 +17,11 @@ def subset_indices(
     dataset: str,
     seed: int,
     stratified: bool = True,
-    nested: bool = True,
 ) -> np.ndarray:
     """Draws `num_images` different images, the same ones for every source network.
 
-    The draw depends on (dataset, num_images, seed) and on nothing else, on every machine.
+    The draw depends on (dataset, seed) and on nothing else, on every machine; a subset contains every smaller one of the
+    same seed.
 
     Args:
       labels: integers [N], the labels of the images to draw from.
@@ -31,8 +31,6 @@ def subset_indices(
       stratified: every class has its share of the subset to within one image; otherwise images are taken in
         random order, but the last places are kept for classes that have none yet (Utrera et al., 2021, their
         code).
-      nested: a subset contains every smaller one of the same seed; otherwise subsets of different sizes are
-        drawn independently.
 
     Returns:
       int32 [num_images], indices into `labels`, each at most once.
@@ -43,9 +41,8 @@ def subset_indices(
     labels = np.asarray(labels)
     check_labels(labels, labels.size)
     check_subset(num_images, len(labels), dataset)
-    identity = f"{dataset}|{seed}" if nested else f"{dataset}|{seed}|{num_images}"
     # Python's own hash of a string differs from process to process.
-    digest = hashlib.sha256(identity.encode()).digest()
+    digest = hashlib.sha256(f"{dataset}|{seed}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:16], "big"))
     if stratified:
         return stratified_order(labels, num_images, rng)

@@ -8,13 +8,14 @@ the batch or the device that it is in.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from dataclasses import replace
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from advtransfer.options import option, options
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
 # Eigenvalues and eigenvectors (columns) of the colours of ImageNet's pixels in [0, 1].
@@ -25,15 +26,33 @@ _PCA_VECTORS = np.array(
 _ORDERS = np.array(list(itertools.permutations(range(3))), np.int32)
 
 
-class Augmentation(NamedTuple):
-    """What is done to training images, in this order; the default leaves them alone."""
+@options
+class Augmentation:
+    """What is done to training images, in the order resized crop, crop, flip, jitter, rotation, lighting.
 
-    crop_padding: int = 0  # pixels; see `random_crop`
-    flip: bool = False  # see `random_flip`
-    jitter: float = 0.0  # of brightness, contrast and saturation; see `color_jitter`
-    rotation: float = 0.0  # degrees; see `random_rotation`
-    lighting: float = 0.0  # standard deviation; see `random_lighting`
-    resized_crop: float = 0.0  # smallest share of the area; done first; see `random_resized_crop`
+    The default leaves them alone. A preset is what somebody published (`AUGMENTATIONS`), in place of the other fields;
+    "utrera" is "utrera_color", or "none" for grey images.
+    """
+
+    preset: str = option(
+        "", "what a paper does", choices=("", "none", "utrera", "utrera_color", "salman", "robustness")
+    )
+    crop_padding: int = option(0, "pixels of padding, then a random crop of the old size", low=0)
+    flip: bool = option(False, "left to right, half of the time")
+    jitter: float = option(
+        0.0, "brightness, contrast and saturation by a factor in 1 ± jitter", low=0, below=1
+    )
+    rotation: float = option(0.0, "degrees, uniform in ± rotation", low=0)
+    lighting: float = option(0.0, "standard deviation of AlexNet's colour noise", low=0)
+    resized_crop: float = option(
+        0.0, "smallest share of the area of a random box, scaled to the image's size; 0: none", low=0, below=1
+    )
+
+    def check(self) -> None:
+        if self.preset and replace(self, preset="") != Augmentation():
+            raise ValueError(
+                f"preset={self.preset} and the other fields exclude each other: set one or the others"
+            )
 
 
 # What is done to training images, by whom. Grey targets of Utrera et al. are left alone.
@@ -47,19 +66,25 @@ AUGMENTATIONS = {
 }
 
 
-def choose_augmentation(keys: Mapping[str, Any], images: np.ndarray | None = None) -> Augmentation:
-    """What config.train.augmentation or config.transfer.augmentation says: a preset, or field by field.
+def choose_augmentation(augmentation: Augmentation, images: np.ndarray | None = None) -> Augmentation:
+    """The augmentation with its preset spelled out.
 
-    The preset "utrera" looks at `images`, uint8 [N, H, W, 3]: grey ones (all channels alike) are not
-    augmented, others by "utrera_color", as in the paper's code.
+    The preset "utrera" looks at `images`, uint8 [N, H, W, 3]: grey ones (all channels alike) are not augmented, others
+    by "utrera_color", as in the paper's code.
+
+    Raises:
+      ValueError: the preset "utrera" without images.
     """
-    fields = dict(keys)
-    preset = fields.pop("preset")
+    preset = augmentation.preset
     if images is not None:
         chex.assert_rank(images, 4)
     if preset == "utrera":
+        if images is None:
+            raise ValueError(
+                "preset=utrera depends on the images, which are not known here: name utrera_color or none"
+            )
         preset = "none" if _are_grey(images) else "utrera_color"
-    return AUGMENTATIONS[preset] if preset else Augmentation(**fields)
+    return AUGMENTATIONS[preset] if preset else augmentation
 
 
 def _are_grey(images: np.ndarray) -> bool:
@@ -79,19 +104,19 @@ def augment(keys: jax.Array, images: jax.Array, augmentation: Augmentation) -> j
     """
     _check(keys, images)
     crop_keys, flip_keys, jitter_keys, rotation_keys, box_keys, light_keys = _split(keys, 6)
-    crop_padding, flip, jitter, rotation, lighting, resized_crop = augmentation
-    if resized_crop:
-        images = random_resized_crop(box_keys, images, min_area=resized_crop)
-    if crop_padding:
-        images = random_crop(crop_keys, images, padding=crop_padding)
-    if flip:
+    augmentation = choose_augmentation(augmentation)
+    if augmentation.resized_crop:
+        images = random_resized_crop(box_keys, images, min_area=augmentation.resized_crop)
+    if augmentation.crop_padding:
+        images = random_crop(crop_keys, images, padding=augmentation.crop_padding)
+    if augmentation.flip:
         images = random_flip(flip_keys, images)
-    if jitter:
+    if jitter := augmentation.jitter:
         images = color_jitter(jitter_keys, images, brightness=jitter, contrast=jitter, saturation=jitter)
-    if rotation:
-        images = random_rotation(rotation_keys, images, degrees=rotation)
-    if lighting:
-        images = random_lighting(light_keys, images, scale=lighting)
+    if augmentation.rotation:
+        images = random_rotation(rotation_keys, images, degrees=augmentation.rotation)
+    if augmentation.lighting:
+        images = random_lighting(light_keys, images, scale=augmentation.lighting)
     return images
 
 

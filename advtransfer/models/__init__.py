@@ -3,6 +3,7 @@
 from advtransfer.models.bundle import (
     Model,
     ModelSpec,
+    compute_dtype,
     digest,
     identity,
     load_model,
@@ -26,6 +27,7 @@ __all__ = [
     "Model",
     "ModelSpec",
     "ResNet",
+    "compute_dtype",
     "create_module",
     "digest",
     "identity",

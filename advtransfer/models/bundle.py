@@ -136,6 +136,14 @@ def _apply(static: _Static, variables: Any, images: jax.Array) -> jax.Array:
     return static.module.apply(variables, resize(images, static.image_size))
 
 
+def compute_dtype(name: str) -> Any:
+    """The type that a network computes in, by its name: "auto" is bfloat16 where accelerators have units for it, and
+    float32 on a CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
 def digest(variables: Any) -> str:
     """SHA-256 of the weights: of every leaf's path, shape and float32 bytes, in the order of their paths."""
     sha = hashlib.sha256()

@@ -10,15 +10,17 @@ from advtransfer.study.calibrate import measure_speed, predict_seconds
 from advtransfer.study.claims import NoLocks, claim
 from advtransfer.study.plan import accelerator_hours, caches_of, format_seconds, pieces_of
 from advtransfer.study.rows import finished_rows, history_rows
-from advtransfer.study.run import run_group, run_trials
-from advtransfer.study.search import candidates, choose, is_asked, to_csv, with_choices
+from advtransfer.study.run import Result, run_cells, run_group, run_study, run_trials
+from advtransfer.study.search import HyperParameters, Search, candidates, choose, with_choices
 from advtransfer.study.trials import (
     Cell,
+    Grid,
     Source,
+    Start,
     Trial,
     flatten,
     group,
-    make_recipe,
+    make_cells,
     make_trial,
     make_trials,
     num_steps,
@@ -26,8 +28,13 @@ from advtransfer.study.trials import (
 
 __all__ = [
     "Cell",
+    "Grid",
+    "HyperParameters",
     "NoLocks",
+    "Result",
+    "Search",
     "Source",
+    "Start",
     "Trial",
     "accelerator_hours",
     "caches_of",
@@ -39,16 +46,16 @@ __all__ = [
     "format_seconds",
     "group",
     "history_rows",
-    "is_asked",
-    "make_recipe",
+    "make_cells",
     "make_trial",
     "make_trials",
     "measure_speed",
     "num_steps",
     "pieces_of",
     "predict_seconds",
+    "run_cells",
     "run_group",
+    "run_study",
     "run_trials",
-    "to_csv",
     "with_choices",
 ]

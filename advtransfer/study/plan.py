@@ -15,6 +15,7 @@ from advtransfer.transfer import (
     fine_tune_flops,
     first_unfrozen_block,
     own_statistics,
+    without_rates,
 )
 
 # Dense bfloat16 peaks, FLOP/s, as the vendors publish them.
@@ -51,14 +52,8 @@ class Piece(NamedTuple):
     def program(self) -> tuple:
         """What a compiled program is for."""
         shape = self.first._replace(source=None, seed=0)
-        recipe = shape.recipe._replace(learning_rate=0.0, weight_decay=0.0)
-        return shape._replace(recipe=recipe), self.number, self.module, self.image_size
-
-    @property
-    def kind(self) -> tuple:
-        """What has the same speed."""
-        k, n = self.first.num_unfrozen_blocks, self.first.num_train_images
-        return self.module.clone(num_classes=1), self.image_size, k, n if k == 0 else 0
+        shape = shape._replace(recipe=without_rates(shape.recipe))
+        return shape, self.number, self.module, self.image_size
 
 
 class Cache(NamedTuple):
@@ -67,7 +62,7 @@ class Cache(NamedTuple):
     num_images: int
     num_bytes: int
     flops: float  # of making it; 0 where that is part of the trials
-    kind: tuple  # of its pieces
+    num_unfrozen_blocks: int  # of its pieces
 
 
 def pieces_of(
@@ -105,7 +100,7 @@ def caches_of(pieces: Sequence[Piece], datasets: Mapping[str, Dataset]) -> list[
             num_images = max(1, first.recipe.num_views) * num_train + alike[0].num_test
             own = own_statistics(first.recipe, first.num_unfrozen_blocks)
             flops = 0.0 if own else num_images * _prefix_flops(module, size, first.num_unfrozen_blocks)
-            caches.append(Cache(num_images, num_bytes, flops, alike[0].kind))
+            caches.append(Cache(num_images, num_bytes, flops, first.num_unfrozen_blocks))
     return caches
 
 

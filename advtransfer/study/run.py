@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +18,34 @@ import numpy as np
 
 from advtransfer import parallel, storage
 from advtransfer.data import Dataset
-from advtransfer.models import Model
+from advtransfer.models import Model, identity
+from advtransfer.options import to_dict
 from advtransfer.study.claims import divide
 from advtransfer.study.rows import Row, finished_rows, history_rows, holds
-from advtransfer.study.trials import Trial, group, num_steps, rates_of
-from advtransfer.transfer import Prepared, Rates, fine_tune_many, own_statistics, prepare
+from advtransfer.study.search import Search, candidates, choose, with_choices
+from advtransfer.study.trials import (
+    Cell,
+    Grid,
+    Source,
+    Start,
+    Trial,
+    flatten,
+    group,
+    make_cells,
+    make_trials,
+    num_steps,
+    rates_of,
+)
+from advtransfer.transfer import (
+    Prepared,
+    Rates,
+    Recipe,
+    fine_tune_many,
+    first_unfrozen_block,
+    normalised_by,
+    own_statistics,
+    prepare,
+)
 
 
 def run_group(
@@ -169,3 +194,124 @@ def _prepare(trials: Sequence[Trial], model: Model, dataset: Dataset) -> Prepare
     prepared = prepare(model, *splits, first.recipe, first.num_unfrozen_blocks, used=used)
     shared = parallel.replicate((prepared.batch_stats, prepared.task))
     return Prepared(*shared, prepared.rows)
+
+
+class Result(NamedTuple):
+    """What a study found."""
+
+    rows: list[Row]  # of all trials
+    search: list[dict[str, object]]  # the table of `choose`; empty without a search
+
+
+def run_cells(
+    grid: Grid,
+    recipe: Recipe,
+    cells: Sequence[Cell],
+    start_of: Callable[[Cell, str], Start],
+    folder: str | Path,
+    *,
+    search: Search = Search(),
+    stratified: bool = True,
+    group_size: int = 0,
+    progress: Callable[[str, Iterable, int], Iterable] = lambda name, groups, number: groups,
+) -> Result:
+    """Runs the trials of all cells, after the search of hyper-parameters where one is asked for.
+
+    Args:
+      grid, recipe, search, stratified: which trials.
+      cells: the grid's, in the order of its rows.
+      start_of: (cell, split that is measured) to what the cell's trials start from.
+      folder: where finished groups leave their rows, in `rows/` and `search/`.
+      group_size: as `group`.
+      progress: as in `run_trials`, with a name before.
+
+    Raises:
+      ValueError: as `make_trial`.
+    """
+    folder = storage.to_path(folder)
+
+    def run(name: str, trials: Mapping[Cell, Sequence[Trial]], split: str) -> list[Row]:
+        starts = [start_of(cell, split) for cell in trials]
+        return run_trials(
+            flatten(trials),
+            {start.source.identity: start.model for start in starts},
+            {start.dataset.digest("train", split): start.dataset for start in starts},
+            folder / name,
+            group_size=group_size,
+            progress=functools.partial(progress, name),
+        )
+
+    def trials_on(split: str) -> dict[Cell, list[Trial]]:
+        return make_trials(
+            grid.on(split), recipe, cells, lambda cell: start_of(cell, split), stratified=stratified
+        )
+
+    trials, table = trials_on(grid.split), []
+    if search.is_asked:
+        tried = candidates(search, trials_on("validation"))
+        best, table = choose(tried, run("search", tried, "validation"))
+        trials = with_choices(trials, best)
+    return Result(run("rows", trials, grid.split), table)
+
+
+def run_study(
+    grid: Grid,
+    sources: Mapping[str, Model],
+    targets: Mapping[str, Dataset],
+    *,
+    recipe: Recipe = Recipe(),
+    folder: str | Path,
+    search: Search = Search(),
+    stratified: bool = True,
+    input_norm: str = "source",
+) -> Any:
+    """Fine-tunes every source on every target for every n, k and seed of a grid.
+
+    The same call goes on where an earlier one stopped. Any number of processes may make it at the same time.
+
+    Args:
+      grid: which n, k and seeds, and the split that is measured.
+      sources: networks by the names that rows give them.
+      targets: datasets by the names that rows give them.
+      recipe: how each is fine-tuned.
+      folder: where finished trials are kept.
+      search: hyper-parameters that are chosen on validation images first.
+      stratified: see `subset_indices`.
+      input_norm: "source", or "target": natural sources normalise by the target's training images.
+
+    Returns:
+      A pandas DataFrame of the columns of `report.COLUMNS`, a row per trial and evaluated epoch, which
+      `report.write_report` takes.
+
+    Raises:
+      ValueError: more blocks or images than there are, or `folder` holds files of something else.
+    """
+    import pandas as pd
+
+    folder = storage.to_path(folder)
+    storage.check_ours(folder, "study.json", "config.json")
+    for model in sources.values():
+        for k in grid.num_unfrozen_blocks:
+            first_unfrozen_block(model.module, k)
+
+    @functools.cache
+    def start(name: str, target: str) -> Start:
+        model, dataset = sources[name], targets[target]
+        if input_norm == "target" and model.spec.norm == "none":
+            model = normalised_by(model, dataset.train.images)
+        source = Source(name, model.spec.norm, model.spec.eps, identity(model))
+        return Start(source, model, dataset._replace(name=target))
+
+    cells = make_cells(grid, sources, targets)
+    storage.make_folder(folder)
+    storage.write(folder / "study.json", json.dumps(to_dict(grid), indent=1) + "\n")
+    found = run_cells(
+        grid,
+        recipe,
+        cells,
+        lambda cell, split: start(cell.source, cell.target),
+        folder,
+        search=search,
+        stratified=stratified,
+    )
+    return pd.DataFrame(found.rows)

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-import csv
-import io
+import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from advtransfer.options import option, options
 from advtransfer.study.rows import Row
-from advtransfer.study.trials import Cell, Trial, evaluated_to_the_end
-from advtransfer.transfer import Recipe
+from advtransfer.study.trials import Cell, Trial
+from advtransfer.transfer import Recipe, resolve_recipe
 
 
-class Choice(NamedTuple):
+@options
+class Search:
+    """What is tried, in all combinations, for every source, target, n and k; the best on validation images is taken."""
+
+    learning_rates: tuple[float, ...] = option((), "(): the recipe's", above=0)
+    weight_decays: tuple[float, ...] = option((), "(): the recipe's", low=0)
+    epochs: tuple[int, ...] = option((), "(): the recipe's", low=1)
+    search_seeds: int = option(3, "trials of each combination", low=1)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether there is anything to choose from."""
+        return bool(self.learning_rates or self.weight_decays or self.epochs)
+
+
+class HyperParameters(NamedTuple):
     """What is searched for."""
 
     learning_rate: float
@@ -25,41 +39,36 @@ class Choice(NamedTuple):
 
     def of(self, recipe: Recipe) -> Recipe:
         """The recipe with these in it."""
-        return evaluated_to_the_end(recipe._replace(**self._asdict()))
+        measured = tuple(epoch for epoch in recipe.evaluate_epochs if epoch < self.num_epochs)
+        recipe = dataclasses.replace(recipe, evaluate_epochs=measured, **self._asdict())
+        return resolve_recipe(recipe, recipe.batch_size)
 
 
-def is_asked(study: ConfigDict) -> bool:
-    """Whether config.study has anything to choose from."""
-    return bool(study.learning_rates or study.weight_decays or study.epochs)
-
-
-def candidates(config: ConfigDict, grid: Mapping[Cell, Sequence[Trial]]) -> dict[Cell, list[Trial]]:
+def candidates(search: Search, grid: Mapping[Cell, Sequence[Trial]]) -> dict[Cell, list[Trial]]:
     """The trials of the search: every combination for each cell, on the first seeds of the grid.
 
     Args:
-      config: config.study has the values; where it has none, config.transfer's is the only one.
+      search: what is tried.
       grid: of `make_trials`, measured on the validation split.
     """
-    study, transfer = config.study, config.transfer
-    values = (
-        study.learning_rates or (transfer.learning_rate,),
-        study.weight_decays or (transfer.weight_decay,),
-        study.epochs,
-    )
-    return {
-        cell: [
-            trial._replace(recipe=Choice(rate, decay, epochs).of(trial.recipe))
-            for epochs in values[2] or (trials[0].recipe.num_epochs,)
-            for trial in trials[: study.search_seeds]
-            for rate, decay in itertools.product(*values[:2])
+    found = {}
+    for cell, trials in grid.items():
+        recipe = trials[0].recipe
+        found[cell] = [
+            trial._replace(recipe=HyperParameters(rate, decay, epochs).of(recipe))
+            for epochs in search.epochs or (recipe.num_epochs,)
+            for trial in trials[: search.search_seeds]
+            for rate, decay in itertools.product(
+                search.learning_rates or (recipe.learning_rate,),
+                search.weight_decays or (recipe.weight_decay,),
+            )
         ]
-        for cell, trials in grid.items()
-    }
+    return found
 
 
 def choose(
     tried: Mapping[Cell, Sequence[Trial]], rows: Iterable[Row]
-) -> tuple[dict[Cell, Choice], list[dict[str, object]]]:
+) -> tuple[dict[Cell, HyperParameters], list[dict[str, object]]]:
     """The best of each cell, and the whole search as a table.
 
     Args:
@@ -67,49 +76,38 @@ def choose(
       rows: of these trials.
 
     Returns:
-      The choice with the highest accuracy on the validation split after the last epoch, mean over the seeds;
-      of equals the first; one that diverged comes last. And a row for each cell and combination.
+      The hyper-parameters with the highest accuracy on the validation split after the last epoch, mean over the
+      seeds; of equals the first; any that diverged come last. And a row for each cell and combination.
     """
     last = {}  # rows of a trial come in the order of its epochs
     for row in rows:
         last[row["trial_id"]] = row["test_accuracy"]
     best, table = {}, []
     for cell, trials in tried.items():
-        accuracies: dict[Choice, list[float]] = {}
+        accuracies: dict[HyperParameters, list[float]] = {}
         for trial in trials:
-            choice = Choice(*(getattr(trial.recipe, name) for name in Choice._fields))
-            accuracies.setdefault(choice, []).append(last[trial.identity()])
-        means = {choice: float(np.mean(found)) for choice, found in accuracies.items()}
-        best[cell] = max(means, key=lambda choice: np.nan_to_num(means[choice], nan=-1.0))
+            values = HyperParameters(*(getattr(trial.recipe, name) for name in HyperParameters._fields))
+            accuracies.setdefault(values, []).append(last[trial.identity()])
+        means = {values: float(np.mean(found)) for values, found in accuracies.items()}
+        best[cell] = max(means, key=lambda values: np.nan_to_num(means[values], nan=-1.0))
         table += [
             {
                 **cell._asdict(),
-                **choice._asdict(),
+                **values._asdict(),
                 "validation_accuracy": mean,
-                "num_seeds": len(accuracies[choice]),
-                "chosen": int(choice == best[cell]),
+                "num_seeds": len(accuracies[values]),
+                "chosen": int(values == best[cell]),
             }
-            for choice, mean in means.items()
+            for values, mean in means.items()
         ]
     return best, table
 
 
 def with_choices(
-    grid: Mapping[Cell, Sequence[Trial]], best: Mapping[Cell, Choice]
+    grid: Mapping[Cell, Sequence[Trial]], best: Mapping[Cell, HyperParameters]
 ) -> dict[Cell, list[Trial]]:
     """The grid with the choice of each cell in its recipes."""
     return {
         cell: [trial._replace(recipe=best[cell].of(trial.recipe)) for trial in trials]
         for cell, trials in grid.items()
     }
-
-
-def to_csv(table: Sequence[Mapping[str, object]]) -> str:
-    """The table of `choose`; what diverged has no accuracy."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(
-        {key: "" if value != value else value for key, value in record.items()} for record in table
-    )
-    return text.getvalue()

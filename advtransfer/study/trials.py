@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,10 +10,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from advtransfer.data import Dataset, check_subset, choose_augmentation, subset_indices
-from advtransfer.transfer import Recipe
+from advtransfer.data import Dataset, check_subset, subset_indices
+from advtransfer.models import Model
+from advtransfer.options import NOT_EMPTY, option, options, to_dict
+from advtransfer.transfer import Recipe, resolve_recipe, without_rates
 
 # Folded into each trial's seed, apart from the source's own use of the same number.
 _TRIAL_STREAM = 0x7A5C
@@ -37,17 +39,13 @@ class Trial(NamedTuple):
     num_unfrozen_blocks: int
     seed: int
     stratified: bool
-    nested: bool
     recipe: Recipe
     view: str = "natural"  # of the target's images
     data: str = ""  # SHA-256 of the target's training images and of those measured on
 
     def config(self) -> str:
         """The trial as one line of JSON."""
-        fields = self._asdict() | {
-            "source": self.source._asdict(),
-            "recipe": self.recipe._asdict() | {"augmentation": self.recipe.augmentation._asdict()},
-        }
+        fields = self._asdict() | {"source": self.source._asdict(), "recipe": to_dict(self.recipe)}
         return json.dumps(fields, sort_keys=True)
 
     def identity(self) -> str:
@@ -64,12 +62,37 @@ class Trial(NamedTuple):
             dataset=self.target,
             seed=self.seed,
             stratified=self.stratified,
-            nested=self.nested,
         )
 
     def key(self) -> jax.Array:
         """Of the head, the batch order and the augmentation: the same for every source."""
         return jax.random.fold_in(jax.random.key(_TRIAL_STREAM), self.seed)
+
+
+@options
+class Grid:
+    """A grid of fine-tunings: every source × target × n × k × seed is one trial."""
+
+    num_train_images: tuple[int, ...] = option(
+        (200, 400, 800), "-1: all", low=1, also=(-1,), lengths=NOT_EMPTY
+    )
+    num_unfrozen_blocks: tuple[int, ...] = option(
+        (0, 1), "blocks trained beside the head; -1: everything", low=-1, lengths=NOT_EMPTY
+    )
+    num_seeds: int = option(20, "of subsets, heads, orders and augmentation", low=1)
+    seeds: tuple[int, ...] = option((), "the first num_seeds of them; (): 0, 1, ...", low=0, high=2**32 - 1)
+    fewer_seeds: tuple[tuple[int, int], ...] = option(
+        (), "pairs (n, number): with n images and more the first so many seeds only", low=1
+    )
+    split: str = option(
+        "test",
+        "that trials are measured on; validation to choose hyper-parameters",
+        choices=("test", "validation"),
+    )
+
+    def on(self, split: str) -> Grid:
+        """The same grid, measured on another split."""
+        return dataclasses.replace(self, split=split)
 
 
 class Cell(NamedTuple):
@@ -82,46 +105,53 @@ class Cell(NamedTuple):
     num_unfrozen_blocks: int
 
 
-def make_recipe(transfer: ConfigDict, images: np.ndarray, num_images: int) -> Recipe:
-    """config.transfer as a `Recipe` for so many of the target's training images, uint8 [N, H, W, 3]."""
-    recipe = Recipe(**{name: transfer[name] for name in Recipe._fields})
-    batch_size, num_epochs = min(recipe.batch_size, num_images), recipe.num_epochs
-    if transfer.max_steps:
-        num_epochs = min(num_epochs, max(1, transfer.max_steps // -(-num_images // batch_size)))
-    augmentation = choose_augmentation(transfer.augmentation, images)
-    recipe = recipe._replace(augmentation=augmentation, batch_size=batch_size, num_epochs=num_epochs)
-    return evaluated_to_the_end(recipe)
+def make_cells(
+    grid: Grid, sources: Iterable[str], targets: Iterable[str], views: Iterable[str] = ("natural",)
+) -> list[Cell]:
+    """Every source × target × view × k × n, in the order of rows."""
+    sources, views = list(sources), list(views)
+    return [
+        Cell(source, target, view, n, k)
+        for target in targets
+        for view in views
+        for k in grid.num_unfrozen_blocks
+        for n in grid.num_train_images
+        for source in sources
+    ]
 
 
-def evaluated_to_the_end(recipe: Recipe) -> Recipe:
-    """The recipe, evaluated after those of its `evaluate_epochs` that it comes to, and after the last."""
-    asked = {epoch for epoch in recipe.evaluate_epochs if epoch < recipe.num_epochs}
-    return recipe._replace(evaluate_epochs=(*sorted(asked), recipe.num_epochs))
+class Start(NamedTuple):
+    """What the trials of a cell start from."""
+
+    source: Source
+    model: Model | None  # None: not trained yet
+    dataset: Dataset
 
 
 def make_trial(
-    config: ConfigDict,
+    recipe: Recipe,
     source: Source,
     dataset: Dataset,
     *,
-    split: str,
+    split: str = "test",
     n: int,
     k: int,
     seed: int,
-    view: str | None = None,
-    recipe: Recipe | None = None,
+    view: str = "natural",
+    stratified: bool = True,
 ) -> Trial:
-    """A trial by the recipe of config.transfer.
+    """A trial, with the recipe resolved for its images.
 
     Args:
-      config, source: what is asked for.
-      dataset: the target, where `n` and the images are looked up.
+      recipe: how the network is fine-tuned.
+      source: what it starts from.
+      dataset: the target, in its view.
       split: what is measured.
       n: number of training images; -1: all that the dataset has.
       k: number of unfrozen blocks.
       seed: of the subset, the head, the order and the augmentation.
-      view: that the dataset was loaded in; None: config.transfer.view.
-      recipe: `make_recipe`'s of these images and `n`, if it is at hand.
+      view: that the dataset was loaded in.
+      stratified: see `subset_indices`.
 
     Raises:
       ValueError: the dataset has fewer images.
@@ -129,7 +159,6 @@ def make_trial(
     num_all = dataset.train.num_images
     n = num_all if n == -1 else n
     check_subset(n, num_all, dataset.name)
-    recipe = recipe or make_recipe(config.transfer, dataset.train.images, n)
     return Trial(
         source=source,
         target=dataset.name,
@@ -137,57 +166,45 @@ def make_trial(
         num_train_images=n,
         num_unfrozen_blocks=k,
         seed=seed,
-        stratified=config.transfer.stratified,
-        nested=config.transfer.nested,
-        recipe=recipe,
-        view=view or config.transfer.view,
+        stratified=stratified,
+        recipe=resolve_recipe(recipe, n, dataset.train.images),
+        view=view,
         data=dataset.digest("train", split),
     )
 
 
 def make_trials(
-    config: ConfigDict, source_names: Sequence[str], start_of: Callable[[Cell], tuple[Source, Dataset]]
+    grid: Grid,
+    recipe: Recipe,
+    cells: Iterable[Cell],
+    start_of: Callable[[Cell], Start],
+    *,
+    stratified: bool = True,
 ) -> dict[Cell, list[Trial]]:
-    """The grid of config.study, cell by cell in the order of its reports.
-
-    Args:
-      config: which trials.
-      source_names: what they start from.
-      start_of: a cell's source and target.
+    """The trials of every cell, in the order of the grid's seeds.
 
     Raises:
       ValueError: as `make_trial`.
     """
-    study = config.study
-    targets = [name.strip() for name in (study.targets or config.transfer.target).split(",")]
-    views = study.views or (config.transfer.view,)
-    cells = [
-        Cell(name, target, view, n, k)
-        for target in targets
-        for view in views
-        for k in study.num_unfrozen_blocks
-        for n in study.num_train_images
-        for name in source_names
-    ]
-    grid = {}
+    found = {}
     recipes: dict[tuple[str, int], Recipe] = {}  # the preset "utrera" looks at all images
     for cell in cells:
-        source, dataset = start_of(cell)
+        source, _, dataset = start_of(cell)
         images = dataset.digest("train"), cell.num_train_images
         first = make_trial(
-            config,
+            recipes.get(images, recipe),
             source,
             dataset,
-            split=study.split,
+            split=grid.split,
             n=cell.num_train_images,
             k=cell.num_unfrozen_blocks,
             seed=0,
             view=cell.view,
-            recipe=recipes.get(images),
+            stratified=stratified,
         )
         recipes[images] = first.recipe
-        grid[cell] = [first._replace(seed=seed) for seed in seeds_of(study, first.num_train_images)]
-    return grid
+        found[cell] = [first._replace(seed=seed) for seed in seeds_of(grid, first.num_train_images)]
+    return found
 
 
 def flatten(grid: Mapping[Cell, Sequence[Trial]]) -> list[Trial]:
@@ -195,12 +212,12 @@ def flatten(grid: Mapping[Cell, Sequence[Trial]]) -> list[Trial]:
     return list(dict.fromkeys(trial for members in grid.values() for trial in members))
 
 
-def seeds_of(study: ConfigDict, num_images: int) -> Sequence[int]:
-    """The seeds that config.study asks for with so many images."""
-    number = study.num_seeds
-    for threshold, fewer in sorted(study.fewer_seeds):
+def seeds_of(grid: Grid, num_images: int) -> Sequence[int]:
+    """The seeds of a cell with so many images."""
+    number = grid.num_seeds
+    for threshold, fewer in sorted(grid.fewer_seeds):
         number = min(number, fewer) if num_images >= threshold else number
-    return (study.seeds or range(number))[:number]
+    return (grid.seeds or range(number))[:number]
 
 
 def group(trials: Iterable[Trial], *, size: int = 0) -> list[list[Trial]]:
@@ -208,7 +225,7 @@ def group(trials: Iterable[Trial], *, size: int = 0) -> list[list[Trial]]:
     seed after seed, each with the same rates in the same order."""
     shapes: dict[Trial, dict[int, list[Trial]]] = {}
     for trial in trials:
-        shape = trial._replace(seed=0, recipe=trial.recipe._replace(learning_rate=0.0, weight_decay=0.0))
+        shape = trial._replace(seed=0, recipe=without_rates(trial.recipe))
         shapes.setdefault(shape, {}).setdefault(trial.seed, []).append(trial)
     groups = []
     for by_seed in shapes.values():

@@ -23,7 +23,7 @@ from advtransfer.transfer.head import HEAD_INITS, reset_head
 from advtransfer.transfer.input_norm import normalised_by
 from advtransfer.transfer.prepared import Prepared, cache_bytes, own_statistics, prepare
 from advtransfer.transfer.program import Rates
-from advtransfer.transfer.recipe import Recipe, check_recipe
+from advtransfer.transfer.recipe import Recipe, resolve_recipe, without_rates
 
 __all__ = [
     "HEAD_INITS",
@@ -37,7 +37,6 @@ __all__ = [
     "activations",
     "block_flops",
     "cache_bytes",
-    "check_recipe",
     "choose_k",
     "depths",
     "fine_tune_flops",
@@ -52,6 +51,8 @@ __all__ = [
     "prefix_is_constant",
     "prepare",
     "reset_head",
+    "resolve_recipe",
     "rule_of_thumb",
     "target_batch_stats",
+    "without_rates",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import chex
@@ -13,7 +14,7 @@ from advtransfer.models import Model
 from advtransfer.train import DivergedError
 from advtransfer.transfer.fine_tune import fine_tune_many
 from advtransfer.transfer.prepared import own_statistics, prepare
-from advtransfer.transfer.recipe import Recipe
+from advtransfer.transfer.recipe import Recipe, resolve_recipe
 
 METHODS = ("rule", "cross_validation")
 
@@ -155,9 +156,8 @@ def cross_validate(
     key = jax.random.fold_in(key, _FOLD_STREAM)
     folds = make_folds(train.labels, num_folds, key)
     rests = [np.setdiff1d(np.arange(len(train.labels)), fold) for fold in folds]
-    recipe = recipe._replace(
-        evaluate_epochs=(recipe.num_epochs,), batch_size=min(recipe.batch_size, min(map(len, rests)))
-    )
+    recipe = resolve_recipe(recipe, min(map(len, rests)), train.images)
+    recipe = dataclasses.replace(recipe, evaluate_epochs=())
     candidates = depths(model.module.num_blocks)
     accuracies = np.full((len(candidates), num_folds), np.nan)
     for c, k in enumerate(candidates):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from advtransfer.models import init_variables
 from advtransfer.transfer.freezing import first_unfrozen_block, prefix_is_constant
-from advtransfer.transfer.recipe import Recipe
+from advtransfer.transfer.recipe import Recipe, resolve_recipe
 
 
 class Layer(NamedTuple):
@@ -62,6 +62,7 @@ def fine_tune_flops(
     A step takes three forward passes of what is trained, and one of what lies below unless that is cached; a
     head in dual form takes fewer.
     """
+    recipe = resolve_recipe(recipe, num_train)
     flops = block_flops(module, image_size)
     start = first_unfrozen_block(module, num_unfrozen_blocks)
     frozen = 0.0 if start is None else sum(flops[: start + 1])
@@ -69,5 +70,5 @@ def fine_tune_flops(
     if prefix_is_constant(num_unfrozen_blocks, recipe):
         frozen = 0.0
     num_steps = recipe.num_epochs * num_train
-    num_measured = len(recipe.measured_epochs) * (num_train + num_test)
+    num_measured = len(recipe.evaluate_epochs) * (num_train + num_test)
     return num_steps * (frozen + 3 * trained) + num_measured * (frozen + trained)

@@ -20,7 +20,7 @@ from advtransfer.transfer.cost import block_flops
 from advtransfer.transfer.freezing import first_unfrozen_block
 from advtransfer.transfer.prepared import Prepared, cache_bytes, own_statistics, prepare
 from advtransfer.transfer.program import Rates, make_fine_tune
-from advtransfer.transfer.recipe import Recipe, check_recipe
+from advtransfer.transfer.recipe import Recipe, resolve_recipe, without_rates
 
 _SMALL = 1e7  # FLOPs of a forward pass for an image; less than this leaves a CPU's cores idle
 
@@ -53,16 +53,16 @@ def fine_tune_one(
       `recipe.evaluate_epochs`, in evaluation mode.
 
     Raises:
-      ValueError: more blocks than the network has, or a recipe that cannot be (`check_recipe`).
+      ValueError: more blocks than the network has, or images that the recipe does not fit.
     """
     check_split(train)
     if test is not None:
         check_split(test)
     num_images = len(train.labels)
     _check_classes(train, test, len(class_names))
-    recipe = check_recipe(recipe, num_images)
+    recipe = resolve_recipe(recipe, num_images, train.images)
     module = model.module.clone(num_classes=len(class_names))
-    run = _one(module, _shape_of(recipe), num_unfrozen_blocks, model.spec.image_size)
+    run = _one(module, without_rates(recipe), num_unfrozen_blocks, model.spec.image_size)
     # The program measures on two sets; where there is one, the other is an image that costs nothing.
     measured = Split(*(array[:1] for array in train)) if test is None else test
     inputs = prepare(model, train, measured, recipe, num_unfrozen_blocks)[:2]
@@ -80,7 +80,7 @@ def fine_tune_one(
             "source": dataclasses.asdict(model.spec),
             "num_train_images": num_images,
             "num_unfrozen_blocks": num_unfrozen_blocks,
-            "recipe": recipe._asdict() | {"augmentation": recipe.augmentation._asdict()},
+            "recipe": dataclasses.asdict(recipe),
         },
     )
     return Model(module, jax.device_get(variables), spec), jax.device_get(history)
@@ -126,10 +126,10 @@ def fine_tune_many(
     _check_classes(train, test, num_classes)
     if subsets.size and not 0 <= subsets.min() <= subsets.max() < train.num_images:
         raise ValueError(f"subsets hold other numbers than those of the {train.num_images:,} training images")
-    recipe = check_recipe(recipe, subsets.shape[1])
+    recipe = resolve_recipe(recipe, subsets.shape[1], train.images)
     module = model.module.clone(num_classes=num_classes)
     lanes = _lanes(module, num_unfrozen_blocks, *subsets.shape)
-    programs = _many(module, _shape_of(recipe), num_unfrozen_blocks, model.spec.image_size, lanes)
+    programs = _many(module, without_rates(recipe), num_unfrozen_blocks, model.spec.image_size, lanes)
     tried = rates or Rates(recipe.learning_rate, recipe.weight_decay)
     tried = Rates(*(jnp.atleast_1d(jnp.asarray(x, jnp.float32)) for x in tried))
     chex.assert_rank(tried, 1)
@@ -225,11 +225,6 @@ class _Programs(NamedTuple):
 
     sharing: Callable  # trials that share their task -> history
     separate: Callable  # trials with a task each -> history
-
-
-def _shape_of(recipe: Recipe) -> Recipe:
-    """What of a recipe decides the program; rates are arguments of it."""
-    return recipe._replace(learning_rate=0.0, weight_decay=0.0)
 
 
 @functools.lru_cache(maxsize=64)

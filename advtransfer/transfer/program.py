@@ -38,7 +38,7 @@ class Rates(NamedTuple):
     weight_decay: jax.Array  # float32 [...]
 
 
-History = dict[str, jax.Array]  # "train_loss", ... at the recipe's measured_epochs, float32 [..., E]
+History = dict[str, jax.Array]  # "train_loss", ... at the recipe's evaluate_epochs, float32 [..., E]
 
 _EVALUATION_BATCH = 256
 
@@ -69,7 +69,7 @@ def make_fine_tune(
     `split(fold_in(examples, s), b)`, or draws one of the fixed views of each image with these keys.
     """
     start = first_unfrozen_block(module, num_unfrozen_blocks)
-    evaluated = np.isin(np.arange(1, recipe.num_epochs + 1), recipe.measured_epochs)
+    evaluated = np.isin(np.arange(1, recipe.num_epochs + 1), recipe.evaluate_epochs)
 
     def run(params, batch_stats, task, indices, key, rates):
         num_images, num_views = _sizes(task, indices)
@@ -169,7 +169,6 @@ def _optimizer(recipe: Recipe, rates: Rates, num_steps: int, mask: Any) -> optax
     tx = optim.sgd(
         optim.make_schedule(recipe.schedule, rates.learning_rate, num_steps),
         momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
         weight_decay=rates.weight_decay,
     )
     return tx if mask is None else optax.selective_transform(tx, freeze_mask=mask)

@@ -2,84 +2,88 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import replace
 
 import numpy as np
 
-from advtransfer.data import Augmentation
+from advtransfer.data import Augmentation, choose_augmentation
 from advtransfer.optim import SCHEDULES
+from advtransfer.options import option, options
 from advtransfer.transfer.head import HEAD_INITS
 
 FROZEN_BATCH_NORM = ("update", "source", "target")
+_LARGEST = 3.4e38  # of float32
 
 
-class Recipe(NamedTuple):
+@options
+class Recipe:
     """How a network is fine-tuned.
 
-    Rate, schedule, momentum, decay, batch and epochs are the paper's (Utrera et al., 2021, §3). Its frozen
-    BatchNorm is `update`, its head `normal`, and its colour targets are augmented.
+    Learning rate, schedule, momentum, weight decay, batch size and epochs are the paper's (Utrera et al., 2021, §3).
+    Its frozen BatchNorm is "update", its head "normal", and its colour targets are augmented.
     """
 
-    num_epochs: int = 150
-    evaluate_epochs: tuple[int, ...] = ()  # counted from 1; none: after the last
-    batch_size: int = 128  # with fewer images all of them
-    learning_rate: float = 0.1
-    schedule: str = "step"
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 5e-4
-    label_smoothing: float = 0.0
-    head_init: str = "torch"
-    head_scale: float = 1.0
-    frozen_batch_norm: str = "source"  # update | source | target
-    augmentation: Augmentation = Augmentation()
-    num_views: int = 0  # the image and its fixed augmentations to choose from; 0: drawn anew in every step
+    num_epochs: int = option(150, "epochs", low=1)
+    max_steps: int = option(0, "steps at most, by fewer epochs, but at least one; 0: no limit", low=0)
+    evaluate_epochs: tuple[int, ...] = option(
+        (), "epochs after which the network is measured, beside the last; counted from 1", low=1
+    )
+    batch_size: int = option(128, "images of a step; with fewer images all of them", low=1)
+    learning_rate: float = option(0.1, "initial learning rate", above=0, high=_LARGEST)
+    schedule: str = option("step", "of the learning rate (optim.make_schedule)", choices=SCHEDULES)
+    momentum: float = option(0.9, "of SGD", low=0, below=1)
+    weight_decay: float = option(
+        5e-4, "added to the gradient, of all trained parameters", low=0, high=_LARGEST
+    )
+    label_smoothing: float = option(0.0, "weight of the uniform distribution", low=0, below=1)
+    head_init: str = option("torch", "distribution of the new head", choices=tuple(HEAD_INITS))
+    head_scale: float = option(1.0, "standard deviation of head_init=normal", low=0, high=_LARGEST)
+    frozen_batch_norm: str = option(
+        "source",
+        "statistics of frozen layers: those of the batch, with running averages that move (update), the source's, or "
+        "estimated once on the target's training images (target)",
+        choices=FROZEN_BATCH_NORM,
+    )
+    augmentation: Augmentation = option(Augmentation(), "of the training images")
+    num_views: int = option(
+        0,
+        "fixed views of each image to choose from in every step, the image and its augmentations, so that the frozen "
+        "blocks are computed once; 0: augmentation is drawn anew in every step",
+        low=0,
+    )
 
-    @property
-    def measured_epochs(self) -> tuple[int, ...]:
-        """After which the network is measured."""
-        return tuple(self.evaluate_epochs) or (self.num_epochs,)
+    def check(self) -> None:
+        if max(self.evaluate_epochs, default=1) > self.num_epochs:
+            raise ValueError(
+                f"evaluate_epochs={self.evaluate_epochs} must be epochs from 1 to num_epochs={self.num_epochs}"
+            )
 
 
-def check_recipe(recipe: Recipe, num_images: int) -> Recipe:
-    """The recipe for so many images, with what is left open in it decided.
+def resolve_recipe(recipe: Recipe, num_images: int, images: np.ndarray | None = None) -> Recipe:
+    """The recipe with all decided that depends on the images: batch size, epochs, augmentation.
+
+    Args:
+      recipe: any; a resolved one stays as it is.
+      num_images: training images of one fine-tuning.
+      images: uint8 [N, H, W, 3], the target's training images, which the preset "utrera" looks at.
 
     Raises:
-      ValueError: naming the field, its value and what it must be.
+      ValueError: as `choose_augmentation`.
     """
+    batch_size, num_epochs = min(recipe.batch_size, num_images), recipe.num_epochs
+    if recipe.max_steps:
+        num_epochs = min(num_epochs, max(1, recipe.max_steps // -(-num_images // batch_size)))
+    measured = {epoch for epoch in recipe.evaluate_epochs if epoch < num_epochs}
+    return replace(
+        recipe,
+        num_epochs=num_epochs,
+        max_steps=0,
+        evaluate_epochs=(*sorted(measured), num_epochs),
+        batch_size=batch_size,
+        augmentation=choose_augmentation(recipe.augmentation, images),
+    )
 
-    def is_number(value: Any, low: float, high: float) -> bool:
-        try:
-            return not isinstance(value, bool | str) and low <= float(value) <= high
-        except (TypeError, ValueError):
-            return False
 
-    def is_whole(value: Any) -> bool:
-        return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1
-
-    fraction, largest = "a number from 0 to below 1", 3.4e38  # of float32
-    for field, is_good, expected in (
-        ("num_epochs", is_whole(recipe.num_epochs), "a whole number, 1 or more"),
-        ("batch_size", is_whole(recipe.batch_size), "a whole number, 1 or more"),
-        ("learning_rate", is_number(recipe.learning_rate, 1e-38, largest), "a positive number"),
-        ("schedule", recipe.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-        ("momentum", is_number(recipe.momentum, 0, 1) and recipe.momentum < 1, fraction),
-        ("weight_decay", is_number(recipe.weight_decay, 0, largest), "0 or more"),
-        ("label_smoothing", is_number(recipe.label_smoothing, 0, 1) and recipe.label_smoothing < 1, fraction),
-        ("head_init", recipe.head_init in HEAD_INITS, f"one of {', '.join(HEAD_INITS)}"),
-        ("head_scale", is_number(recipe.head_scale, 0, largest), "0 or more"),
-        (
-            "frozen_batch_norm",
-            recipe.frozen_batch_norm in FROZEN_BATCH_NORM,
-            f"one of {', '.join(FROZEN_BATCH_NORM)}",
-        ),
-    ):
-        if not is_good:
-            raise ValueError(f"{field}={getattr(recipe, field)!r} must be {expected}")
-    epochs = recipe.measured_epochs
-    if sorted({*range(1, recipe.num_epochs + 1)} & {*epochs}) != [*epochs]:
-        raise ValueError(
-            f"evaluate_epochs={epochs} must be epochs in ascending order, from 1 to "
-            f"num_epochs={recipe.num_epochs}"
-        )
-    return recipe._replace(evaluate_epochs=epochs, batch_size=min(recipe.batch_size, num_images))
+def without_rates(recipe: Recipe) -> Recipe:
+    """What decides the compiled program: learning rate and weight decay are arguments of it."""
+    return replace(recipe, learning_rate=1.0, weight_decay=0.0)

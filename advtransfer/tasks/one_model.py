@@ -19,7 +19,7 @@ from advtransfer.models import Model, package_versions, save_model
 from advtransfer.report import ModelPage, Outcome, make_outcome, write_model_page
 from advtransfer.report.summary import Source
 from advtransfer.train import DivergedError
-from advtransfer.transfer import RULE, Choice, Recipe, check_recipe, choose_k, fine_tune_one
+from advtransfer.transfer import RULE, Choice, Recipe, choose_k, fine_tune_one, resolve_recipe
 
 _MARKER = "fine_tune.json"  # of a folder whose files a later call may replace
 _EVALUATE_EPOCHS = (1, 2, 5, 10, 20, 50, 100, 150)
@@ -93,7 +93,7 @@ def fine_tune(
     key = jax.random.key(0) if key is None else key
     if recipe is None:
         recipe = Recipe(evaluate_epochs=_EVALUATE_EPOCHS)
-    recipe = check_recipe(recipe, train.num_images)
+    recipe = resolve_recipe(recipe, train.num_images, train.images)
     choice = None
     if isinstance(num_unfrozen_blocks, str):
         options = {"num_classes": len(names), "key": key, "num_folds": num_folds, "recipe": recipe}
@@ -149,7 +149,7 @@ def tune(
             f"the loss became NaN or infinite (learning rate {recipe.learning_rate:g}); nothing was saved. "
             "Lower the learning rate (recipe.learning_rate, config.transfer.learning_rate)"
         )
-    history = {"epoch": np.asarray(recipe.measured_epochs), **history}
+    history = {"epoch": np.asarray(recipe.evaluate_epochs), **history}
     outcome = None if test is None else make_outcome(test.labels, predict(tuned, test.images), class_names)
     return FineTuned(tuned, history, choice, outcome, test)
 

@@ -9,12 +9,10 @@ import importlib.util
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ml_collections import ConfigDict
-
-from advtransfer.config import ConfigError, flatten, names_key
+from advtransfer.config import ConfigError, Options, names_key
 from advtransfer.data import NotPrepared, check_dataset_name, known_sizes
 from advtransfer.data.targets import BY_HAND, DOWNLOAD_MB
-from advtransfer.stages.named_models import is_missing, is_trained_here
+from advtransfer.tasks.inputs import is_missing, is_trained_here, split_names
 from advtransfer.torch_checkpoint import file_bytes, known_on_hub
 
 
@@ -23,9 +21,9 @@ class _Missing(NamedTuple):
     error: NotPrepared
 
 
-def check_datasets(config: ConfigDict) -> None:
-    """Raises a ConfigError unless all datasets of config.stage are there."""
-    if missing := _missing_datasets(config):
+def check_datasets(options: Options) -> None:
+    """Raises a ConfigError unless all datasets of the stage are there."""
+    if missing := _missing_datasets(options):
         keys = ", ".join(dict.fromkeys(f"config.{one.key}" for one in missing))
         sets = "; ".join(_describe(one.error) for one in missing)
         raise ConfigError(
@@ -33,14 +31,14 @@ def check_datasets(config: ConfigDict) -> None:
         )
 
 
-def missing_lines(config: ConfigDict) -> list[str]:
-    """What the run of config.stage would need first, a line each, with its size and what to do.
+def missing_lines(options: Options) -> list[str]:
+    """What the run would need first, a line each, with its size and what to do.
 
     Raises:
       ConfigError: a dataset is neither there nor known.
     """
-    datasets = [_describe(one.error) for one in _missing_datasets(config)]
-    models = [_describe_model(name) for name in _models(config) if is_missing(name)]
+    datasets = [_describe(one.error) for one in _missing_datasets(options)]
+    models = [_describe_model(name) for name in _models(options) if is_missing(name)]
     titles = (
         "datasets to prepare before the run; their sizes above are as published:",
         "models to download, which the run does:",
@@ -53,15 +51,15 @@ def missing_lines(config: ConfigDict) -> list[str]:
     ]
 
 
-def _missing_datasets(config: ConfigDict) -> list[_Missing]:
-    """Those of config.stage that TFDS can prepare, each once.
+def _missing_datasets(options: Options) -> list[_Missing]:
+    """Those of the stage that TFDS can prepare, each once.
 
     Raises:
       ConfigError: of a dataset that is not there for another reason; or of one of unknown size, if it is all
         that is missing.
     """
     found: dict[str, _Missing] = {}
-    for key, name in _datasets(config):
+    for key, name in _datasets(options):
         with names_key(key):
             try:
                 check_dataset_name(name)
@@ -74,38 +72,36 @@ def _missing_datasets(config: ConfigDict) -> list[_Missing]:
     return list(found.values())
 
 
-def _datasets(config: ConfigDict) -> Iterator[tuple[str, str]]:
-    """(key, name) of those that config.stage reads."""
-    stage = config.stage
+def _datasets(options: Options) -> Iterator[tuple[str, str]]:
+    """(key, name) of those that the stage reads."""
+    stage, run = options.run.stage, options.run
     keys = {
-        "transfer": "transfer.target",
-        "evaluate": "evaluate.dataset",
-        "interpret": "data",
-        "import": "verify",
+        "transfer": ("transfer.target", options.target.target),
+        "evaluate": ("evaluate.dataset", options.measured.dataset),
+        "interpret": ("data", run.data),
+        "import": ("verify", run.verify),
     }
-    if stage == "source" or (stage == "study" and any(map(is_trained_here, _names(config.study.sources)))):
-        yield "train.dataset", config.train.dataset
+    trained = map(is_trained_here, split_names(options.study.sources))
+    if stage == "source" or (stage == "study" and any(trained)):
+        yield "train.dataset", options.training_data.dataset
     if stage == "study":
-        key = "study.targets" if config.study.targets else "transfer.target"
-        yield from ((key, name) for name in _names(flatten(config)[key]))
-    if stage in keys and (name := flatten(config)[keys[stage]]):
-        yield keys[stage], name
+        key = "study.targets" if options.study.targets else "transfer.target"
+        for name in split_names(options.study.targets or options.target.target):
+            yield key, name
+    if stage in keys and keys[stage][1]:
+        yield keys[stage]
 
 
-def _models(config: ConfigDict) -> list[str]:
-    """Those that config.stage loads by their names."""
+def _models(options: Options) -> list[str]:
+    """Those that the stage loads by their names."""
     names = {
-        "study": config.study.sources,
-        "interpret": config.models,
-        "transfer": config.source,
-        "import": config.source,
-        "evaluate": config.evaluate.model,
-    }.get(config.stage, "")
-    return list(dict.fromkeys(_names(names)))
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+        "study": options.study.sources,
+        "interpret": options.run.models,
+        "transfer": options.run.source,
+        "import": options.run.source,
+        "evaluate": options.measured.model,
+    }.get(options.run.stage, "")
+    return list(dict.fromkeys(split_names(names)))
 
 
 def _describe(error: NotPrepared) -> str:

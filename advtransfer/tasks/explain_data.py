@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from advtransfer.analysis import influence, matches
 from advtransfer.config import ConfigError, names_key
@@ -16,9 +15,8 @@ from advtransfer.data import Split, subset_indices
 from advtransfer.models import Model
 from advtransfer.report.figures import Axis, Series
 from advtransfer.report.interpretation import HeatMaps, Lines, Pictures, Row, Section, Table
-from advtransfer.stages.explain_pixels import Case, Subject, owns_classes
-from advtransfer.study import make_recipe
-from advtransfer.transfer import activations, fine_tune_one
+from advtransfer.tasks.explain_pixels import Case, Subject, owns_classes
+from advtransfer.transfer import Recipe, activations, fine_tune_one
 
 SHOWN_QUERIES, SHOWN_RANKS = 4, 4
 _LISTED = 5  # most helpful and most harmful images of every query in influence.csv
@@ -35,13 +33,13 @@ class _Influence(NamedTuple):
     own: bool  # the network's own head, or one trained for this
 
 
-def influence_section(case: Case, config: ConfigDict) -> Section:
+def influence_section(case: Case, recipe: Recipe) -> Section:
     """Who helps and who harms, how often classes match, and the class-sorted matrix."""
     settings, dataset = case.settings, case.dataset
     chosen = subset_indices(dataset.train.labels, settings.num_train, dataset=dataset.name, seed=case.seed)
     train, indices = Split(*(x[chosen] for x in dataset.train)), case.draw(settings.num_queries)
     queries = Split(*(x[indices] for x in getattr(dataset, case.split)))
-    found = {s.label: _influence(case, s, train, queries, config) for s in case.subjects}
+    found = {s.label: _influence(case, s, train, queries, recipe) for s in case.subjects}
     names = dataset.class_names
     rates = [
         {"model": label, "queries": kind, "rank": rank, "match_rate": rate}
@@ -90,11 +88,10 @@ def influence_cost(case: Case, subject: Subject) -> influence.Cost:
     return influence.cost(settings.num_train, queries, width, num_classes, solver=settings.solver)
 
 
-def _influence(case: Case, subject: Subject, train: Split, queries: Split, config: ConfigDict) -> _Influence:
+def _influence(case: Case, subject: Subject, train: Split, queries: Split, recipe: Recipe) -> _Influence:
     settings, model = case.settings, subject.model
     own = owns_classes(model, case.dataset)
     if not own:
-        recipe = make_recipe(config.transfer, train.images, len(train.labels))
         names, key = case.dataset.class_names, jax.random.key(case.seed)
         model, _ = fine_tune_one(model, train, None, key=key, class_names=names, recipe=recipe)
     features = [_features(model, part.images, case.image_size) for part in (queries, train)]

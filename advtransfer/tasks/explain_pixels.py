@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from advtransfer.analysis import saliency, visualise
 from advtransfer.attacks import L2
 from advtransfer.data import Dataset, subset_indices, to_float
 from advtransfer.evaluate import predict
+from advtransfer.explain import Interpretation
 from advtransfer.models import Model, logits_fn
 from advtransfer.report.figures import Style
 from advtransfer.report.interpretation import Pictures, Row, Section, Table
@@ -37,7 +37,7 @@ class Case(NamedTuple):
     subjects: Sequence[Subject]
     dataset: Dataset
     split: str
-    settings: ConfigDict  # config.interpret
+    settings: Interpretation
     seed: int
     brief: bool = False  # the most telling pictures alone
 
@@ -282,7 +282,7 @@ def _chosen(model: Model, kind: str, number: int) -> np.ndarray:
     return np.linspace(0, model.module.num_features - 1, number).round().astype(int)
 
 
-def _climb(objective: visualise.Objective, start: np.ndarray, settings: ConfigDict) -> Climbed:
+def _climb(objective: visualise.Objective, start: np.ndarray, settings: Interpretation) -> Climbed:
     def values(images):
         scores = np.asarray(predict(objective.scores_fn, images, batch_size=len(images)))
         return scores[np.arange(len(images)), objective.chosen]

@@ -5,34 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from ml_collections import ConfigDict
 
 from advtransfer import storage
 from advtransfer.analysis import cue_conflict, influence
-from advtransfer.config import names_key, to_json
+from advtransfer.config import Options, names_key
 from advtransfer.data import Dataset
 from advtransfer.data.cache import fingerprint
 from advtransfer.models import Model, identity
+from advtransfer.options import to_dict
 from advtransfer.report.figures import styles
 from advtransfer.report.interpretation import Drawn, Interpretation, draw, write_interpretation
 from advtransfer.report.kept import from_data, to_data
 from advtransfer.report.summary import Source
-from advtransfer.source import compute_dtype, load_data
-from advtransfer.stages.explain_cues import shape_section
-from advtransfer.stages.explain_data import influence_cost, influence_section
-from advtransfer.stages.explain_pixels import (
+from advtransfer.tasks.explain_cues import shape_section
+from advtransfer.tasks.explain_data import influence_cost, influence_section
+from advtransfer.tasks.explain_pixels import (
     Case,
     Subject,
     owns_classes,
     saliency_section,
     visualisation_section,
 )
-from advtransfer.stages.named_models import find_model, model_name, plan_model
-from advtransfer.stages.workdir import check_workdir, keep, open_workdir, versions
+from advtransfer.tasks.inputs import find_model, load_data, model_name, split_names
+from advtransfer.tasks.workdir import Job, check_workdir, keep, open_workdir, versions
+from advtransfer.transfer import Recipe
 
 # In a study's report pictures are few, and so are the images behind the numbers.
 _BRIEF = {
@@ -45,28 +44,29 @@ _BRIEF = {
 }
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
-    case = _check(config, workdir)
-    open_workdir(config, workdir)
-    sections = _sections(case, case, config, config.interpret.analyses, workdir / "sections", beside="../")
-    settings = json.loads(to_json(config))
+def run(job: Job) -> None:
+    case, options = _check(job), job.options
+    open_workdir(job)
+    analyses = options.interpretation.analyses
+    sections = _sections(case, case, options.recipe, analyses, job.workdir / "sections", beside="../")
+    shown = ("models", "data", "interpret", "transfer", "seed", "dtype")
     page = Interpretation(
         title="What networks look at",
         sections=sections,
-        facts=_facts(case, config),
-        command=config.report.command,
+        facts=_facts(case, options),
+        command=job.command,
         versions=versions(),
-        config={
-            name: settings[name] for name in ("models", "data", "interpret", "transfer", "seed", "dtype")
-        },
+        config={name: job.settings[name] for name in shown},
     )
-    path = write_interpretation(page, workdir)
+    path = write_interpretation(page, job.workdir)
     print(*(section.finding for section in sections), f"report: {path}", sep="\n")
 
 
-def plan(config: ConfigDict, workdir: Path) -> str:
-    case, settings = _check(config, workdir, planned=True), config.interpret
-    lines = [f"explain {len(case.subjects)} networks with images of {config.data} ({settings.split}):"]
+def plan(job: Job) -> str:
+    case, settings = _check(job, planned=True), job.options.interpretation
+    lines = [
+        f"explain {len(case.subjects)} networks with images of {job.options.run.data} ({settings.split}):"
+    ]
     saliency = (
         f"  saliency: {settings.num_images:,} images shown, {settings.num_measured:,} measured; SmoothGrad "
         f"of {settings.smooth_samples:,} copies, integrated gradients in at most "
@@ -94,41 +94,44 @@ def plan(config: ConfigDict, workdir: Path) -> str:
 
 
 def study_sections(
-    config: ConfigDict,
+    options: Options,
     models: dict[str, Model],
     dataset: Dataset | None,
     starts: dict[str, Model],
     target: Dataset,
     folder: Path,
 ) -> list[Drawn]:
-    """The most telling pictures of config.report.analyses, of the sources that a study trained.
+    """The most telling pictures of the report's analyses, of the sources that a study trained.
 
     Saliency, visualisation and shape of the models on their own data, influence by heads that are trained on
     the target, from what its trials start from. They are kept in `folder`.
     """
-    wanted = config.report.analyses
+    wanted = options.report.analyses
     if not wanted or not models:
         return []
     specs = {name: model.spec for name, model in models.items()}
     looks = styles(Source(name, spec.norm, spec.eps) for name, spec in specs.items())
     cases = []
     for networks, data, split in (
-        (models, dataset, config.evaluate.split),
-        (starts, target, config.study.split),
+        (models, dataset, options.measured.split),
+        (starts, target, options.grid.split),
     ):
         subjects = [Subject(looks[name], model) for name, model in networks.items()]
-        settings = config.interpret.copy_and_resolve_references()
-        with settings.unlocked():
-            settings.update(_BRIEF)
-            known = {"num_train": data.train.num_images}
-            for key in ("num_images", "num_measured", "num_queries", "num_train"):
-                settings[key] = min(settings[key], known.get(key, getattr(data, split).num_images))
-        cases.append(Case(subjects, data, split, settings, config.seed, brief=True))
-    return _sections(*cases, config, wanted, folder)
+        settings = replace(options.interpretation, **_BRIEF)
+        known = {"num_train": data.train.num_images}
+        settings = replace(
+            settings,
+            **{
+                key: min(getattr(settings, key), known.get(key, getattr(data, split).num_images))
+                for key in ("num_images", "num_measured", "num_queries", "num_train")
+            },
+        )
+        cases.append(Case(subjects, data, split, settings, options.run.seed, brief=True))
+    return _sections(*cases, options.recipe, wanted, folder)
 
 
 def _sections(
-    case: Case, ranked: Case, config: ConfigDict, wanted: Sequence[str], folder: Path, beside: str = ""
+    case: Case, ranked: Case, recipe: Recipe, wanted: Sequence[str], folder: Path, beside: str = ""
 ) -> list[Drawn]:
     """In the order of `wanted`; influence, of `ranked`, can fail and is computed first.
 
@@ -139,7 +142,7 @@ def _sections(
     compute = {
         "saliency": lambda: saliency_section(case),
         "visualisation": lambda: visualisation_section(case),
-        "influence": lambda: influence_section(ranked, config),
+        "influence": lambda: influence_section(ranked, recipe),
         "shape": lambda: shape_section(case),
     }
     found = {}
@@ -158,12 +161,12 @@ def _sections(
             print(f"{name}: {time.monotonic() - begin:.1f} s", flush=True)
             return to_data(section)
 
-        subject = _subject(ranked if name == "influence" else case, config)
+        subject = _subject(ranked if name == "influence" else case, recipe)
         found[name] = keep(folder / f"{name}.json", {"subject": subject}, make, read)
     return [found[name] for name in wanted]
 
 
-def _subject(case: Case, config: ConfigDict) -> str:
+def _subject(case: Case, recipe: Recipe) -> str:
     """SHA-256 of all that decides what a section of a case shows."""
     cues = case.settings.cue_conflict and Path(case.settings.cue_conflict).expanduser()
     parts = {
@@ -173,43 +176,43 @@ def _subject(case: Case, config: ConfigDict) -> str:
         ],
         "data": (case.dataset.name, case.dataset.digest("train", case.split), case.split),
         "cue_conflict": cues and fingerprint(cues, cue_conflict.image_paths(cues)),
-        "settings": case.settings.to_dict(),
-        "transfer": config.transfer.to_dict(),
+        "settings": to_dict(case.settings),
+        "recipe": to_dict(recipe),
         "run": (case.seed, case.brief, versions()),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _check(config: ConfigDict, workdir: Path, *, planned: bool = False) -> Case:
-    settings = config.interpret
-    models = _models(config, plan_model if planned else find_model)
+def _check(job: Job, *, planned: bool = False) -> Case:
+    options, settings, data = job.options, job.options.interpretation, job.options.run.data
+    models = _models(options, planned=planned)
     with names_key("data"):
-        if not config.data:
+        if not data:
             raise ValueError("name a dataset: builtin:digits, tfds:NAME or folder:/path")
     splits = (settings.split, "train") if "influence" in settings.analyses else (settings.split,)
     size = next(iter(models.values())).spec.image_size
     splits = tuple(dict.fromkeys(splits))
-    dataset = load_data(config, "data", image_size=size, splits=splits, planned=planned)
+    dataset = load_data(options.run, "data", data, image_size=size, splits=splits, planned=planned)
     numbers = {"num_images": settings.split, "num_measured": settings.split}
     if "influence" in settings.analyses:
         numbers |= {"num_queries": settings.split, "num_train": "train"}
     for key, split in numbers.items():
         with names_key(f"interpret.{key}"):
-            number, known = settings[key], getattr(dataset, split).num_images
+            number, known = getattr(settings, key), getattr(dataset, split).num_images
             if number > known:
-                raise ValueError(f"{number:,} is too many: {config.data} has {known:,} {split} images")
+                raise ValueError(f"{number:,} is too many: {data} has {known:,} {split} images")
     if settings.cue_conflict and not Path(settings.cue_conflict).expanduser().is_dir():
         with names_key("interpret.cue_conflict"):
-            raise ValueError(f"{settings.cue_conflict} is no folder")
-    check_workdir(config, workdir)
+            raise ValueError(f"{settings.cue_conflict} is not a folder")
+    check_workdir(job)
     looks = styles(Source(name, model.spec.norm, model.spec.eps) for name, model in models.items())
     subjects = [Subject(looks[name], model) for name, model in models.items()]
-    return Case(subjects, dataset, settings.split, settings, config.seed)
+    return Case(subjects, dataset, settings.split, settings, options.run.seed)
 
 
-def _models(config: ConfigDict, find: Callable[[str, Any], Model]) -> dict[str, Model]:
+def _models(options: Options, *, planned: bool) -> dict[str, Model]:
     """The networks by what they are called; they take images of one size."""
-    names = [name.strip() for name in config.models.split(",") if name.strip()]
+    names = split_names(options.run.models)
     with names_key("models"):
         if not names:
             raise ValueError("name models, comma-separated: folders, hf:REPO/FILE or PyTorch files")
@@ -218,8 +221,8 @@ def _models(config: ConfigDict, find: Callable[[str, Any], Model]) -> dict[str, 
             called = model_name(name)
             if called in models:
                 raise ValueError(f"two models are called {called!r}: rename a folder, or leave one away")
-            models[called] = find(name, compute_dtype(config.dtype))
-            if not models[called].spec.has_head and {*config.interpret.analyses} - {"influence"}:
+            models[called] = find_model(name, options.run.dtype, planned=planned)
+            if not models[called].spec.has_head and {*options.interpretation.analyses} - {"influence"}:
                 raise ValueError(
                     f"{called} was imported without a head, and only influence trains one: fine-tune it "
                     "first, or ask for --config.interpret.analyses=influence alone"
@@ -233,13 +236,13 @@ def _models(config: ConfigDict, find: Callable[[str, Any], Model]) -> dict[str, 
     return models
 
 
-def _facts(case: Case, config: ConfigDict) -> list[tuple[str, str]]:
-    names = [name.strip() for name in config.models.split(",") if name.strip()]
+def _facts(case: Case, options: Options) -> list[tuple[str, str]]:
     networks = [
         (
             subject.label[0].upper() + subject.label[1:],
             f"{model_name(name)}, {subject.model.spec.architecture}",
         )
-        for name, subject in zip(names, case.subjects, strict=True)
+        for name, subject in zip(split_names(options.run.models), case.subjects, strict=True)
     ]
-    return [*networks, ("Data", f"{config.data} ({case.split})"), ("Image size", f"{case.image_size} pixels")]
+    data = ("Data", f"{options.run.data} ({case.split})")
+    return [*networks, data, ("Image size", f"{case.image_size} pixels")]

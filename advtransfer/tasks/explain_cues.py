@@ -14,7 +14,7 @@ from advtransfer.data import LETTERS
 from advtransfer.models import logits_fn
 from advtransfer.report.figures import Axis, Series
 from advtransfer.report.interpretation import Bars, Lines, Section, Table
-from advtransfer.stages.explain_pixels import Case, Subject
+from advtransfer.tasks.explain_pixels import Case, Subject
 
 # What the glyphs' two cues are balanced with; sources are trained at 0.02 to 0.06, opaque.
 AMPLITUDES = (0.02, 0.06, 0.1, 0.15, 0.2, 0.3)

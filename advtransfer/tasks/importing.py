@@ -7,58 +7,57 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
-
-from ml_collections import ConfigDict
 
 from advtransfer import storage
-from advtransfer.config import ConfigError, names_key
+from advtransfer.config import ConfigError, Options, names_key
 from advtransfer.data import Dataset
-from advtransfer.models import Model, ModelSpec, load_model, save_model
-from advtransfer.source import align_classes, check_evaluation, check_head, compute_dtype, load_data
-from advtransfer.stages.named_models import model_name
-from advtransfer.stages.source import describe, measure_once
-from advtransfer.stages.workdir import check_workdir, open_workdir, write_json
+from advtransfer.evaluate import align_classes, check_head, describe
+from advtransfer.models import Model, ModelSpec, compute_dtype, load_model, save_model
+from advtransfer.tasks.inputs import load_data, model_name
+from advtransfer.tasks.source import check_evaluation, measure_once
+from advtransfer.tasks.workdir import Job, check_workdir, open_workdir, write_json
 from advtransfer.torch_checkpoint import check_hub_name, import_torch_checkpoint, known_models_table
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
-    if config.source == "list":
+def run(job: Job) -> None:
+    options = job.options
+    if options.run.source == "list":
         print(known_models_table())
         return
-    _check(config, workdir)
-    model = _import(config)
-    dataset = _load_data(config, model.spec)
-    open_workdir(config, workdir)
-    save_model(model, workdir / "model", overwrite=True)
-    print(f"{workdir / 'model'}: {_describe(model.spec)}")
+    _check(job)
+    model = _import(options)
+    dataset = _load_data(options, model.spec) if options.run.verify else None
+    open_workdir(job)
+    save_model(model, job.workdir / "model", overwrite=True)
+    print(f"{job.workdir / 'model'}: {_describe(model.spec)}")
     if dataset is not None:
-        model = load_model(workdir / "model", dtype=compute_dtype(config.dtype))
-        _verify(config, model, dataset, workdir)
+        _verify(job, load_model(job.workdir / "model", dtype=compute_dtype(options.run.dtype)), dataset)
 
 
-def plan(config: ConfigDict, workdir: Path) -> str:
-    if config.source == "list":
+def plan(job: Job) -> str:
+    source = job.options.run.source
+    if source == "list":
         return "print the known models"
-    _check(config, workdir)
-    if config.source.startswith("hf:"):
+    _check(job)
+    if source.startswith("hf:"):
         with names_key("source"):
-            check_hub_name(config.source)
-        return f"fetch {config.source} and import it"
-    return f"import {_describe(_import(config).spec)}"
+            check_hub_name(source)
+        return f"fetch {source} and import it"
+    return f"import {_describe(_import(job.options).spec)}"
 
 
-def _check(config: ConfigDict, workdir: Path) -> None:
+def _check(job: Job) -> None:
+    source, workdir = job.options.run.source, job.workdir
     with names_key("source"):
-        if not config.source:
+        if not source:
             raise ValueError(
                 "name a PyTorch file or hf:REPO/FILE; config.source=list prints the known models"
             )
-        if os.path.isdir(config.source):
-            raise ValueError(f"{config.source} is a folder: a model folder needs no import")
-    if config.verify:
-        check_evaluation(config)
-    check_workdir(config, workdir)
+        if os.path.isdir(source):
+            raise ValueError(f"{source} is a folder: a model folder needs no import")
+    if job.options.run.verify:
+        check_evaluation(job.options.evaluation)
+    check_workdir(job)
     # At an address a killed process may have left weights without their model.json.
     described = storage.is_address(workdir) or (workdir / "model" / "model.json").exists()
     if (workdir / "model").exists() and not described:
@@ -67,22 +66,20 @@ def _check(config: ConfigDict, workdir: Path) -> None:
         )
 
 
-def _import(config: ConfigDict) -> Model:
+def _import(options: Options) -> Model:
     """The model of config.source; empty keys of config.checkpoint are left to the file and the table."""
-    known = {key: value for key, value in config.checkpoint.items() if value}
+    known = {key: value for key, value in vars(options.checkpoint).items() if value}
     with names_key("source"):
-        model = import_torch_checkpoint(config.source, **known)
-    if config.verify:
+        model = import_torch_checkpoint(options.run.source, **known)
+    if options.run.verify:
         with names_key("verify"):
             check_head(model.spec)
     return model
 
 
-def _load_data(config: ConfigDict, spec: ModelSpec) -> Dataset | None:
-    if not config.verify:
-        return None
-    splits = (config.evaluate.split,)
-    dataset = load_data(config, "verify", image_size=spec.image_size, splits=splits)
+def _load_data(options: Options, spec: ModelSpec) -> Dataset:
+    splits = (options.measured.split,)
+    dataset = load_data(options.run, "verify", options.run.verify, image_size=spec.image_size, splits=splits)
     with names_key("verify"):
         return align_classes(dataset, spec)
 
@@ -116,20 +113,17 @@ def _describe(spec: ModelSpec) -> str:
     return "\n".join(lines)
 
 
-def _verify(config: ConfigDict, model: Model, dataset: Dataset, workdir: Path) -> None:
-    evaluation = measure_once(config, model, dataset, workdir, name=model_name(config.source))
+def _verify(job: Job, model: Model, dataset: Dataset) -> None:
+    run = job.options.run
+    found = measure_once(job.options, model, dataset, job.workdir, name=model_name(run.source))
     published = model.spec.provenance.get("published", {})
-    line = f"{config.verify}: {describe(evaluation)}"
+    line = f"{run.verify}: {describe(found)}"
     if published.get("accuracy"):
-        points = 100 * (evaluation["natural_accuracy"] - published["accuracy"])
+        points = 100 * (found["natural_accuracy"] - published["accuracy"])
+        error = 100 * math.sqrt(published["accuracy"] * (1 - published["accuracy"]) / found["num_images"])
         line += (
             f"; published: {published['accuracy']:.2%} on {published['dataset']} "
-            f"({points:+.2f} points here; the standard error of {evaluation['num_images']:,} images is "
-            f"{100 * _standard_error(published['accuracy'], evaluation['num_images']):.2f})"
+            f"({points:+.2f} points here; the standard error of {found['num_images']:,} images is {error:.2f})"
         )
-        write_json(workdir / "evaluation.json", evaluation | {"published": published})
+        write_json(job.workdir / "evaluation.json", found | {"published": published})
     print(line)
-
-
-def _standard_error(accuracy: float, num_images: int) -> float:
-    return math.sqrt(accuracy * (1 - accuracy) / num_images)

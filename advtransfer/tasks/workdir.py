@@ -1,4 +1,4 @@
-"""A workdir: the folder of one config's results."""
+"""A job, and its workdir: the folder of one config's results."""
 
 from __future__ import annotations
 
@@ -8,21 +8,30 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from advtransfer import foreign, parallel, storage
-from advtransfer.config import ConfigError, conflicts, to_json
+from advtransfer.config import ConfigError, Options, conflicts
 from advtransfer.models import package_versions
 from advtransfer.study import claim
 
 
-def check_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Raises a ConfigError if `workdir` cannot be written, or holds another config's results or what is not
-    ours: a folder of ours has a `config.json`, and only what is in such a folder is replaced."""
+class Job(NamedTuple):
+    """What a task is given."""
+
+    options: Options
+    settings: dict[str, Any]  # the same as a tree of keys, for config.json and reports
+    workdir: Path
+    command: str = ""  # that a reader types to get the results again
+
+
+def check_workdir(job: Job) -> None:
+    """Raises a ConfigError if the workdir cannot be written, or holds another config's results or foreign files: a
+    folder of ours has a `config.json`, and only what is in such a folder is replaced."""
+    workdir = job.workdir
     try:
         storage.check_writable(workdir)
     except ValueError as error:
@@ -34,9 +43,11 @@ def check_workdir(config: ConfigDict, workdir: Path) -> None:
         raise ConfigError(f"--workdir={error}") from error
     if saved.exists():
         try:
-            different = conflicts(config, foreign.read_bytes(saved).decode())
+            different = conflicts(job.settings, foreign.read_bytes(saved).decode())
         except ValueError as error:
-            raise ConfigError(f"{saved} is not a configuration ({error}): mend or delete it") from error
+            raise ConfigError(
+                f"{saved} is not a configuration that can be compared ({error}): choose another --workdir, or delete it"
+            ) from error
         if different:
             raise ConfigError(
                 f"--workdir={workdir} holds the results of another config ({'; '.join(different)}): "
@@ -60,16 +71,16 @@ def claimed(workdir: Path) -> Iterator[None]:
         yield
 
 
-def open_workdir(config: ConfigDict, workdir: Path) -> None:
+def open_workdir(job: Job) -> None:
     """Checks the workdir, makes it, and leaves `config.json` in it.
 
     Raises:
-      ConfigError: as `check_workdir`, or the processes of this run do not share `workdir`.
+      ConfigError: as `check_workdir`, or the processes of this run do not share the workdir.
     """
-    check_workdir(config, workdir)
-    storage.make_folder(workdir)
-    _check_shared(workdir)
-    write_json(workdir / "config.json", json.loads(to_json(config)))
+    check_workdir(job)
+    storage.make_folder(job.workdir)
+    _check_shared(job.workdir)
+    write_json(job.workdir / "config.json", job.settings)
 
 
 def _check_shared(workdir: Path, *, seconds: float = 5.0) -> None:

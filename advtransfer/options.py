@@ -1,0 +1,175 @@
+"""Options: frozen dataclasses that say what each field means and check its value.
+
+    @options
+    class Recipe:
+        \"\"\"How a network is fine-tuned.\"\"\"
+
+        num_epochs: int = option(150, "epochs", low=1)
+
+A value of the wrong type, or outside its limits, is a ValueError when the object is made. The configuration of the
+command line is composed of these types (config.py), so a default, its meaning and its check are in one place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+import typing
+from collections.abc import Container
+from typing import Any, NamedTuple
+
+NOT_EMPTY = range(1, 10**9)  # lengths of a tuple
+
+
+class Option(NamedTuple):
+    """What is known of a field beside its type and default."""
+
+    about: str  # with the unit
+    choices: tuple[str, ...] = ()
+    low: float = -math.inf  # smallest value, of a tuple's elements too
+    high: float = math.inf
+    above: float = -math.inf  # the value is larger than this
+    below: float = math.inf
+    also: tuple[float, ...] = ()  # allowed beside the range
+    lengths: Container[int] | None = None  # of a tuple
+    decides: bool = True  # whether results depend on it
+
+
+def option(default: Any, about: str, **known: Any) -> Any:
+    """A field of an options class; `known` are fields of `Option`."""
+    return dataclasses.field(default=default, metadata={"option": Option(about, **known)})
+
+
+@typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option,))
+def options(cls: type) -> type:
+    """Makes a class a frozen, keyword-only dataclass whose values are checked when it is made.
+
+    Its own checks, of several fields together, are a method `check`, called after the fields are checked one by one.
+    """
+    cls.__post_init__ = _check
+    cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    lines = [f"  {name}: {explain(cls, name)}" for name in field_names(cls)]
+    cls.__doc__ = "\n".join([cls.__doc__ or "", "", "Attributes:", *lines])
+    return cls
+
+
+def field_names(cls: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def find(cls: type, name: str) -> Option:
+    """What is known of a field."""
+    return cls.__dataclass_fields__[name].metadata["option"]
+
+
+def explain(cls: type, name: str) -> str:
+    """A field in a line: its meaning, its values, its default."""
+    field = cls.__dataclass_fields__[name]
+    if dataclasses.is_dataclass(field.default):
+        return f"{find(cls, name).about}; default {field.default!r}"
+    return (
+        f"{find(cls, name).about}; {_expected(_types(cls)[name], find(cls, name))}; default {field.default!r}"
+    )
+
+
+def to_dict(values: Any) -> dict[str, Any]:
+    """The fields by name, and those of options within as dicts again."""
+    return dataclasses.asdict(values)
+
+
+def deciding(values: Any) -> dict[str, Any]:
+    """As `to_dict`, without the fields that results do not depend on."""
+    return {name: x for name, x in to_dict(values).items() if find(type(values), name).decides}
+
+
+def _check(self: Any) -> None:
+    kinds = _types(type(self))
+    for name in field_names(type(self)):
+        given, known = getattr(self, name), find(type(self), name)
+        value = _convert(kinds[name], given, known)
+        if value is _WRONG:
+            raise ValueError(f"{name}={given!r} must be {_expected(kinds[name], known)}")
+        object.__setattr__(self, name, value)
+    if hasattr(self, "check"):
+        self.check()
+
+
+_WRONG = object()
+
+
+@functools.cache
+def _types(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _convert(kind: Any, value: Any, known: Option) -> Any:
+    """The value in its type, or `_WRONG`."""
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)
+        if not isinstance(value, tuple | list):
+            return _WRONG
+        kinds = [inner[0]] * len(value) if inner[1:] == (...,) else inner
+        if len(kinds) != len(value) or (known.lengths is not None and len(value) not in known.lengths):
+            return _WRONG
+        known = known._replace(lengths=None)
+        found = tuple(_convert(own, x, known) for own, x in zip(kinds, value, strict=True))
+        return _WRONG if any(x is _WRONG for x in found) else found
+    if kind in (int, float):
+        value = _number(kind, value)
+        in_range = value is not _WRONG and (
+            value in known.also or (known.low <= value <= known.high and known.above < value < known.below)
+        )
+        return value if in_range else _WRONG
+    return value if type(value) is kind and value in (known.choices or (value,)) else _WRONG
+
+
+def _number(kind: type, value: Any) -> Any:
+    """NumPy's numbers and JAX's scalars become Python's; truth values and text are no numbers."""
+    if isinstance(value, bool | str | bytes) or getattr(value, "dtype", None) == bool:
+        return _WRONG
+    try:
+        value = operator.index(value) if kind is int else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return _WRONG
+    return value if math.isfinite(value) else _WRONG
+
+
+def _expected(kind: Any, known: Option) -> str:
+    """In words, what a value must be."""
+    if typing.get_origin(kind) is not tuple:
+        if kind is bool:
+            return "True or False"
+        if known.choices:
+            return f"one of {_list(known.choices)}"
+        return {int: "a whole number", float: "a number", str: "text"}.get(kind, kind.__name__) + _range(
+            known
+        )
+    inner = typing.get_args(kind)[0]
+    if typing.get_origin(inner) is tuple:
+        return f"pairs of whole numbers{_range(known)}"
+    noun = {int: "whole numbers", float: "numbers", str: "names"}[inner]
+    number = {NOT_EMPTY: "one or more ", (3,): "three ", (0, 3): "three or no "}.get(known.lengths, "")
+    return f"{number}{noun}" + (f" of {_list(known.choices)}" if known.choices else _range(known))
+
+
+def _list(names: tuple[str, ...]) -> str:
+    return ", ".join(name or "''" for name in names)
+
+
+def _range(known: Option) -> str:
+    low, high = (f"{x:,.10g}" for x in (max(known.low, known.above), min(known.high, known.below)))
+    is_open = known.below < math.inf
+    if known.high < 1e30 or is_open:
+        text = f" from {low} to {'below ' * is_open}{high}"
+        text = text if known.above == -math.inf else f" between {low} and {high}"
+    else:
+        text = (
+            f", {low} or more"
+            if known.low > -math.inf
+            else f" above {low}"
+            if known.above > -math.inf
+            else ""
+        )
+    return text + (f", or {' or '.join(map(str, known.also))}" if known.also else "")

@@ -1,0 +1,102 @@
+"""Models and datasets by the names that the command line gives them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from advtransfer.config import Run, names_key
+from advtransfer.data import Dataset, load_dataset, plan_dataset
+from advtransfer.models import Model, compute_dtype, create_module, load_model
+from advtransfer.torch_checkpoint import (
+    import_torch_checkpoint,
+    is_on_this_machine,
+    known_on_hub,
+    known_spec,
+)
+
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")  # of a file that is not there
+
+
+def load_data(
+    run: Run, key: str, name: str, *, splits: tuple[str, ...], planned: bool = False, **options: Any
+) -> Dataset:
+    """A dataset by name; small squares keep their size, and skipped images are reported.
+
+    Args:
+      run: where decoded images are kept and what becomes of broken ones.
+      key: of the configuration, that names it.
+      name, splits, options: as for `load_dataset`.
+      planned: whether a known set that is not prepared comes as a placeholder (see `plan_dataset`).
+
+    Raises:
+      ConfigError: naming the key: no such dataset, or no images in one of `splits`.
+    """
+    with names_key(key):
+        dataset = (plan_dataset if planned else load_dataset)(
+            name,
+            cache_dir=run.cache_dir or None,
+            splits=splits,
+            broken=run.broken_images,
+            enlarge=False,
+            **options,
+        )
+        for split in splits:
+            if not getattr(dataset, split).num_images:
+                raise ValueError(f"{name} has no {split} images")
+    return dataset
+
+
+def find_model(name: str, dtype: str, *, planned: bool = False) -> Model:
+    """A model by name: a folder, `hf:REPO/FILE[@revision]`, or a PyTorch file.
+
+    Args:
+      name: of the model.
+      dtype: that it computes in, see `compute_dtype`.
+      planned: whether nothing is downloaded: a known model of the hub then has no variables.
+
+    Raises:
+      ValueError: there is no such model, or it cannot be read; a model that is planned with and not known.
+    """
+    if planned and is_missing(name):
+        known = known_on_hub(name)
+        if known is None:
+            raise ValueError(
+                f"{name} is not on this machine, and what it is cannot be told without it: fetch it first "
+                "(hf download REPO FILE), or start the run, which does"
+            )
+        spec, own = known_spec(known), compute_dtype(dtype)
+        module = create_module(
+            spec.architecture, num_classes=spec.num_classes, mean=spec.mean, std=spec.std, dtype=own
+        )
+        return Model(module, {}, spec)
+    if _is_checkpoint(name):
+        return import_torch_checkpoint(name, dtype=compute_dtype(dtype))
+    return load_model(name, dtype=compute_dtype(dtype))
+
+
+def is_trained_here(source: str) -> bool:
+    """Whether a name in config.study.sources, natural or NORM:EPS, is of a network that the study trains."""
+    return source == "natural" or source.startswith(("l2:", "linf:"))
+
+
+def is_missing(name: str) -> bool:
+    """Whether a model has to be downloaded."""
+    return name.startswith("hf:") and not is_on_this_machine(name)
+
+
+def model_name(name: str) -> str:
+    """What rows call a model: its file without the ending, or its folder; for "model" the folder above it."""
+    path = Path(name.removeprefix("hf:").partition("@")[0]).absolute()
+    last = path.stem if _is_checkpoint(name) else path.name
+    return path.parent.name if last == "model" else last
+
+
+def split_names(text: str) -> list[str]:
+    """The names in a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _is_checkpoint(name: str) -> bool:
+    return name.startswith("hf:") or os.path.isfile(name) or name.endswith(_SUFFIXES)

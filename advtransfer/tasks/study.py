@@ -1,0 +1,138 @@
+"""stage=study: trains the sources that are not there yet, runs the grid, writes the report.
+
+Leaves in the workdir: `sources/NAME/` as stage=source does, `rows/` with a file per finished group, `rows.csv`,
+`summary.csv`, `figures/`, `report.html`; with a search of hyper-parameters also `search/` and `search.csv`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+
+from advtransfer import parallel, storage
+from advtransfer.config import Options
+from advtransfer.data import Dataset, to_float
+from advtransfer.evaluate import evaluation_key, predict
+from advtransfer.models import Model, logits_fn
+from advtransfer.progress import progress_bar
+from advtransfer.report import Evidence, headline, write_report, write_rows
+from advtransfer.report.rows import csv_text
+from advtransfer.study import claim, run_cells
+from advtransfer.tasks.interpret import study_sections
+from advtransfer.tasks.source import train_and_measure
+from advtransfer.tasks.study_inputs import StudyInputs, look_up
+from advtransfer.tasks.study_plan import plan_lines
+from advtransfer.tasks.workdir import Job, check_workdir, open_workdir, versions
+
+_MAX_NAMED = 30  # classes in the report
+
+_SEARCHED = (
+    "Learning rate, weight decay and epochs were chosen for every source, target, n and k by the accuracy on "
+    "validation images (search.csv); those trials are not among the rows of this report."
+)
+
+
+def run(job: Job) -> None:
+    inputs, options, workdir = look_up(job), job.options, job.workdir
+    open_workdir(job)
+    models, evaluations = {}, []
+    with _one_at_a_time(workdir / "sources.lock"):
+        for source in inputs.sources:
+            models[source.name] = source.model
+            if source.recipe is not None:
+                place = storage.to_path(source.place)
+                models[source.name], found = train_and_measure(options, source.recipe, inputs.training, place)
+                evaluations.append({"name": source.name, "norm": source.norm, "eps": source.eps} | found)
+    starts = inputs.starts(models)
+    result = run_cells(
+        options.grid,
+        options.recipe,
+        inputs.cells,
+        lambda cell, split: starts[cell.source, inputs.place(cell, split)],
+        workdir,
+        search=options.search,
+        stratified=options.target.stratified,
+        group_size=options.study.group_size,
+        progress=_progress,
+    )
+    if not parallel.is_main_process():
+        return
+    own = {source.name: models[source.name] for source in inputs.sources if source.recipe is not None}
+    place = next(p for p in inputs.targets if all((name, p) in starts for name in own))
+    target, begun = inputs.targets[place], {name: starts[name, place].model for name in own}
+    pictures, captions = _pictures(options, own, inputs.training, target)
+    evidence = Evidence(
+        sources=evaluations,
+        pictures=pictures,
+        captions=captions,
+        config=job.settings,
+        versions=versions(),
+        command=job.command,
+        remarks=(
+            *options.report.remarks,
+            *((_SEARCHED,) if result.search else ()),
+            *_remarks(inputs),
+        ),
+        sections=study_sections(options, own, inputs.training, begun, target, workdir / "sections"),
+    )
+    shown = {"title": options.report.title, "reference": options.report.reference}
+    with _one_at_a_time(workdir / "report.lock"):
+        if result.search:
+            storage.write(workdir / "search.csv", csv_text(result.search, list(result.search[0])))
+        write_rows(result.rows, workdir / "rows.csv")
+        path = write_report(result.rows, workdir, evidence=evidence, **shown)
+    print(*headline(result.rows), f"report: {path}", sep="\n")
+
+
+def plan(job: Job) -> str:
+    inputs = look_up(job, planned=True)
+    check_workdir(job)
+    return "\n".join(plan_lines(job, inputs))
+
+
+def _progress(name: str, groups: Iterable, number: int) -> Iterable:
+    return progress_bar(groups, {"rows": "fine-tune"}.get(name, name), "groups", total=number)
+
+
+def _one_at_a_time(lock: Path) -> AbstractContextManager:
+    """For processes that know nothing of each other; those of one run work together, or one does it."""
+    return nullcontext() if parallel.num_processes() > 1 else claim(lock, wait=True)
+
+
+def _remarks(inputs: StudyInputs) -> list[str]:
+    """What a reader should know of the source's and the targets' images."""
+    targets = {place.target: target for place, target in inputs.targets.items()}
+    remarks = []
+    for name, target in targets.items():
+        more = f", … ({len(target.class_names)})" if len(target.class_names) > _MAX_NAMED else ""
+        remarks.append(f"The classes of {name}: {', '.join(target.class_names[:_MAX_NAMED])}{more}.")
+    everything = [*([inputs.training] if inputs.training else []), *targets.values()]
+    told = {dataset.name: dataset.remarks for dataset in everything}
+    return remarks + [f"{name}: {remark}." for name, those in told.items() for remark in those]
+
+
+def _pictures(
+    options: Options, models: dict[str, Model], dataset: Dataset | None, target: Dataset
+) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    """Source images with adversarial examples of them, and target images, with their captions."""
+    number = options.report.num_pictures
+    pictures = {"target_images": target.train.images[:number] / np.float32(255)}
+    captions = {"target_labels": [target.class_names[i] for i in target.train.labels[:number]]}
+    attack = options.evaluation.attack
+    if not models or attack is None or not number:
+        return pictures, captions
+    names, labels = dataset.class_names, dataset.test.labels[:number]
+    images = to_float(np.asarray(dataset.test.images[:number]), options.training.image_size)
+    pictures["source_images"] = np.asarray(images)
+    captions["source_labels"] = [names[i] for i in labels]
+    for source, model in models.items():
+        network = logits_fn(model)
+        attacked = attack(network, images, labels, key=evaluation_key(options.run.seed))
+        pictures[f"adversarial/{source}"] = np.asarray(attacked)
+        for kind, shown in (("natural", images), ("adversarial", attacked)):
+            classes = np.argmax(predict(network, shown), axis=-1)
+            captions[f"{kind}_predictions/{source}"] = [names[i] for i in classes]
+    return pictures, captions

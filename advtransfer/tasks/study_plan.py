@@ -1,0 +1,167 @@
+"""What `--plan` says of a study: what there is to train, the memory, the operations, the hours."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+
+import jax
+
+from advtransfer import parallel, storage
+from advtransfer.data import Dataset
+from advtransfer.models import Model, ModelSpec, compute_dtype, create_module, init_variables
+from advtransfer.source import SourceRecipe, load_source, num_steps, start_training
+from advtransfer.study import (
+    Trial,
+    accelerator_hours,
+    caches_of,
+    candidates,
+    choose,
+    finished_rows,
+    flatten,
+    format_seconds,
+    group,
+    make_trials,
+    measure_speed,
+    pieces_of,
+    predict_seconds,
+    with_choices,
+)
+from advtransfer.study import num_steps as trial_steps
+from advtransfer.tasks.source import training_plan
+from advtransfer.tasks.study_inputs import StudyInputs, StudySource
+from advtransfer.tasks.workdir import Job
+
+_STEPS, _SECONDS = 5, 3.0  # of a source's training that are timed at least
+
+
+def plan_lines(job: Job, inputs: StudyInputs) -> list[str]:
+    """A line for each source, and what the trials take that are not finished."""
+    options, training = job.options, inputs.training
+    dtype = options.run.dtype
+    models = {
+        source.name: source.model
+        if source.recipe is None
+        else load_source(source.recipe, storage.to_path(source.place), dtype=dtype)
+        for source in inputs.sources
+    }
+    missing = [source for source in inputs.sources if models[source.name] is None]
+    lines = [
+        f"source {source.name}: {source.place}, {source.architecture}"
+        if source.recipe is None
+        else training_plan(source.recipe, training, storage.to_path(source.place))
+        for source in inputs.sources
+    ]
+    trials, tried = _trials(job, inputs, models)
+    rows = finished_rows(job.workdir / "rows")
+    left = [trial for trial in trials if trial.identity() not in rows]
+    lines.append(
+        f"fine-tune {len(left):,} of {len(trials):,} models in "
+        f"{len(group(left, size=options.study.group_size)):,} groups, {sum(map(trial_steps, left)):,} steps of "
+        f"{options.recipe.batch_size} images"
+    )
+    if tried:
+        lines.append(f"before them {len(tried):,} on validation images, to choose hyper-parameters")
+    # Nothing is measured for what is not here yet: a large network takes minutes on a CPU.
+    datasets = [*inputs.targets.values(), *([training] if training else [])]
+    fetched = all(source.model is None or source.model.variables for source in inputs.sources)
+    is_here = fetched and not any(dataset.is_placeholder for dataset in datasets)
+    calibration = options.study.calibration if is_here else 0.0
+    if tried or left:
+        models |= {source.name: _untrained(source, dtype) for source in missing}
+        lines += _costs(inputs, [*tried, *left], models, calibration)
+    if missing and calibration:
+        seconds = sum(_training_seconds(source.recipe, training, dtype) for source in missing)
+        lines.append(f"predicted here before that, training of the sources: {format_seconds(seconds)}")
+    if options.study.calibration and not is_here:
+        lines.append("nothing is measured here before all of the following is there")
+    return lines
+
+
+def _trials(
+    job: Job, inputs: StudyInputs, models: dict[str, Model | None]
+) -> tuple[list[Trial], list[Trial]]:
+    """The study's trials, and those of the search that are not finished."""
+    options = job.options
+    starts = inputs.starts(models)
+
+    def trials_on(split: str) -> dict:
+        return make_trials(
+            options.grid.on(split),
+            options.recipe,
+            inputs.cells,
+            lambda cell: starts[cell.source, inputs.place(cell, split)],
+            stratified=options.target.stratified,
+        )
+
+    trials, tried = trials_on(options.grid.split), []
+    if options.search.is_asked:
+        found = candidates(options.search, trials_on("validation"))
+        rows = finished_rows(job.workdir / "search")
+        tried = [trial for trial in flatten(found) if trial.identity() not in rows]
+        if not tried:
+            trials = with_choices(trials, choose(found, itertools.chain(*rows.values()))[0])
+    return flatten(trials), tried
+
+
+def _costs(
+    inputs: StudyInputs, trials: list[Trial], models: dict[str, Model], calibration: float
+) -> list[str]:
+    """What trials take; `calibration` seconds are measured to predict how long it takes here, 0: no prediction."""
+    splits = {trial.split for trial in trials}
+    datasets = {
+        target.digest("train", split): target
+        for target in inputs.targets.values()
+        for split in splits
+        if getattr(target, split).num_images
+    }
+    networks = {name: (model.module, model.spec.image_size) for name, model in models.items()}
+    pieces = pieces_of(trials, networks, datasets)
+    caches = caches_of(pieces, datasets)
+    flops = sum(piece.number * piece.flops for piece in pieces), sum(cache.flops for cache in caches)
+    images = max(target.train.nbytes + target.test.nbytes for target in inputs.targets.values())
+    largest = max((cache.num_bytes for cache in caches), default=0)
+    hours = accelerator_hours(pieces, caches)
+    lines = [
+        f"{flops[0] / 1e12:,.3g} TFLOP of fine-tuning, {flops[1] / 1e12:,.3g} of {len(caches):,} caches",
+        f"on a device: {largest / 1e6:,.1f} MB of activations or {images / 1e6:,.1f} MB of images at most; "
+        f"{parallel.free_bytes() / 1e6:,.0f} MB are free here",
+        "on one device, by the operations and MLPerf's share of the peak (study/plan.py): "
+        + ", ".join(f"{name} {format_seconds(3600 * h)}" for name, h in hours.items()),
+    ]
+    if calibration:
+        speeds = measure_speed(pieces, models, datasets, budget=calibration)
+        device = jax.local_devices()[0].device_kind
+        lines.append(
+            f"predicted here ({parallel.num_devices()} × {device}), by running the beginning of k = "
+            f"{', '.join('all' if k == -1 else str(k) for k in sorted(speeds))}: "
+            f"{format_seconds(predict_seconds(pieces, caches, speeds))}"
+        )
+    return lines
+
+
+def _untrained(source: StudySource, dtype: str) -> Model:
+    """A network in the place of one that is not trained yet: a step takes as long, whatever the weights."""
+    recipe = source.recipe
+    module = create_module(source.architecture, mean=recipe.mean, std=recipe.std, dtype=compute_dtype(dtype))
+    variables = init_variables(module, jax.random.key(0), source.image_size)
+    spec = ModelSpec(source.architecture, module.num_classes, source.image_size, module.mean, module.std)
+    return Model(module, variables, spec)
+
+
+def _training_seconds(recipe: SourceRecipe, dataset: Dataset, dtype: str) -> float:
+    """Of training a source from the beginning, by its first steps."""
+    run = start_training(recipe, dataset, dtype=dtype)
+    times, state, number = [], run.state, num_steps(recipe, dataset)
+    try:
+        deadline = None
+        while len(times) <= _STEPS or (time.monotonic() < deadline and len(times) < number):
+            started = time.monotonic()
+            state, metrics = run.run_step(state, len(times))
+            jax.block_until_ready(metrics)
+            times.append(time.monotonic() - started)
+            deadline = deadline or time.monotonic() + _SECONDS  # the first step compiles
+        return times[0] + number * statistics.median(times[1:])
+    finally:
+        run.close()
