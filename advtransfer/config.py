@@ -1,4 +1,5 @@
-"""The configuration of the command line: the packages' options as one tree of keys, parsed, checked and compared.
+"""The configuration of the command line: the packages' options as one tree of keys, parsed, checked and
+compared.
 
 `default()` is what experiments change; `read` makes values of it, after which nothing sees a ConfigDict.
 """
@@ -98,7 +99,8 @@ class TargetData:
     )
     input_norm: str = option(
         "source",
-        "mean and standard deviation that images are normalised with: the source's own, or for natural sources those "
+        "mean and standard deviation that images are normalised with: the source's own, or for natural "
+        "sources those "
         "of the target's training images, as in the paper's code",
         choices=("source", "target"),
     )
@@ -110,7 +112,8 @@ class StudyNames:
 
     sources: str = option(
         "natural,l2:0.25",
-        "comma-separated: natural and NORM:EPS are trained by the recipe of config.train; others are models by name",
+        "comma-separated: natural and NORM:EPS are trained by the recipe of config.train; others are models "
+        "by name",
     )
     targets: str = option("", "datasets, comma-separated; '': config.transfer.target")
     views: tuple[str, ...] = option(
@@ -239,13 +242,15 @@ def _check_together(found: Options) -> None:
     for key in ("choose_num_unfrozen_blocks", "num_folds"):
         if stage == "study" and getattr(target, key) != getattr(TargetData(), key):
             raise ConfigError(
-                f"config.transfer.{key}={getattr(target, key)} is for config.stage=transfer: a study compares the "
+                f"config.transfer.{key}={getattr(target, key)} is for config.stage=transfer: a study "
+                "compares the "
                 "numbers of config.study.num_unfrozen_blocks"
             )
     if target.choose_num_unfrozen_blocks != "given" and target.num_unfrozen_blocks:
         raise ConfigError(
             f"config.transfer.choose_num_unfrozen_blocks={target.choose_num_unfrozen_blocks} and "
-            f"config.transfer.num_unfrozen_blocks={target.num_unfrozen_blocks} exclude each other: set one of them"
+            f"config.transfer.num_unfrozen_blocks={target.num_unfrozen_blocks} exclude each other: set one "
+            "of them"
         )
     if found.grid.split != "test" and found.search.is_asked:
         raise ConfigError(
@@ -255,7 +260,7 @@ def _check_together(found: Options) -> None:
 
 def check_keys(config: ConfigDict) -> None:
     """Raises a ConfigError unless the configuration has exactly the keys that exist."""
-    values, known = flatten(config), _keys()
+    values, known = flatten(config), keys()
     for key in sorted(values.keys() - known.keys()):
         near = difflib.get_close_matches(key, known, n=2)
         hint = f": did you mean {' or '.join(near)}?" if near else ""
@@ -267,7 +272,7 @@ def check_keys(config: ConfigDict) -> None:
         )
 
 
-def _keys() -> dict[str, tuple[type, str]]:
+def keys() -> dict[str, tuple[type, str]]:
     """The options class and the field of every key."""
     found = {}
 
@@ -285,7 +290,7 @@ def _keys() -> dict[str, tuple[type, str]]:
 
 def explain() -> str:
     """Every key with its meaning, its values and its default, a line each."""
-    return "\n".join(f"config.{key}: {fields.explain(*place)}" for key, place in sorted(_keys().items()))
+    return "\n".join(f"config.{key}: {fields.explain(*place)}" for key, place in sorted(keys().items()))
 
 
 @contextmanager
@@ -323,7 +328,7 @@ def conflicts(settings: Mapping[str, Any], saved: str) -> list[str]:
     tree = foreign.parse_json(saved)
     if not isinstance(tree, dict):
         raise ValueError("it is not a JSON object")
-    old, new, known = flatten(tree), flatten(json.loads(json.dumps(settings))), _keys()
+    old, new, known = flatten(tree), flatten(json.loads(json.dumps(settings))), keys()
     if other := sorted(old.keys() ^ known.keys()):
         raise ValueError(f"it was written by another version of advtransfer: {other[0]} is not in both")
     return [
@@ -355,11 +360,11 @@ _PAPER_TARGETS = ("cifar10", "cifar100", "svhn_cropped", "mnist", "fashion_mnist
 
 
 def set_paper_grid(config: ConfigDict) -> None:
-    """Makes config.study the grid of Utrera et al., "Adversarially-trained deep nets transfer better" (ICLR 2021):
-    14,400 models of 4 sources, 6 targets, 4 k, 5 n × 20 and 5 n × 10 seeds.
+    """Makes config.study the grid of Utrera et al., "Adversarially-trained deep nets transfer better" (ICLR
+    2021): 14,400 models of 4 sources, 6 targets, 4 k, 5 n × 20 and 5 n × 10 seeds.
 
-    What its code calls 6 blocks are the last nine. How its seeds are shared out among the n is told by the sum alone;
-    their numbers are those of its code.
+    What its code calls 6 blocks are the last nine. How its seeds are shared out among the n is told by the
+    sum alone; their numbers are those of its code.
     """
     config.stage = "study"
     config.study.update(

@@ -242,8 +242,9 @@ def measure(
     """What `evaluate` finds of a model, without and with the attack.
 
     Returns:
-      {"natural_accuracy", "natural_loss", "natural_mean_per_class_accuracy", "num_images", "attack"} and, with an
-      attack, the first three with "adversarial_", and "adversarial_unmoved" (see `evaluate`); "attack" is in words.
+      {"natural_accuracy", "natural_loss", "natural_mean_per_class_accuracy", "num_images", "attack"} and,
+      with an attack, the first three with "adversarial_", and "adversarial_unmoved" (see `evaluate`);
+      "attack" is in words.
 
     Raises:
       ValueError: as `evaluate`, or a model without a head.

@@ -48,13 +48,14 @@ def sgd(
     schedule: optax.ScalarOrSchedule,
     *,
     momentum: float = 0.9,
+    nesterov: bool = False,
     weight_decay: float | jax.Array = 0.0,
 ) -> optax.GradientTransformation:
     """`torch.optim.SGD`: decay is added to the gradient before the momentum, and acts on every parameter."""
     chex.assert_rank(weight_decay, 0)
     return optax.chain(
         optax.add_decayed_weights(weight_decay),
-        optax.sgd(schedule, momentum=momentum or None),
+        optax.sgd(schedule, momentum=momentum or None, nesterov=nesterov),
     )
 
 

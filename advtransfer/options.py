@@ -6,8 +6,9 @@
 
         num_epochs: int = option(150, "epochs", low=1)
 
-A value of the wrong type, or outside its limits, is a ValueError when the object is made. The configuration of the
-command line is composed of these types (config.py), so a default, its meaning and its check are in one place.
+A value of the wrong type, or outside its limits, is a ValueError when the object is made. The configuration
+of the command line is composed of these types (config.py), so a default, its meaning and its check are in one
+place.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def option(default: Any, about: str, **known: Any) -> Any:
 def options(cls: type) -> type:
     """Makes a class a frozen, keyword-only dataclass whose values are checked when it is made.
 
-    Its own checks, of several fields together, are a method `check`, called after the fields are checked one by one.
+    Its own checks, of several fields together, are a method `check`, called after the fields are checked one
+    by one.
     """
     cls.__post_init__ = _check
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
@@ -127,7 +129,7 @@ def _convert(kind: Any, value: Any, known: Option) -> Any:
 
 def _number(kind: type, value: Any) -> Any:
     """NumPy's numbers and JAX's scalars become Python's; truth values and text are no numbers."""
-    if isinstance(value, bool | str | bytes) or getattr(value, "dtype", None) == bool:
+    if isinstance(value, bool | str | bytes) or str(getattr(value, "dtype", "")) == "bool":
         return _WRONG
     try:
         value = operator.index(value) if kind is int else float(value)

@@ -81,7 +81,8 @@ class SourceRecipe:
     def check(self) -> None:
         if (self.norm == "none") != (self.eps == 0):
             raise ValueError(
-                f"eps={self.eps:g} does not go with norm={self.norm}: set a norm (l2, linf) and a positive eps, or "
+                f"eps={self.eps:g} does not go with norm={self.norm}: set a norm (l2, linf) and a positive "
+                "eps, or "
                 "neither"
             )
 
@@ -95,8 +96,8 @@ def parse_source(text: str) -> tuple[str, float]:
     """The threat model and its radius in pixel units: ("none", 0.0) for a natural source.
 
     Args:
-      text: natural; NORM:EPS in pixel units (l2:0.5, linf:0.03); or, as published models are named, l2_3 in pixel
-        units and linf_4 in 255ths of them.
+      text: natural; NORM:EPS in pixel units (l2:0.5, linf:0.03); or, as published models are named, l2_3 in
+        pixel units and linf_4 in 255ths of them.
 
     Raises:
       ValueError: anything else.
@@ -240,9 +241,9 @@ def train_source(
 ) -> Model:
     """Trains a source network, or goes on where an earlier run stopped.
 
-    Writes `folder`/source.json, checkpoints, log.jsonl, TensorBoard events, and at the end `folder`/model. A finished
-    model is loaded and returned as it is. Over several processes, which share `folder`, all write and read the
-    checkpoints, and process 0 the rest.
+    Writes `folder`/source.json, checkpoints, log.jsonl, TensorBoard events, and at the end `folder`/model. A
+    finished model is loaded and returned as it is. Over several processes, which share `folder`, all write
+    and read the checkpoints, and process 0 the rest.
 
     Args:
       recipe: how it is trained.
@@ -330,7 +331,8 @@ def load_source(recipe: SourceRecipe, folder: str | Path, *, dtype: str = "auto"
         asked, found = getattr(recipe, field), getattr(model.spec, field)
         if asked != found:
             raise ValueError(
-                f"{folder / 'model'} is a model of {field} {found}, and {field}={asked} is asked for: choose another "
+                f"{folder / 'model'} is a model of {field} {found}, and {field}={asked} is asked for: "
+                "choose another "
                 "folder, or delete that model"
             )
     return model

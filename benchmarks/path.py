@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,7 +179,7 @@ def transfer(made: Setting, models: dict[float, Model], clock: Any) -> Iterator[
                 keys=keys,
                 num_classes=len(made.target.class_names),
                 num_unfrozen_blocks=k,
-                recipe=recipe._replace(batch_size=min(128, n)),
+                recipe=replace(recipe, batch_size=min(128, n)),
                 prepared=prepared[eps, k],
             )["test_accuracy"][:, 0]
             for eps, model in models.items()

@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -161,7 +162,7 @@ def whole_training(recipe: Recipe, images: Task, turns: int) -> Iterator[Row]:
     )
     pixels = np.split(np.float32(images.train_inputs) / 255, 2)
     train = train_all(
-        recipe._replace(num_epochs=150, evaluate_epochs=(150,)),
+        replace(recipe, num_epochs=150, evaluate_epochs=(150,)),
         0,
         make_task((FEATURES,), 2 * recipe.batch_size),
     )

@@ -28,7 +28,7 @@ parallel.initialize(heartbeat_seconds=20)
 from advtransfer import storage
 from advtransfer.checkpoint import Checkpoints, SaveError
 from advtransfer.config import ConfigError
-from advtransfer.stages import workdir
+from advtransfer.tasks import workdir
 from test_checkpoint import state
 
 def at_process_1(name, *errors):

@@ -1,17 +1,17 @@
-"""Where the values of a key end, on both sides of every bound."""
+"""What values every key takes: both sides of every bound, by the options class that owns the key."""
 
 import pytest
 
-from advtransfer.config import NORMS, STAGES
-from advtransfer.config.checks import _CHECKS
+from advtransfer import config as base
+from advtransfer.attacks import NORMS
+from advtransfer.config import STAGES, ConfigError, read
 
-POSITIVE, NOT_NEGATIVE, FRACTION = ([1e-9, 1], [0, -1]), ([0, 1e-9], [-1e-9]), ([0, 1 - 1e-9], [-1e-9, 1])
 BOUNDS = {
     "stage": (STAGES, ["", "sauce"]),
-    "seed": ([0, 2**32 - 1], [-1, 2**32]),
+    "seed": ([0, 2**32 - 1], [-1, 2**32, 0.5, True, "1"]),
     "dtype": (["auto", "float32", "bfloat16"], ["float16"]),
     "broken_images": (["refuse", "skip"], ["repair"]),
-    "checkpoint.mean": ([(), (0, 0, 0)], [(0,), (0,) * 4]),
+    "checkpoint.mean": ([(), (0, 0, 0)], [(0,), (0,) * 4, "abc"]),
     "checkpoint.std": ([(), (1e-9, 1, 1)], [(1,), (0, 1, 1), (1,) * 4]),
     "checkpoint.norm": (["", *NORMS], ["l1"]),
     "train.mean": ([(0, 0, 0)], [(), (0, 0)]),
@@ -46,8 +46,10 @@ BOUNDS = {
     "report.reference": (["none", "paper"], ["blog"]),
     "report.accuracy_unit": (["auto", "fraction", "percent"], ["", "ratio"]),
     "transfer.view": (["natural", "low_pass"], ["red"]),
-    "train.augmentation.preset": (["", "none", "utrera_color", "salman", "robustness"], ["utrera"]),
-    "transfer.augmentation.preset": (["", "none", "utrera", "robustness"], ["madry"]),
+    **dict.fromkeys(
+        ("train.augmentation.preset", "transfer.augmentation.preset"),
+        (["", "none", "utrera", "utrera_color", "salman", "robustness"], ["madry"]),
+    ),
     **dict.fromkeys(
         ("train.schedule", "transfer.schedule"), (["constant", "step", "cosine", "cyclic"], ["linear"])
     ),
@@ -55,32 +57,99 @@ BOUNDS = {
     **dict.fromkeys(("train.norm", "evaluate.norm"), (NORMS, ["", "l1"])),
 }
 
-WORDS = {"must be positive": POSITIVE, "must not be negative": NOT_NEGATIVE, "must be in [0, 1)": FRACTION}
 
-
-@pytest.mark.parametrize("key", _CHECKS)
-def test_both_sides_of_every_bound(key):
-    is_good, complaint = _CHECKS[key]
-    accepted, refused = BOUNDS.get(key) or WORDS[complaint]
-    assert all(map(is_good, accepted))
-    assert not any(map(is_good, refused))
-
-
-def test_what_may_be_zero():
-    """As the configuration says of these keys."""
-    zero = {key for key, (is_good, complaint) in _CHECKS.items() if complaint in WORDS and is_good(0)}
-    assert zero == {
-        *("checkpoint.num_classes", "checkpoint.image_size", "checkpoint.eps", "train.eps"),
-        *("train.validate_every", "train.average_decay", "transfer.head_scale", "transfer.max_steps"),
-        *("study.calibration", "study.group_size", "evaluate.eps", "evaluate.num_images"),
-        *("interpret.smooth_noise", "interpret.damping", "report.num_pictures"),
+KINDS = {  # (accepted, refused): the keys
+    ((1e-9, 1), (0, -1, float("nan"), float("inf"), "1")): (
+        *("train.attack_step_ratio", "train.learning_rate", "transfer.learning_rate", "evaluate.step_ratio"),
+        *("interpret.step_size", "interpret.eps"),
+    ),
+    ((0, 1e-9), (-1e-9, float("nan"))): (
         *(
-            f"{stage}.{key}"
-            for stage in ("train", "transfer")
-            for key in (
-                *("weight_decay", "momentum", "label_smoothing", "augmentation.crop_padding"),
-                *("augmentation.rotation", "augmentation.lighting", "augmentation.jitter"),
-                "augmentation.resized_crop",
-            )
+            "checkpoint.eps",
+            "train.eps",
+            "train.weight_decay",
+            "transfer.weight_decay",
+            "transfer.head_scale",
         ),
-    }
+        *("interpret.smooth_noise", "interpret.damping", "study.calibration"),
+        *("train.augmentation.rotation", "transfer.augmentation.rotation"),
+        *("train.augmentation.lighting", "transfer.augmentation.lighting"),
+    ),
+    ((0, 1 - 1e-9), (-1e-9, 1)): (
+        *("train.momentum", "transfer.momentum", "train.label_smoothing", "transfer.label_smoothing"),
+        *("train.augmentation.jitter", "transfer.augmentation.jitter", "train.average_decay"),
+        *("train.augmentation.resized_crop", "transfer.augmentation.resized_crop"),
+    ),
+    ((1, 2**40), (0, -1, 1.5, True)): (
+        *(
+            "train.image_size",
+            "train.attack_steps",
+            "train.num_epochs",
+            "train.batch_size",
+            "train.num_parts",
+        ),
+        *("train.save_every", "train.log_every", "transfer.num_epochs", "transfer.batch_size"),
+        *("study.num_seeds", "study.search_seeds", "evaluate.num_steps", "evaluate.num_restarts"),
+        *("evaluate.batch_size", "interpret.num_images", "interpret.num_measured", "interpret.num_steps"),
+        *("interpret.smooth_samples", "interpret.integration_steps", "interpret.num_queries"),
+    ),
+    ((0, 1), (-1, 0.5)): (
+        *("checkpoint.num_classes", "checkpoint.image_size", "train.validate_every", "transfer.max_steps"),
+        *("transfer.num_views", "study.group_size", "evaluate.num_images", "report.num_pictures"),
+        *("train.augmentation.crop_padding", "transfer.augmentation.crop_padding"),
+    ),
+    (((), (1,)), ((0,), (1.5,), 1)): ("transfer.evaluate_epochs",),
+    ((True, False), (1, "yes")): (
+        *("train.attack_random_start", "train.sync_batch_norm", "transfer.stratified"),
+        *("train.augmentation.flip", "transfer.augmentation.flip"),
+    ),
+    (("", "text"), (1, None)): (
+        *("cache_dir", "source", "verify", "models", "data", "rows", "checkpoint.architecture"),
+        *(
+            "checkpoint.weights",
+            "checkpoint.sha256",
+            "train.dataset",
+            "train.architecture",
+            "transfer.target",
+        ),
+        *("study.sources", "study.targets", "evaluate.model", "evaluate.dataset", "report.title"),
+        "interpret.cue_conflict",
+    ),
+    (((), ("text",)), ((1,), "text")): ("report.remarks",),
+}
+CASES = BOUNDS | {key: values for values, keys in KINDS.items() for key in keys if key not in BOUNDS}
+
+
+def _refusal(key, value):
+    """What the owner of a key says of a value, if it is this key that is wrong."""
+    cls, name = base.keys()[key]
+    try:
+        cls(**{name: value})
+    except ValueError as error:
+        return str(error) if str(error).startswith(f"{name}={value!r} must be ") else ""
+    return ""
+
+
+@pytest.mark.parametrize("key", base.keys())
+def test_both_sides_of_every_bound(key):
+    accepted, refused = CASES[key]
+    assert not any(_refusal(key, value) for value in accepted)
+    assert all(_refusal(key, value) for value in refused)
+
+
+def test_a_bad_value_is_named_by_its_key():
+    config = base.default().unlock()
+    config.transfer.augmentation.jitter = 2.0
+    with pytest.raises(ConfigError, match="^config.transfer.augmentation.jitter=2.0 must be a number"):
+        read(config)
+    config.transfer.augmentation.jitter, config.train.eps = 0.1, 0.5
+    with pytest.raises(ConfigError, match=r"^config.train.eps=0.5 does not go with norm=none"):
+        read(config)
+
+
+def test_every_key_is_explained():
+    lines = base.explain().splitlines()
+    assert [line.partition(":")[0] for line in lines] == [f"config.{key}" for key in sorted(base.keys())]
+    assert "a whole number, 1 or more; default 128" in next(
+        x for x in lines if "config.train.batch_size" in x
+    )

@@ -1,5 +1,7 @@
 """What fine-tuning costs, against published counts and a count by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from advtransfer.data import Augmentation
@@ -34,6 +36,6 @@ def test_a_small_network_by_hand():
     for k, own, frozen in ((0, head, stem + block), (1, block + head, stem), (-1, stem + block + head, 0)):
         cached = fine_tune_flops(module, 8, recipe, num_unfrozen_blocks=k, **options)
         assert cached == steps * 3 * own + measured * own
-        moving = recipe._replace(augmentation=Augmentation(flip=True))
+        moving = replace(recipe, augmentation=Augmentation(flip=True))
         recomputed = fine_tune_flops(module, 8, moving, num_unfrozen_blocks=k, **options)
         assert recomputed == steps * (3 * own + frozen) + measured * (own + frozen)

@@ -23,7 +23,7 @@ from test_data_folder import damage, load, serials_of, write_images
 from test_data_tfds import numbered, write_set
 
 from advtransfer import config as base
-from advtransfer.config import ConfigError
+from advtransfer.config import ConfigError, read
 from advtransfer.data import (
     AUGMENTATIONS,
     Augmentation,
@@ -39,7 +39,8 @@ from advtransfer.data import (
 )
 from advtransfer.data.decode import decode_crop, decode_image, random_box
 from advtransfer.data.stream import StreamOrder, iterate, read_batch
-from advtransfer.source import check_source, load_source_data, prepare
+from advtransfer.source import start_training
+from advtransfer.tasks.source import load_source_data
 
 
 def noise(width, height, seed=0):
@@ -365,8 +366,8 @@ def test_training_goes_on_from_any_step(tmp_path):
         noise(20, 16, seed=i).save(tmp_path / f"set/train/{label}/{i}.png")
     write_images(tmp_path / "set", {"val/a": 4, "test/a": 4})
     config = _config(tmp_path / "set")
-    dataset = load_source_data(config)
-    run = prepare(config, dataset)
+    options = read(config)
+    run = start_training(options.training, load_source_data(options))
     state, saved = run.state, {}
     for step in range(6):
         saved[step] = jax.device_get(state)
@@ -401,7 +402,7 @@ def test_what_is_streamed(tmp_path, monkeypatch):
     config = _config(tmp_path / "set", image_size=6)
     config.evaluate.split = "train"
     with pytest.raises(ConfigError, match="config.evaluate.split: the training images are streamed"):
-        check_source(config, load_source_data(config))
+        load_source_data(read(config))
 
 
 # --- random crops -----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from advtransfer import config as base
-from advtransfer.config import ConfigError, validate
+from advtransfer.config import ConfigError, read
 from advtransfer.data import (
     AUGMENTATIONS,
     TARGETS,
@@ -142,31 +142,31 @@ def test_salmans_augmentation_crops_and_flips():
 @pytest.mark.parametrize("stage", ["train", "transfer"])
 def test_presets_are_chosen_by_name(stage):
     config = base.default()
-    keys = config[stage].augmentation
-    assert choose_augmentation(keys) == Augmentation()
+    keys, part = config[stage].augmentation, {"train": "training", "transfer": "recipe"}[stage]
+
+    def chosen():
+        return choose_augmentation(getattr(read(config), part).augmentation)
+
+    assert chosen() == Augmentation()
     for name, augmentation in AUGMENTATIONS.items():
         keys.preset = name
-        validate(config)
-        assert choose_augmentation(keys) == augmentation
+        assert chosen() == augmentation
     keys.preset, keys.jitter = "", 0.25
-    assert choose_augmentation(keys) == Augmentation(jitter=0.25)
+    assert chosen() == Augmentation(jitter=0.25)
     keys.preset = "salman"
-    with pytest.raises(ConfigError, match=rf"{stage}.augmentation.preset=salman and .*jitter=0.25 exclude"):
-        validate(config)
-    keys.preset = "utrera_grey"
-    with pytest.raises(ConfigError, match="must be one of , none, utrera_color"):
-        validate(config)
+    with pytest.raises(ConfigError, match=rf"{stage}.augmentation.preset=salman and .* exclude each other"):
+        chosen()
+    keys.preset, keys.jitter = "utrera_grey", 0.0
+    with pytest.raises(ConfigError, match="must be one of '', none, utrera, utrera_color"):
+        chosen()
 
 
 def test_utreras_preset_looks_at_the_targets_images():
-    config = base.default()
-    config.transfer.augmentation.preset = "utrera"
-    validate(config)
+    utrera = Augmentation(preset="utrera")
     grey = np.repeat(np.arange(4 * 5 * 5, dtype=np.uint8).reshape(4, 5, 5, 1), 3, axis=-1)
     coloured = grey.copy()
     coloured[3, 4, 4, 1] += 1
     for images, name in ((grey, "none"), (coloured, "utrera_color")):
-        assert choose_augmentation(config.transfer.augmentation, images) == AUGMENTATIONS[name]
-    config.train.augmentation.preset = "utrera"  # sources have one augmentation, whatever they look like
-    with pytest.raises(ConfigError, match="config.train.augmentation.preset='utrera' must be one of"):
-        validate(config)
+        assert choose_augmentation(utrera, images) == AUGMENTATIONS[name]
+    with pytest.raises(ValueError, match="preset=utrera depends on the images"):  # streamed ones, say
+        choose_augmentation(utrera)

@@ -14,10 +14,8 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from advtransfer import config as base
 from advtransfer import models, optim, report, train, transfer
 from advtransfer.analysis import (
-    gauss_newton,
     head_hessian,
     influence,
     krylov,
@@ -46,10 +44,9 @@ from advtransfer.data import (
 )
 from advtransfer.evaluate import evaluate, evaluation_metrics, make_evaluate_step, predict
 from advtransfer.models import Model, ModelSpec, create_module
-from advtransfer.stages import one_model
-from advtransfer.study import make_recipe
+from advtransfer.tasks import one_model
 from advtransfer.train import TrainState
-from advtransfer.transfer import Rates, Recipe, choose_k, dual
+from advtransfer.transfer import Rates, Recipe, choose_k, dual, resolve_recipe
 from advtransfer.transfer.program import Task, make_fine_tune
 
 N, C, D, Q = 3, 4, 5, 2
@@ -189,7 +186,7 @@ DOORS = [
         "labels rank, labels kind",
     ),
     Door(subsets.stratified_order, {"labels": LABELS, "length": 1, "rng": None}, "labels rank"),
-    Door(choose_augmentation, {"keys": {"preset": "none"}, "images": IMAGES}, "images rank"),
+    Door(choose_augmentation, {"augmentation": Augmentation(), "images": IMAGES}, "images rank"),
     Door(to_float, {"images": IMAGES}, "images rank, images kind"),
     Door(resize, {"images": FLOATS, "size": 4}, "images rank"),
     keyed(augment, augmentation=Augmentation()),
@@ -341,11 +338,7 @@ DOORS = [
         {**SETS, "key": KEYS[0], "class_names": ("a", "b"), "num_unfrozen_blocks": 0, "recipe": RECIPE},
         ON_SPLITS,
     ),
-    Door(
-        make_recipe,
-        {"transfer": base.default().transfer, "images": IMAGES, "num_images": N},
-        "images rank",
-    ),
+    Door(resolve_recipe, {"recipe": RECIPE, "num_images": N, "images": IMAGES}, "images rank"),
     # analysis
     Door(saliency.cross_entropy, {"logits": LOGITS, "labels": LABELS}, f"logits rank, {ON_LABELS}"),
     Door(saliency.gradients, ATTACKED, ON_IMAGES),
@@ -395,20 +388,6 @@ DOORS = [
         },
         "train_features rank, train_labels length, train_labels kind, query_features rank, "
         "query_labels length, query_labels kind, kernel rank, bias rank, bias length",
-    ),
-    Door(
-        gauss_newton.block_scores,
-        {
-            "model": MODEL,
-            "num_unfrozen_blocks": 0,
-            "train_images": FLOATS,
-            "train_labels": LABELS,
-            "query_images": FLOATS[:Q],
-            "query_labels": LABELS[:Q],
-            "damping": 1.0,
-        },
-        "train_images rank, train_images kind, train_labels length, train_labels kind, "
-        "query_images rank, query_images kind, query_labels length, query_labels kind",
     ),
     Door(
         head_hessian.make_examples,
@@ -472,7 +451,7 @@ MODULES = [
     "models",
     "optim",
     "report",
-    "stages.one_model",
+    "tasks.one_model",
     "study",
     "torch_checkpoint",
     "train",
@@ -480,7 +459,6 @@ MODULES = [
     "transfer.choose_k",
     "transfer.dual",
     "analysis.cue_conflict",
-    "analysis.gauss_newton",
     "analysis.head_hessian",
     "analysis.influence",
     "analysis.krylov",

@@ -15,10 +15,10 @@ import safetensors.numpy
 
 import advtransfer as at
 from advtransfer import config as base
-from advtransfer import stages
-from advtransfer.config import ConfigError, validate
-from advtransfer.stages import named_models
-from advtransfer.stages.named_models import model_name
+from advtransfer import tasks
+from advtransfer.config import ConfigError, read
+from advtransfer.tasks import inputs
+from advtransfer.tasks.inputs import model_name
 
 pytestmark = pytest.mark.usefixtures("two_blocks", "unoptimised")
 
@@ -35,7 +35,7 @@ def study(tmp_path_factory):
         dataset="builtin:digits", image_size=8, batch_size=80, num_epochs=2, norm="l2", eps=0.5
     )
     config.evaluate.update(norm="none", batch_size=16)
-    stages.run(config, folder)
+    tasks.run(config, folder)
     at.export_torch_state_dict(at.load_model(folder), folder / "digits_l2.safetensors")
     return folder
 
@@ -67,9 +67,9 @@ def _launch(*arguments, cwd):
 
 def test_export_import_and_verify_give_the_model_back(study, tmp_path, capsys):
     config = importing(study / "digits_l2.safetensors", verify="builtin:digits")
-    assert "resnet_tiny, 10 classes, 8 pixels, l2 eps 0.5" in stages.plan(config, tmp_path / "out")
+    assert "resnet_tiny, 10 classes, 8 pixels, l2 eps 0.5" in tasks.plan(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    stages.run(config, tmp_path / "out")
+    tasks.run(config, tmp_path / "out")
     original, imported = at.load_model(study), at.load_model(tmp_path / "out")
     chex.assert_trees_all_equal(original.variables, imported.variables)
     fields = ("architecture", "num_classes", "image_size", "mean", "std", "norm", "eps", "class_names")
@@ -82,15 +82,15 @@ def test_export_import_and_verify_give_the_model_back(study, tmp_path, capsys):
 
 def test_the_same_command_again_and_a_new_verification_are_no_conflict(study, tmp_path):
     config = importing(study / "digits_l2.safetensors")
-    stages.run(config, tmp_path)
+    tasks.run(config, tmp_path)
     before = (tmp_path / "model" / "model.json").read_text()
-    stages.run(importing(study / "digits_l2.safetensors", verify="builtin:digits"), tmp_path)
+    tasks.run(importing(study / "digits_l2.safetensors", verify="builtin:digits"), tmp_path)
     assert (tmp_path / "model" / "model.json").read_text() == before
     assert (tmp_path / "evaluation.json").exists()
     with pytest.raises(ConfigError, match="another --workdir"):
         other = importing(study / "digits_l2.safetensors")
         other.checkpoint.image_size = 16
-        stages.run(other, tmp_path)
+        tasks.run(other, tmp_path)
 
 
 def test_what_the_user_knows_comes_before_the_file(study, tmp_path):
@@ -99,7 +99,7 @@ def test_what_the_user_knows_comes_before_the_file(study, tmp_path):
         norm="linf", eps=4 / 255, image_size=16, mean=(0.5, 0.5, 0.5), std=(1.0, 1.0, 1.0)
     )
     config.checkpoint.architecture = "resnet_tiny"
-    stages.run(config, tmp_path)
+    tasks.run(config, tmp_path)
     spec = at.load_model(tmp_path).spec
     assert (spec.norm, spec.eps, spec.image_size, spec.std) == ("linf", 4 / 255, 16, (1.0, 1.0, 1.0))
     assert spec.provenance["threat_model"] == spec.provenance["normalisation"] == "argument"
@@ -119,7 +119,7 @@ def test_verification_compares_with_the_published_accuracy(study, tmp_path, caps
         source="here",
     )
     monkeypatch.setattr("advtransfer.torch_checkpoint.convert.find_known", lambda *_, **__: known)
-    stages.run(importing(study / "digits_l2.safetensors", verify="builtin:digits"), tmp_path)
+    tasks.run(importing(study / "digits_l2.safetensors", verify="builtin:digits"), tmp_path)
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["published"]["accuracy"] == 0.25
     points = 100 * (found["natural_accuracy"] - 0.25)
@@ -136,19 +136,19 @@ def test_a_checkpoint_is_a_source_by_its_own_name(study, tmp_path):
         config = base.default()
         config.stage, config.source = "transfer", str(name)
         config.transfer.update(num_train_images=20, batch_size=10, num_epochs=2, evaluate_epochs=(2,))
-        stages.run(config, tmp_path / kind)
+        tasks.run(config, tmp_path / kind)
         rows[kind] = (tmp_path / kind / "rows.csv").read_text().splitlines()[1].split(",")
     assert rows["file"][0] == "digits_l2" and rows["folder"][0] == study.name
     assert rows["file"][1:13][:-1] == rows["folder"][1:13][:-1]  # all but the seconds
     config = base.default()
     config.stage, config.evaluate.model = "evaluate", str(study / "digits_l2.safetensors")
     config.evaluate.update(dataset="builtin:digits", norm="none", batch_size=16)
-    stages.run(config, tmp_path / "measured")
+    tasks.run(config, tmp_path / "measured")
     measured = json.loads((tmp_path / "measured" / "evaluation.json").read_text())
     assert measured["model"] == json.loads((study / "evaluation.json").read_text())["model"]
     config = base.default()
     config.study.update(sources=f"natural,{study / 'digits_l2.safetensors'}", calibration=0.0)
-    assert f"source digits_l2: {study}/digits_l2.safetensors" in stages.plan(config, tmp_path / "study")
+    assert f"source digits_l2: {study}/digits_l2.safetensors" in tasks.plan(config, tmp_path / "study")
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(study, tmp_path, changes, word
         value = value.format(study=study) if isinstance(value, str) else value
         (config.checkpoint if key in config.checkpoint else config)[key] = value
     with pytest.raises(ConfigError, match=words) as caught:
-        stages.run(config, tmp_path / "out")
+        tasks.run(config, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -191,7 +191,7 @@ def files(folder):
 def refuse_to_touch(config, workdir, words):
     """Neither stage nor plan begins, and every file stays."""
     before = files(workdir)
-    for act in (stages.plan, stages.run):
+    for act in (tasks.plan, tasks.run):
         with pytest.raises(ConfigError, match=words) as caught:
             act(config, workdir)
         assert "\n" not in str(caught.value) and files(workdir) == before
@@ -200,9 +200,9 @@ def refuse_to_touch(config, workdir, words):
 def test_a_workdir_of_something_else_is_left_alone(study, tmp_path, monkeypatch):
     config = importing(study / "digits_l2.safetensors")
     mine, copied, single = tmp_path / "mine", tmp_path / "copied", tmp_path / "single"
-    stages.run(config, mine)
+    tasks.run(config, mine)
     monkeypatch.setattr(
-        "advtransfer.stages.importing.import_torch_checkpoint", lambda *_, **__: pytest.fail("it was read")
+        "advtransfer.tasks.importing.import_torch_checkpoint", lambda *_, **__: pytest.fail("it was read")
     )
     for key, value in (("image_size", 16), ("norm", "none")):
         other = importing(study / "digits_l2.safetensors")
@@ -219,7 +219,7 @@ def test_a_workdir_of_something_else_is_left_alone(study, tmp_path, monkeypatch)
 def test_what_is_no_model_is_not_overwritten(study, tmp_path):
     """In the workdir of the same import."""
     config = importing(study / "digits_l2.safetensors")
-    stages.run(config, tmp_path)
+    tasks.run(config, tmp_path)
     (tmp_path / "model" / "model.json").rename(tmp_path / "model" / "notes.json")
     refuse_to_touch(config, tmp_path, f"{tmp_path}.* choose another")
 
@@ -229,12 +229,12 @@ def test_what_is_known_of_a_file_is_for_its_import(study):
     known |= {"weights": "ema", "std": (0.5,) * 3, "norm": "l2", "eps": 1.0, "sha256": "0" * 64}
     assert set(known) == set(base.default().checkpoint)
     for key, value in known.items():
-        for stage in set(stages.STAGES) - {"import"}:
+        for stage in set(tasks.TASKS) - {"import"}:
             config = importing(study / "digits_l2.safetensors", stage=stage)
             config.checkpoint[key] = value
             with pytest.raises(ConfigError, match=f"config.checkpoint.{key} is for config.stage=import"):
-                validate(config)
-        validate(importing("a.pt", checkpoint=config.checkpoint))
+                read(config)
+        read(importing("a.pt", checkpoint=config.checkpoint))
 
 
 def test_a_source_without_a_head_can_be_fine_tuned_and_not_measured(study, tmp_path, caplog):
@@ -244,9 +244,9 @@ def test_a_source_without_a_head_can_be_fine_tuned_and_not_measured(study, tmp_p
     safetensors.numpy.save_file(body | {"head.fc.weight": tensors["fc.weight"]}, path)
     config = importing(path)
     config.checkpoint.update(mean=(0.5,) * 3, std=(0.5,) * 3, image_size=8)
-    assert "resnet_tiny, a new head, 8 pixels" in stages.plan(config, folder)
+    assert "resnet_tiny, a new head, 8 pixels" in tasks.plan(config, folder)
     assert "left out: head (1 tensor)" in caplog.text
-    stages.run(config, folder)
+    tasks.run(config, folder)
     assert not (folder / "evaluation.json").exists()
     config.verify = "builtin:digits"
     refuse_to_touch(config, folder, "config.verify: this model was imported without a head, .*transfer")
@@ -260,7 +260,7 @@ def test_a_source_without_a_head_can_be_fine_tuned_and_not_measured(study, tmp_p
     config = base.default()
     config.stage, config.source = "transfer", str(folder)
     config.transfer.update(num_train_images=20, batch_size=10, num_epochs=2, evaluate_epochs=(2,))
-    stages.run(config, tmp_path / "transfer")
+    tasks.run(config, tmp_path / "transfer")
     assert at.load_model(tmp_path / "transfer").spec.has_head
 
 
@@ -270,7 +270,7 @@ def test_the_wrapping_is_said(study, tmp_path):
     safetensors.numpy.save_file({f"module.{name}": value for name, value in tensors.items()}, path)
     config = importing(path)
     config.checkpoint.update(mean=(0.5,) * 3, std=(0.5,) * 3)
-    assert "from a.safetensors (safetensors, module.)" in stages.plan(config, tmp_path / "out")
+    assert "from a.safetensors (safetensors, module.)" in tasks.plan(config, tmp_path / "out")
 
 
 @pytest.mark.process
@@ -308,13 +308,12 @@ def test_a_checkpoint_is_read_once(study, tmp_path, monkeypatch, stage):
     config.study.update(sources=checkpoint, num_unfrozen_blocks=(0,), num_train_images=(20,))
     config.study.calibration = 0.0
     config.transfer.update(num_train_images=20, batch_size=10)
-    read = []
-    original = named_models.import_torch_checkpoint
+    opened, original = [], inputs.import_torch_checkpoint
     monkeypatch.setattr(
-        named_models, "import_torch_checkpoint", lambda name, **kw: read.append(name) or original(name, **kw)
+        inputs, "import_torch_checkpoint", lambda name, **kw: opened.append(name) or original(name, **kw)
     )
-    stages.plan(config, tmp_path / "out")
-    assert read == [checkpoint]
+    tasks.plan(config, tmp_path / "out")
+    assert opened == [checkpoint]
 
 
 def test_names_of_models():
@@ -324,11 +323,11 @@ def test_names_of_models():
 
 
 def test_the_list_and_a_plan_read_no_file(tmp_path, capsys):
-    assert stages.plan(importing("list"), tmp_path / "out") == "print the known models"
-    stages.run(importing("list"), tmp_path / "out")
+    assert tasks.plan(importing("list"), tmp_path / "out") == "print the known models"
+    tasks.run(importing("list"), tmp_path / "out")
     assert "resnet50_l2_eps3.ckpt" in capsys.readouterr().out
     name = "hf:madrylab/robust-imagenet-models/resnet50_l2_eps3.ckpt"
-    assert f"fetch {name} and import it" in stages.plan(importing(name), tmp_path / "out").splitlines()
+    assert f"fetch {name} and import it" in tasks.plan(importing(name), tmp_path / "out").splitlines()
     with pytest.raises(ConfigError, match="config.source: .*hf:OWNER/NAME/FILE"):
-        stages.plan(importing("hf:madrylab"), tmp_path / "out")
+        tasks.plan(importing("hf:madrylab"), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 import csv
 import re
 import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -11,11 +12,11 @@ from PIL import Image
 from scipy import stats
 
 from advtransfer import config as base
-from advtransfer import stages
+from advtransfer import tasks
 from advtransfer.analysis import cue_conflict, influence, matches, saliency
 from advtransfer.analysis import shape as cues
 from advtransfer.analysis.imagenet16 import IMAGENET16
-from advtransfer.config import ConfigError
+from advtransfer.config import ConfigError, read
 from advtransfer.data import LETTERS, Split, load_dataset, subset_indices
 from advtransfer.models import (
     Model,
@@ -31,9 +32,9 @@ from advtransfer.report.figures import styles
 from advtransfer.report.interpretation import Section
 from advtransfer.report.kept import to_data
 from advtransfer.report.summary import Source
-from advtransfer.stages import explain_cues, explain_pixels, interpret
-from advtransfer.stages.explain_data import influence_cost
-from advtransfer.stages.explain_pixels import (
+from advtransfer.tasks import explain_cues, explain_pixels, interpret
+from advtransfer.tasks.explain_data import influence_cost
+from advtransfer.tasks.explain_pixels import (
     Case,
     Climbed,
     Subject,
@@ -42,8 +43,7 @@ from advtransfer.stages.explain_pixels import (
     saliency_section,
     visualisation_section,
 )
-from advtransfer.stages.interpret import study_sections
-from advtransfer.study import make_recipe
+from advtransfer.tasks.interpret import study_sections
 from advtransfer.transfer import fine_tune_one, normalised_by
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
@@ -100,7 +100,7 @@ def shown(networks, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpret, "to_data", kept)
-        stages.run(_config(networks), workdir)
+        tasks.run(_config(networks), workdir)
     return workdir, sections
 
 
@@ -211,8 +211,7 @@ def _case(networks, order, norms, **changes):
     for norm, model in zip(norms, models, strict=True):
         spec = ModelSpec(**{**vars(model.spec), "norm": norm})
         subjects.append(Subject(looks[norm], model._replace(spec=spec)))
-    settings = _config(networks).copy_and_resolve_references().interpret
-    settings.update(changes)
+    settings = replace(read(_config(networks)).interpretation, **changes)
     return Case(subjects, _data(), "test", settings, 0, brief=True)
 
 
@@ -277,7 +276,7 @@ def test_influence_of_the_networks_own_head(done, networks):
 def test_match_rates_of_a_head_trained_for_a_foreign_network(done, networks):
     _, train = _drawn("train", 29)
     config, source = _config(networks), load_model(networks[1])
-    recipe = make_recipe(config.transfer, train.images, 29)
+    recipe = read(config).recipe
     model, _ = fine_tune_one(source, train, None, key=jax.random.key(0), class_names=DIGITS, recipe=recipe)
     for kind, queries in (("test", _drawn("test", 12)[1]), ("train", train)):
         _, scores = _scores(model, queries)
@@ -348,7 +347,7 @@ def test_harmful_images_are_named_by_their_place_in_the_dataset(done, networks):
 
 def test_influence_of_two_training_images_on_one_query(networks, tmp_path):
     config = _config(networks[:1], analyses=("influence",), num_queries=1, num_train=2)
-    stages.run(config, tmp_path)
+    tasks.run(config, tmp_path)
     for kind in ("helpful", "harmful"):
         rows = _csv(tmp_path / "influence.csv", kind=kind)
         assert [int(row["rank"]) for row in rows] == [1, 2] and len({row["train_index"] for row in rows}) == 2
@@ -510,7 +509,7 @@ def test_shape_bias_of_a_thousand_classes_on_images_of_a_folder(tmp_path):
         Image.fromarray(image).save(tmp_path / "cues" / f"{shape}{i}-{texture}{i}.png")
     config = _config([folder], analyses=("shape",), cue_conflict=str(tmp_path / "cues"))
     config.cache_dir = str(tmp_path / "cache")
-    stages.run(config, tmp_path / "out")
+    tasks.run(config, tmp_path / "out")
     (row,) = _csv(tmp_path / "out" / "shape.csv", **{"class": ""})
     found = [float(row[name]) for name in ("shape_bias", "shape", "texture")]
     assert found == pytest.approx([2 / 3, 2 / 3, 1 / 3])
@@ -529,7 +528,7 @@ def _computed(capsys):
 
 
 def test_a_plan_leaves_nothing(networks, tmp_path):
-    plan = stages.plan(_config(networks), tmp_path / "new")
+    plan = tasks.plan(_config(networks), tmp_path / "new")
     own, foreign = (line for line in plan.splitlines() if "influence, " in line)
     assert "a new head" in foreign and "a new head" not in own and not (tmp_path / "new").exists()
     assert own.startswith(
@@ -539,7 +538,7 @@ def test_a_plan_leaves_nothing(networks, tmp_path):
     config = _config(
         networks, analyses=("shape", "saliency"), num_images=797, num_measured=797, num_train=801
     )
-    lines = stages.plan(config, tmp_path / "new").splitlines()[1:]
+    lines = tasks.plan(config, tmp_path / "new").splitlines()[1:]
     assert (
         lines[0] == "  shape bias" and lines[1].startswith("  saliency: 797 images shown") and len(lines) == 2
     )
@@ -548,7 +547,7 @@ def test_a_plan_leaves_nothing(networks, tmp_path):
 def test_another_workdir_is_refused_before_anything_is_computed(done, networks):
     found = _files(done)
     with pytest.raises(ConfigError, match="holds the results of another config"):
-        stages.plan(_config(networks[:1]), done)
+        tasks.plan(_config(networks[:1]), done)
     assert _files(done) == found
     facts = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", (done / "report.html").read_text())
     assert facts[:2] == [("Natural", "digits, one_block"), (LETTER, "letters, one_block")]
@@ -557,12 +556,12 @@ def test_another_workdir_is_refused_before_anything_is_computed(done, networks):
 def test_the_same_command_again_computes_what_is_not_kept_whole(done, networks, tmp_path, capsys):
     again, found = tmp_path / "again", _files(done)
     shutil.copytree(done, again)
-    stages.run(_config(networks), again)
+    tasks.run(_config(networks), again)
     assert _computed(capsys) == set() and _files(again) == found
     (again / "sections" / "saliency.json").unlink()
     (again / "sections" / "shape.json").write_bytes(found["sections/shape.json"][:-20])
     (again / "report.html").unlink()
-    stages.run(_config(networks), again)
+    tasks.run(_config(networks), again)
     assert _computed(capsys) == {"saliency", "shape"} and _files(again) == found
 
 
@@ -570,16 +569,16 @@ def test_what_is_kept_is_of_the_same_question(networks, tmp_path, capsys):
     model = load_model(networks[0])
     save_model(model, tmp_path / "digits" / "model")
     models, one = [str(tmp_path / "digits"), networks[1]], {"analyses": ("saliency",)}
-    stages.run(_config(models, **one), tmp_path / "out")
+    tasks.run(_config(models, **one), tmp_path / "out")
     first = _files(tmp_path / "out")
     assert _computed(capsys) == {"saliency"}
-    stages.run(_config(models, **one, smooth_samples=3), tmp_path / "out")
+    tasks.run(_config(models, **one, smooth_samples=3), tmp_path / "out")
     second = _files(tmp_path / "out")
     assert _computed(capsys) == {"saliency"} and second["report.html"] != first["report.html"]
     assert second["saliency.csv"] == first["saliency.csv"]  # of the gradient alone
     other = jax.tree.map(lambda x: 1.5 * x, model.variables)
     save_model(model._replace(variables=other), tmp_path / "digits" / "model", overwrite=True)
-    stages.run(_config(models, **one, smooth_samples=3), tmp_path / "out")
+    tasks.run(_config(models, **one, smooth_samples=3), tmp_path / "out")
     assert _computed(capsys) == {"saliency"}
     assert _files(tmp_path / "out")["saliency.csv"] != second["saliency.csv"]
 
@@ -588,23 +587,23 @@ def test_a_study_report_gets_the_most_telling_pictures(networks, tmp_path, capsy
     config = _config(networks)
     config.report.analyses = ("shape", "influence")
     models = {"natural": load_model(networks[0]), "l2:0.25": load_model(networks[1])}
-    sections = study_sections(config, models, _data(), models, _data(), tmp_path)
+    sections = study_sections(read(config), models, _data(), models, _data(), tmp_path)
     assert [section.title for section in sections] == [
         "Shape against texture",
         "Influence of training images",
     ]
     assert set(sections[1].files) == {"influence.csv", "matches.csv"}
     assert _computed(capsys) == {"shape", "influence"}
-    assert study_sections(config, models, _data(), models, _data(), tmp_path) == sections
+    assert study_sections(read(config), models, _data(), models, _data(), tmp_path) == sections
     assert _computed(capsys) == set()
     # Trials that start from other networks: their heads, and the same shape bias.
     begun = models | {"natural": normalised_by(models["natural"], _data().train.images)}
-    others = study_sections(config, models, _data(), begun, _data(), tmp_path)
+    others = study_sections(read(config), models, _data(), begun, _data(), tmp_path)
     assert _computed(capsys) == {"influence"} and others[0] == sections[0]
-    assert others[1] == study_sections(config, begun, _data(), begun, _data(), tmp_path / "begun")[1]
+    assert others[1] == study_sections(read(config), begun, _data(), begun, _data(), tmp_path / "begun")[1]
     assert others[1].files != sections[1].files
     config.report.analyses = ()
-    assert study_sections(config, models, _data(), models, _data(), tmp_path) == []
+    assert study_sections(read(config), models, _data(), models, _data(), tmp_path) == []
 
 
 def test_a_study_report_is_of_few_images_and_of_what_each_dataset_has(networks, tmp_path, monkeypatch):
@@ -626,18 +625,18 @@ def test_a_study_report_is_of_few_images_and_of_what_each_dataset_has(networks, 
     few = data._replace(
         train=Split(*(x[:180] for x in data.train)), test=Split(*(x[:110] for x in data.test))
     )
-    drawn = study_sections(config, models, data, models, few, tmp_path)
+    drawn = study_sections(read(config), models, data, models, few, tmp_path)
     assert [section.title for section in drawn] == list(config.report.analyses)
     assert cases[0][0] == "influence" and len(cases) == 4
     own, ranked = cases[1][1], cases[0][1]
     assert all(case is own for _, case in cases[1:]) and own.brief and ranked.brief
     for case, dataset, numbers in ((own, data, (150, 128, 200, 200)), (ranked, few, (110, 110, 110, 180))):
         names = ("num_images", "num_measured", "num_queries", "num_train")
-        assert tuple(case.settings[name] for name in names) == numbers
+        assert tuple(getattr(case.settings, name) for name in names) == numbers
         assert case.settings.num_steps == 200 and case.dataset is dataset
         assert [subject.label for subject in case.subjects] == [OWN, LETTER]
     assert config.interpret.num_measured == 700  # the user's own stays
-    assert study_sections(config, {}, None, {}, data, tmp_path) == []
+    assert study_sections(read(config), {}, None, {}, data, tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -660,7 +659,7 @@ def test_what_cannot_be_is_one_line(networks, tmp_path, change, said):
     for key, value in change.items():
         (config if key in config else config.interpret)[key] = value
     with pytest.raises(ConfigError) as error:
-        stages.run(config, tmp_path / "new")
+        tasks.run(config, tmp_path / "new")
     assert said in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
 
@@ -672,7 +671,7 @@ def test_networks_that_cannot_stand_side_by_side(networks, tmp_path):
         ([networks[0]] * 2, "two models are called"),
     ):
         with pytest.raises(ConfigError, match=said):
-            stages.run(_config(models), tmp_path / "new")
+            tasks.run(_config(models), tmp_path / "new")
 
 
 def test_whose_classes_a_network_reads(networks):
@@ -692,6 +691,6 @@ def test_shape_is_not_measured_on_networks_of_other_classes(networks, tmp_path):
     """With a folder of images too, and no thousand classes."""
     Image.new("RGB", (16, 16)).save(tmp_path / "cat1-dog1.png")
     config = _config(networks[:1], analyses=("shape",), cue_conflict=str(tmp_path))
-    stages.run(config, tmp_path / "out")
+    tasks.run(config, tmp_path / "out")
     assert "Not measured: these networks read neither" in (tmp_path / "out/report.html").read_text()
     assert not (tmp_path / "out/shape.csv").exists()

@@ -1,5 +1,6 @@
 """The command line: bad input is one clear line, exit code 2, and nothing written."""
 
+import json
 import os
 import shlex
 import shutil
@@ -16,10 +17,11 @@ from PIL import Image
 
 from advtransfer import config as base
 from advtransfer import main as command
-from advtransfer import stages
-from advtransfer.config import ConfigError, validate
+from advtransfer import tasks
+from advtransfer.config import ConfigError, read
 from advtransfer.data import choose_augmentation
 from advtransfer.report import COLUMNS
+from advtransfer.source import parse_source
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,10 +52,13 @@ def launch(monkeypatch, capsys):
         ("--config.train.num_epochs=many", ["--config.train.num_epochs", "many"]),
         ("--config=experiments/nope.py", ["experiments/nope.py", "No such file"]),
         (f"--config={ROOT / 'experiments/source.py'}:l2:abc", ["'l2:abc': write natural", "l2:0.5"]),
-        ("--config.study.num_train_images=(50,'a')", ["config.study.num_train_images", "'a' is no int"]),
+        (
+            "--config.study.num_train_images=(50,'a')",
+            ["config.study.num_train_images=(50, 'a') must be"],
+        ),
         ("--workdr=x", ["workdr"]),
         ("workdir", ["workdir", "--NAME=VALUE"]),
-        ("--config.train.eps=-1", ["config.train.eps=-1.0", "must not be negative"]),
+        ("--config.train.eps=-1", ["config.train.eps=-1.0", "must be a number, 0 or more"]),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(launch, argument, words, tmp_path, monkeypatch):
@@ -75,7 +80,7 @@ def test_a_mistake_ends_a_real_process_in_the_same_way(tmp_path):
         timeout=300,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "config.train.eps=-1.0 must not be negative\n"
+    assert done.stderr == "config.train.eps=-1.0 must be a number, 0 or more\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -93,7 +98,7 @@ def test_plan_says_what_would_run_and_writes_nothing(launch, tmp_path, monkeypat
     # At k = 1: 1,597 images, and what enters the last block of a network of width 16, 4 × 4 × 64 floats.
     assert f"{1597 * 4 * 4 * 64 * 4 / 1e6:.1f} MB" in size
     assert all(name in there for name in ("H200", "A100", "v5e"))
-    assert "by running the beginning of 1 of 7 kinds" in here and "training of the sources" in training
+    assert "by running the beginning of k = 0" in here and "training of the sources" in training
     assert list(tmp_path.iterdir()) == []
 
 
@@ -108,24 +113,24 @@ def _config(name="quickstart", *argument):
 
 def _set(config, changes):
     for key, value in changes.items():
-        room, _, leaf = key.rpartition(".")
-        (config[room] if room else config)[leaf] = value
+        section, _, leaf = key.rpartition(".")
+        (config[section] if section else config)[leaf] = value
     return config
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"train.norm": "l2", "train.eps": -0.5}, "config.train.eps=-0.5 must not be negative"),
-        ({"train.eps": 0.5}, "config.train.eps=0.5 does not go with config.train.norm=none"),
+        ({"train.norm": "l2", "train.eps": -0.5}, "config.train.eps=-0.5 must be a number, 0 or more"),
+        ({"train.eps": 0.5}, "config.train.eps=0.5 does not go with norm=none"),
         ({"train.norm": "l1"}, "config.train.norm='l1' must be one of none, l2, linf"),
         ({"stage": "sauce"}, "config.stage='sauce' must be one of"),
         ({"study.num_unfrozen_blocks": (0, 5)}, "config.study.num_unfrozen_blocks: .* has 4"),
         ({"study.num_unfrozen_blocks": (-2,)}, "config.study.num_unfrozen_blocks=.*-1"),
         ({"study.num_train_images": (50, 801)}, "config.study.num_train_images: .*801.* 1 to 800"),
-        ({"study.views": ("red",)}, "config.study.views=.*must be some of natural"),
-        ({"study.fewer_seeds": ((100, 0),)}, "config.study.fewer_seeds=.*pairs of positive numbers"),
-        ({"study.learning_rates": (0.1, "x")}, "config.study.learning_rates=.*'x' is no float"),
+        ({"study.views": ("red",)}, "config.study.views=.*must be names of natural"),
+        ({"study.fewer_seeds": ((100, 0),)}, "config.study.fewer_seeds=.*pairs of whole numbers, 1 or more"),
+        ({"study.learning_rates": (0.1, "x")}, "config.study.learning_rates=.*'x'.* must be numbers above 0"),
         ({"study.targets": "builtin:digits,tfds"}, "config.study.targets: unknown dataset 'tfds'"),
         ({"study.epochs": (1,), "study.split": "validation"}, "chosen on these images: report on test"),
         ({"transfer.evaluate_epochs": (1, 999)}, "config.transfer.evaluate_epochs"),
@@ -133,16 +138,16 @@ def _set(config, changes):
         ({"transfer.head_init": "xavier"}, "config.transfer.head_init='xavier' must be one of"),
         ({"train.dataset": "builtin:glyph"}, "config.train.dataset: .*did you mean builtin:glyphs"),
         ({"train.dataset": "http:glyphs"}, "config.train.dataset: .*prefix 'http'"),
-        ({"train.architecture": "resnet51"}, "config.train.architecture: .*nearest: resnet50"),
-        ({"train.batch_size": 10_000}, "config.train.batch_size: 10000 is larger than the 8192"),
-        ({"train.batch_size": 127}, "config.train.batch_size: .*2 devices"),
-        ({"train.momentum": 1.0}, r"config.train.momentum=1.0 must be in \[0, 1\)"),
-        ({"train.momentum": -0.1}, r"config.train.momentum=-0.1 must be in \[0, 1\)"),
+        ({"train.architecture": "resnet51"}, "config.train: .*nearest: resnet50"),
+        ({"train.batch_size": 10_000}, "config.train: batch_size=10000 is larger than the 8192"),
+        ({"train.batch_size": 127}, "config.train: .*2 devices"),
+        ({"train.momentum": 1.0}, "config.train.momentum=1.0 must be a number from 0 to below 1"),
+        ({"train.momentum": -0.1}, "config.train.momentum=-0.1 must be a number from 0 to below 1"),
         ({"study.sources": "natural,natural"}, "config.study.sources: two sources are called 'natural'"),
         ({"study.sources": "natural,l2:"}, "config.study.sources: 'l2:'.*l2:0.5"),
         ({"study.sources": "no/such"}, "config.study.sources: 'no/such' is no model folder"),
         ({"study.sources": "natural,l2:inf"}, "config.study.sources: 'l2:inf'.*positive"),
-        ({"train.mean": ("a", "b", "c")}, "config.train.mean=.*'a' is no float"),
+        ({"train.mean": ("a", "b", "c")}, "config.train.mean=.*'a'.* must be three numbers"),
         ({"evaluate.batch_size": 255}, "config.evaluate.batch_size: .*2 devices"),
         ({"stage": "evaluate"}, "config.evaluate.model: name a model: a folder"),
         ({"stage": "evaluate", "evaluate.model": "no/such"}, "config.evaluate.model: .*no model folder"),
@@ -153,7 +158,7 @@ def _set(config, changes):
 )
 def test_an_impossible_value_names_its_key_and_writes_nothing(changes, words, tmp_path):
     config = _set(_config(), changes)
-    for act in (stages.plan, stages.run):
+    for act in (tasks.plan, tasks.run):
         with pytest.raises(ConfigError, match=words) as caught:
             act(config, tmp_path / "results")
         assert "\n" not in str(caught.value)
@@ -164,28 +169,28 @@ def test_a_key_that_does_not_exist_is_named_with_the_nearest():
     config = base.default()
     with config.unlocked():
         config.train.learning_rat = 0.1
-    with pytest.raises(ConfigError, match="config.train.learning_rat is no key: did you mean"):
-        validate(config)
+    with pytest.raises(ConfigError, match="config.train.learning_rat does not exist: did you mean"):
+        read(config)
 
 
 def test_a_workdir_of_another_config_is_left_alone(tmp_path):
-    (tmp_path / "config.json").write_text(base.to_json(_config()))
+    (tmp_path / "config.json").write_text(json.dumps(_config().to_dict()))
     other = _set(_config(), {"train.momentum": 0.5, "train.learning_rate": 0.07})
     message = r"train.learning_rate: .* 0.07 now.*train.momentum: .* 0.5 now.*another --workdir"
     with pytest.raises(ConfigError, match=message):
-        stages.run(other, tmp_path)
+        tasks.run(other, tmp_path)
     wider = _set(_config(), {"study.num_seeds": 1, "report.title": "x", "train.log_every": 7})
-    assert "fine-tune" in stages.plan(wider, tmp_path)
+    assert "fine-tune" in tasks.plan(wider, tmp_path)
     (tmp_path / "config.json").write_text("{torn")
     with pytest.raises(ConfigError, match="config.json is not a configuration"):
-        stages.plan(_config(), tmp_path)
+        tasks.plan(_config(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_a_workdir_under_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written: .*file: Not a directory"):
-        stages.plan(_config(), tmp_path / "file" / "results")
+        tasks.plan(_config(), tmp_path / "file" / "results")
 
 
 def test_a_workdir_on_a_read_only_mount_is_refused(tmp_path):
@@ -194,7 +199,7 @@ def test_a_workdir_on_a_read_only_mount_is_refused(tmp_path):
     if os.getuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a disk needs root")
     try:
-        for act in (stages.plan, stages.run):
+        for act in (tasks.plan, tasks.run):
             with pytest.raises(ConfigError, match="cannot be written: .*Read-only file system"):
                 act(_config(), tmp_path / "results")
     finally:
@@ -203,7 +208,7 @@ def test_a_workdir_on_a_read_only_mount_is_refused(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.py")), ids=lambda p: p.stem)
 def test_every_experiment_is_valid_and_says_how_to_run_it(path):
-    validate(_config(path.stem))
+    read(_config(path.stem))
     docstring = path.read_text().split('"""')[1]
     assert "python launch.py" in docstring
 
@@ -229,7 +234,7 @@ CIFAR = (0.1, 5e-4, 128, 150, 7, 0.2, 4, 0.25, 2.0, 0.0, 0.0)
 )
 def test_recipes_of_sources(recipe, source, norm, eps, attacked, numbers):
     config = _config(f"source_{recipe}", source)
-    train, augmentation = config.train, choose_augmentation(config.train.augmentation)
+    train, augmentation = config.train, choose_augmentation(read(config).training.augmentation)
     assert (train.norm, train.eps) == (norm, eps)
     assert (config.evaluate.norm, config.evaluate.eps) == attacked
     assert numbers == (
@@ -259,7 +264,7 @@ def test_recipes_of_sources(recipe, source, norm, eps, attacked, numbers):
 )
 def test_what_names_no_source_is_refused(text):
     with pytest.raises(ValueError, match=f"'{text}': write natural, NORM:EPS"):
-        base.parse_source(text)
+        parse_source(text)
 
 
 @pytest.mark.process
@@ -290,7 +295,7 @@ OWN = {
     ),
     "a key too many": (
         "with c.unlocked():\n        c.train.epochs = 3\n    return c",
-        "config.train.epochs is no key",
+        "config.train.epochs does not exist",
     ),
     "an error of its own": ("return 1 / 0", "division by zero"),
 }
@@ -315,7 +320,7 @@ def test_overrides_may_stand_in_a_file_of_flags(launch, tmp_path, monkeypatch, e
     lines = [config] * inside + [f"--config.train.num_epochs{equals}3", "--plan"]
     (tmp_path / "flags").write_text("\n".join(lines) + "\n")
     monkeypatch.setattr(
-        stages, "plan", lambda config, workdir: f"{config.train.num_epochs} epochs in {workdir}"
+        tasks, "plan", lambda config, workdir: f"{config.train.num_epochs} epochs in {workdir}"
     )
     done = launch(*([] if inside else [config]), f"--flagfile={tmp_path / 'flags'}")
     assert (done.code, done.out) == (0, "3 epochs in runs/source\n"), done.err
@@ -330,11 +335,11 @@ def test_overrides_may_stand_in_a_file_of_flags(launch, tmp_path, monkeypatch, e
     ],
 )
 def test_every_end_has_a_code_and_one_line(launch, tmp_path, monkeypatch, error, code, message):
-    def run(config, workdir):
+    def run(config, workdir, command):
         Path(workdir).mkdir()
         raise error
 
-    monkeypatch.setattr(stages, "run", run)
+    monkeypatch.setattr(tasks, "run", run)
     done = launch(f"--workdir={tmp_path / 'out'}")
     assert done.code == code and message in done.err and len(done.err.splitlines()) == 1
     if code == 4:
@@ -349,8 +354,8 @@ def test_every_end_has_a_code_and_one_line(launch, tmp_path, monkeypatch, error,
             "--config.seed=100000000000000000000",
             "config.seed=100000000000000000000 must be a whole number from 0",
         ),
-        ("--config.train.std=(1e999,1.,1.)", "config.train.std=(inf, 1.0, 1.0) must be finite"),
-        ("--config.train.learning_rate=nan", "config.train.learning_rate=nan must be finite"),
+        ("--config.train.std=(1e999,1.,1.)", "config.train.std=(inf, 1.0, 1.0) must be"),
+        ("--config.train.learning_rate=nan", "config.train.learning_rate=nan must be"),
     ],
 )
 def test_numbers_that_no_computation_takes(launch, option, message):

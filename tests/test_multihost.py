@@ -9,7 +9,7 @@ import jax
 import pytest
 from faults import finish, launcher, saved_steps, together, wait_until
 
-from advtransfer import parallel, stages
+from advtransfer import parallel, tasks
 from advtransfer.config import ConfigError, default
 from advtransfer.models import init_variables, load_model, save_model
 from advtransfer.report import read_rows
@@ -141,4 +141,4 @@ def test_what_runs_in_one_process_says_so(stage, monkeypatch):
     config = default()
     config.stage = stage
     with pytest.raises(ConfigError, match=f"config.stage={stage} runs in one process"):
-        stages.plan(config, "unused")
+        tasks.plan(config, "unused")

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import chex
@@ -16,12 +17,12 @@ from test_transfer import CLASSES, KEY, MODEL, NUM_TRAIN, RECIPE, TEST, TRAIN
 
 import advtransfer as at
 from advtransfer import config as base
-from advtransfer import stages
-from advtransfer.config import ConfigError, validate
+from advtransfer import tasks
+from advtransfer.config import ConfigError, read
 from advtransfer.data import Split
 from advtransfer.models import Model, ModelSpec, create_module, init_variables, load_model, save_model
 from advtransfer.report import make_outcome, read_rows
-from advtransfer.stages import one_model
+from advtransfer.tasks import one_model
 from advtransfer.train import DivergedError
 from advtransfer.transfer import Choice, choose_k, depths, fine_tune_one, possible_folds, rule_of_thumb
 from advtransfer.transfer.choose_k import RULE, _within_one_error, make_folds
@@ -244,7 +245,6 @@ IMAGES, LABELS = TRAIN
         ({"num_unfrozen_blocks": "auto"}, "num_unfrozen_blocks='auto': .* one of rule, cross_validation"),
         ({"num_unfrozen_blocks": 3}, "cannot unfreeze 3 blocks: this network has 2"),
         ({"num_unfrozen_blocks": "cross_validation", "num_folds": 1}, "in 1 folds: give at least 2"),
-        ({"recipe": RECIPE._replace(weight_decay="0")}, "weight_decay='0' must be 0 or more"),
         ({"folder": "/proc/no"}, "/proc"),
     ],
 )
@@ -271,14 +271,14 @@ def test_files_of_others_are_left_alone(tmp_path, monkeypatch):
 
 def test_a_training_that_diverges_leaves_nothing(tmp_path):
     with pytest.raises(DivergedError, match=r"learning rate 1e\+38"):
-        tune(TRAIN.images, TRAIN.labels, recipe=RECIPE._replace(learning_rate=1e38), folder=tmp_path / "no")
+        tune(TRAIN.images, TRAIN.labels, recipe=replace(RECIPE, learning_rate=1e38), folder=tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 
 def test_it_has_diverged_when_its_last_loss_says_so(monkeypatch):
     losses = {"train_loss": np.array([1.0, 2.0, 3.0, np.nan])}
     monkeypatch.setattr(one_model, "fine_tune_one", lambda *_, **__: (MODEL, losses))
-    recipe = RECIPE._replace(num_epochs=4, evaluate_epochs=(1, 2, 3, 4))
+    recipe = replace(RECIPE, num_epochs=4, evaluate_epochs=(1, 2, 3, 4))
     with pytest.raises(DivergedError, match="became NaN"):
         tune(TRAIN.images, TRAIN.labels, recipe=recipe)
     losses["train_loss"] = losses["train_loss"][::-1]
@@ -319,7 +319,7 @@ def test_a_batch_is_cut_to_the_smallest_of_what_folds_leave(batch_size, expected
         return {"test_accuracy": np.full((1, 1), 0.5)}
 
     monkeypatch.setattr(choose_k_module, "fine_tune_many", tune)
-    recipe = RECIPE._replace(frozen_batch_norm="target", batch_size=batch_size)
+    recipe = replace(RECIPE, frozen_batch_norm="target", batch_size=batch_size)
     monkeypatch.setattr(choose_k_module, "depths", lambda _: (0, 1))
     train = Split(*(np.tile(x, (4, *[1] * (x.ndim - 1)))[:19] for x in TRAIN))
     choose_k("cross_validation", MODEL, train, num_classes=3, key=KEY, num_folds=3, recipe=recipe)
@@ -332,12 +332,12 @@ def test_cross_validation_is_a_loop_over_single_trainings(mode, candidates, monk
     assert depths(MODEL.module.num_blocks) == (0, 1, -1)
     monkeypatch.setattr(choose_k_module, "depths", lambda _: candidates)
     train = Split(*(x[:18] for x in TRAIN))
-    recipe = RECIPE._replace(frozen_batch_norm=mode, batch_size=15)  # more than the 12 that a fold leaves
+    recipe = replace(RECIPE, frozen_batch_norm=mode, batch_size=15)  # more than the 12 that a fold leaves
     choice = choose_k("cross_validation", MODEL, train, num_classes=3, key=KEY, num_folds=3, recipe=recipe)
     assert choice.candidates == candidates
     key = jax.random.fold_in(KEY, 0xF01D)
     folds = make_folds(train.labels, 3, key)
-    alone = recipe._replace(batch_size=12, evaluate_epochs=(3,))
+    alone = replace(recipe, batch_size=12, evaluate_epochs=(3,))
     for c, k in enumerate(candidates):
         for f, fold in enumerate(folds):
             rest = sorted({*range(18)} - {*fold.tolist()})
@@ -398,9 +398,9 @@ def source(tmp_path_factory):
 
 def test_the_stage_chooses_tells_and_can_be_run_again(source, tmp_path, monkeypatch):
     config = _config(source, choose_num_unfrozen_blocks="cross_validation")
-    assert "among 0, 1, all: 6 fine-tunings more, 2 folds each" in stages.plan(config, tmp_path)
+    assert "among 0, 1, all: 6 fine-tunings more, 2 folds each" in tasks.plan(config, tmp_path)
     monkeypatch.setattr(choose_k_module, "depths", lambda _: (0, 1))
-    stages.run(config, tmp_path)
+    tasks.run(config, tmp_path)
     with (tmp_path / "choice.csv").open() as file:
         choice = list(csv.DictReader(file))
     assert [row["num_unfrozen_blocks"] for row in choice] == ["0", "1"]
@@ -415,16 +415,16 @@ def test_the_stage_chooses_tells_and_can_be_run_again(source, tmp_path, monkeypa
     confusion = np.array([row[1:] for row in table[1:]], int)
     assert np.trace(confusion) / confusion.sum() == pytest.approx(rows[-1]["test_accuracy"], abs=1e-6)
     page = (tmp_path / "report.html").read_bytes()
-    stages.run(config, tmp_path)
+    tasks.run(config, tmp_path)
     assert (tmp_path / "report.html").read_bytes() == page
     assert b"blank, fine-tuned on builtin:digits" in page and b"in 2 folds" in page
 
 
 def test_the_plan_says_what_the_rule_takes(source, tmp_path):
     config = _config(source, choose_num_unfrozen_blocks="rule")
-    assert "fine-tune 0 blocks (by the rule of thumb) of resnet_tiny on 30" in stages.plan(config, tmp_path)
+    assert "fine-tune 0 blocks (by the rule of thumb) of resnet_tiny on 30" in tasks.plan(config, tmp_path)
     config.transfer.num_train_images = -1
-    assert "fine-tune 1 blocks (by the rule of thumb)" in stages.plan(config, tmp_path)
+    assert "fine-tune 1 blocks (by the rule of thumb)" in tasks.plan(config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def test_an_impossible_choice_names_its_key(changes, words):
     config.stage = "transfer"
     config.transfer.update(changes)
     with pytest.raises(ConfigError, match=words):
-        validate(config)
+        read(config)
 
 
 @pytest.mark.parametrize("change", [{"choose_num_unfrozen_blocks": "rule"}, {"num_folds": 3}])
@@ -448,12 +448,12 @@ def test_a_study_chooses_nothing(change):
     config = base.default()
     config.transfer.update(change)
     with pytest.raises(ConfigError, match="is for config.stage=transfer"):
-        validate(config)
+        read(config)
 
 
 def test_too_few_images_of_a_class_are_told_before_anything_is_written(source, tmp_path):
     config = _config(source, choose_num_unfrozen_blocks="cross_validation")
     config.transfer.update(num_train_images=10, batch_size=10)
     with pytest.raises(ConfigError, match="config.transfer.choose_num_unfrozen_blocks: class 0 has one"):
-        stages.run(config, tmp_path / "out")
+        tasks.run(config, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,17 +1,27 @@
 """The paper's grid: how many models, which seeds, and what the two protocols cost before anything runs."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advtransfer import config as base
-from advtransfer.config import validate
+from advtransfer.config import read
 from advtransfer.data import Augmentation, Dataset, Split
 from advtransfer.models import create_module
-from advtransfer.study import Source, accelerator_hours, caches_of, flatten, make_trials, pieces_of
+from advtransfer.study import (
+    Grid,
+    Source,
+    Start,
+    accelerator_hours,
+    caches_of,
+    flatten,
+    make_cells,
+    make_trials,
+    pieces_of,
+)
 from advtransfer.study.trials import seeds_of
 
 SIZES = {
@@ -30,7 +40,7 @@ def config_of(name, *args):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(*args)
-    validate(config)
+    read(config)
     return config
 
 
@@ -52,9 +62,15 @@ TARGETS = {name: _target(name) for name in SIZES}
 
 
 def _grid(config):
-    names = config.study.sources.split(",")
-    sources = {name: Source(name, "none", 0.0, name) for name in names}
-    return make_trials(config, names, lambda cell: (sources[cell.source], TARGETS[cell.target]))
+    options, names = read(config), config.study.sources.split(",")
+    cells = make_cells(options.grid, names, config.study.targets.split(","))
+    return make_trials(
+        options.grid,
+        options.recipe,
+        cells,
+        lambda cell: Start(Source(cell.source, "none", 0.0, cell.source), None, TARGETS[cell.target]),
+        stratified=options.target.stratified,
+    )
 
 
 def _hours(config):
@@ -82,11 +98,10 @@ def test_the_grid_has_as_many_models_as_the_paper(name):
 
 
 def test_fewer_seeds_are_never_more():
-    study = base.default().study
-    study.update(num_seeds=20, fewer_seeds=((100, 5), (200, 10), (50, 40)))
-    assert [len(seeds_of(study, n)) for n in (49, 50, 99, 100, 200)] == [20, 20, 20, 5, 5]
-    study.seeds = (7, 3, *range(100, 130))
-    assert list(seeds_of(study, 100)) == [7, 3, 100, 101, 102]
+    grid = Grid(num_seeds=20, fewer_seeds=((100, 5), (200, 10), (50, 40)))
+    assert [len(seeds_of(grid, n)) for n in (49, 50, 99, 100, 200)] == [20, 20, 20, 5, 5]
+    grid = replace(grid, seeds=(7, 3, *range(100, 130)))
+    assert list(seeds_of(grid, 100)) == [7, 3, 100, 101, 102]
 
 
 def test_the_papers_protocol():
@@ -95,7 +110,9 @@ def test_the_papers_protocol():
         colour = Augmentation(crop_padding=4, flip=True, jitter=0.25, rotation=2.0)
         assert trial.recipe.augmentation == (Augmentation() if "mnist" in trial.target else colour)
         assert trial.recipe.evaluate_epochs == (1, 11, 21, 41, 81, 150)
-        assert trial.recipe[3:8] == (0.1, "step", 0.9, False, 5e-4)
+        recipe = trial.recipe
+        assert (recipe.learning_rate, recipe.schedule, recipe.momentum) == (0.1, "step", 0.9)
+        assert recipe.weight_decay == 5e-4
         assert (trial.recipe.head_init, trial.recipe.frozen_batch_norm) == ("normal", "update")
 
 

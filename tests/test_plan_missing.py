@@ -9,14 +9,14 @@ from test_data_tfds import encode, write_set
 from test_launch import ROOT, _config, launch  # noqa: F401 (a fixture)
 from test_paper_grid import SIZES
 
-from advtransfer import stages
-from advtransfer.config import ConfigError
+from advtransfer import tasks
+from advtransfer.config import ConfigError, read
 from advtransfer.data import Target, choose_augmentation, load_dataset, plan_dataset, planned
 from advtransfer.data.planned import known_sizes
 from advtransfer.data.stream import StreamedSplit
 from advtransfer.models import ARCHITECTURES, create_module
-from advtransfer.stages import missing, named_models
-from advtransfer.stages.named_models import find_model, plan_model
+from advtransfer.tasks import inputs, missing, study_inputs, study_plan
+from advtransfer.tasks.inputs import find_model
 from advtransfer.torch_checkpoint import KNOWN_MODELS, KnownModel, file_bytes, hub
 
 SOURCES = _config("paper_study").study.sources.split(",")
@@ -89,7 +89,7 @@ def test_the_papers_grid_is_planned_from_what_is_known(name, launch, empty):  # 
     ],
 )
 def test_every_experiment_is_planned(experiment, words, launch, empty, monkeypatch):  # noqa: F811
-    for stage in (stages.transfer, stages.study_grid):  # the statistics of noise are nobody's
+    for stage in (tasks.transfer, study_inputs):  # the statistics of noise are nobody's
         monkeypatch.setattr(stage, "normalised_by", lambda *_: pytest.fail("normalises by noise"))
     more = {
         "import_source.py": [f"source={SOURCES[1]}", "verify=tfds:imagenet2012"],
@@ -128,7 +128,7 @@ def test_a_run_names_all_missing_sets_before_it_begins(change, launch, empty):  
 def test_a_set_of_unknown_size_is_the_error_that_it_was(empty):
     config = _config("source")
     config.train.dataset = "tfds:emnist"
-    for act in (stages.plan, stages.run):
+    for act in (tasks.plan, tasks.run):
         with pytest.raises(ConfigError) as error:
             act(config, empty / "run")
         with pytest.raises(ValueError, match="tfds:emnist is not prepared") as plain:
@@ -136,14 +136,14 @@ def test_a_set_of_unknown_size_is_the_error_that_it_was(empty):
         assert str(error.value) == f"config.train.dataset: {plain.value}"
     config.train.dataset = "tfds:svhn_cropped:train+extra"
     with pytest.raises(ConfigError, match="config.train.dataset: tfds:svhn_cropped:train.extra is not prep"):
-        stages.plan(config, empty / "run")
+        tasks.plan(config, empty / "run")
     config = _config("study_small")
     config.study.targets = "tfds:emnist,tfds:mnist,tfds:minst"
     with pytest.raises(ConfigError, match="study.targets: unknown dataset 'tfds:minst'"):
-        stages.run(config, empty / "run")
+        tasks.run(config, empty / "run")
     config.study.targets = "tfds:emnist,tfds:mnist"
     with pytest.raises(ConfigError, match="study.targets: .*tfds:emnist: pip.*tfds:mnist .60,000 .* images"):
-        stages.run(config, empty / "run")
+        tasks.run(config, empty / "run")
     assert not (empty / "run").exists()
 
 
@@ -151,7 +151,7 @@ def test_a_model_of_unknown_shape_is_not_downloaded_by_a_plan(empty):
     config = _config("transfer")
     config.source = "hf:somebody/else/resnet50_l2_eps3.ckpt"
     with pytest.raises(ConfigError, match=r"config.source: hf:somebody/else/.* is not on this machine"):
-        stages.plan(config, empty / "run")
+        tasks.plan(config, empty / "run")
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def test_a_placeholder_looks_like_its_set(caplog):
         assert placeholder.train.nbytes == (num_train - 5000) * side * side * 3
         assert placeholder.test.num_images == num_test and placeholder.validation.num_images == 0
         assert len(placeholder.class_names) == len(np.unique(placeholder.train.labels)) == num_classes
-        keys = _config("paper_study").transfer.augmentation
-        assert choose_augmentation(keys, placeholder.train.images).crop_padding == preset_crops
+        recipe = read(_config("paper_study")).recipe
+        assert choose_augmentation(recipe.augmentation, placeholder.train.images).crop_padding == preset_crops
     assert plan_dataset("tfds:mnist", image_size=16, enlarge=False, set_aside=False).train.images.shape == (
         (60_000, 16, 16, 3)
     )
@@ -225,7 +225,7 @@ def test_a_plan_is_the_same_before_and_after_the_set_is_prepared(loading, rates,
     config.study.views = ("natural", "silhouette")
 
     def plan():
-        return re.sub(r"[\d,]+ MB are free", "", stages.plan(config, empty / "run")).splitlines()
+        return re.sub(r"[\d,]+ MB are free", "", tasks.plan(config, empty / "run")).splitlines()
 
     before = plan()
     small_mnist()
@@ -236,9 +236,9 @@ def test_a_plan_is_the_same_before_and_after_the_set_is_prepared(loading, rates,
 @pytest.mark.parametrize("gone", ["model", "images"])
 def test_nothing_is_measured_before_all_is_there(gone, small_mnist, empty, monkeypatch):
     known = KnownModel("a.pt", "me/a", "resnet_tiny", "l2", 0.5, "CIFAR-10", None, "", "", "", image_size=8)
-    for module in (named_models, missing):
+    for module in (inputs, missing):
         monkeypatch.setattr(module, "known_on_hub", lambda name: known)
-    monkeypatch.setattr(stages.study_plan, "measure_speed", lambda *_, **__: pytest.fail("measures"))
+    monkeypatch.setattr(study_plan, "measure_speed", lambda *_, **__: pytest.fail("measures"))
     config = _config("study_small")
     config.train.update(dataset="tfds:mnist", image_size=8, batch_size=8)
     sources = {"model": "hf:me/a/a.pt,natural", "images": "natural,l2:0.5"}[gone]
@@ -246,7 +246,7 @@ def test_nothing_is_measured_before_all_is_there(gone, small_mnist, empty, monke
     config.study.update(num_unfrozen_blocks=(0,), calibration=30.0)
     if gone == "model":
         small_mnist()
-    lines = stages.plan(config, empty / "run").splitlines()
+    lines = tasks.plan(config, empty / "run").splitlines()
     # Two sources have a cache each, although neither has weights yet.
     assert lines[3].endswith(" of 2 caches")
     assert lines[6].startswith("nothing is measured here")
@@ -270,12 +270,12 @@ def test_a_file_holds_its_networks_numbers():
 
 
 def test_a_known_model_is_planned_as_what_it_is(monkeypatch):
-    model = plan_model(SOURCES[2], np.float32)
+    model = find_model(SOURCES[2], "float32", planned=True)
     spec = model.spec
     assert (spec.architecture, spec.num_classes, spec.image_size) == ("resnet50", 1000, 224)
     assert (spec.norm, spec.eps, model.variables) == ("linf", 4 / 255, {})
     assert model.module == create_module("resnet50", num_classes=1000, dtype=np.float32)
     monkeypatch.setattr(hub, "_cached", lambda *_: ROOT / "setup.py")  # there, so it is read
-    for find in (plan_model, find_model):
+    for is_planned in (True, False):
         with pytest.raises(ValueError, match="setup.py"):
-            find(SOURCES[2], np.float32)
+            find_model(SOURCES[2], "float32", planned=is_planned)

@@ -12,7 +12,7 @@ import pytest
 from test_report_rows import make_row
 
 from advtransfer import config as base
-from advtransfer import stages
+from advtransfer import tasks
 from advtransfer.report import COLUMNS, read_foreign_rows, read_rows, write_report, write_rows
 
 
@@ -134,13 +134,13 @@ def test_the_stage_tells_it_too_and_draws_the_papers_numbers(tmp_path, capsys):
     config = base.default()
     config.stage, config.rows = "report", str(foreign(tmp_path, [*rows, make_row(target="")]))
     config.report.reference = "paper"
-    stages.run(config, tmp_path / "report")
+    tasks.run(config, tmp_path / "report")
     assert "1 row: left out" in capsys.readouterr().out
     text = (tmp_path / "report" / "report.html").read_text()
     assert "1 row: left out" in text and "arXiv:2007.05869" in text
     config.report.reference = "other"
     with pytest.raises(ValueError, match="config.report.reference='other' must be one of none, paper"):
-        stages.run(config, tmp_path / "report")
+        tasks.run(config, tmp_path / "report")
 
 
 def test_a_row_without_a_place_is_left_out_whatever_was_measured(tmp_path):

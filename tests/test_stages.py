@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from advtransfer import config as base
-from advtransfer import source, stages
-from advtransfer.config import ConfigError
+from advtransfer import source, tasks
+from advtransfer.config import ConfigError, read
 from advtransfer.data import Dataset, load_dataset
 from advtransfer.data.recorded import Part, inspect
 from advtransfer.evaluate import predict
@@ -26,10 +26,10 @@ from advtransfer.models import (
     logits_fn,
     save_model,
 )
-from advtransfer.stages import transfer
-from advtransfer.stages.study import _remarks
-from advtransfer.stages.study_grid import Grid, Place
 from advtransfer.study import Source
+from advtransfer.tasks import transfer
+from advtransfer.tasks.study import _remarks
+from advtransfer.tasks.study_inputs import Place, StudyInputs
 from advtransfer.train import DivergedError
 from advtransfer.transfer import normalised_by
 
@@ -53,7 +53,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("study")
-    stages.run(tiny(), workdir)
+    tasks.run(tiny(), workdir)
     return workdir
 
 
@@ -91,25 +91,25 @@ def test_a_study_leaves_sources_rows_summary_and_report(study):
 def test_the_same_command_again_only_rewrites_the_report(study, monkeypatch):
     before, page = _files(study), (study / "report.html").read_bytes()
     monkeypatch.setattr("advtransfer.study.run_group", lambda *_: pytest.fail("ran again"))
-    stages.run(tiny(), study)
+    tasks.run(tiny(), study)
     changed = {name for name, time in _files(study).items() if time != before.get(name)}
     assert not {name for name in changed if name.startswith(("rows/", "sources/"))}
     assert (study / "report.html").read_bytes() == page
-    assert "fine-tune 0 of 8 models" in stages.plan(tiny(), study)
+    assert "fine-tune 0 of 8 models" in tasks.plan(tiny(), study)
 
 
 def test_the_report_of_its_rows_has_the_same_summary(study, tmp_path):
     config = tiny()
     config.stage, config.rows = "report", str(study / "rows.csv")
-    assert "report on 16 rows" in stages.plan(config, tmp_path)
-    stages.run(config, tmp_path)
+    assert "report on 16 rows" in tasks.plan(config, tmp_path)
+    tasks.run(config, tmp_path)
     assert (tmp_path / "summary.csv").read_bytes() == (study / "summary.csv").read_bytes()
 
 
 def test_validation_rows_are_no_test_rows(study):
     config = tiny()
     config.study.split, config.study.num_train_images = "validation", (10,)
-    stages.run(config, study)
+    tasks.run(config, study)
     assert {line.split(",")[1] for line in (study / "summary.csv").read_text().splitlines()[1:]} == {
         "builtin:digits:validation"
     }
@@ -119,8 +119,8 @@ def test_transfer_and_evaluate_take_its_model_folders(study, tmp_path):
     config = tiny()
     config.stage, config.source = "transfer", str(study / "sources" / "l2_0.25" / "model")
     config.transfer.update(num_train_images=25, num_unfrozen_blocks=1)
-    assert "fine-tune 1 blocks of resnet_tiny on 25 images" in stages.plan(config, tmp_path / "digits")
-    stages.run(config, tmp_path / "digits")
+    assert "fine-tune 1 blocks of resnet_tiny on 25 images" in tasks.plan(config, tmp_path / "digits")
+    tasks.run(config, tmp_path / "digits")
     model = load_model(tmp_path / "digits" / "model")
     assert (model.spec.norm, model.spec.provenance["source"]["norm"]) == ("none", "l2")
     with (tmp_path / "digits" / "rows.csv").open() as file:
@@ -130,7 +130,7 @@ def test_transfer_and_evaluate_take_its_model_folders(study, tmp_path):
     config = tiny()
     config.stage, config.evaluate.model = "evaluate", str(tmp_path / "digits" / "model")
     config.evaluate.norm, config.evaluate.num_images = "none", 0
-    stages.run(config, tmp_path / "measured")
+    tasks.run(config, tmp_path / "measured")
     found = json.loads((tmp_path / "measured" / "evaluation.json").read_text())
     assert found["natural_accuracy"] == pytest.approx(float(rows[-1]["test_accuracy"]), abs=1e-6)
     assert "adversarial_accuracy" not in found
@@ -145,31 +145,35 @@ def test_plans_say_of_how_many_blocks_images_steps_and_bytes(tmp_path):
     whole = digits.test.num_images
     for asked, number in ((0, whole), (50, 50), (whole + 1, whole)):
         config.evaluate.num_images = asked
-        said = stages.plan(config, tmp_path / "out")
+        said = tasks.plan(config, tmp_path / "out")
         assert said == f"evaluate resnet_tiny on {number} images of builtin:digits, 2 × PGD-2"
     config.evaluate.norm = "none"
-    assert stages.plan(config, tmp_path / "out").endswith("of builtin:digits")
+    assert tasks.plan(config, tmp_path / "out").endswith("of builtin:digits")
 
     config.stage, config.source = "transfer", config.evaluate.model
     config.transfer.num_train_images = 25
     for k, blocks in ((-1, "all"), (0, "0"), (1, "1")):
         config.transfer.num_unfrozen_blocks = k
         said = f"fine-tune {blocks} blocks of resnet_tiny on 25 images of builtin:digits, 9 steps"
-        assert stages.plan(config, tmp_path / "out") == said
+        assert tasks.plan(config, tmp_path / "out") == said
     config.transfer.num_train_images = -1
-    assert f"on {digits.train.num_images} images of" in stages.plan(config, tmp_path / "out")
+    assert f"on {digits.train.num_images} images of" in tasks.plan(config, tmp_path / "out")
 
     config = tiny()
     config.stage = "source"
     for norm, eps, attack in (("none", 0.0, ""), ("linf", 0.25, " against PGD-3")):
         config.train.update(norm=norm, eps=eps, attack_steps=3)
-        size = source.state_bytes(config, digits) + digits.train.images.nbytes + digits.train.labels.nbytes
+        size = (
+            source.state_bytes(read(config).training, digits)
+            + digits.train.images.nbytes
+            + digits.train.labels.nbytes
+        )
         name = "natural" if norm == "none" else "linf:0.25"
         said = (
             f"source {name}: train resnet_tiny, {digits.train.num_images // 80} steps of 80 images{attack}; "
         )
         said += f"state and images {size / 1e6:,.1f} MB a device"
-        assert stages.plan(config, tmp_path / "out") == said
+        assert tasks.plan(config, tmp_path / "out") == said
     assert not (tmp_path / "out").exists()
 
 
@@ -196,7 +200,7 @@ def test_a_transfer_normalises_natural_sources_and_sets_images_aside_but_of_all(
             transfer, name, lambda *a, own=own, spy=spy, **kw: (spy(*a, **kw), own(*a, **kw))[1]
         )
     for config.transfer.num_train_images in (25, -1):
-        stages.plan(config, tmp_path / "out")
+        tasks.plan(config, tmp_path / "out")
     assert asked == [True, False]
     images = load_dataset("builtin:digits", image_size=8).train.images
     expected = identity(normalised_by(model, images) if changed else model)
@@ -214,8 +218,8 @@ def test_remarks_name_thirty_classes_and_five_broken_images(num_classes, num_ski
     empty = part._replace(skipped=np.empty(0, str), hashes=np.empty(0, np.uint64), labels=split.labels[:0])
     remarks = inspect({"train": part, "validation": empty, "test": empty})
     target = Dataset("mine", tuple(names), split, split, split, remarks=tuple(remarks))
-    grid = Grid([], {Place("mine", "natural", 8, False): target})
-    classes, *broken = _remarks(None, grid)
+    place = Place("mine", "natural", 8, is_whole=False)
+    classes, *broken = _remarks(StudyInputs([], None, [], {place: target}, "source"))
     more = ", … (31)" if num_classes == 31 else ""
     assert classes == f"The classes of mine: {', '.join(names[:30])}{more}."
     end = "; …." if num_skipped == 6 else "."
@@ -232,7 +236,7 @@ def test_a_retrained_model_is_measured_again(study, tmp_path):
         link.unlink(missing_ok=True)
         os.symlink(study / "sources" / name / "model", link)
         config.evaluate.model = str(link)
-        stages.run(config, tmp_path / "measured")
+        tasks.run(config, tmp_path / "measured")
         found = json.loads((tmp_path / "measured" / "evaluation.json").read_text())
         reference = json.loads((study / "sources" / name / "evaluation.json").read_text())
         assert found["model"] == reference["model"]
@@ -244,7 +248,7 @@ def test_a_diverged_transfer_is_an_error_and_leaves_no_model(study, tmp_path):
     config.stage, config.source = "transfer", str(study / "sources" / "natural" / "model")
     config.transfer.num_train_images, config.transfer.learning_rate = 25, 1e38
     with pytest.raises(DivergedError, match=r"learning rate 1e\+38"):
-        stages.run(config, tmp_path)
+        tasks.run(config, tmp_path)
     assert not (tmp_path / "model").exists()
 
 
@@ -253,7 +257,7 @@ def test_a_diverged_trial_has_no_accuracy(study, tmp_path):
     config.study.sources = f"{study}/sources/natural/model"
     config.study.num_train_images = (10,)
     config.transfer.learning_rate = 1e38
-    stages.run(config, tmp_path)
+    tasks.run(config, tmp_path)
     with (tmp_path / "rows.csv").open() as file:
         last = [row for row in csv.DictReader(file) if row["epoch"] == "3"]
     assert last and all(row["test_accuracy"] in ("", "nan") for row in last)
@@ -267,14 +271,14 @@ def test_a_damaged_model_is_named_before_anything_is_written(study, tmp_path):
     (broken / "model.json").write_bytes((study / "sources/natural/model/model.json").read_bytes())
     config.stage, config.evaluate.model = "evaluate", str(broken)
     with pytest.raises(ConfigError, match=r"config.evaluate.model: the weights in .* cannot be read"):
-        stages.run(config, tmp_path / "measured")
+        tasks.run(config, tmp_path / "measured")
     assert not (tmp_path / "measured").exists()
 
 
 def test_two_model_folders_are_told_apart_by_their_parents(study):
     config = tiny()
     config.study.sources = ",".join(f"{study}/sources/{name}/model" for name in ("natural", "l2_0.25"))
-    lines = stages.plan(config, study.parent / "unused").splitlines()
+    lines = tasks.plan(config, study.parent / "unused").splitlines()
     assert [line.split(":")[0] for line in lines[:2]] == ["source natural", "source l2_0.25"]
     assert np.all([not line.endswith("done") for line in lines])
 
@@ -299,13 +303,13 @@ def test_a_folder_of_small_squares_goes_the_whole_way(study, tmp_path):
     config.study.update(num_train_images=(10, -1), num_seeds=1)
     config.transfer.target, config.cache_dir = f"folder:{tmp_path / 'set'}", str(tmp_path / "cache")
     with pytest.raises(ConfigError, match=r"1 of 8 images .* --config.broken_images=skip"):
-        stages.plan(config, tmp_path / "out")
+        tasks.plan(config, tmp_path / "out")
     config.broken_images = "skip"
     config.transfer.augmentation.flip = True  # no cached prefix
-    plan = stages.plan(config, tmp_path / "out")
+    plan = tasks.plan(config, tmp_path / "out")
     assert "fine-tune 2 of 2 models" in plan
     assert f"or {(30 + 7) * 5 * 5 * 3 / 1e6:,.1f} MB of images" in plan
-    stages.run(config, tmp_path / "out")
+    tasks.run(config, tmp_path / "out")
     with (tmp_path / "out/rows.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["epoch"] == "3"]
     assert [row["num_train_images"] for row in rows] == ["10", "30"]  # 27 train where 3 validate
@@ -315,8 +319,8 @@ def test_a_folder_of_small_squares_goes_the_whole_way(study, tmp_path):
     assert "left out 1 images that cannot be decoded: test/dark/3.png" in page
 
     config.study.split = "validation"
-    assert "fine-tune 2 of 2 models" in stages.plan(config, tmp_path / "out")
+    assert "fine-tune 2 of 2 models" in tasks.plan(config, tmp_path / "out")
     config.study.split = "test"
-    assert "fine-tune 0 of 2 models" in stages.plan(config, tmp_path / "out")
+    assert "fine-tune 0 of 2 models" in tasks.plan(config, tmp_path / "out")
     Image.new("RGB", (5, 5)).save(tmp_path / "set/train/dark/0.png")
-    assert "fine-tune 2 of 2 models" in stages.plan(config, tmp_path / "out")
+    assert "fine-tune 2 of 2 models" in tasks.plan(config, tmp_path / "out")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from faults import finish, launcher, wait_until
 
-from advtransfer import stages, storage
+from advtransfer import storage, tasks
 from advtransfer.checkpoint import Checkpoints, SaveError
 from advtransfer.config import ConfigError, default
 from advtransfer.models import Model, ModelSpec, create_module, init_variables, load_model, save_model
@@ -162,7 +162,7 @@ def test_models_in_a_bucket(store, monkeypatch):
 
 def _one_line(message, workdir):
     with pytest.raises(ConfigError, match=message) as error:
-        stages.plan(default(), workdir)
+        tasks.plan(default(), workdir)
     assert "\n" not in str(error.value)
 
 
@@ -172,10 +172,10 @@ def test_a_bucket_that_cannot_be_written_is_one_line(store):
     config = default()
     config.update(stage="report", rows=str(store / "nothing"))
     with pytest.raises(ConfigError, match="config.rows: .*nothing: no such file or folder"):
-        stages.plan(config, str(store / "run"))
+        tasks.plan(config, str(store / "run"))
     config.update(stage="report", rows=f"{scheme}://elsewhere/rows")
     with pytest.raises(ConfigError, match="config.rows: "):
-        stages.plan(config, str(store / "run"))
+        tasks.plan(config, str(store / "run"))
 
 
 @pytest.mark.parametrize("name", ["http://host/run", "s3://", "gs:///"])

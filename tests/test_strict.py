@@ -7,15 +7,15 @@ which is where a tracer leaks; what is computed is compared with truths elsewher
 import contextlib
 import functools
 import importlib
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from advtransfer import config as base
 from advtransfer import parallel, source
-from advtransfer.analysis import gauss_newton, influence, matches, saliency, shape, visualise
+from advtransfer.analysis import influence, matches, saliency, shape, visualise
 from advtransfer.analysis.cue_conflict import CueConflict
 from advtransfer.attacks import L2, Linf, Unconstrained, make_attack, pgd
 from advtransfer.data import Augmentation, Batch, Dataset, Split, make_batch
@@ -134,12 +134,11 @@ def test_an_adversarial_step_without_nan(model):
 
 def test_a_source_training_on_all_devices(monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "resnet_tiny", ARCHITECTURES["resnet_tiny"] | TINY)
-    config = base.default()
-    config.train.update(image_size=8, batch_size=4, num_epochs=1, norm="none")
-    config.train.augmentation.update(flip=True)
-    config.evaluate.batch_size = 4
+    recipe = source.SourceRecipe(
+        image_size=8, batch_size=4, num_epochs=1, augmentation=Augmentation(flip=True)
+    )
     with strict():
-        run = source.prepare(config, Dataset("random", CLASSES, SPLIT, SPLIT, SPLIT))
+        run = source.start_training(recipe, Dataset("random", CLASSES, SPLIT, SPLIT, SPLIT))
         assert _finite(run.run_step(run.state, 0))
 
 
@@ -227,7 +226,7 @@ MARKS = dict.fromkeys(("a block, not cached", "a block, fixed views"), pytest.ma
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=MARKS.get(kind, ())) for kind in TUNINGS])
 def test_no_tracer_leaks_out_of_a_fine_tuning(model, kind):
     num_images, k, options = TUNINGS[kind]
-    recipe = RECIPE._replace(**options)
+    recipe = replace(RECIPE, **options)
     params, batch_stats = model.variables["params"], model.variables["batch_stats"]
     indices, rates = jnp.arange(num_images), Rates(0.1, 5e-4)
     with strict():
@@ -272,7 +271,7 @@ def test_a_fine_tuning_without_nan(model):
             key=KEY,
             class_names=CLASSES,
             num_unfrozen_blocks=k,
-            recipe=RECIPE._replace(**options),
+            recipe=replace(RECIPE, **options),
         )
     assert _finite((tuned.variables, history))
 
@@ -357,22 +356,6 @@ def test_influence_through_the_head(solver):
         )
         rates = matches.match_rates(scores, [0, 1], SPLIT.labels)
     assert _finite((scores, rates))
-
-
-def test_influence_by_the_gauss_newton_matrix(model):
-    with strict():
-        scores = gauss_newton.block_scores(
-            model,
-            0,
-            IMAGES[:4],
-            SPLIT.labels[:4],
-            IMAGES[4:],
-            SPLIT.labels[4:],
-            damping=10.0,
-            tolerance=1e-2,
-            tell=lambda _: None,
-        )
-    assert _finite(scores)
 
 
 def test_shape_bias_and_outcomes(model):

@@ -1,10 +1,12 @@
 """The study: who a trial is, which trials run together, and what they are fed."""
 
+import copy
 import hashlib
 import itertools
 import json
 import math
 import time
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,15 +14,24 @@ import jax
 import numpy as np
 import pytest
 
-from advtransfer import config as base
 from advtransfer import study
 from advtransfer.data import Augmentation, Dataset, Split, subset_indices
 from advtransfer.models import Model, ModelSpec, create_module, init_variables
-from advtransfer.study import Source, Trial, flatten, group, make_trials, num_steps, run_trials
+from advtransfer.study import (
+    Grid,
+    Source,
+    Start,
+    Trial,
+    flatten,
+    group,
+    make_cells,
+    make_trials,
+    num_steps,
+    run_trials,
+)
 from advtransfer.study import run as study_run
 from advtransfer.study.rows import finished_rows, history_rows, holds
-from advtransfer.study.trials import make_recipe
-from advtransfer.transfer import Recipe, fine_tune_many, prepare
+from advtransfer.transfer import Recipe, fine_tune_many, prepare, resolve_recipe
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -38,7 +49,6 @@ def _trial(**fields):
         num_unfrozen_blocks=0,
         seed=0,
         stratified=True,
-        nested=True,
         recipe=RECIPE,
     )
     return trial._replace(**fields)
@@ -64,10 +74,11 @@ def _dataset(num_train=40):
     return Dataset("random", ("a", "b", "c"), split(num_train), split(10), split(20))
 
 
-def grid_of(config, dataset_of):
+def grid_of(grid, recipe, dataset_of=lambda _: DATASET, targets=("random",)):
     """`make_trials` from SOURCES; the target of a cell is `dataset_of(cell)`."""
     sources = {source.name: source for source in SOURCES}
-    return make_trials(config, list(sources), lambda cell: (sources[cell.source], dataset_of(cell)))
+    cells = make_cells(grid, sources, targets)
+    return make_trials(grid, recipe, cells, lambda c: Start(sources[c.source], None, dataset_of(c)))
 
 
 def _models():
@@ -141,21 +152,21 @@ def test_identity_is_the_hash_of_everything_but_the_sources_name():
         "num_unfrozen_blocks": 0,
         "seed": 0,
         "stratified": True,
-        "nested": True,
         "recipe": {
             "num_epochs": 2,
+            "max_steps": 0,
             "evaluate_epochs": [1, 2],
             "batch_size": 5,
             "learning_rate": 0.1,
             "schedule": "constant",
             "momentum": 0.9,
-            "nesterov": False,
             "weight_decay": 5e-4,
             "label_smoothing": 0.0,
             "head_init": "torch",
             "head_scale": 1.0,
             "frozen_batch_norm": "source",
             "augmentation": {
+                "preset": "",
                 "crop_padding": 0,
                 "flip": False,
                 "jitter": 0.0,
@@ -194,8 +205,9 @@ def test_rows_say_what_was_measured_on(view, split, target):
 
 def _changed(record):
     """The record with each of its fields changed in turn, those of records inside it too."""
-    for name, value in record._asdict().items():
-        if hasattr(value, "_fields"):
+    fields = record._asdict() if hasattr(record, "_fields") else vars(record)
+    for name, value in fields.items():
+        if hasattr(value, "_fields") or is_dataclass(value):
             others = _changed(value)
         elif isinstance(value, bool):
             others = [("", not value)]
@@ -204,26 +216,28 @@ def _changed(record):
         else:
             others = [("", value + ("x" if isinstance(value, str) else 1))]
         for path, other in others:
-            yield f"/{name}{path}", record._replace(**{name: other})
+            changed = copy.copy(record)
+            if is_dataclass(record):
+                object.__setattr__(changed, name, other)  # whether or not it is a value that is allowed
+            else:
+                changed = record._replace(**{name: other})
+            yield f"/{name}{path}", changed
 
 
 def test_identity_depends_on_every_field():
     trial = _trial()
     changes = dict(_changed(trial))
-    num_fields = sum(len(record._fields) for record in (Trial, Source, Recipe, Augmentation)) - 3
+    num_fields = len(Trial._fields) + len(Source._fields) + len(vars(RECIPE)) + len(vars(Augmentation())) - 3
     assert len(changes) == num_fields
     identities = {path: changed.identity() for path, changed in changes.items()}
     assert identities.pop("/source/name") == trial.identity()
     assert len({trial.identity(), *identities.values()}) == num_fields
 
 
-def test_the_grid_is_the_configs():
-    config = base.default()
-    config.study.update(
-        num_train_images=(20, 50), num_unfrozen_blocks=(0, 1, -1), num_seeds=2, split="validation"
-    )
-    config.transfer.update(num_epochs=9, evaluate_epochs=(9, 3, 9), batch_size=20)
-    trials = flatten(grid_of(config, lambda _: _dataset(num_train=60)))
+def test_a_grid_is_every_source_n_k_and_seed():
+    grid = Grid(num_train_images=(20, 50), num_unfrozen_blocks=(0, 1, -1), num_seeds=2, split="validation")
+    recipe = Recipe(num_epochs=9, evaluate_epochs=(9, 3, 9), batch_size=20)
+    trials = flatten(grid_of(grid, recipe, lambda _: _dataset(num_train=60)))
     assert len(set(trials)) == len(trials) == 2 * 3 * 2 * 2
     assert [(t.source.name, t.seed) for t in trials[:4]] == [
         ("natural", 0),
@@ -240,11 +254,8 @@ def test_the_grid_is_the_configs():
 
 
 def test_no_more_steps_are_made_than_are_allowed_but_one_epoch_is():
-    config = base.default().transfer
-    config.update(num_epochs=9, batch_size=8)
     for num_images, max_steps in itertools.product((5, 8, 16, 17, 40), (0, 1, 2, 3, 6, 14, 15, 27, 100)):
-        config.max_steps = max_steps
-        recipe = make_recipe(config, DATASET.train.images, num_images)
+        recipe = resolve_recipe(Recipe(num_epochs=9, batch_size=8, max_steps=max_steps), num_images)
         an_epoch = math.ceil(num_images / 8)
         possible = [e for e in range(1, 10) if not max_steps or e == 1 or e * an_epoch <= max_steps]
         assert (recipe.num_epochs, recipe.batch_size) == (max(possible), min(8, num_images))
@@ -255,7 +266,7 @@ def test_a_program_tries_the_same_rates_on_every_seed():
     rates = [(0.1, 0.0), (0.1, 0.5), (1.0, 0.0)]
 
     def at(seed, rate):
-        return _trial(seed=seed, recipe=RECIPE._replace(learning_rate=rate[0], weight_decay=rate[1]))
+        return _trial(seed=seed, recipe=replace(RECIPE, learning_rate=rate[0], weight_decay=rate[1]))
 
     whole = [at(seed, rate) for rate in rates for seed in range(3)]
     (members,) = group(whole)
@@ -322,7 +333,7 @@ def test_out_of_memory_halves_a_group(monkeypatch):
 def test_a_group_is_halved_between_seeds_down_to_one_and_its_seconds_are_shared(monkeypatch):
     """Two rates of each seed; one seed that does not fit, and any other error, end the run at once."""
     members = [
-        _trial(seed=seed, recipe=RECIPE._replace(learning_rate=rate))
+        _trial(seed=seed, recipe=replace(RECIPE, learning_rate=rate))
         for seed in range(3)
         for rate in (0.125, 0.5)
     ]
@@ -434,21 +445,19 @@ def test_rows_say_what_was_run_and_measured(undisturbed):
 
 def test_all_images_are_as_many_as_there_are():
     """-1 becomes the true number; which dataset that is, is asked of the caller."""
-    config = base.default()
-    config.transfer.batch_size = 5
-    config.study.update(num_train_images=(6, 40, -1), num_unfrozen_blocks=(0,), num_seeds=2)
+    recipe = Recipe(batch_size=5)
+    grid = Grid(num_train_images=(6, 40, -1), num_unfrozen_blocks=(0,), num_seeds=2)
     whole = _dataset(num_train=50)
-    trials = flatten(grid_of(config, lambda cell: whole if cell.num_train_images == -1 else DATASET))
+    trials = flatten(grid_of(grid, recipe, lambda cell: whole if cell.num_train_images == -1 else DATASET))
     assert [t.num_train_images for t in trials[::4]] == [6, 40, 50]
     digests = [DATASET.digest("train", "test"), whole.digest("train", "test")]
     assert [t.data for t in trials[::4]] == [digests[0], digests[0], digests[1]]
     np.testing.assert_array_equal(np.sort(trials[-1].subset(whole.train.labels)), np.arange(50))
-    assert len(flatten(grid_of(config, lambda _: DATASET))) == 2 * 2 * 2  # 40 and -1 are the same
-    config.study.update(num_train_images=(4,))
-    assert {t.recipe.batch_size for t in flatten(grid_of(config, lambda _: DATASET))} == {4}  # all of them
-    config.study.update(num_train_images=(41,))
+    assert len(flatten(grid_of(grid, recipe))) == 2 * 2 * 2  # 40 and -1 are the same
+    few = flatten(grid_of(replace(grid, num_train_images=(4,)), recipe))
+    assert {t.recipe.batch_size for t in few} == {4}  # all of them
     with pytest.raises(ValueError, match="cannot draw 41 images from random: choose 1 to 40"):
-        grid_of(config, lambda _: DATASET)
+        grid_of(replace(grid, num_train_images=(41,)), recipe)
 
 
 def test_a_file_holds_trials_when_it_has_the_rows_of_all(tmp_path):

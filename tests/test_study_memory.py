@@ -1,6 +1,7 @@
 """What fits is cached; what does not is computed again; either way the same networks come out."""
 
 import logging
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ def test_a_cache_that_does_not_fit_is_not_made(k, monkeypatch, caplog):
     size = cache_bytes(MODEL.module, RECIPE, k, SIZE, NUM_TRAIN, TEST.num_images)
     task = prepare(MODEL, TRAIN, TEST, RECIPE, k).task
     assert size == task.train_inputs.nbytes + task.test_inputs.nbytes
-    flipped = RECIPE._replace(augmentation=Augmentation(flip=True), num_views=3)
+    flipped = replace(RECIPE, augmentation=Augmentation(flip=True), num_views=3)
     size_of_views = cache_bytes(MODEL.module, flipped, k, SIZE, NUM_TRAIN, TEST.num_images)
     assert size_of_views == 3 * task.train_inputs.nbytes + task.test_inputs.nbytes
     monkeypatch.setattr(parallel, "free_bytes", lambda: size)
@@ -39,7 +40,7 @@ def test_a_cache_that_does_not_fit_is_not_made(k, monkeypatch, caplog):
     leaves = zip(jax.tree.leaves(cached.variables), jax.tree.leaves(again.variables), strict=True)
     assert max(np.abs(x - y).max() for x, y in leaves) < 1e-4
 
-    views = RECIPE._replace(augmentation=Augmentation(flip=True), num_views=2)
+    views = replace(RECIPE, augmentation=Augmentation(flip=True), num_views=2)
     with pytest.raises(ValueError, match="lower num_views=2"):
         prepare(MODEL, TRAIN, TEST, views, k)
 
@@ -52,7 +53,7 @@ def test_a_cache_takes_at_most_seven_tenths_of_what_is_free(monkeypatch, caplog)
     (said,) = caplog.messages
     assert said.startswith("the activations of 2,000 + 30 images at k = 1 take 7.0 GB of the 10.0 GB that")
     with pytest.raises(ValueError, match="lower num_views=2"):
-        prepared.is_cached(MODEL.module, RECIPE._replace(num_views=2), 1, SIZE, 2000, 30)
+        prepared.is_cached(MODEL.module, replace(RECIPE, num_views=2), 1, SIZE, 2000, 30)
 
 
 def test_only_the_images_that_trials_take_are_cached():
@@ -69,7 +70,7 @@ def test_only_the_images_that_trials_take_are_cached():
 
 
 def test_trials_with_statistics_of_their_own_go_in_parts_where_memory_is_short(monkeypatch):
-    recipe = RECIPE._replace(frozen_batch_norm="target")
+    recipe = replace(RECIPE, frozen_batch_norm="target")
     subsets = np.stack([np.random.default_rng(i).permutation(NUM_TRAIN)[:10] for i in range(5)])
     options = {
         "subsets": subsets,

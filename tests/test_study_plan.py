@@ -50,8 +50,7 @@ def test_a_cache_is_counted_once_for_all_that_share_it():
     assert len(caches) == 4  # two sources, two k; both n share
     model = MODELS["natural"]
     for cache in caches:
-        _, _, k, _ = cache.kind
-        start = model.module.num_blocks - k
+        start = model.module.num_blocks - cache.num_unfrozen_blocks
         assert cache.num_images == min(40, 3 * 12) + 20
         held = activations(model.module, model.variables, DATASET.test.images, start, 8)
         assert cache.num_bytes == cache.num_images * held.nbytes / 20
@@ -75,16 +74,21 @@ def test_seconds_are_operations_at_the_measured_speed_and_one_compilation_for_ea
     recipe = Recipe(num_epochs=2, evaluate_epochs=(2,), batch_size=5)
     pieces = _pieces([t._replace(recipe=recipe) for t in _grid(num_seeds=4)])
     caches = caches_of(pieces, DATASETS)
-    kinds = {piece.kind for piece in pieces}
-    assert len(pieces) == 4 and len(kinds) == 2  # two sources at two sizes
-    speed = Speed(dict.fromkeys(kinds, 1e-6), dict.fromkeys(kinds, 7.0), dict.fromkeys(kinds, 1e-7))
+    assert len(pieces) == 4  # two sources at two sizes
+    speeds = {0: Speed(training=1e-6, compiling=7.0, caching=1e-7)}
     devices = jax.local_device_count()
     expected = 2 * 7.0 + sum(cache.flops for cache in caches) * 1e-7
     expected += sum(4 / devices * piece.flops for piece in pieces) * 1e-6
-    assert math.isclose(predict_seconds(pieces, caches, speed), expected)
-    # What was not measured is taken like its nearest neighbour.
-    one = Speed(*({min(kinds, key=lambda kind: kind[3]): value} for value in (1e-6, 7.0, 1e-7)))
-    assert math.isclose(predict_seconds(pieces, caches, one), expected)
+    assert math.isclose(predict_seconds(pieces, caches, speeds), expected)
+
+
+@pytest.mark.parametrize(("k", "nearest"), [(0, 0), (1, 3), (4, 3), (6, 5), (-1, 3)])
+def test_a_k_that_was_not_measured_is_as_fast_as_its_neighbour(k, nearest):
+    """Heads are like no trained block."""
+    pieces = _pieces([_trial(num_unfrozen_blocks=1)])
+    (piece,) = (piece._replace(first=piece.first._replace(num_unfrozen_blocks=k)) for piece in pieces)
+    speeds = {known: Speed(0.0, float(known), 0.0) for known in (0, 3, 5)}
+    assert predict_seconds([piece] if k < 2 else [], [], speeds) == (nearest if k < 2 else 0)
 
 
 @pytest.mark.parametrize("frozen", ["source", "target", pytest.param("update", marks=pytest.mark.sweep)])
@@ -110,12 +114,12 @@ def test_speeds_are_measured_by_running_the_beginning(frozen, monkeypatch):
         for k in (0, 1, -1)
         for s in (0, 1)
     ]
-    speed = measure_speed(_pieces(trials), MODELS, DATASETS, budget=100.0)
-    assert {kind[2] for kind in speed.training} == {0, 1, -1} == {kind[2] for kind in speed.compiling}
-    assert all(np.isfinite(x) and x > 0 for x in speed.training.values())
-    assert {kind[2] for kind in speed.caching} == ({0, 1} if frozen == "source" else set())
+    speeds = measure_speed(_pieces(trials), MODELS, DATASETS, budget=100.0)
+    assert speeds.keys() == {0, 1, -1}
+    assert all(np.isfinite(speed.training) and speed.training > 0 for speed in speeds.values())
+    assert {k for k, speed in speeds.items() if speed.caching} == ({0, 1} if frozen == "source" else set())
     assert set(sizes) == {0, 2}  # of two trials both
-    assert len(measure_speed(_pieces(trials), MODELS, DATASETS, budget=0.0).training) == 1
+    assert len(measure_speed(_pieces(trials), MODELS, DATASETS, budget=0.0)) == 1
     # Of many heads no more than run at the same time in four turns.
     many, sizes[:] = [_trial(recipe=recipe, seed=s) for s in range(100)], []
     measure_speed(_pieces(many), MODELS, DATASETS, budget=0.0)
@@ -137,60 +141,22 @@ def test_seconds_are_readable():
     ]
 
 
-def test_the_nearest_kind_is_of_the_same_network_before_all_else():
-    module, other = (MODELS["natural"].module.clone(num_classes=n) for n in (1, 2))
-    kind, head = (module, 8, 1, 0), (module, 8, 0, 10)
-    for known, nearest in (
-        ([(other, 8, 1, 0), (module, 8, 9, 0)], 1),
-        ([(module, 16, 1, 0), (module, 8, 9, 0)], 1),
-        ([(module, 8, 0, 0), (module, 8, 9, 0)], 1),  # then of trained blocks
-        ([(module, 8, 4, 0), (module, 8, 2, 9)], 1),  # then k
-        ([(module, 8, -1, 0), (module, 8, 2, 9)], 1),
-        ([(module, 8, 2, 5), (module, 8, 2, 9)], 0),  # then n
-    ):
-        assert calibrate._nearest(kind, {k: i for i, k in enumerate(known)}) == nearest
-    assert calibrate._nearest(head, {(module, 8, 1, 10): 0, (module, 8, 0, 99): 1}) == 1
-    assert calibrate._nearest(head, {(module, 8, 0, 4): 0, (module, 8, 0, 12): 1}) == 1
-
-
-def test_what_is_tried_is_an_epoch_or_so():
-    recipe = Recipe(num_epochs=64, evaluate_epochs=(32, 64), batch_size=5)
-    for k, n in ((0, 40), (1, 4 * 5)):  # of trained blocks four batches
-        (piece,) = _pieces([_trial(recipe=recipe, num_train_images=40, num_unfrozen_blocks=k)])
-        long, short = (calibrate._shorten(piece, 20, budget).first for budget in (1e9, 0.0))
-        assert (long.num_train_images, short.num_train_images) == (n, n)
-        assert (long.recipe.num_epochs, short.recipe.num_epochs) == (32, 1)
-        assert long.recipe.evaluate_epochs == (32,)
-    few = _trial(recipe=recipe, num_train_images=12, num_unfrozen_blocks=1)
-    (piece,) = _pieces([few])
-    halved = few._replace(recipe=recipe._replace(num_epochs=16, evaluate_epochs=(16,)))
-    budget = 1.2 * piece._replace(first=halved).flops / calibrate._GUESS
-    assert calibrate._shorten(piece, 20, budget).first == halved
-
-
 def test_those_with_most_to_do_are_tried_first_each_in_a_quarter_of_what_is_left(monkeypatch):
     trials = [_trial(num_train_images=n, seed=s) for n, number in ((12, 2), (6, 9)) for s in range(number)]
-    trials += [_trial(num_train_images=n, num_unfrozen_blocks=1) for n in (6, 12)]  # one kind
-    trials += [_trial(source=SOURCES[1], num_train_images=n, seed=s) for n in (40, 20) for s in range(2)]
+    trials += [_trial(num_train_images=n, num_unfrozen_blocks=1) for n in (6, 12)]
     pieces = _pieces(trials)
-    work = {}
-    for piece in pieces:
-        work.setdefault(piece.kind, []).append(piece.number * piece.flops)
-    order = sorted(work, key=lambda kind: sum(work[kind]), reverse=True)
-    assert len({round(sum(x)) for x in work.values()}) == len(order) == 5
     now, tried = [100.0], []
     monkeypatch.setattr(calibrate, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
-    def spied(piece, model, target, budget, speed, kind):
-        assert model is MODELS[piece.first.source.name] and target is DATASET
-        assert piece.kind == kind and piece.number * piece.flops == max(work[kind])
-        tried.append((kind, budget))
-        speed.training[kind] = 1.0
+    def spied(piece, model, target, budget):
+        assert model is MODELS["natural"] and target is DATASET
+        tried.append((piece.first.num_unfrozen_blocks, piece.first.num_train_images, budget))
         now[0] += 0.75
+        return Speed(1.0, 1.0, 1.0)
 
     monkeypatch.setattr(calibrate, "_time", spied)
     measure_speed(pieces, MODELS, DATASETS, budget=1.5)
-    assert tried == list(zip(order, (0.375, 0.1875, 0.0), strict=False))
+    assert tried == [(1, 12, 0.375), (0, 6, 0.1875)]
 
 
 TRAINS, CACHES, COMPILES = 1e-9, 3e-9, 7.0  # seconds an operation, an operation, a program
@@ -202,8 +168,8 @@ TRAINS, CACHES, COMPILES = 1e-9, 3e-9, 7.0  # seconds an operation, an operation
         ("source", 0, 12, 30, 0, 24),  # of heads four turns
         ("source", 0, 12, 20, 0, 20),
         ("source", 1, 12, 30, 0, 6),
-        ("source", 1, 290, 4, 2, 4),
-        ("target", 0, 290, 30, 0, 24),
+        ("source", 1, 590, 4, 2, 4),
+        ("target", 0, 590, 30, 0, 24),
         ("target", 1, 12, 2, 0, 2),
     ],
 )
@@ -214,13 +180,18 @@ def test_the_speed_found_is_that_of_a_machine_that_makes_so_many_operations(
     rng = np.random.default_rng(0)
     train, test = (
         Split(rng.integers(0, 256, (size, 8, 8, 3), np.uint8), np.arange(size, dtype=np.int32) % 3)
-        for size in (300, 1_100)
+        for size in (600, 1_100)
     )
     dataset = DATASET._replace(train=train, test=test)
     flips = Augmentation(flip=num_views > 0)
-    recipe = Recipe(2, (1, 2), 80, frozen_batch_norm=frozen, augmentation=flips, num_views=num_views)
-    if n < 80:
-        recipe = recipe._replace(batch_size=5)
+    recipe = Recipe(
+        num_epochs=2,
+        evaluate_epochs=(1, 2),
+        batch_size=5 if n < 80 else 80,
+        frozen_batch_norm=frozen,
+        augmentation=flips,
+        num_views=num_views,
+    )
     trials = [
         _trial(recipe=recipe, num_unfrozen_blocks=k, num_train_images=n, seed=s) for s in range(num_seeds)
     ]
@@ -234,33 +205,26 @@ def test_the_speed_found_is_that_of_a_machine_that_makes_so_many_operations(
         now[0] += seconds + (name not in compiled) * COMPILES
         compiled.add(name)
 
+    measured = min(n, 512)
+
     def prepares(given, own, held_out, given_recipe, given_k):
-        assert given is model and (given_recipe, given_k) == (recipe, k)
-        np.testing.assert_array_equal(own.images, train.images[:256])
+        assert given is model and given_k == k
+        np.testing.assert_array_equal(own.images, train.images[:512])
         np.testing.assert_array_equal(held_out.images, test.images[:1024])
-        passes("prepare", CACHES * below * (max(1, num_views) * 256 + 1024))
-        inputs = np.arange(max(1, num_views) * 256)[:, None]
-        return Prepared({}, Task(inputs, own.labels, np.zeros(1), np.zeros(1)))
+        passes("prepare", CACHES * below * (max(1, num_views) * 512 + 1024))
+        return Prepared({}, Task(np.zeros(1), own.labels, np.zeros(1), np.zeros(1)))
 
     def trains(given, own, held_out, *, subsets, keys, num_classes, num_unfrozen_blocks, recipe, prepared):
         assert given is model and (num_classes, num_unfrozen_blocks) == (3, k)
-        assert subsets.tolist() == [list(range(min(n, 4 * recipe.batch_size) if k else n))] * tried
+        assert subsets.tolist() == [list(range(measured))] * tried
         expected = [trials[0]._replace(seed=seed).key() for seed in range(tried)]
         assert jax.random.key_data(keys).tolist() == [jax.random.key_data(key).tolist() for key in expected]
+        np.testing.assert_array_equal(own.images, train.images[:512])
         np.testing.assert_array_equal(held_out.images, test.images[:1024])
         assert (recipe.num_epochs, recipe.evaluate_epochs) == (1, (1,))
-        if cached:  # view after view, each of images that are there
-            task = prepared.task
-            places = np.arange(n) % 256
-            expected = np.concatenate([256 * view + places for view in range(max(1, num_views))])
-            assert task.train_inputs[:, 0].tolist() == expected.tolist()
-            assert task.train_labels.tolist() == train.labels[places].tolist()
-        else:
-            assert prepared is None
-            np.testing.assert_array_equal(own.images, train.images[np.arange(n) % 256])
-            np.testing.assert_array_equal(own.labels, train.labels[np.arange(n) % 256])
-        operations = n * 3 * above + (n + 1024) * above  # one epoch, measured once
-        operations += 0 if cached else (2 * n + 1024) * below
+        assert (prepared is not None) == cached
+        operations = measured * 3 * above + (measured + 1024) * above  # one epoch, measured once
+        operations += 0 if cached else (2 * measured + 1024) * below
         passes("train", TRAINS * operations * math.ceil(tried / 6))
 
     monkeypatch.setattr(calibrate, "time", SimpleNamespace(monotonic=lambda: now[0]))
@@ -268,9 +232,7 @@ def test_the_speed_found_is_that_of_a_machine_that_makes_so_many_operations(
     monkeypatch.setattr(calibrate, "fine_tune_many", trains)
     monkeypatch.setattr(calibrate, "num_streams", lambda *_, **__: 6 // jax.local_device_count())
     speed = measure_speed([piece], MODELS, {"": dataset}, budget=0.0)
-    assert speed.training == pytest.approx({piece.kind: TRAINS})
-    assert speed.compiling == pytest.approx({piece.kind: COMPILES})
-    assert speed.caching == (pytest.approx({piece.kind: CACHES}) if cached else {})
+    assert speed == {k: pytest.approx((TRAINS, COMPILES, CACHES if cached else 0.0))}
     devices, turns = jax.local_device_count(), math.ceil(num_seeds / 6)
     assert devices == 2
     expected = COMPILES + turns * piece.flops * TRAINS

@@ -3,38 +3,34 @@
 import csv
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from test_stages import tiny
 from test_study import DATASET, SOURCES, _models, grid_of
 
-from advtransfer import config as base
-from advtransfer import stages
+from advtransfer import tasks
 from advtransfer.data import load_dataset
 from advtransfer.models import identity, logits_fn
-from advtransfer.study import candidates, choose, flatten, history_rows, run_trials
-from advtransfer.transfer import normalised_by
+from advtransfer.study import Grid, Search, candidates, choose, flatten, history_rows, run_trials
+from advtransfer.tasks.inputs import find_model
+from advtransfer.transfer import Recipe, normalised_by
 
 pytestmark = pytest.mark.usefixtures("two_blocks", "unoptimised")
 
 
-def _config():
-    config = base.default()
-    config.transfer.update(batch_size=5, num_epochs=2, evaluate_epochs=(1, 2), schedule="constant")
-    config.study.update(num_train_images=(6, 12), num_unfrozen_blocks=(0,), num_seeds=4)
-    config.study.update(learning_rates=(0.1, 0.3, 1.0), epochs=(2, 5), search_seeds=2)
-    return config
+SEARCH = Search(learning_rates=(0.1, 0.3, 1.0), epochs=(2, 5), search_seeds=2)
 
 
-def _grid(config):
-    own = config.copy_and_resolve_references()
-    own.study.split = "validation"
-    return grid_of(own, lambda _: DATASET)
+def _grid():
+    recipe = Recipe(batch_size=5, num_epochs=2, evaluate_epochs=(1, 2), schedule="constant")
+    grid = Grid(num_train_images=(6, 12), num_unfrozen_blocks=(0,), num_seeds=4)
+    return grid_of(grid.on("validation"), recipe)
 
 
 def test_every_combination_is_tried_on_the_first_seeds_and_on_validation_images():
-    tried = candidates(_config(), _grid(_config()))
+    tried = candidates(SEARCH, _grid())
     assert len(tried) == 4  # two sources at two sizes
     for trials in tried.values():
         assert {(t.recipe.learning_rate, t.recipe.num_epochs, t.seed) for t in trials} == {
@@ -46,8 +42,7 @@ def test_every_combination_is_tried_on_the_first_seeds_and_on_validation_images(
 
 
 def test_the_best_mean_is_chosen_and_what_diverged_is_not():
-    config = _config()
-    tried = candidates(config, _grid(config))
+    tried = candidates(SEARCH, _grid())
     rng = np.random.default_rng(0)
     accuracy = {trial: rng.uniform() for trial in flatten(tried)}
     diverged = {trial for trial in accuracy if trial.recipe.learning_rate == 0.3}
@@ -72,9 +67,8 @@ HISTORY = ("train_accuracy", "train_loss", "test_accuracy", "test_loss", "test_m
 
 
 def test_rates_of_a_search_run_together_and_give_what_they_give_alone(tmp_path):
-    config = _config()
-    config.study.update(num_train_images=(12,), epochs=())
-    trials = flatten(candidates(config, _grid(config)))
+    grid = {cell: trials for cell, trials in _grid().items() if cell.num_train_images == 12}
+    trials = flatten(candidates(replace(SEARCH, epochs=()), grid))
     datasets = {DATASET.digest("train", "validation"): DATASET}
     rows = run_trials(trials, _models(), datasets, tmp_path / "together")
     assert len(list((tmp_path / "together").glob("*.jsonl"))) == len(SOURCES)
@@ -96,8 +90,8 @@ def searched(tmp_path_factory):
     config.study.update(num_train_images=(10,), learning_rates=(0.001, 0.1), search_seeds=1)
     config.transfer.input_norm = "target"
     config.report.num_pictures = 0
-    assert "before them 16 on validation images" in stages.plan(config, workdir)
-    stages.run(config, workdir)
+    assert "before them 16 on validation images" in tasks.plan(config, workdir)
+    tasks.run(config, workdir)
     return config, workdir
 
 
@@ -120,7 +114,7 @@ def test_a_searched_study_reports_on_test_images_alone(searched):
         key = row["source"], trial["target"], trial["view"]
         assert trial["recipe"]["learning_rate"] == chosen[key]
     assert "chosen for every source" in (workdir / "report.html").read_text()
-    assert "fine-tune 0 of 16 models" in stages.plan(config, workdir)
+    assert "fine-tune 0 of 16 models" in tasks.plan(config, workdir)
 
 
 def test_only_natural_sources_are_normalised_by_the_target(searched):
@@ -132,7 +126,7 @@ def test_only_natural_sources_are_normalised_by_the_target(searched):
             source = trial["source"]
             identities.setdefault(source["norm"], {})[trial["target"], trial["view"]] = source["identity"]
     assert len({*identities["l2"].values()}) == 1 and len({*identities["none"].values()}) == 3
-    model = stages.named_models.find_model(str(workdir / "sources/natural"), np.float32)
+    model = find_model(str(workdir / "sources/natural"), "float32")
     digits = load_dataset("builtin:digits", image_size=13)
     expected = identity(normalised_by(model, digits.train.images))
     assert identities["none"]["builtin:digits", "natural"] == expected

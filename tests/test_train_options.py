@@ -1,5 +1,6 @@
 """Batches in parts, the moving average, validation on the way, and the recipes that use them."""
 
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -12,12 +13,14 @@ import pytest
 
 from advtransfer import config as base
 from advtransfer import parallel, source
-from advtransfer.config import ConfigError, validate
+from advtransfer.config import ConfigError, read
 from advtransfer.data import AUGMENTATIONS, Batch, Dataset, Split, choose_augmentation, load_dataset
-from advtransfer.evaluate import evaluate
+from advtransfer.evaluate import Evaluation, evaluate, measure
 from advtransfer.models import Model, ModelSpec, init_variables, load_model, logits_fn
 from advtransfer.optim import make_schedule, sgd
-from advtransfer.source import check_source, load_source_data, measure, train_source
+from advtransfer.source import SourceRecipe, train_source
+from advtransfer.tasks import inputs
+from advtransfer.tasks.source import load_source_data
 from advtransfer.train import init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("two_blocks")
@@ -76,19 +79,27 @@ def test_the_moving_average_is_its_sum_written_out():
     chex.assert_trees_all_equal(plain.variables["params"], plain.params)
 
 
-def _config(**train):
+def _config(**recipe):
     config = base.default()
     config.stage = "source"
     config.train.update(dataset="builtin:digits", image_size=8, batch_size=80, num_epochs=2)
-    config.train.update(log_every=7, norm="l2", eps=0.25, **train)
+    config.train.update(log_every=7, norm="l2", eps=0.25, **recipe)
     config.evaluate.update(num_images=60, num_steps=2, batch_size=20)
     return config
+
+
+def train(config, folder):
+    """`train_source` of config.train."""
+    options = read(config)
+    return train_source(
+        options.training, load_source_data(options), folder=folder, evaluation=options.evaluation
+    )
 
 
 def test_training_with_all_of_it(tmp_path):
     """The model is the moving average, and the last validation in the log is that of the model."""
     config = _config(num_parts=4, average_decay=0.9, validate_every=1)
-    model = train_source(config, tmp_path / "all")
+    model = train(config, tmp_path / "all")
     lines = [json.loads(line) for line in (tmp_path / "all" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [7, 10, 14, 20]
     validated = {line["step"]: line for line in lines if "validation_natural_accuracy" in line}
@@ -97,19 +108,18 @@ def test_training_with_all_of_it(tmp_path):
     split = type(digits)(*(array[:60] for array in digits))
     found = evaluate(logits_fn(load_model(tmp_path / "all")), split, batch_size=20)
     assert validated[20]["validation_natural_accuracy"] == found["accuracy"]
-    config.evaluate.split = "validation"
-    attacked = measure(model, load_source_data(config), config, name="x")["adversarial_accuracy"]
+    attacked = measure(model, digits, read(config).evaluation)["adversarial_accuracy"]
     assert validated[20]["validation_adversarial_accuracy"] == attacked
 
-    plain = train_source(_config(num_parts=4), tmp_path / "plain")
+    plain = train(_config(num_parts=4), tmp_path / "plain")
     with pytest.raises(AssertionError):
         chex.assert_trees_all_close(plain.variables, model.variables, atol=1e-4)
 
 
 def test_parts_that_do_not_divide_a_devices_share_are_refused():
     config = _config(num_parts=3)
-    with pytest.raises(ConfigError, match="config.train.num_parts=3 must divide the 40 images of a device"):
-        check_source(config, load_source_data(config))
+    with pytest.raises(ConfigError, match="config.train: num_parts=3 must divide the 40 images of a device"):
+        load_source_data(read(config))
     assert parallel.num_devices() == 2
 
 
@@ -123,24 +133,23 @@ def _small(num_train):
 
 
 def test_steps_are_of_whole_batches_and_one_batch_may_be_all_images():
-    config = _config(num_parts=1)
-    config.train.batch_size = 8
+    recipe = SourceRecipe(batch_size=8, num_epochs=2)
     for num_images, steps in ((8, 2), (15, 2), (16, 4), (25, 6)):
-        check_source(config, _small(num_images))
-        assert source.num_steps(config, _small(num_images)) == steps
-    with pytest.raises(ConfigError, match="config.train.batch_size: 8 is larger than the 7 training images"):
-        check_source(config, _small(7))
+        source.check_source(recipe, _small(num_images))
+        assert source.num_steps(recipe, _small(num_images)) == steps
+    with pytest.raises(ValueError, match="batch_size=8 is larger than the 7 training images"):
+        source.check_source(recipe, _small(7))
 
 
 def test_a_state_is_weights_momentum_statistics_and_their_average():
-    config = _config()
-    module = source.create_source_module(config, _small(8))
+    recipe = SourceRecipe()
+    module = source.create_source_module(recipe, _small(8))
     shapes = jax.eval_shape(lambda: init_variables(module, jax.random.key(0), 8))
     params, stats = (sum(x.size for x in jax.tree.leaves(shapes[name])) for name in ("params", "batch_stats"))
-    found = source.state_bytes(config, _small(8))
+    found = source.state_bytes(recipe, _small(8))
     assert 0 <= found - 4 * (2 * params + stats) <= 16  # a counter or two
-    config.train.average_decay = 0.5
-    assert source.state_bytes(config, _small(8)) - found == 4 * (params + stats)
+    averaged = SourceRecipe(average_decay=0.5)
+    assert source.state_bytes(averaged, _small(8)) - found == 4 * (params + stats)
 
 
 @pytest.mark.parametrize(
@@ -154,10 +163,8 @@ def test_a_state_is_weights_momentum_statistics_and_their_average():
     ],
 )
 def test_what_is_measured_of_a_network_and_said_of_it(changes, attack, num_images, monkeypatch):
-    config = base.default()
-    config.evaluate.update(num_steps=20, split="test", batch_size=4, num_restarts=1, num_images=0)
-    config.evaluate.update(changes)
-    module = source.create_source_module(config, _small(8))
+    evaluation = Evaluation(**{"num_steps": 20, "batch_size": 4} | changes)
+    module = source.create_source_module(SourceRecipe(), _small(8))
     model = Model(module, {}, ModelSpec("resnet_tiny", 3, 11, module.mean, module.std))
     asked = []
 
@@ -165,8 +172,8 @@ def test_what_is_measured_of_a_network_and_said_of_it(changes, attack, num_image
         asked.append((split, options))
         return {"accuracy": 1 / len(asked), "loss": 2.0}
 
-    monkeypatch.setattr(source, "evaluate", evaluates)
-    found = measure(model, _small(8), config, name="x")
+    monkeypatch.setattr(importlib.import_module("advtransfer.evaluate"), "evaluate", evaluates)
+    found = measure(model, _small(8).test, evaluation)
     kinds = ["natural"] if attack == "none" else ["natural", "adversarial"]
     expected = {"num_images": num_images, "attack": attack}
     for i, kind in enumerate(kinds, start=1):
@@ -176,22 +183,21 @@ def test_what_is_measured_of_a_network_and_said_of_it(changes, attack, num_image
         np.testing.assert_array_equal(split.images, _small(8).test.images[:num_images])
         assert (options["batch_size"], options["image_size"]) == (4, 11)
         assert (options["attack"] is None) == (kind == "natural")
-    own = jax.random.fold_in(jax.random.key(config.seed), 0)
+    own = jax.random.fold_in(jax.random.key(0), 0)
     assert jax.random.key_data(asked[0][1]["key"]).tolist() != jax.random.key_data(own).tolist()
 
 
 @pytest.mark.parametrize(("num_restarts", "random_start"), [(1, False), (2, True)])
 def test_restarts_begin_at_random_places(num_restarts, random_start):
-    config = base.default()
-    config.evaluate.update(norm="l2", eps=0.5, num_restarts=num_restarts)
-    options = source.evaluation_attack(config).keywords
+    options = Evaluation(norm="l2", eps=0.5, num_restarts=num_restarts).attack.keywords
     assert (options["num_restarts"], options["random_start"]) == (num_restarts, random_start)
 
 
 def test_an_empty_split_is_refused(monkeypatch):
-    monkeypatch.setattr(source, "load_dataset", lambda *_, **__: _small(0))
+    monkeypatch.setattr(inputs, "load_dataset", lambda *_, **__: _small(0))
     with pytest.raises(ConfigError, match="config.transfer.target: builtin:digits has no train images"):
-        source.load_data(base.default(), "transfer.target", image_size=8, splits=("test", "train"))
+        splits = ("test", "train")
+        inputs.load_data(base.Run(), "transfer.target", "builtin:digits", splits=splits, image_size=8)
 
 
 def _experiment(name, *arguments):
@@ -206,7 +212,7 @@ def test_natural_and_robust_twins_share_everything_but_the_attack(experiment):
     natural, robust = (_experiment(experiment, source) for source in ("natural", "l2_0.5"))
     assert (robust.train.norm, robust.train.eps) == ("l2", 0.5)
     for config in (natural, robust):
-        validate(config)
+        read(config)
         config.train.norm, config.train.eps, config.evaluate.norm, config.evaluate.eps = (
             "none",
             0.0,
@@ -227,8 +233,9 @@ def test_the_imagenet_recipe_is_the_published_one():
     assert [round(float(schedule(epoch)), 6) for epoch in (0, 29, 31, 59, 61, 89)] == [
         *(0.4, 0.4, 0.04, 0.04, 0.004, 0.004)
     ]
-    assert choose_augmentation(resolved.augmentation) == AUGMENTATIONS["robustness"]
-    cifar = _experiment("source_cifar10").train
+    chosen = choose_augmentation(read(config).training.augmentation)
+    assert chosen == AUGMENTATIONS["robustness"]
+    cifar = read(_experiment("source_cifar10")).training
     assert choose_augmentation(cifar.augmentation) == AUGMENTATIONS["utrera_color"]
     with pytest.raises(ValueError, match="l2_3, linf_4"):
         _experiment("source_imagenet", "l2")

@@ -1,6 +1,7 @@
 """Transfer against truths: frozen bits, a NumPy softmax regression, one run against many, cached or not."""
 
 import importlib
+from dataclasses import replace
 from functools import partial
 
 import chex
@@ -98,7 +99,7 @@ def tuned():
 
     def get(k, frozen_batch_norm):
         if (k, frozen_batch_norm) not in results:
-            recipe = RECIPE._replace(frozen_batch_norm=frozen_batch_norm)
+            recipe = replace(RECIPE, frozen_batch_norm=frozen_batch_norm)
             results[k, frozen_batch_norm] = _tune(k, recipe)
         return results[k, frozen_batch_norm]
 
@@ -274,7 +275,7 @@ def test_the_cached_and_the_recomputed_prefix_give_the_same_weights(tuned, monke
     with monkeypatch.context() as patch:
         patch.setattr(prepared, "prefix_is_constant", lambda *_: False)
         patch.setattr(prepared, "activations", lambda *_, **__: pytest.fail("the cache was used"))
-        recomputed, history = _tune(1, RECIPE._replace(frozen_batch_norm="target"))
+        recomputed, history = _tune(1, replace(RECIPE, frozen_batch_norm="target"))
     chex.assert_trees_all_close(cached.variables, recomputed.variables, rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_close(cached_history, history, rtol=1e-5, atol=1e-5)
 
@@ -283,7 +284,7 @@ def test_random_augmentation_is_applied_and_never_cached(monkeypatch):
     """Flips change a training, but not on images that are their own mirror."""
     half = TRAIN.images[:, :, :4]
     mirrored = Split(np.concatenate([half, half[:, :, ::-1]], axis=2), TRAIN.labels)
-    flipping = RECIPE._replace(augmentation=Augmentation(flip=True))
+    flipping = replace(RECIPE, augmentation=Augmentation(flip=True))
     with monkeypatch.context() as patch:
         patch.setattr(prepared, "activations", lambda *_, **__: pytest.fail("the cache was used"))
         same, _ = _tune(0, flipping, train=mirrored)
@@ -298,9 +299,9 @@ def test_random_augmentation_is_applied_and_never_cached(monkeypatch):
 @pytest.mark.parametrize(("k", "mode"), [(0, "source"), (1, "update")])
 def test_histories_are_what_evaluate_measures(tuned, k, mode):
     """The last entry is the returned model's; the first one that of a training that ends there."""
-    recipe = RECIPE._replace(frozen_batch_norm=mode)
+    recipe = replace(RECIPE, frozen_batch_norm=mode)
     # The learning rate of the first of three epochs is that of a constant schedule.
-    first_epoch = recipe._replace(num_epochs=1, evaluate_epochs=(1,), schedule="constant")
+    first_epoch = replace(recipe, num_epochs=1, evaluate_epochs=(1,), schedule="constant")
     shorter = _tune(k, first_epoch)[0] if k == 0 else None
     model, history = tuned(k, mode)
     for entry, measured in ((0, shorter), (1, model)):
@@ -316,7 +317,7 @@ def test_histories_are_what_evaluate_measures(tuned, k, mode):
 def test_small_images_are_resized_on_the_device(k, mode):
     """As if the whole set had been resized first: the cached prefix and its statistics, and every step."""
     train, test = (Split(split.images[:, 1:6, 1:6], split.labels) for split in (TRAIN, TEST))
-    recipe = RECIPE._replace(frozen_batch_norm=mode)
+    recipe = replace(RECIPE, frozen_batch_norm=mode)
     options = {"key": KEY, "class_names": CLASSES, "num_unfrozen_blocks": k, "recipe": recipe}
     found, history = fine_tune_one(MODEL, train, test, **options)
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from advtransfer import config as base
-from advtransfer import stages, storage
+from advtransfer import storage, tasks
 from advtransfer.checkpoint import Checkpoints, UnreadableCheckpoints
-from advtransfer.config import STAGES, ConfigError
+from advtransfer.config import STAGES, ConfigError, read
 from advtransfer.models import Model, ModelSpec, create_module, init_variables, load_model, save_model
 from advtransfer.source import train_source
-from advtransfer.stages.workdir import check_workdir, claimed
+from advtransfer.tasks import make_job
+from advtransfer.tasks.source import load_source_data
+from advtransfer.tasks.workdir import check_workdir, claimed
 
 ROOT = Path(__file__).parent.parent
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
@@ -37,6 +39,12 @@ def make_config(stage):
     return config
 
 
+def train(config, folder):
+    """`train_source` of config.train."""
+    options = read(config)
+    return train_source(options.training, load_source_data(options), folder=folder)
+
+
 def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -47,18 +55,18 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path, stage, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("years of work")
     with pytest.raises(ConfigError, match=rf"holds files that are not ours \({name.partition('/')[0]}\)"):
-        check_workdir(make_config(stage), tmp_path)
+        check_workdir(make_job(make_config(stage), tmp_path))
     assert files(tmp_path) == {name: b"years of work"}
 
 
 def test_what_may_be_in_a_new_workdir(tmp_path):
     config = make_config("source")
-    check_workdir(config, tmp_path / "new")
+    check_workdir(make_job(config, tmp_path / "new"))
     (tmp_path / ".DS_Store").write_bytes(b"")
-    check_workdir(config, tmp_path)
-    (tmp_path / "config.json").write_text(base.to_json(config))
+    check_workdir(make_job(config, tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(make_job(config, tmp_path).settings))
     (tmp_path / "report.html").write_text("ours")
-    check_workdir(config, tmp_path)
+    check_workdir(make_job(config, tmp_path))
 
 
 def test_every_stage_asks_before_it_computes(tmp_path, monkeypatch):
@@ -68,7 +76,7 @@ def test_every_stage_asks_before_it_computes(tmp_path, monkeypatch):
     config = make_config("transfer")
     config.source, config.transfer.target = str(tmp_path), "builtin:digits"
     config.transfer.update(num_train_images=20, batch_size=10, num_epochs=1, evaluate_epochs=(1,))
-    for act in (stages.plan, stages.run):
+    for act in (tasks.plan, tasks.run):
         with pytest.raises(ConfigError, match="not ours"):
             act(config, tmp_path)
     assert files(tmp_path) == before
@@ -106,7 +114,6 @@ def test_checkpoints_are_one_run_s(tmp_path):
     ("key", "value", "found"),
     [
         ("norm", "l2", "none"),
-        ("eps", 0.5, "0.0"),
         ("architecture", "resnet18", "resnet_tiny"),
         ("image_size", 16, "8"),
     ],
@@ -115,12 +122,13 @@ def test_a_finished_source_of_another_kind_is_not_taken_for_this_one(tmp_path, k
     save_model(make_model(), tmp_path / "model")
     config = make_config("source")
     config.train.architecture = "resnet_tiny"
-    assert train_source(config, tmp_path).spec.norm == "none"
+    assert train(config, tmp_path).spec.norm == "none"
     config.train[key] = value
+    config.train.eps = 0.5 * (key == "norm")
     with pytest.raises(
-        ConfigError, match=rf"model is a model of {key} {found}, and config.train.{key} is {value}"
+        ValueError, match=rf"model is a model of {key} {found}, and {key}={value} is asked for"
     ):
-        train_source(config, tmp_path)
+        train(config, tmp_path)
 
 
 def test_a_file_is_written_whole_and_a_failure_leaves_nothing(tmp_path, monkeypatch):
@@ -173,6 +181,6 @@ def test_what_was_put_aside_is_deleted_once_the_new_one_is_there(tmp_path):
 
 def test_a_source_is_not_trained_among_files_of_others(tmp_path):
     (tmp_path / "log.jsonl").write_text("mine")
-    with pytest.raises(ConfigError, match=r"holds files that are not ours \(log.jsonl\)"):
-        train_source(make_config("source"), tmp_path)
+    with pytest.raises(ValueError, match=r"holds files that are not ours \(log.jsonl\)"):
+        train(make_config("source"), tmp_path)
     assert files(tmp_path) == {"log.jsonl": b"mine"}

@@ -20,8 +20,8 @@ def subset_indices(
 ) -> np.ndarray:
     """Draws `num_images` different images, the same ones for every source network.
 
-    The draw depends on (dataset, seed) and on nothing else, on every machine; a subset contains every smaller one of the
-    same seed.
+    The draw depends on (dataset, seed) and on nothing else, on every machine; a subset contains every smaller
+    one of the same seed.
 
     Args:
       labels: integers [N], the labels of the images to draw from.

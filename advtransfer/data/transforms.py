@@ -30,8 +30,8 @@ _ORDERS = np.array(list(itertools.permutations(range(3))), np.int32)
 class Augmentation:
     """What is done to training images, in the order resized crop, crop, flip, jitter, rotation, lighting.
 
-    The default leaves them alone. A preset is what somebody published (`AUGMENTATIONS`), in place of the other fields;
-    "utrera" is "utrera_color", or "none" for grey images.
+    The default leaves them alone. A preset is what somebody published (`AUGMENTATIONS`), in place of the
+    other fields; "utrera" is "utrera_color", or "none" for grey images.
     """
 
     preset: str = option(
@@ -69,8 +69,8 @@ AUGMENTATIONS = {
 def choose_augmentation(augmentation: Augmentation, images: np.ndarray | None = None) -> Augmentation:
     """The augmentation with its preset spelled out.
 
-    The preset "utrera" looks at `images`, uint8 [N, H, W, 3]: grey ones (all channels alike) are not augmented, others
-    by "utrera_color", as in the paper's code.
+    The preset "utrera" looks at `images`, uint8 [N, H, W, 3]: grey ones (all channels alike) are not
+    augmented, others by "utrera_color", as in the paper's code.
 
     Raises:
       ValueError: the preset "utrera" without images.

@@ -137,8 +137,8 @@ def _apply(static: _Static, variables: Any, images: jax.Array) -> jax.Array:
 
 
 def compute_dtype(name: str) -> Any:
-    """The type that a network computes in, by its name: "auto" is bfloat16 where accelerators have units for it, and
-    float32 on a CPU."""
+    """The type that a network computes in, by its name: "auto" is bfloat16 where accelerators have units for
+    it, and float32 on a CPU."""
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)

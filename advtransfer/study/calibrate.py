@@ -1,4 +1,4 @@
-"""How long a study takes on this device: for every k the beginning of its largest part is run, then scaled."""
+"""How long a study takes on this device: for every k a piece of its work is run, then scaled."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Speed(NamedTuple):
 def measure_speed(
     pieces: Sequence[Piece], models: Mapping[str, Model], datasets: Mapping[str, Dataset], *, budget: float
 ) -> dict[int, Speed]:
-    """Times the largest piece of each number of unfrozen blocks, those with most to do first, until `budget` seconds
-    are over.
+    """Times the largest piece of each number of unfrozen blocks, those with most to do first, until `budget`
+    seconds are over.
 
     Args:
       pieces, datasets: as for `pieces_of`; at least one piece.

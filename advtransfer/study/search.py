@@ -17,7 +17,8 @@ from advtransfer.transfer import Recipe, resolve_recipe
 
 @options
 class Search:
-    """What is tried, in all combinations, for every source, target, n and k; the best on validation images is taken."""
+    """What is tried, in all combinations, for every source, target, n and k; the best on validation images is
+    taken."""
 
     learning_rates: tuple[float, ...] = option((), "(): the recipe's", above=0)
     weight_decays: tuple[float, ...] = option((), "(): the recipe's", low=0)
@@ -76,8 +77,8 @@ def choose(
       rows: of these trials.
 
     Returns:
-      The hyper-parameters with the highest accuracy on the validation split after the last epoch, mean over the
-      seeds; of equals the first; any that diverged come last. And a row for each cell and combination.
+      The hyper-parameters with the highest accuracy on the validation split after the last epoch, mean over
+      the seeds; of equals the first; any that diverged come last. And a row for each cell and combination.
     """
     last = {}  # rows of a trial come in the order of its epochs
     for row in rows:

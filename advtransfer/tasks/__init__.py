@@ -1,4 +1,5 @@
-"""What each stage of the command line does: the configuration becomes values, the packages compute, files are written.
+"""What each stage of the command line does: the configuration becomes values, the packages compute, files are
+written.
 
 Every task is a module with `run(job)` and `plan(job)`, and can be killed and started again.
 """
@@ -48,7 +49,7 @@ def run(config: ConfigDict, workdir: str | Path, *, command: str = "") -> None:
       DivergedError: a loss or a weight is no longer a number.
       SaveError: the disk is full, or the object store refuses; what was written before is whole.
     """
-    job = _job(config, workdir, command)
+    job = make_job(config, workdir, command)
     try:
         check_datasets(job.options)
         with on_sigterm(stop_on_sigterm):
@@ -68,13 +69,13 @@ def plan(config: ConfigDict, workdir: str | Path) -> str:
     Raises:
       ConfigError: as `run`, but for sets that are not prepared only if their sizes are unknown.
     """
-    job = _job(config, workdir)
+    job = make_job(config, workdir)
     return "\n".join([TASKS[job.options.run.stage].plan(job), *missing_lines(job.options)])
 
 
-def _job(config: ConfigDict, workdir: str | Path, command: str = "") -> Job:
-    """Values of the configuration, with the compute type spelled out: a workdir goes on in the type that it began
-    with."""
+def make_job(config: ConfigDict, workdir: str | Path, command: str = "") -> Job:
+    """Values of the configuration, with the compute type spelled out: a workdir goes on in the type that it
+    began with."""
     configuration.check_keys(config)
     resolved = config.copy_and_resolve_references()
     options = configuration.read(resolved)
@@ -82,7 +83,8 @@ def _job(config: ConfigDict, workdir: str | Path, command: str = "") -> Job:
     options = configuration.read(resolved)
     if parallel.num_processes() > 1 and options.run.stage not in _OVER_PROCESSES:
         raise ConfigError(
-            f"config.stage={options.run.stage} runs in one process: leave --multihost away and start one process"
+            f"config.stage={options.run.stage} runs in one process: leave --multihost away and start one "
+            "process"
         )
     try:
         return Job(options, resolved.to_dict(), storage.to_path(workdir), command)

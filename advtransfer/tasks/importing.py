@@ -123,7 +123,8 @@ def _verify(job: Job, model: Model, dataset: Dataset) -> None:
         error = 100 * math.sqrt(published["accuracy"] * (1 - published["accuracy"]) / found["num_images"])
         line += (
             f"; published: {published['accuracy']:.2%} on {published['dataset']} "
-            f"({points:+.2f} points here; the standard error of {found['num_images']:,} images is {error:.2f})"
+            f"({points:+.2f} points here; the standard error of {found['num_images']:,} images is "
+            f"{error:.2f})"
         )
         write_json(job.workdir / "evaluation.json", found | {"published": published})
     print(line)

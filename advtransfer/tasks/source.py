@@ -1,6 +1,7 @@
 """stage=source: trains the network of config.train and measures it.
 
-Leaves in the workdir: `log.jsonl` and TensorBoard events, `checkpoints/` while it trains, `model/`, `evaluation.json`.
+Leaves in the workdir: `log.jsonl` and TensorBoard events, `checkpoints/` while it trains, `model/`,
+`evaluation.json`.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def plan(job: Job) -> str:
 
 
 def load_source_data(options: Options, *, planned: bool = False) -> Dataset:
-    """The dataset of config.train at its resolution, to train on and to measure the network on, once all that the
-    training needs has been checked.
+    """The dataset of config.train at its resolution, to train on and to measure the network on, once all that
+    the training needs has been checked.
 
     Raises:
       ConfigError: naming the key.

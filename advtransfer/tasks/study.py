@@ -1,7 +1,8 @@
 """stage=study: trains the sources that are not there yet, runs the grid, writes the report.
 
-Leaves in the workdir: `sources/NAME/` as stage=source does, `rows/` with a file per finished group, `rows.csv`,
-`summary.csv`, `figures/`, `report.html`; with a search of hyper-parameters also `search/` and `search.csv`.
+Leaves in the workdir: `sources/NAME/` as stage=source does, `rows/` with a file per finished group,
+`rows.csv`, `summary.csv`, `figures/`, `report.html`; with a search of hyper-parameters also `search/` and
+`search.csv`.
 """
 
 from __future__ import annotations

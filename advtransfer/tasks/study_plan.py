@@ -58,7 +58,8 @@ def plan_lines(job: Job, inputs: StudyInputs) -> list[str]:
     left = [trial for trial in trials if trial.identity() not in rows]
     lines.append(
         f"fine-tune {len(left):,} of {len(trials):,} models in "
-        f"{len(group(left, size=options.study.group_size)):,} groups, {sum(map(trial_steps, left)):,} steps of "
+        f"{len(group(left, size=options.study.group_size)):,} groups, {sum(map(trial_steps, left)):,} steps "
+        "of "
         f"{options.recipe.batch_size} images"
     )
     if tried:
@@ -108,7 +109,8 @@ def _trials(
 def _costs(
     inputs: StudyInputs, trials: list[Trial], models: dict[str, Model], calibration: float
 ) -> list[str]:
-    """What trials take; `calibration` seconds are measured to predict how long it takes here, 0: no prediction."""
+    """What trials take; `calibration` seconds are measured to predict how long it takes here, 0: no
+    prediction."""
     splits = {trial.split for trial in trials}
     datasets = {
         target.digest("train", split): target

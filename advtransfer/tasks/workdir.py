@@ -29,8 +29,8 @@ class Job(NamedTuple):
 
 
 def check_workdir(job: Job) -> None:
-    """Raises a ConfigError if the workdir cannot be written, or holds another config's results or foreign files: a
-    folder of ours has a `config.json`, and only what is in such a folder is replaced."""
+    """Raises a ConfigError if the workdir cannot be written, or holds another config's results or foreign
+    files: a folder of ours has a `config.json`, and only what is in such a folder is replaced."""
     workdir = job.workdir
     try:
         storage.check_writable(workdir)
@@ -46,7 +46,8 @@ def check_workdir(job: Job) -> None:
             different = conflicts(job.settings, foreign.read_bytes(saved).decode())
         except ValueError as error:
             raise ConfigError(
-                f"{saved} is not a configuration that can be compared ({error}): choose another --workdir, or delete it"
+                f"{saved} is not a configuration that can be compared ({error}): choose another --workdir, "
+                "or delete it"
             ) from error
         if different:
             raise ConfigError(

@@ -19,8 +19,8 @@ _LARGEST = 3.4e38  # of float32
 class Recipe:
     """How a network is fine-tuned.
 
-    Learning rate, schedule, momentum, weight decay, batch size and epochs are the paper's (Utrera et al., 2021, §3).
-    Its frozen BatchNorm is "update", its head "normal", and its colour targets are augmented.
+    Learning rate, schedule, momentum, weight decay, batch size and epochs are the paper's (Utrera et al.,
+    2021, §3). Its frozen BatchNorm is "update", its head "normal", and its colour targets are augmented.
     """
 
     num_epochs: int = option(150, "epochs", low=1)
@@ -40,14 +40,16 @@ class Recipe:
     head_scale: float = option(1.0, "standard deviation of head_init=normal", low=0, high=_LARGEST)
     frozen_batch_norm: str = option(
         "source",
-        "statistics of frozen layers: those of the batch, with running averages that move (update), the source's, or "
+        "statistics of frozen layers: those of the batch, with running averages that move (update), the "
+        "source's, or "
         "estimated once on the target's training images (target)",
         choices=FROZEN_BATCH_NORM,
     )
     augmentation: Augmentation = option(Augmentation(), "of the training images")
     num_views: int = option(
         0,
-        "fixed views of each image to choose from in every step, the image and its augmentations, so that the frozen "
+        "fixed views of each image to choose from in every step, the image and its augmentations, so that "
+        "the frozen "
         "blocks are computed once; 0: augmentation is drawn anew in every step",
         low=0,
     )
@@ -55,7 +57,8 @@ class Recipe:
     def check(self) -> None:
         if max(self.evaluate_epochs, default=1) > self.num_epochs:
             raise ValueError(
-                f"evaluate_epochs={self.evaluate_epochs} must be epochs from 1 to num_epochs={self.num_epochs}"
+                f"evaluate_epochs={self.evaluate_epochs} must be epochs from 1 to "
+                f"num_epochs={self.num_epochs}"
             )
 
 
