@@ -152,8 +152,9 @@ def _expected(kind: Any, known: Option) -> str:
     if typing.get_origin(inner) is tuple:
         return f"pairs of whole numbers{_range(known)}"
     noun = {int: "whole numbers", float: "numbers", str: "names"}[inner]
-    number = {NOT_EMPTY: "one or more ", (3,): "three ", (0, 3): "three or no "}.get(known.lengths, "")
-    return f"{number}{noun}" + (f" of {_list(known.choices)}" if known.choices else _range(known))
+    number = {NOT_EMPTY: "one or more ", (3,): "three ", (0, 3): "three "}.get(known.lengths, "")
+    values = f" of {_list(known.choices)}" if known.choices else _range(known)
+    return f"{number}{noun}{values}" + (", or none" if known.lengths == (0, 3) else "")
 
 
 def _list(names: tuple[str, ...]) -> str:

@@ -71,7 +71,7 @@ KINDS = {  # (accepted, refused): the keys
             "transfer.weight_decay",
             "transfer.head_scale",
         ),
-        *("interpret.smooth_noise", "interpret.damping", "study.calibration"),
+        *("evaluate.eps", "interpret.smooth_noise", "interpret.damping", "study.calibration"),
         *("train.augmentation.rotation", "transfer.augmentation.rotation"),
         *("train.augmentation.lighting", "transfer.augmentation.lighting"),
     ),

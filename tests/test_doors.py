@@ -42,7 +42,14 @@ from advtransfer.data import (
     transforms,
     views,
 )
-from advtransfer.evaluate import evaluate, evaluation_metrics, make_evaluate_step, predict
+from advtransfer.evaluate import (
+    Evaluation,
+    evaluate,
+    evaluation_metrics,
+    make_evaluate_step,
+    measure,
+    predict,
+)
 from advtransfer.models import Model, ModelSpec, create_module
 from advtransfer.tasks import one_model
 from advtransfer.train import TrainState
@@ -262,6 +269,11 @@ DOORS = [
     Door(
         evaluate,
         {"network": flat, "split": SPLIT, "batch_size": 2},
+        "split.images rank, split.images kind, split.labels length, split.labels kind",
+    ),
+    Door(
+        measure,
+        {"model": MODEL, "split": SPLIT, "evaluation": Evaluation(norm="none", batch_size=2)},
         "split.images rank, split.images kind, split.labels length, split.labels kind",
     ),
     Door(predict, {"network": flat, "images": FLOATS}, "images rank, images kind"),

@@ -651,7 +651,7 @@ def test_a_study_report_is_of_few_images_and_of_what_each_dataset_has(networks, 
         ({"num_queries": 798}, "config.interpret.num_queries"),
         ({"analyses": ("saliencies",)}, "config.interpret.analyses"),
         ({"solver": "exact"}, "config.interpret.solver"),
-        ({"cue_conflict": "/nowhere"}, "config.interpret.cue_conflict: /nowhere is no folder"),
+        ({"cue_conflict": "/nowhere"}, "config.interpret.cue_conflict: /nowhere is not a folder"),
     ],
 )
 def test_what_cannot_be_is_one_line(networks, tmp_path, change, said):

@@ -432,7 +432,7 @@ def test_the_plan_says_what_the_rule_takes(source, tmp_path):
     [
         ({"choose_num_unfrozen_blocks": "auto"}, "choose_num_unfrozen_blocks='auto' must be one of given"),
         ({"choose_num_unfrozen_blocks": "rule", "num_unfrozen_blocks": 1}, "exclude each other"),
-        ({"num_folds": 1}, "config.transfer.num_folds=1 must be at least 2"),
+        ({"num_folds": 1}, "config.transfer.num_folds=1 must be a whole number, 2 or more"),
     ],
 )
 def test_an_impossible_choice_names_its_key(changes, words):

@@ -157,7 +157,7 @@ def cross_validate(
     folds = make_folds(train.labels, num_folds, key)
     rests = [np.setdiff1d(np.arange(len(train.labels)), fold) for fold in folds]
     recipe = resolve_recipe(recipe, min(map(len, rests)), train.images)
-    recipe = dataclasses.replace(recipe, evaluate_epochs=())
+    recipe = dataclasses.replace(recipe, evaluate_epochs=(recipe.num_epochs,))
     candidates = depths(model.module.num_blocks)
     accuracies = np.full((len(candidates), num_folds), np.nan)
     for c, k in enumerate(candidates):
