@@ -16,7 +16,7 @@ import pytest
 
 from advtransfer import study
 from advtransfer.data import Augmentation, Dataset, Split, subset_indices
-from advtransfer.models import Model, ModelSpec, create_module, init_variables
+from advtransfer.models import Model, ModelSpec, create_module, identity, init_variables
 from advtransfer.study import (
     Grid,
     Source,
@@ -27,6 +27,7 @@ from advtransfer.study import (
     make_cells,
     make_trials,
     num_steps,
+    run_study,
     run_trials,
 )
 from advtransfer.study import run as study_run
@@ -481,3 +482,44 @@ def test_what_diverged_is_null_in_the_file_and_nan_again_when_it_is_read(tmp_pat
     (read,) = finished_rows(tmp_path).values()
     found = [[row[name] for row in read] for name in METRICS]
     np.testing.assert_array_equal(found, [[math.nan if x is None else x for x in row] for row in expected])
+
+
+# --- in a notebook --------------------------------------------------------------------------------
+
+
+def test_a_study_in_a_notebook_is_the_study_of_its_trials(tmp_path):
+    models = dict(zip(("natural", "robust"), _models().values(), strict=True))
+    models["robust"] = models["robust"]._replace(spec=replace(models["robust"].spec, norm="l2", eps=0.5))
+    grid = Grid(num_train_images=(6, 12), num_unfrozen_blocks=(0,), num_seeds=2)
+    args = grid, models, {"random": DATASET}
+    found = run_study(*args, recipe=RECIPE, folder=tmp_path / "study")
+    assert list(found.columns[:3]) == ["source", "source_norm", "source_eps"] and len(found) == 2 * 2 * 2 * 2
+    assert set(found["source_eps"]) == {0.0, 0.5} and set(found["target"]) == {"random"}
+    sources = {
+        name: Source(name, model.spec.norm, model.spec.eps, identity(model)) for name, model in models.items()
+    }
+    cells = make_cells(grid, models, ["random"])
+    trials = flatten(make_trials(grid, RECIPE, cells, lambda c: Start(sources[c.source], None, DATASET)))
+    expected = run_trials(
+        trials,
+        {source.identity: models[name] for name, source in sources.items()},
+        {DATASET.digest("train", "test"): DATASET},
+        tmp_path / "rows",
+    )
+    assert _without_seconds(found.to_dict("records")) == _without_seconds(expected)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").rglob("*.jsonl")}
+    again = run_study(*args, recipe=RECIPE, folder=tmp_path / "study")
+    assert again.equals(found) and before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_study_in_a_notebook_refuses_what_cannot_be(tmp_path):
+    models, targets = {"a": next(iter(_models().values()))}, {"random": DATASET}
+    grid = Grid(num_train_images=(6,), num_unfrozen_blocks=(0,), num_seeds=1)
+    with pytest.raises(ValueError, match="cannot unfreeze 2 blocks: this network has 1"):
+        run_study(replace(grid, num_unfrozen_blocks=(2,)), models, targets, folder=tmp_path / "study")
+    with pytest.raises(ValueError, match="cannot draw 41 images from random: choose 1 to 40"):
+        run_study(replace(grid, num_train_images=(41,)), models, targets, folder=tmp_path / "study")
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds files that are not ours"):
+        run_study(grid, models, targets, folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -302,14 +302,18 @@ def run_study(
         source = Source(name, model.spec.norm, model.spec.eps, identity(model))
         return Start(source, model, dataset._replace(name=target))
 
+    def start_of(cell: Cell, split: str = "") -> Start:
+        return start(cell.source, cell.target)
+
     cells = make_cells(grid, sources, targets)
+    make_trials(grid, recipe, cells, start_of)  # whether there are as many images, before anything is written
     storage.make_folder(folder)
     storage.write(folder / "study.json", json.dumps(to_dict(grid), indent=1) + "\n")
     found = run_cells(
         grid,
         recipe,
         cells,
-        lambda cell, split: start(cell.source, cell.target),
+        start_of,
         folder,
         search=search,
         stratified=stratified,
