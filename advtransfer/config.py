@@ -363,8 +363,8 @@ def set_paper_grid(config: ConfigDict) -> None:
     """Makes config.study the grid of Utrera et al., "Adversarially-trained deep nets transfer better" (ICLR
     2021): 14,400 models of 4 sources, 6 targets, 4 k, 5 n × 20 and 5 n × 10 seeds.
 
-    What its code calls 6 blocks are the last nine. How its seeds are shared out among the n is told by the
-    sum alone; their numbers are those of its code.
+    What its code calls 6 blocks are the last nine. The paper gives the total alone, from which the number of
+    seeds for each n is inferred; the seeds themselves are those of its code.
     """
     config.stage = "study"
     config.study.update(

@@ -36,7 +36,7 @@ DONE, DIVERGED, WRONG_INPUT, UNFINISHED, FAULT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 def run() -> None:
     """Runs the command in `sys.argv` and ends the process with one of the codes above."""
     _keep_streams()
-    logging.set_verbosity(logging.ERROR)  # what is wrong with a config is said below, in one line
+    logging.set_verbosity(logging.ERROR)  # what is wrong with a config is reported below, in one line
     app.run(main, flags_parser=parse_flags)
 
 

@@ -115,7 +115,7 @@ def from_main(tree: Any) -> Any:
 
 
 def everywhere(fine: bool) -> bool:
-    """Whether `fine` holds on every process; all of them ask, and all are told the same."""
+    """Whether `fine` holds on every process; all of them ask, and all get the same answer."""
     return fine if num_processes() == 1 else bool(np.all(multihost_utils.process_allgather(np.bool_(fine))))
 
 

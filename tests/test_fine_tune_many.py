@@ -275,7 +275,7 @@ def test_sets_are_measured_in_pieces(size, monkeypatch):
 
 def test_heads_run_side_by_side_as_memory_allows(monkeypatch):
     """On an accelerator: the Gram matrix of each, and its features twice, in an eighth of what is free."""
-    module, at_once = create_module("resnet18", num_classes=3), fine_tune_module._lanes
+    module, at_once = create_module("resnet18", num_classes=3), fine_tune_module._trials_per_batch
     assert at_once(module, 0, 20, 400) == 1  # on a CPU
     monkeypatch.setattr(parallel, "platform", lambda: "gpu")
     one = 4 * (400 * 400 + 2 * 400 * 512)

@@ -180,27 +180,30 @@ def test_against_pytorch(name):
 
 
 @pytest.mark.parametrize(("module", "channels"), [(BASIC, 1), (BOTTLENECK, 3)])
-def test_every_seam(module, channels):
+def test_every_boundary(module, channels):
     variables = random_variables(module)
     images = random_images(2, 32, 32, channels)
     run = jax.jit(module.apply, static_argnames=("start", "stop"))
     whole = run(variables, images)
     blocks = module.num_blocks
-    seams = [run(variables, images, stop=b) for b in range(blocks + 1)]
-    chex.assert_shape(seams[blocks], (2, module.num_features))
-    chex.assert_type(seams[blocks], jnp.float32)
-    for b, seam in enumerate(seams):
-        np.testing.assert_allclose(run(variables, seam, start=b), whole, rtol=1e-5)
-    np.testing.assert_array_equal(module.apply(variables, seams[1], start=1, stop=1), seams[1])
-    onward = run(variables, seams[1], start=1, stop=blocks - 1)
-    np.testing.assert_allclose(onward, seams[blocks - 1], rtol=1e-5, atol=1e-6)
+    inner = [run(variables, images, stop=b) for b in range(blocks + 1)]
+    chex.assert_shape(inner[blocks], (2, module.num_features))
+    chex.assert_type(inner[blocks], jnp.float32)
+    for b, x in enumerate(inner):
+        np.testing.assert_allclose(run(variables, x, start=b), whole, rtol=1e-5)
+    np.testing.assert_array_equal(module.apply(variables, inner[1], start=1, stop=1), inner[1])
+    onward = run(variables, inner[1], start=1, stop=blocks - 1)
+    np.testing.assert_allclose(onward, inner[blocks - 1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("ends", "message"),
     [
-        *(({"start": start}, f"start is {start}; this network has the seams 0 to 2") for start in (-1, 3)),
-        *(({"stop": stop}, f"stop is {stop}; this network has the seams 0 to 2") for stop in (-1, 3)),
+        *(
+            ({"start": start}, f"start is {start}; this network has the boundaries 0 to 2")
+            for start in (-1, 3)
+        ),
+        *(({"stop": stop}, f"stop is {stop}; this network has the boundaries 0 to 2") for stop in (-1, 3)),
         ({"start": 2, "stop": 1}, "start is 2, after stop, which is 1"),
     ],
 )
@@ -218,9 +221,9 @@ def test_activations_of_another_rank_are_refused():
 def test_training_from_a_seam_returns_all_statistics():
     variables = random_variables(BASIC)
     images = random_images(2, 32, 32, 1)
-    seam = jax.jit(partial(BASIC.apply, stop=1))(variables, images)
+    x = jax.jit(partial(BASIC.apply, stop=1))(variables, images)
     run = jax.jit(partial(BASIC.apply, start=1, train=True, mutable=["batch_stats"]))
-    stats = run(variables, seam)[1]["batch_stats"]
+    stats = run(variables, x)[1]["batch_stats"]
     chex.assert_trees_all_equal_structs(stats, variables["batch_stats"])
     for name in ("bn1", "layer1_0"):
         chex.assert_trees_all_equal(stats[name], variables["batch_stats"][name])
@@ -306,8 +309,8 @@ def test_computing_in_bfloat16():
     run = jax.jit(partial(half.apply, train=True, mutable=["batch_stats"]))
     logits, changed = run(variables, images)
     chex.assert_type([logits, *jax.tree.leaves(changed)], jnp.float32)
-    seam = jax.eval_shape(partial(half.apply, stop=1), variables, images)
-    chex.assert_type(seam, jnp.bfloat16)
+    x = jax.eval_shape(partial(half.apply, stop=1), variables, images)
+    chex.assert_type(x, jnp.bfloat16)
     features = jax.jit(partial(half.apply, stop=2))(variables, images)
     chex.assert_type(features, jnp.float32)
     want = jax.jit(partial(BASIC.apply, stop=2))(variables, images)

@@ -229,7 +229,7 @@ def _truncated(train: Examples, queries: Examples, options: _Options) -> np.ndar
     def operator(vectors):
         return head_hessian.hessian_product(vectors.reshape(shape), train).reshape(vectors.shape)
 
-    # A vector more takes its own room, and the operator among them at most three times as much again.
+    # One more vector takes its own memory, and the operator among them at most three times as much again.
     max_vectors = min(size, _TYPICAL_VECTORS + int(options.num_bytes // (32 * size)))
     values, vectors = krylov.leading_eigenpairs(operator, size, rcond=options.rcond, max_vectors=max_vectors)
     options.tell(f"{len(values)} eigenvalues of H lie above {options.rcond:g} of the largest")

@@ -121,14 +121,14 @@ def _search(operator, start, basis, num_locked, largest, rcond, tolerance):
 
     The Krylov space of the block `start` is built in the rows behind them.
     """
-    room = len(basis) - num_locked
-    projected = np.zeros((room, room))  # the operator in the Krylov space
+    size = len(basis) - num_locked
+    projected = np.zeros((size, size))  # the operator in the Krylov space
     locked, krylov = basis[:num_locked], basis[num_locked:]
     start = start - (start @ locked.T) @ locked
     block, used, next_look = _orthonormalise(start, locked, 1.0)[0], 0, 0
     while True:
         first, used = used, used + len(block)
-        if used > room:
+        if used > size:
             raise RuntimeError(
                 f"{len(basis)} vectors, for which there is memory, do not settle the eigenvalues above "
                 f"{rcond:g} of the largest: raise rcond"

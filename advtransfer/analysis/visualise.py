@@ -33,7 +33,7 @@ class Objective(NamedTuple):
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class _Seam:
+class _Boundary:
     """Which activation of which network, as part of a pytree's structure."""
 
     module: ResNet
@@ -41,17 +41,19 @@ class _Seam:
     fake_relu: bool
 
 
-def _features(seam: _Seam, variables, images):
-    return seam.module.apply(variables, images, stop=seam.stop, fake_relu=seam.fake_relu)
+def _features(boundary: _Boundary, variables, images):
+    return boundary.module.apply(variables, images, stop=boundary.stop, fake_relu=boundary.fake_relu)
 
 
 def features_fn(model: Model, stop: int | None = None, *, fake_relu: bool = True) -> Partial:
-    """images [N, H, W, 3] in [0, 1] -> the activation at seam `stop` (see `ResNet.__call__`), or the logits.
+    """images [N, H, W, 3] in [0, 1] -> the activation at boundary `stop` (see `ResNet.__call__`), or the
+    logits.
 
-    A pytree whose leaves are the weights. `fake_relu`: gradients pass the last ReLU before that seam as if it
-    were the identity, so that a unit can be maximised from where it is silent. Activations are unchanged.
+    A pytree whose leaves are the weights. `fake_relu`: gradients pass the last ReLU before that boundary as
+    if it were the identity, so that a unit can be maximised from where it is silent. Activations are
+    unchanged.
     """
-    return Partial(_features, _Seam(model.module, stop, fake_relu), model.variables)
+    return Partial(_features, _Boundary(model.module, stop, fake_relu), model.variables)
 
 
 def unit(model: Model, block: int, channels: int | np.ndarray, *, fake_relu: bool = True) -> Objective:
@@ -98,7 +100,7 @@ def _nearness(features_fn, representation, images):
     if features.shape[1:] != representation.shape[1:]:
         raise ValueError(
             f"the representation is {representation.shape[1:]} and the network's there "
-            f"{features.shape[1:]}: take both at the same seam and image size"
+            f"{features.shape[1:]}: take both at the same boundary and image size"
         )
     axes = tuple(range(1, features.ndim))
     scale = jnp.maximum(jnp.sum(representation**2, axis=axes), 1e-12)

@@ -34,7 +34,7 @@ SUFFIXES = frozenset(
 
 
 class Layout(NamedTuple):
-    """The folders that hold the classes of each split, and what a reader should be told of them."""
+    """The folders that hold the classes of each split, and what a reader should know of them."""
 
     splits: dict[str, Path]  # some of train, validation, test
     remarks: tuple[str, ...]

@@ -102,7 +102,8 @@ def edges(images: np.ndarray) -> np.ndarray:
 
 
 def silhouette(images: np.ndarray) -> np.ndarray:
-    """Without texture: a black figure on white, told from its ground by Otsu's threshold on luma (1979).
+    """Without texture: a black figure on white, separated from the background by Otsu's threshold on luma
+    (1979).
 
     The ground is what most of the border shows. A figure on a plain ground, as digits and letters are, comes
     out as its mask; of a photograph a picture in two tones is left, no silhouette.

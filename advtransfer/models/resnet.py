@@ -111,35 +111,35 @@ class ResNet(nn.Module):
         stop: int | None = None,
         fake_relu: bool = False,
     ) -> jax.Array:
-        """Runs the network, or the part of it between two seams.
+        """Runs the network, or the part of it between two boundaries.
 
-        Seam b < B is the activation that enters block b, [N, h, w, c] in the compute type; seam B is
+        Boundary b < B is the activation that enters block b, [N, h, w, c] in the compute type; boundary B is
         the pooled representation, float32 [N, C]. `apply(v, apply(v, x, stop=b), start=b)` is
         `apply(v, x)`.
 
         Args:
-            x: images [N, H, W, 3] in [0, 1] if `start` is None, otherwise what stands at seam `start`.
+            x: images [N, H, W, 3] in [0, 1] if `start` is None, otherwise the activation at boundary `start`.
             train: normalise with the batch's statistics and update the running ones (pass
                 `mutable=["batch_stats"]`; the whole collection comes back, with the entries of
                 blocks that did not run as they were).
-            start: the seam to start from. None: the images.
-            stop: the seam to stop at. None: the logits.
+            start: the boundary to start from. None: the images.
+            stop: the boundary to stop at. None: the logits.
             fake_relu: let gradients through the ReLU at the end of the last block that runs as if it were
                 the identity; the outputs stay the same (Engstrom et al. 2019, arXiv:1906.00945).
 
         Returns:
-            float32 logits [N, num_classes], or the activation at seam `stop`.
+            float32 logits [N, num_classes], or the activation at boundary `stop`.
 
         Raises:
-            ValueError: a seam outside 0 ... B, or `start` after `stop`.
+            ValueError: a boundary outside 0 ... B, or `start` after `stop`.
         """
         num_blocks = self.num_blocks
         first = -1 if start is None else start
         last = num_blocks + 1 if stop is None else stop
         if start is not None and not 0 <= start <= num_blocks:
-            raise ValueError(f"start is {start}; this network has the seams 0 to {num_blocks}")
+            raise ValueError(f"start is {start}; this network has the boundaries 0 to {num_blocks}")
         if stop is not None and not 0 <= stop <= num_blocks:
-            raise ValueError(f"stop is {stop}; this network has the seams 0 to {num_blocks}")
+            raise ValueError(f"stop is {stop}; this network has the boundaries 0 to {num_blocks}")
         if start is None and not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"images are {x.dtype}: pass floats in [0, 1], such as images / 255")
         if first > last:

@@ -131,7 +131,7 @@ def run_trials(
             first, model = missing[name][0], models[missing[name][0].source.identity]
             dataset = datasets[first.data]
             if shared_inputs(first) != prepared_for:
-                prepared = None  # before the next: there may be no room for both
+                prepared = None  # before the next: both may not fit into memory
                 prepared_for = shared_inputs(first)
                 # Finished ones too: rounding depends on the number of images, and must not on what is left.
                 alike = [

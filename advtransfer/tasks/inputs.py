@@ -63,7 +63,7 @@ def find_model(name: str, dtype: str, *, planned: bool = False) -> Model:
         known = known_on_hub(name)
         if known is None:
             raise ValueError(
-                f"{name} is not on this machine, and what it is cannot be told without it: fetch it first "
+                f"{name} is not on this machine, and what it is cannot be known without it: fetch it first "
                 "(hf download REPO FILE), or start the run, which does"
             )
         spec, own = known_spec(known), compute_dtype(dtype)

@@ -111,8 +111,8 @@ def _remarks(inputs: StudyInputs) -> list[str]:
         more = f", … ({len(target.class_names)})" if len(target.class_names) > _MAX_NAMED else ""
         remarks.append(f"The classes of {name}: {', '.join(target.class_names[:_MAX_NAMED])}{more}.")
     everything = [*([inputs.training] if inputs.training else []), *targets.values()]
-    told = {dataset.name: dataset.remarks for dataset in everything}
-    return remarks + [f"{name}: {remark}." for name, those in told.items() for remark in those]
+    known = {dataset.name: dataset.remarks for dataset in everything}
+    return remarks + [f"{name}: {remark}." for name, those in known.items() for remark in those]
 
 
 def _pictures(

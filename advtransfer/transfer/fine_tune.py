@@ -128,8 +128,8 @@ def fine_tune_many(
         raise ValueError(f"subsets hold other numbers than those of the {train.num_images:,} training images")
     recipe = resolve_recipe(recipe, subsets.shape[1], train.images)
     module = model.module.clone(num_classes=num_classes)
-    lanes = _lanes(module, num_unfrozen_blocks, *subsets.shape)
-    programs = _many(module, without_rates(recipe), num_unfrozen_blocks, model.spec.image_size, lanes)
+    batch = _trials_per_batch(module, num_unfrozen_blocks, *subsets.shape)
+    programs = _many(module, without_rates(recipe), num_unfrozen_blocks, model.spec.image_size, batch)
     tried = rates or Rates(recipe.learning_rate, recipe.weight_decay)
     tried = Rates(*(jnp.atleast_1d(jnp.asarray(x, jnp.float32)) for x in tried))
     chex.assert_rank(tried, 1)
@@ -182,7 +182,7 @@ def num_streams(module: Any, num_unfrozen_blocks: int, image_size: int, *, cache
     return parallel.cores_per_device() if sum(flops) < _SMALL else 1
 
 
-def _lanes(module: Any, num_unfrozen_blocks: int, num_trials: int, num_images: int) -> int:
+def _trials_per_batch(module: Any, num_unfrozen_blocks: int, num_trials: int, num_images: int) -> int:
     """How many trials one program takes side by side, as measured best, if there is memory for them.
 
     With kernels of their own their convolutions would be grouped ones; and on a CPU heads side by side, each
@@ -233,11 +233,11 @@ def _one(module: Any, recipe: Recipe, num_unfrozen_blocks: int, image_size: int)
 
 
 @functools.lru_cache(maxsize=64)
-def _many(module: Any, recipe: Recipe, num_unfrozen_blocks: int, image_size: int, lanes: int) -> _Programs:
+def _many(module: Any, recipe: Recipe, num_unfrozen_blocks: int, image_size: int, batch: int) -> _Programs:
     """Compiled once for every (network, recipe, k), whatever the source's weights, rates and images are;
-    `lanes` trials go side by side."""
+    `batch` trials run as one batched computation."""
     run = make_fine_tune(module, recipe, num_unfrozen_blocks, image_size)
-    each = functools.partial(jax.lax.map, batch_size=lanes if lanes > 1 else None)
+    each = functools.partial(jax.lax.map, batch_size=batch if batch > 1 else None)
 
     def one(params, rates, *trial):
         def own(rates):

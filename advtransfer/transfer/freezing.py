@@ -22,7 +22,7 @@ _VIEW_STREAM = 0xF1E5
 
 
 def first_unfrozen_block(module: Any, num_unfrozen_blocks: int) -> int | None:
-    """The seam below which nothing is trained: block B - k; None when everything is (k = -1).
+    """The boundary below which nothing is trained, that of block B - k; None when everything is (k = -1).
 
     Raises:
       ValueError: k is below -1 or above the network's number of blocks.
@@ -85,7 +85,7 @@ def activations(
     chex.assert_type([images, numbers], [np.uint8, int])
     batch_size = min(batch_size, len(images))
     entering = activation_shape(module, start, image_size or images.shape[1])
-    # Filled in place: there may be room for the activations once, not twice.
+    # Filled in place: there may be memory for the activations once, not twice.
     found = jnp.zeros((num_views * len(images), *entering.shape[1:]), entering.dtype)
     for view in range(num_views):
         drawn = augmentation if view else NO_AUGMENTATION

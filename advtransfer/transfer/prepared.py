@@ -1,4 +1,4 @@
-"""What the trials of one source, target and k share: computed once, if there is room for it."""
+"""What the trials of one source, target and k share: computed once, if it fits into memory."""
 
 from __future__ import annotations
 
@@ -103,13 +103,15 @@ def is_cached(
     free = parallel.free_bytes()
     if not size or size <= _SHARE * free:
         return bool(size)
-    told = (
+    problem = (
         f"the activations of {num_train:,} + {num_test:,} images at k = {num_unfrozen_blocks} take "
         f"{size / 1e9:,.1f} GB of the {free / 1e9:,.1f} GB that are free"
     )
     if recipe.num_views:
-        raise ValueError(f"{told}: lower num_views={recipe.num_views}, or take fewer images or a smaller k")
-    logging.warning("%s: the frozen blocks are computed in every step instead", told)
+        raise ValueError(
+            f"{problem}: lower num_views={recipe.num_views}, or take fewer images or a smaller k"
+        )
+    logging.warning("%s: the frozen blocks are computed in every step instead", problem)
     return False
 
 
