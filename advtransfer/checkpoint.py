@@ -206,7 +206,7 @@ def _share(arrays: Arrays, process: int, num_processes: int) -> Arrays:
 
 
 def _check_room(folder: Path, arrays: Arrays) -> None:
-    """Raises an OSError if disk, quota or limits leave no room; Orbax would report it in pages of traceback."""
+    """Raises an OSError if disk, quota or limits leave too little space: Orbax's own has many lines."""
     with tempfile.TemporaryFile(dir=folder) as file:
         os.posix_fallocate(file.fileno(), 0, sum(x.nbytes for x in arrays.values()) + _OVERHEAD)
 

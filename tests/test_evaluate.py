@@ -12,9 +12,8 @@ from jax.tree_util import Partial
 from advtransfer import parallel
 from advtransfer.attacks import L2, pgd
 from advtransfer.data import Batch, Dataset, Split, resize, to_float
-from advtransfer.evaluate import evaluate, make_evaluate_step, predict
+from advtransfer.evaluate import align_classes, evaluate, make_evaluate_step, predict
 from advtransfer.models import Model, ModelSpec, create_module, init_variables, logits_fn
-from advtransfer.source import align_classes
 
 NUM_IMAGES = 13
 

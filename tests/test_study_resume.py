@@ -25,10 +25,10 @@ from test_study import (
     undisturbed,  # noqa: F401, a fixture
 )
 
-from advtransfer import config as base
 from advtransfer import study
-from advtransfer.study import flatten, group, run_trials
+from advtransfer.study import Grid, flatten, group, run_trials
 from advtransfer.study import run as study_run
+from advtransfer.transfer import Recipe
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -45,15 +45,13 @@ def test_finished_groups_are_never_run_again(tmp_path, ran):
 
 def test_changed_images_are_run_again(tmp_path, ran):
     """One pixel of one test image is another set, under the same name."""
-    config = base.default()
-    config.transfer.batch_size = 5
-    config.study.update(num_train_images=(6,), num_unfrozen_blocks=(0,), num_seeds=2)
+    grid = Grid(num_train_images=(6,), num_unfrozen_blocks=(0,), num_seeds=2)
     images = DATASET.test.images.copy()
     images[-1, -1, -1, -1] ^= 1
     changed = DATASET._replace(test=DATASET.test._replace(images=images))
     for dataset, groups in ((DATASET, 2), (DATASET, 0), (changed, 2), (changed, 0), (DATASET, 0)):
         ran.clear()
-        trials = flatten(grid_of(config, lambda _: dataset))  # noqa: B023
+        trials = flatten(grid_of(grid, Recipe(batch_size=5), lambda _: dataset))  # noqa: B023
         run_trials(trials, _models(), {dataset.digest("train", "test"): dataset}, tmp_path)
         assert len(ran) == groups
 

@@ -3,6 +3,7 @@
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import chex
 import jax
@@ -11,12 +12,11 @@ import numpy as np
 import optax
 import pytest
 
-from advtransfer import config as base
 from advtransfer import parallel
 from advtransfer.checkpoint import Checkpoints, UnreadableCheckpoints
-from advtransfer.data import Batch, Dataset, Split
+from advtransfer.data import Augmentation, Batch, Dataset, Split
 from advtransfer.optim import apply_updates, freeze_mask, make_schedule, sgd
-from advtransfer.source import prepare
+from advtransfer.source import SourceRecipe, start_training
 from advtransfer.train import (
     DivergedError,
     Preempted,
@@ -43,22 +43,17 @@ def _dataset(num_images=64, size=8, num_classes=4):
     return Dataset("random", names, split(num_images), split(16), split(16))
 
 
-def _config(**source):
-    config = base.default()
-    config.train.update(
-        image_size=8,
-        batch_size=16,
-        num_epochs=2,
-        learning_rate=0.05,
-        schedule="constant",
-        log_every=3,
-        save_every=4,
-    )
-    config.train.norm, config.train.eps = "l2", 0.5
-    config.train.attack_random_start = True
-    config.train.augmentation.update(crop_padding=1, flip=True, jitter=0.2, rotation=5.0)
-    config.train.update(source)
-    return config
+RECIPE = SourceRecipe(
+    image_size=8,
+    batch_size=16,
+    num_epochs=2,
+    learning_rate=0.05,
+    schedule="constant",
+    norm="l2",
+    eps=0.5,
+    attack_random_start=True,
+    augmentation=Augmentation(crop_padding=1, flip=True, jitter=0.2, rotation=5.0),
+)
 
 
 # --- optim ----------------------------------------------------------------------------------------
@@ -208,13 +203,13 @@ def test_the_attack_draws_its_own_numbers():
     assert not drawn & {tuple(np.asarray(k)) for k in seen[0]}
 
 
-def _train(config, dataset, num_steps, *, devices):
+def _train(recipe, dataset, num_steps, *, devices):
     """The states of a training on the first `devices` virtual devices."""
     every_device = jax.local_devices()
     try:
         parallel.jax.local_devices, saved = (lambda: every_device[:devices]), jax.local_devices
         parallel.jax.local_device_count, saved_count = (lambda: devices), jax.local_device_count
-        run = prepare(config, dataset)
+        run = start_training(recipe, dataset)
         state, states, metrics = run.state, [], []
         for step in range(num_steps):
             state, found = run.run_step(state, step)
@@ -228,13 +223,13 @@ def _train(config, dataset, num_steps, *, devices):
 @pytest.fixture(scope="module")
 def alone(two_blocks):
     """Six steps on one device: the states, the metrics."""
-    return _train(_config(), _dataset(), 6, devices=1)
+    return _train(RECIPE, _dataset(), 6, devices=1)
 
 
 def test_two_devices_take_the_steps_of_one(alone):
     """With synchronised BatchNorm, augmentation and a random start: float32, every step, 1e-5."""
     ones, one_metrics = alone
-    twos, two_metrics = _train(_config(), _dataset(), 6, devices=2)
+    twos, two_metrics = _train(RECIPE, _dataset(), 6, devices=2)
     for one, two in zip(ones, twos, strict=True):
         chex.assert_trees_all_close(one, two, rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_close(one_metrics, two_metrics, rtol=1e-5)
@@ -244,14 +239,14 @@ def test_two_devices_take_the_steps_of_one(alone):
 
 def test_batch_norm_per_device_is_another_training(alone):
     """The same comparison fails when every device normalises with its own half of the batch."""
-    twos, _ = _train(_config(sync_batch_norm=False), _dataset(), 1, devices=2)
+    twos, _ = _train(replace(RECIPE, sync_batch_norm=False), _dataset(), 1, devices=2)
     with pytest.raises(AssertionError):
         chex.assert_trees_all_close(alone[0][0].params, twos[0].params, atol=1e-5)
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused():
-    with pytest.raises(ValueError, match="batch_size: a batch of 15 .* 2 devices: use a multiple of 2"):
-        prepare(_config(batch_size=15), _dataset())
+    with pytest.raises(ValueError, match="a batch of 15 .* 2 devices: use a multiple of 2"):
+        start_training(replace(RECIPE, batch_size=15), _dataset())
 
 
 # --- fit ------------------------------------------------------------------------------------------

@@ -9,15 +9,10 @@ import pytest
 from PIL import Image
 from test_layers import ROOT
 
-from advtransfer.config import checks
 from advtransfer.data import glyphs, load_dataset, views
 from advtransfer.data.views import VIEWS
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 24, 24, 3), dtype=np.uint8)
-
-
-def test_the_config_knows_every_view():
-    assert tuple(VIEWS) == checks.VIEWS
 
 
 @pytest.mark.parametrize("name", VIEWS)
