@@ -405,3 +405,8 @@ def test_a_warning_comes_once(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("1 of the test images are among the train") == 1
+
+
+def test_the_keys_are_listed(launch):
+    done = launch("--explain")
+    assert done.code == 0 and done.out == base.explain() + "\n"
