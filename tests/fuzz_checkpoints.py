@@ -22,8 +22,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from advtransfer.torch_checkpoint.reader import CheckpointError, Stub, Tensor, open_checkpoint
-from advtransfer.torch_checkpoint.tensors import numpy_type
+from advtransfer.torch_checkpoint.convert import read_network
+from advtransfer.torch_reader import CheckpointError, Stub, Tensor, numpy_type, open_checkpoint, open_file
 from tests.damage_checkpoints import STRUCTURED, damage
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -112,7 +112,7 @@ def leaves(tree: object):
         yield value
 
 
-def read_all(path: Path) -> None:
+def read_all(path: Path, network: bool) -> None:
     """Opens a checkpoint and reads every tensor in it; AssertionError if something is not as it should be."""
     with open_checkpoint(path) as contents:
         for value in leaves(contents.tree):
@@ -122,6 +122,9 @@ def read_all(path: Path) -> None:
                     array = value.read()
                     assert array.shape == value.shape and array.dtype == numpy_type(value.dtype)
                     assert array.flags.c_contiguous and array.dtype.isnative
+    if network:
+        with open_file(path) as file:
+            read_network(file)
 
 
 class Summary(NamedTuple):
@@ -133,7 +136,7 @@ class Summary(NamedTuple):
     slowest: float  # s
 
 
-def campaign(mutations: int, seed: int, only: int | None = None, read_network=None) -> Summary:
+def campaign(mutations: int, seed: int, only: int | None = None) -> Summary:
     """Reads `mutations` damaged files."""
     files, watch, failures, kinds = seeds(), Watch(), [], Counter()
     refused = slowest = 0
@@ -143,9 +146,7 @@ def campaign(mutations: int, seed: int, only: int | None = None, read_network=No
         for file in files:  # what is imported at its first use is imported now
             path.write_bytes(file.data)
             with contextlib.suppress(CheckpointError):
-                read_all(path)
-                if file.network and read_network:
-                    read_network(path)
+                read_all(path, file.network)
         for index in range(mutations) if only is None else [only]:
             file, data = mutant(files, seed, index, str(canary))
             kinds[file.kind] += 1
@@ -155,9 +156,7 @@ def campaign(mutations: int, seed: int, only: int | None = None, read_network=No
             try:
                 signal.setitimer(signal.ITIMER_REAL, SECONDS)
                 with watch.watching(path):
-                    read_all(path)
-                    if file.network and read_network:
-                        read_network(path)
+                    read_all(path, file.network)
             except CheckpointError as error:
                 refused += 1
                 if "\n" in str(error) or not str(error).isprintable() or len(str(error)) > 1000:
@@ -187,13 +186,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int)
     options = parser.parse_args()
-    from advtransfer.torch_checkpoint.convert import read_variables
-
     with contextlib.suppress(FileNotFoundError):  # Linux alone says how much there is
         size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (size + (MEGABYTES << 20),) * 2)
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result = campaign(options.mutations, options.seed, options.only, read_variables)
+    result = campaign(options.mutations, options.seed, options.only)
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(result.kinds.items()))
     print(

@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "progress": {"foreign", "parallel", "storage"},
     "data": {"config", "foreign", "labels", "parallel"},
     "models": {"foreign", "parallel", "storage", "data"},
-    "torch_checkpoint": {"models"},
+    "torch_checkpoint": {"foreign", "models", "storage", "torch_reader"},
+    "torch_reader": set(),
     "train": {"foreign", "labels", "parallel", "storage", "attacks", "optim", "checkpoint", "data", "models"},
 }
 MAY_IMPORT["evaluate"] = MAY_IMPORT["train"] | {"train"}

@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
+import io
 import math
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,8 +14,9 @@ import pytest
 from advtransfer.models import ARCHITECTURES, create_module
 from advtransfer.torch_checkpoint import state_dict
 from advtransfer.torch_checkpoint.layout import infer_architecture, layout
-from advtransfer.torch_checkpoint.reader import CheckpointError, Contents, Stub, Tensor
 from advtransfer.torch_checkpoint.state_dict import check_copies, find_network
+from advtransfer.torch_reader import CheckpointError, Contents, File, Stub, Tensor
+from advtransfer.torch_reader.tensors import Storage, contiguous
 
 # The start of the SHA-256 of the lines "name shape" of torchvision 0.28's state dicts, in order, without
 # num_batches_tracked.
@@ -30,11 +33,12 @@ TORCHVISION = {
 
 
 def tensor(value, dtype="float32"):
-    """A tensor that knows its values; one of a shape only cannot be read."""
+    """A tensor that has its values; one of a shape only cannot be read."""
     if isinstance(value, tuple):
-        return Tensor(value, dtype, (object(),), lambda: pytest.fail("a tensor was read that need not be"))
+        return contiguous(Storage(None, "0", dtype, 4 * math.prod(value)), value)
     array = np.asarray(value, dtype)
-    return Tensor(array.shape, dtype, (object(),), lambda: array)
+    file = File(Path("a"), io.BytesIO(array.tobytes()), array.nbytes)
+    return contiguous(Storage(file, "0", dtype, array.nbytes, start=0), array.shape)
 
 
 def network(architecture="resnet_tiny", num_classes=10):
@@ -346,54 +350,25 @@ def test_what_belongs_to_nothing_is_a_stray(stray):
     assert list(found.strays) == [stray]
 
 
-def test_claims_are_the_numbers_beside_the_network():
-    broken = Tensor((), "qint8", (object(),), lambda: raise_(CheckpointError("no such type")))
-    tree = {
-        "model": network(),
-        "epoch": 90,
-        "nat_prec1": tensor(57.9),
-        "adv_prec1": tensor([35.5]),
-        "best_acc1": 0.25,
-        "amp": None,
-        "flag": True,
-        "arch": "resnet50",
-        "loss": math.nan,
-        "huge": 10**400,
-        "small": -(10**400),
-        "largest": 2**53 - 1,
-        "smallest": 1 - 2**53,
-        "larger": 2**53,
-        "smaller": -(2**53),
-        "one": tensor([[7.0]]),
-        "none": tensor(np.zeros((0, 1))),
-        "optimizer": {"lr": 0.1},
-        "broken": broken,
-        "big": tensor((7, 7)),
-        3: 4,
-    }
-    claims = find_network(contents(tree)).claims
-    assert claims == {
-        "epoch": 90,
-        "nat_prec1": pytest.approx(57.9, rel=1e-7),
-        "adv_prec1": 35.5,
-        "best_acc1": 0.25,
-        "largest": 2**53 - 1,
-        "smallest": 1 - 2**53,
-        "one": 7.0,
-    }
-    assert all(type(value) in (int, float) for value in claims.values())
-
-
-def test_claims_are_few_and_short():
-    """However many there are, 64 are looked at, those that cannot be read among them."""
-    reads = []
-    broken = Tensor((), "float32", (object(),), lambda: reads.append(0) or raise_(CheckpointError("damaged")))
+def test_claims_are_the_numbers_beside_the_network(monkeypatch):
+    good = {"epoch": 90, "best_acc1": 0.25, "largest": 2**53 - 1, "smallest": 1 - 2**53}
+    tensors = {"nat_prec1": tensor(57.9), "adv_prec1": tensor([35.5]), "one": tensor([[7.0]])}
+    other = {"amp": None, "flag": True, "arch": "resnet50", "loss": math.nan, "optimizer": {"lr": 0.1}, 3: 4}
+    other |= {"huge": 10**400, "small": -(10**400), "larger": 2**53, "smaller": -(2**53)}
+    other |= {"empty": tensor(np.zeros((0, 1))), "broken": tensor((), "qint8"), "big": tensor((7, 7))}
+    found = find_network(contents({"model": network(), **good, **tensors, **other})).claims
+    nat_prec1 = pytest.approx(57.9, rel=1e-7)
+    assert found == good | {"nat_prec1": nat_prec1, "adv_prec1": 35.5, "one": 7.0}
+    assert all(type(value) in (int, float) for value in found.values())
+    # However many there are, 64 are looked at, those that cannot be read among them.
     scalars = {f"k{i}": tensor(float(i)) for i in range(100)}
     assert find_network(contents({"model": network()} | scalars)).claims == {f"k{i}": i for i in range(64)}
-    many = {f"k{i}": broken for i in range(1_000)} | {"epoch": 3}
-    assert find_network(contents({"model": network()} | many)).claims == {} and len(reads) == 64
-    long = find_network(contents({"model": network(), "x" * 1_000: 1})).claims
-    assert long == {"x" * 100: 1}
+    reads, read = [], Tensor.read
+    monkeypatch.setattr(Tensor, "read", lambda one: reads.append(0) or read(one))
+    broken = {f"k{i}": tensor((), "qint8") for i in range(1_000)}
+    assert find_network(contents({"model": network(), **broken, "epoch": 3})).claims == {}
+    assert len(reads) == 64
+    assert find_network(contents({"model": network(), "x" * 1_000: 1})).claims == {"x" * 100: 1}
 
 
 def test_the_tensors_of_a_file_are_bounded(monkeypatch):
@@ -407,10 +382,6 @@ def test_the_tensors_of_a_file_are_bounded(monkeypatch):
     assert len(named) == 1
     find_network(contents({"ema": network(), "model": {"a": tensor((1,))}}))
     assert len(named) == 2
-
-
-def raise_(error):
-    raise error
 
 
 def test_what_is_no_state_dict():
