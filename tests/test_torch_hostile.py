@@ -121,6 +121,7 @@ ENCODE = call("_codecs.encode", b"h\x00", text("latin1")) + b"0"
 PAIRS = b"](" + b"".join(integer(i) + b"N\x86" for i in range(20_000)) + b"eq\x00"
 ORDERED = call("collections.OrderedDict", b"h\x00")
 DEFAULT = call("collections.defaultdict", b"N", b"h\x00") + b"0"
+MAKER = name_of(TENSOR)
 HEAVY = {
     "memo": b"N" + b"r\xff\xff\xff\xff" * 10 + b"0N",  # an index of 2^32 - 1 is no allocation
     "laughs": b"]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(200)),
@@ -140,9 +141,10 @@ HEAVY = {
     "dicts": b"}" * 3_000_000,
     "stored dicts": b"".join(b"}r" + struct.pack("<I", i) for i in range(1_500_000)),
     "encoded": text("x" * 1_000_000) + b"q\x00" + ENCODE[:-1] * 500,
+    "tensors": MAKER + b"q\x000" + tensor()[len(MAKER) : -1] + b"q\x01" + b"h\x00h\x01R" * 400_000,
 }  # fmt: skip
 REFUSED = ("copies", "copied dicts", "copied defaults", "copied lists", "names", "long names", "bytes")
-REFUSED += ("dicts", "stored dicts", "encoded")
+REFUSED += ("dicts", "stored dicts", "encoded", "tensors")
 
 
 @pytest.mark.parametrize("name", list(HEAVY))

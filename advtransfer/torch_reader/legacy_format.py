@@ -67,7 +67,7 @@ class _Beginning(io.RawIOBase):
 
 
 class _Pickles(io.BufferedReader):
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int) -> bytes:
         return super().read(min(size, MAX_BYTES))  # which takes as much memory as it is asked for
 
 

@@ -93,4 +93,4 @@ def _tensor(file: File, start: int, name: str, entry: Any) -> Tensor:
         raise ValueError(f"offsets that do not fit the shape in {name}")
     first, last = offsets
     swapped = sys.byteorder != "little"
-    return contiguous(Storage(file, name, dtype, last - first, start + first, swapped=swapped), tuple(shape))
+    return contiguous(Storage(file, name, dtype, last - first, swapped, start + first), tuple(shape))

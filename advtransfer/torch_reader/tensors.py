@@ -59,9 +59,9 @@ class Storage:
     key: str
     dtype: str
     size: int  # bytes
-    start: int = -1  # byte of the file; -1: not known yet
+    swapped: bool  # whether its byte order is not the machine's
+    start: int = 0  # byte of the file; of a pickle's storage it is found later
     crc: int = 0  # CRC-32 of the bytes; 0: not known
-    swapped: bool = False  # whether its byte order is not the machine's
     damaged: bool = False  # whether its CRC was found to differ
 
     @property
@@ -188,7 +188,7 @@ class Storages:
         if module.split(".")[0] != "torch" or name not in _STORAGES:
             return kind
         dtype, size = _STORAGES[name], count * _itemsize(_STORAGES[name])
-        storage = self.by_key.setdefault(key, Storage(self.file, key, dtype, size, swapped=self.swapped))
+        storage = self.by_key.setdefault(key, Storage(self.file, key, dtype, size, self.swapped))
         if (storage.dtype, storage.size) != (dtype, size):
             raise CheckpointError(f"storage {key} is described in two ways")
         if not view or view[0] is None:
