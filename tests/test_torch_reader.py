@@ -1,6 +1,7 @@
 """The reader of PyTorch's files against what PyTorch 2.13 wrote, and against files of other kinds."""
 
 import collections
+import functools
 import hashlib
 import io
 import json
@@ -33,6 +34,9 @@ FIXTURES = Path(__file__).parent / "fixtures/checkpoints"
 ZOOS = ("zoo.pt", "zoo_protocol4.pt", "zoo_legacy.pt")
 DTYPES = ("float16", "float32", "float64", "bool", "complex64", "complex128", "bfloat16", "uint8", "uint16")
 DTYPES += ("uint32", "uint64", "int8", "int16", "int32", "int64")
+
+
+same = functools.partial(np.testing.assert_array_equal, strict=True)
 
 
 def numbers(*shape, dtype="float32"):
@@ -91,17 +95,15 @@ def test_every_tensor_is_read_as_it_was_written(name):
         tree = contents.tree
         for key, value in truth.items():
             array = tree[key].read()
-            np.testing.assert_array_equal(array, value, strict=True)
+            same(array, value)
             assert tree[key].shape == value.shape and array.flags.c_contiguous
         for dtype in DTYPES:
             assert tree["dtypes"][dtype].dtype == dtype
-            np.testing.assert_array_equal(
-                tree["dtypes"][dtype].read(), numbers(2, 3, dtype=dtype), strict=True
-            )
+            same(tree["dtypes"][dtype].read(), numbers(2, 3, dtype=dtype))
         with pytest.raises(CheckpointError, match="type float8_e4m3fn are not supported"):
             tree["dtypes"]["float8_e4m3fn"].read()
         assert list(tree["module"])[:3] == ["0.weight", "0.bias", "1.weight"]
-        np.testing.assert_array_equal(tree["module"]["0.weight"].read(), numbers(4, 3, 3, 3))
+        same(tree["module"]["0.weight"].read(), numbers(4, 3, 3, 3))
     assert contents.format == ("PyTorch legacy" if "legacy" in name else "PyTorch zip")
     assert contents.stubs == ("torch.float8_e4m3fn",)
     assert tree["plain"] == [None, True, 3, -(2**40), 2.5, "text é", b"bytes", (1, 2), [3], 1 + 2j]
@@ -161,15 +163,15 @@ def test_either_byte_order_and_files_without_checksums(name):
         for dtype in ("float16", "bfloat16", "float64", "int64", "complex64", "bool"):
             truth[dtype] = numbers(2, 3, dtype=dtype)
         for key, value in truth.items():
-            np.testing.assert_array_equal(contents.tree[key].read(), value, strict=True)
+            same(contents.tree[key].read(), value)
 
 
 @pytest.mark.parametrize("name", ["training.pt", "training_legacy.pt"])
 def test_a_training_state_pickled_with_dill(name):
     with open_checkpoint(FIXTURES / name) as contents:
         tree = contents.tree
-        np.testing.assert_array_equal(tree["model"]["module.0.weight"].read(), numbers(4, 3, 3, 3))
-        np.testing.assert_array_equal(tree["model"]["module.1.running_var"].read(), numbers(4))
+        same(tree["model"]["module.0.weight"].read(), numbers(4, 3, 3, 3))
+        same(tree["model"]["module.1.running_var"].read(), numbers(4))
         assert tree["nat_prec1"].read() == 57.5 and tree["adv_prec1"] == 33.25 and tree["epoch"] == 7
         assert tree["optimizer"]["state"] == {}  # its keys are numbers
     assert isinstance(tree["args"], Stub) and isinstance(tree["schedule"]["function"], Stub)
@@ -215,7 +217,7 @@ def test_random_views_against_the_pytorch_that_is_here(tmp_path, legacy):
         for name, value in saved.items():
             array = contents.tree[name].read()
             assert f"torch.{contents.tree[name].dtype}" == str(value.dtype)
-            np.testing.assert_array_equal(array.astype(np.float64), value.double().numpy(), strict=True)
+            same(array.astype(np.float64), value.double().numpy())
 
 
 # --- safetensors --------------------------------------------------------------------------------------------
@@ -235,9 +237,7 @@ def entry(name, dtype="F32", shape=(2,), offsets=(0, 8), more=""):
 def test_safetensors_by_their_own_library():
     with open_checkpoint(FIXTURES / "zoo.safetensors") as contents:
         for dtype in set(DTYPES) - {"complex128"}:
-            np.testing.assert_array_equal(
-                contents.tree[dtype].read(), numbers(2, 3, dtype=dtype), strict=True
-            )
+            same(contents.tree[dtype].read(), numbers(2, 3, dtype=dtype))
         with pytest.raises(CheckpointError, match="type float8_e4m3fn are not supported"):
             contents.tree["float8_e4m3fn"].read()
     assert contents.format == "safetensors" and contents.metadata == {"format": "pt"}
@@ -324,7 +324,7 @@ def test_safetensors_headers_are_refused_as_by_their_own_library(tmp_path, name)
         for key, tensor in contents.tree.items():
             assert tensor.shape == tuple(file.get_slice(key).get_shape())
             if tensor.dtype == "float32":
-                np.testing.assert_array_equal(tensor.read(), file.get_tensor(key), strict=True)
+                same(tensor.read(), file.get_tensor(key))
 
 
 @pytest.mark.parametrize("length", [0x80, 0x100 + ord("P"), 2**21, 2**21 + 1])
@@ -334,7 +334,7 @@ def test_a_safetensors_header_of_any_length(tmp_path, length):
     if length > 2**21:
         return refuse(path, "safetensors file: .* with a header of 2,097,153")
     with open_checkpoint(path) as contents:
-        np.testing.assert_array_equal(contents.tree["a"].read(), [1.5, -2])
+        same(contents.tree["a"].read(), np.float32([1.5, -2]))
     refuse(write_safetensors(path, "{}", length=3), "damaged safetensors file: 10 bytes with a header of 3")
 
 
@@ -347,7 +347,7 @@ def test_a_file_is_read_once_whatever_the_number_of_its_tensors(tmp_path, monkey
     monkeypatch.setattr(File, "read", lambda file, start, n: sizes.append(n) or file_read(file, start, n))
     with open_checkpoint(path) as contents:
         arrays = [contents.tree[f"a{i}"].read() for i in range(300)]
-    np.testing.assert_array_equal(arrays, values)
+    same(arrays, values)
     assert sum(sizes) < path.stat().st_size + 2048
 
 
@@ -498,10 +498,10 @@ def test_any_byte_but_zero_is_true(tmp_path):
     """As NumPy's bools they would be other numbers than 1."""
     raw = bytes([0, 1, 2, 255, 0, 128])
     values = read(write_zip(tmp_path / "a.pt", tensor(kind="torch.BoolStorage"), (raw,)))
-    np.testing.assert_array_equal(values.view(np.uint8), [[0, 1, 1], [1, 0, 1]])
+    same(values.view(np.uint8), np.uint8([[0, 1, 1], [1, 0, 1]]))
     path = write_safetensors(tmp_path / "a", header(entry("a", "BOOL", (6,), (0, 6))), raw)
     with open_checkpoint(path) as contents:
-        np.testing.assert_array_equal(contents.tree["a"].read().view(np.uint8), [0, 1, 1, 1, 0, 1])
+        same(contents.tree["a"].read().view(np.uint8), np.uint8([0, 1, 1, 1, 0, 1]))
 
 
 @pytest.mark.parametrize(
