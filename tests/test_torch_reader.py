@@ -682,6 +682,14 @@ def test_a_zip_directory_is_read_up_to_a_limit(tmp_path, monkeypatch):
     assert len(load(path).tree) == 40
     monkeypatch.setattr(zip_format, "_MAX_DIRECTORY", sizes[1] - 1)
     refuse(path, f"a directory of more than {sizes[1] - 1:,} bytes")
+    path.write_bytes(b"PK")
+    os.truncate(path, 2**30)  # a hole
+    with open(path, "ab") as file:
+        file.write(struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 2**30, 0, 0))
+    tracemalloc.start()
+    refuse(path, f"a directory of more than {sizes[1] - 1:,} bytes")
+    assert tracemalloc.get_traced_memory()[1] < 40e6
+    tracemalloc.stop()
 
 
 # --- files that are something else --------------------------------------------------------------------------

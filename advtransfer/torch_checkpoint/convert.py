@@ -42,8 +42,8 @@ class Checkpoint(NamedTuple):
     architecture: str
     module: ResNet
     has_head: bool  # otherwise its head is of zeros and has one class
-    left_out: tuple[str, ...]  # what stands beside it in the file: modules, and other networks
-    unknown_normaliser: str  # the name of a tensor beside it that has one number a channel; "": none has
+    left_out: tuple[str, ...]  # what else is in the file: modules, and other networks
+    unknown_normaliser: str  # a tensor beside it with one number a channel; "": there is none
     network: Network
     contents: Contents
     metadata: dict[str, Any]  # fields of a `ModelSpec`, if `export_torch_state_dict` wrote the file
@@ -146,7 +146,7 @@ def read_network(
 ) -> Checkpoint:
     """Reads the ResNet in an open file.
 
-    Arguments and errors are those of `import_torch_checkpoint`. `put` moves each array to where it shall be
+    Arguments and errors are those of `import_torch_checkpoint`. `put` moves each array to its place
     before the next is read, so that one at most is in memory twice.
     """
     contents = read_contents(file)

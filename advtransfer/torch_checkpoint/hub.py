@@ -99,7 +99,7 @@ def is_on_this_machine(name: str, folder: str | Path | None = None) -> bool:
 
 
 def known_on_hub(name: str) -> KnownModel | None:
-    """The known model that a name of the hub stands for, whatever its revision.
+    """The known model that a name of the hub means, in any revision.
 
     Raises:
         CheckpointError: a malformed name.

@@ -51,9 +51,9 @@ _OTHERS = {
 
 
 class Entry(NamedTuple):
-    """Where a tensor of torchvision's stands here."""
+    """Where a tensor of torchvision's is in our variables."""
 
-    path: tuple[str, ...]  # in our variables: ("params", "layer1_0", "conv1", "kernel")
+    path: tuple[str, ...]  # ("params", "layer1_0", "conv1", "kernel")
     shape: tuple[int, ...]  # torch's: [O, I, H, W] of a convolution, [out, in] of the head
 
 

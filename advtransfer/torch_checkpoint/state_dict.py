@@ -31,7 +31,7 @@ _NUMBERED_BLOCK = re.compile(r"((?:.*\.)?)([0-9]{1,3})\.0\.conv1\.weight")
 
 
 class Network(NamedTuple):
-    """A network's tensors, and what stands around them in the file."""
+    """A network's tensors, and what else is in the file."""
 
     tensors: dict[str, Tensor]  # by torchvision's names, without num_batches_tracked
     copies: dict[str, dict[str, Tensor]]  # of the network, by their wrappings; not compared with it yet
@@ -39,7 +39,7 @@ class Network(NamedTuple):
     strays: dict[str, Tensor]  # by their whole names: what is in the state dict and in no network
     mean: tuple[float, ...] | None  # from the normaliser's buffers
     std: tuple[float, ...] | None
-    claims: dict[str, int | float]  # the numbers that stand beside the state dict: epoch, accuracies
+    claims: dict[str, int | float]  # the numbers beside the state dict: epoch, accuracies
     wrapping: str  # where the network was: the state dict's key, "/" and the prefix of the names
     prefix: str
 

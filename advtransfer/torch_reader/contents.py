@@ -62,7 +62,7 @@ def read_contents(file: File) -> Contents:
 
 
 def file_format(file: File) -> str:
-    """The format of an open file, told by its first bytes alone: see `Contents.format`.
+    """The format of an open file, from its first bytes alone: see `Contents.format`.
 
     Raises:
       CheckpointError: it has none of the formats; the message says what it is instead.

@@ -1,7 +1,7 @@
 """A pickle machine that only makes data: no function of the pickle is ever looked up, imported or called.
 
 `pickletools.genops` splits the bytes into operations; what they name is looked up in a table of constructors
-of plain data, and anything that is not in it becomes a `Stub`, which swallows whatever the pickle does to it.
+of plain data, and anything that is not in it becomes a `Stub`, on which no operation has any effect.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def unpickle(
     constructors: Constructors,
     persistent_load: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, set[str]]:
-    """Reads one pickle from where `data` stands, and leaves it behind the pickle's end.
+    """Reads one pickle from the position of `data`, and leaves it behind the pickle's end.
 
     Args:
       data: at most MAX_BYTES.
@@ -62,7 +62,7 @@ def unpickle(
 
     Returns:
       The value: None, bool, int, float, str, bytes, list (of sets too), tuple, dict without the entries whose
-      key is no text, what `constructors` and `persistent_load` make, and `Stub`; it may contain
+      key is not a text, what `constructors` and `persistent_load` make, and `Stub`; it may contain
       itself. And the names of what was stubbed.
 
     Raises:

@@ -20,7 +20,7 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and 
 class _Record(NamedTuple):
     start: int  # byte of the file
     size: int  # bytes
-    crc: int  # CRC-32; 0 if PyTorch was told to leave it out
+    crc: int  # CRC-32; 0 if PyTorch left it out
 
 
 def read_zip(file: File) -> tuple[Any, set[str]]:
