@@ -20,7 +20,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["advtransfer", "advtransfer.*"]),
-    package_data={"advtransfer": ["py.typed"], "advtransfer.report": ["template.html", "*.csv"]},
+    package_data={
+        "advtransfer": ["py.typed"],
+        "advtransfer.report": ["template.html", "*.csv"],
+        "advtransfer.torch_checkpoint": ["known_models.csv"],
+        "advtransfer.torch_reader": ["README.md"],
+    },
     install_requires=[
         "absl-py>=2.1",
         "chex>=0.1.90",

@@ -11,18 +11,12 @@ import struct
 import zipfile
 from pathlib import Path
 
-NUMBERS = (0, 1, 2, 3, 7, 16, 127, 128, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**43, 2**63 - 1)
-NUMBERS += (2**64 - 1,)
+NUMBERS = (0, 1, 2, 3, 7, 16, 127, 128, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**43)
+NUMBERS += (2**63 - 1, 2**64 - 1)
 SIX = struct.pack("<6f", *range(6))  # what a storage holds if nothing else is said
 TENSOR = "torch._utils._rebuild_tensor_v2"
-GLOBALS = (
-    "os.system",
-    "builtins.eval",
-    "torch.FloatStorage",
-    "builtins.list",
-    "_codecs.encode",
-    "torch.Size",
-)
+GLOBALS = ("os.system", "builtins.eval", "torch.FloatStorage", "builtins.list", "_codecs.encode")
+GLOBALS += ("torch.Size",)
 
 
 def text(value: str | bytes) -> bytes:
@@ -158,9 +152,8 @@ def damage_pickle(data: bytes, rng: random.Random, other: bytes, canary: str) ->
         elif kind == 6:
             _replace(pieces, rng, b"KMJ\x8aXBGN}]\x8c", rng.choice(list(payloads(canary).values())))
         elif kind == 7:
-            pieces.insert(
-                i, rng.choice(list(payloads(canary).values())) + rng.choice((b"", b"0", b"0", b"0"))
-            )
+            attack = rng.choice(list(payloads(canary).values()))
+            pieces.insert(i, attack + rng.choice((b"", b"0", b"0", b"0")))
         elif kind == 8:
             _replace(pieces, rng, b"c", name_of(rng.choice(GLOBALS)))
         else:

@@ -22,8 +22,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from advtransfer.torch_checkpoint.reader import CheckpointError, Stub, Tensor, open_checkpoint
-from advtransfer.torch_checkpoint.tensors import numpy_type
+from advtransfer.torch_checkpoint.convert import read_network
+from advtransfer.torch_reader import CheckpointError, Stub, Tensor, numpy_type, open_checkpoint, open_file
 from tests.damage_checkpoints import STRUCTURED, damage
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -112,7 +112,7 @@ def leaves(tree: object):
         yield value
 
 
-def read_all(path: Path) -> None:
+def read_all(path: Path, network: bool) -> None:
     """Opens a checkpoint and reads every tensor in it; AssertionError if something is not as it should be."""
     with open_checkpoint(path) as contents:
         for value in leaves(contents.tree):
@@ -122,63 +122,31 @@ def read_all(path: Path) -> None:
                     array = value.read()
                     assert array.shape == value.shape and array.dtype == numpy_type(value.dtype)
                     assert array.flags.c_contiguous and array.dtype.isnative
+    if network:
+        with open_file(path) as file:
+            read_network(file)
 
 
-class Summary(NamedTuple):
-    refused: int
-    read: int
-    failures: list[str]
-    kinds: dict[str, int]  # mutants of each format
-    seconds: float
-    slowest: float  # s
-
-
-def campaign(mutations: int, seed: int, only: int | None = None, read_network=None) -> Summary:
-    """Reads `mutations` damaged files."""
-    files, watch, failures, kinds = seeds(), Watch(), [], Counter()
-    refused = slowest = 0
-    before, start = signal.signal(signal.SIGALRM, _alarm), time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        path, canary = Path(folder) / "mutant.pt", Path(folder) / "canary"
-        for file in files:  # what is imported at its first use is imported now
-            path.write_bytes(file.data)
-            with contextlib.suppress(CheckpointError):
-                read_all(path)
-                if file.network and read_network:
-                    read_network(path)
-        for index in range(mutations) if only is None else [only]:
-            file, data = mutant(files, seed, index, str(canary))
-            kinds[file.kind] += 1
-            path.write_bytes(data)
-            clock = time.perf_counter()
-            problem = ""
-            try:
-                signal.setitimer(signal.ITIMER_REAL, SECONDS)
-                with watch.watching(path):
-                    read_all(path)
-                    if file.network and read_network:
-                        read_network(path)
-            except CheckpointError as error:
-                refused += 1
-                if "\n" in str(error) or not str(error).isprintable() or len(str(error)) > 1000:
-                    problem = "a message that is no line"
-            except (Exception, Hang) as error:
-                problem = f"{type(error).__name__}: {str(error)[:200]}"
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            seconds = time.perf_counter() - clock
-            slowest = max(slowest, seconds)
-            if watch.seen or canary.exists():
-                problem = f"code ran: {watch.seen[:3]}"
-                canary.unlink(missing_ok=True)
-            elif seconds > SECONDS:
-                problem = f"{seconds:.1f} s"
-            if problem:
-                failures.append(f"--seed={seed} --only={index} ({file.name}): {problem}")
-                print(failures[-1], flush=True)
-    signal.signal(signal.SIGALRM, before)
-    accepted = sum(kinds.values()) - refused - len(failures)
-    return Summary(refused, accepted, failures, dict(kinds), time.perf_counter() - start, slowest)
+def attempt(path: Path, network: bool, watch: Watch, canary: Path) -> tuple[bool, str, float]:
+    """Reads a mutant: whether it was refused, what is wrong with that ("": nothing), and the seconds."""
+    refused, problem, start = False, "", time.perf_counter()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        with watch.watching(path):
+            read_all(path, network)
+    except CheckpointError as error:
+        refused = True
+        if not str(error).isprintable() or len(str(error)) > 1000:
+            problem = "a message that is not one line"
+    except (Exception, Hang) as error:
+        problem = f"{type(error).__name__}: {str(error)[:200]}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    seconds = time.perf_counter() - start
+    if watch.seen or canary.exists():
+        problem = f"code ran: {watch.seen[:3]}"
+        canary.unlink(missing_ok=True)
+    return refused, problem or (f"{seconds:.1f} s" if seconds > SECONDS else ""), seconds
 
 
 def main() -> int:
@@ -187,21 +155,35 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int)
     options = parser.parse_args()
-    from advtransfer.torch_checkpoint.convert import read_variables
-
     with contextlib.suppress(FileNotFoundError):  # Linux alone says how much there is
         size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (size + (MEGABYTES << 20),) * 2)
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result = campaign(options.mutations, options.seed, options.only, read_variables)
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(result.kinds.items()))
+    base, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    files, watch, kinds, failures, refusals, slowest = seeds(), Watch(), Counter(), 0, 0, 0.0
+    signal.signal(signal.SIGALRM, _alarm)
+    with tempfile.TemporaryDirectory() as folder:
+        path, canary = Path(folder) / "mutant.pt", Path(folder) / "canary"
+        for file in files:  # what is imported at its first use is imported now
+            path.write_bytes(file.data)
+            with contextlib.suppress(CheckpointError):
+                read_all(path, file.network)
+        for index in range(options.mutations) if options.only is None else [options.only]:
+            file, data = mutant(files, options.seed, index, str(canary))
+            path.write_bytes(data)
+            refused, problem, seconds = attempt(path, file.network, watch, canary)
+            kinds[file.kind] += 1
+            refusals += refused and not problem
+            slowest = max(slowest, seconds)
+            if problem:
+                failures += 1
+                print(f"--seed={options.seed} --only={index} ({file.name}): {problem}", flush=True)
+    count, peak = kinds.total(), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024
     print(
-        f"{sum(result.kinds.values()):,} mutants ({kinds}): {result.refused:,} refused, {result.read:,} read,"
-        f" {len(result.failures)} failures; {result.seconds:.0f} s, slowest {result.slowest:.2f} s, "
-        f"memory +{peak:.0f} MB"
+        f"{count:,} mutants ({', '.join(f'{n:,} {kind}' for kind, n in sorted(kinds.items()))}): "
+        f"{refusals:,} refused, {count - refusals - failures:,} read, {failures} failures; "
+        f"{time.perf_counter() - start:.0f} s, slowest {slowest:.2f} s, memory +{peak:.0f} MB"
     )
-    return bool(result.failures)
+    return bool(failures)
 
 
 if __name__ == "__main__":

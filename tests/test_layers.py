@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "progress": {"foreign", "parallel", "storage"},
     "data": {"foreign", "labels", "options", "parallel"},
     "models": {"foreign", "parallel", "storage", "data"},
-    "torch_checkpoint": {"attacks", "models", "options"},
+    "torch_checkpoint": {"attacks", "foreign", "models", "options", "storage", "torch_reader"},
+    "torch_reader": set(),
 }
 MAY_IMPORT["train"] = MAY_IMPORT["models"] | {"labels", "attacks", "optim", "checkpoint", "models"}
 MAY_IMPORT["evaluate"] = MAY_IMPORT["train"] | {"train", "options", "progress"}
@@ -110,6 +111,40 @@ def test_report_imports_no_jax_on_the_way():
             or not name.startswith("advtransfer")
             for name in _imports(path)
         )
+
+
+def test_torch_reader_could_be_released_alone(tmp_path):
+    """It and its tests import nothing else of ours; and it reads where nothing else can be imported."""
+    ours, tests = PACKAGE / "torch_reader", ("test_torch_reader", "test_torch_hostile", "damage_checkpoints")
+    alone = {"numpy", "ml_dtypes", *sys.stdlib_module_names}
+    for path in (*ours.glob("*.py"), *(ROOT / f"tests/{name}.py" for name in tests)):
+        also = set() if path.parent == ours else {"pytest", *tests}
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                assert node.level in (0, 1), path
+                names = [node.module] if node.level == 0 else []
+            if also:
+                names = [name for name in names if not name.startswith("advtransfer.torch_reader")]
+            assert {name.split(".")[0] for name in names} <= alone | also, path
+    (tmp_path / "torch_reader").symlink_to(ours)
+    code = f"""
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("advtransfer", "jax", "jaxlib", "flax", "chex", "safetensors", "torch"):
+            raise SystemExit(name + " is imported")
+sys.meta_path.insert(0, Finder())
+sys.path[:] = [{str(tmp_path)!r}] + [path for path in sys.path if path not in ("", {str(ROOT)!r})]
+from torch_reader import open_checkpoint
+for name in ("little_endian.pt", "training_legacy.pt", "zoo.safetensors"):
+    with open_checkpoint({str(ROOT)!r} + "/tests/fixtures/checkpoints/" + name) as contents:
+        tree = contents.tree.get("model", contents.tree)
+        print(sum(tensor.read().size for key, tensor in tree.items() if "float8" not in key))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    sizes = [24 + 20 + 1 + 6 * 6, 108 + 4 * 4 + 1, 6 * 14]  # by fixtures/make_checkpoints.py
+    assert done.stdout.split() == [str(size) for size in sizes], done.stderr
 
 
 def test_every_option_is_read_somewhere():

@@ -12,36 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from damage_checkpoints import (
-    SIX,
-    TENSOR,
-    call,
-    integer,
-    name_of,
-    payloads,
-    tensor,
-    text,
-    write_legacy,
-    write_zip,
-)
+from damage_checkpoints import TENSOR, call, integer, name_of, payloads, tensor, text, write_legacy, write_zip
+from test_torch_reader import load, refuse
 
-from advtransfer.torch_checkpoint import unpickle, zip_format
-from advtransfer.torch_checkpoint.reader import CheckpointError, Stub, open_checkpoint
+from advtransfer.torch_reader import Stub, open_checkpoint, unpickle, zip_format
 
 ROOT = Path(__file__).parent.parent
 TERABYTES = struct.pack("<q", 2**43)
-
-
-def load(path):
-    with open_checkpoint(path) as contents:
-        return contents
-
-
-def refuse(path, match):
-    """Opening the file says `match` in one line."""
-    with pytest.raises(CheckpointError, match=match) as caught:
-        load(path)
-    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
 
 
 @pytest.mark.process
@@ -144,6 +121,7 @@ ENCODE = call("_codecs.encode", b"h\x00", text("latin1")) + b"0"
 PAIRS = b"](" + b"".join(integer(i) + b"N\x86" for i in range(20_000)) + b"eq\x00"
 ORDERED = call("collections.OrderedDict", b"h\x00")
 DEFAULT = call("collections.defaultdict", b"N", b"h\x00") + b"0"
+MAKER = name_of(TENSOR)
 HEAVY = {
     "memo": b"N" + b"r\xff\xff\xff\xff" * 10 + b"0N",  # an index of 2^32 - 1 is no allocation
     "laughs": b"]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(200)),
@@ -163,9 +141,10 @@ HEAVY = {
     "dicts": b"}" * 3_000_000,
     "stored dicts": b"".join(b"}r" + struct.pack("<I", i) for i in range(1_500_000)),
     "encoded": text("x" * 1_000_000) + b"q\x00" + ENCODE[:-1] * 500,
+    "tensors": MAKER + b"q\x000" + tensor()[len(MAKER) : -1] + b"q\x01" + b"h\x00h\x01R" * 400_000,
 }  # fmt: skip
 REFUSED = ("copies", "copied dicts", "copied defaults", "copied lists", "names", "long names", "bytes")
-REFUSED += ("dicts", "stored dicts", "encoded")
+REFUSED += ("dicts", "stored dicts", "encoded", "tensors")
 
 
 @pytest.mark.parametrize("name", list(HEAVY))
@@ -182,22 +161,10 @@ def test_memory_and_recursion_are_bounded(tmp_path, name):
         tracemalloc.stop()
 
 
-def test_the_limits_of_a_pickle(tmp_path):
-    path = tmp_path / "a.pt"
-    assert load(write_zip(path, b"N0" * 65_000 + b"N")).tree is None  # a ResNet-152 and its Adam take as many
-    message = "what its pickle holds beside the weights takes more than 134,217,728 bytes of memory: save the"
-    refuse(write_zip(path, b"N0" * 1_100_000 + b"N"), message)
-    message = "its pickle has more than 33,554,432 bytes: save the weights alone"
-    refuse(write_legacy(path, b"B\x00\x00\x00\x02" + bytes(1 << 25)), message)
-
-
 @pytest.mark.parametrize("write", [write_zip, write_legacy])
 def test_long_lists_beside_the_weights_are_read(tmp_path, write):
     """The order of an epoch of ImageNet, every loss of 90 epochs, the names of 200,000 files."""
-    values = {
-        "order": list(range(1_281_167)),
-        "losses": [0.5 * i for i in range(200_000)],
-    }
+    values = {"order": list(range(1_281_167)), "losses": [0.5 * i for i in range(200_000)]}
     files = [f"train/n{i % 1000:08}/{i}.JPEG" for i in range(200_000)]
     for value in (values, files):
         one = tensor(legacy=write is write_legacy)
@@ -205,66 +172,30 @@ def test_long_lists_beside_the_weights_are_read(tmp_path, write):
         assert load(path).tree[0] == value
 
 
-def test_what_is_just_within_the_limits_of_a_pickle(tmp_path, monkeypatch):
+def test_the_limits_of_a_pickle(tmp_path, monkeypatch):
     path, longest = tmp_path / "a.pt", "a" * 500
     assert load(write_zip(path, text(longest) * 2 + b"\x93")).tree.name == f"{longest}.{longest}"[:100]
-    bits = unpickle._MAX_INTEGER
-    for size in (bits, bits + 1):
-        raw = (2 ** (size - 1)).to_bytes(size // 8 + 1, "little", signed=True)
-        write_zip(path, b"\x8b" + struct.pack("<I", len(raw)) + raw)
-        if size == bits:
-            assert load(path).tree == 2 ** (size - 1)
-        else:
-            refuse(path, f"it holds an integer of {size:,} bits")
-    names = [name_of(f"a.b{i}") + b"0" for i in range(1001)]
+    bits, names = unpickle._MAX_INTEGER, [name_of(f"a.b{i}") + b"0" for i in range(1001)]
+    large = [2 ** (size - 1) for size in (bits, bits + 1)]
+    push = [b"\x8b" + struct.pack("<I", bits // 8 + 1) + x.to_bytes(bits // 8 + 1, "little") for x in large]
+    assert load(write_zip(path, push[0])).tree == large[0]
     assert len(load(write_zip(path, b"".join(names[:1000]) * 2 + b"N")).stubs) == 1000
-    refuse(write_zip(path, b"".join(names) + b"N"), "it names more than 1,000 functions and classes")
+    assert load(write_zip(path, b"N0" * 65_000 + b"N")).tree is None  # a ResNet-152 and its Adam take as many
     assert load(write_zip(path, b"N(0")).tree is None  # takes the mark away
-    pickle_size = len(b"\x80\x02N.")
-    for limit in (pickle_size, pickle_size - 1):
-        monkeypatch.setattr(zip_format, "MAX_BYTES", limit)
-        write_zip(path, b"N")
-        if limit == pickle_size:
-            assert load(path).tree is None
-        else:
-            refuse(path, "its data.pkl has 4 bytes; at most 3 are read")
-
-
-def test_what_constructors_may_copy_counts(tmp_path, monkeypatch):
-    """The elements of the first two arguments, 48 bytes each, and the characters."""
-
-    def cost(operations):
-        """The least limit, in bytes, that it is read within."""
-        path = write_zip(tmp_path / "a.pt", operations)
-        lower, upper = 0, 1 << 16
-        while lower < upper:
-            monkeypatch.setattr(unpickle, "MAX_MEMORY", (lower + upper) // 2)
-            try:
-                load(path)
-                upper = (lower + upper) // 2
-            except CheckpointError:
-                lower = (lower + upper) // 2 + 1
-        return lower
-
-    none, version = 48 + sys.getsizeof(None), 48 + sys.getsizeof(2)
-    assert cost(b"N") == version + 2 * none  # the protocol, the value, the end
-    assert cost(b"N0" * 50 + b"N") == version + 102 * none
-    assert cost(text("x" * 999)) - cost(text("")) == 999
-    empty = cost(call("builtins.list", b"]"))
-    assert empty == cost(name_of("builtins.list") + b"(]t0") + 10 * 48
-    stubbed = cost(call("os.system"))  # no constructor
-    assert stubbed == cost(name_of("os.system") + b"(t0")
-    one_key = b"}(" + (text("a") + b"N") * 25 + b"u"
-    for items, length in ((b"](" + b"N" * 50 + b"e", 50), (b"(" + b"N" * 50 + b"t", 50), (one_key, 1)):
-        of_nothing = cost(items + b"0" + call("builtins.list", b"]"))
-        assert cost(call("builtins.list", items)) - of_nothing == length * 48 - 2 * none
-    letters = [cost(call("_codecs.encode", text("x" * n), text("latin1"))) for n in (0, 64, 640)]
-    assert np.diff(letters).tolist() == [2 * 64, 2 * 576]  # the text, and its copy
-    fifty = b"(" + b"N" * 50 + b"t"
-    places = [
-        cost(call("builtins.list", *[b"N"] * place, fifty, *[b"N"] * (3 - place))) for place in range(4)
-    ]
-    assert places == [places[0], places[0], places[0] - 50 * 48, places[0] - 50 * 48]
+    for write, operations, message in (
+        (write_zip, push[1], f"it holds an integer of {bits + 1:,} bits"),
+        (write_zip, b"".join(names) + b"N", "it names more than 1,000 functions and classes"),
+        (
+            write_zip,
+            b"N0" * 1_100_000 + b"N",
+            "what its .* takes more than 134,217,728 bytes of memory: save",
+        ),
+        (write_legacy, b"B\x00\x00\x00\x02" + bytes(1 << 25), "its pickle has more than 33,554,432 bytes: s"),
+    ):
+        refuse(write(path, operations), message)
+    monkeypatch.setattr(zip_format, "MAX_BYTES", 4)
+    assert load(write_zip(path, b"N")).tree is None
+    refuse(write_zip(path, b"NN"), "its data.pkl has 5 bytes; at most 4 are read")
 
 
 @pytest.mark.parametrize("name", ["builtins.list", "collections.defaultdict", TENSOR])
@@ -310,13 +241,6 @@ def test_names_and_texts_can_be_printed(tmp_path):
         for operations in (lone, b"Va\\ud800b\n"):
             tree = load(write(tmp_path / "a.pt", one + b"}" + operations * 2 + b"s")).tree
             assert tree == {"a?b": "a?b"} and next(iter(tree)).encode() == b"a?b"
-
-
-def test_a_legacy_file_lists_each_storage_once(tmp_path):
-    path = write_legacy(tmp_path / "a.pt", tensor(legacy=True))
-    listed = path.read_bytes().replace(pickle.dumps(["0"], 2), pickle.dumps(["0", "0"], 2))
-    path.write_bytes(listed + struct.pack("<q", 6) + SIX)
-    refuse(path, "does not name those that its tensors use, each once")
 
 
 @pytest.mark.process

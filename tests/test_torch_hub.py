@@ -16,7 +16,7 @@ from urllib.parse import unquote
 import pytest
 
 from advtransfer.torch_checkpoint.hub import _check_announced, fetch
-from advtransfer.torch_checkpoint.unpickle import CheckpointError
+from advtransfer.torch_reader import CheckpointError
 
 ROOT = Path(__file__).parent.parent
 L2_3 = "hf:madrylab/robust-imagenet-models/resnet50_l2_eps3.ckpt"
@@ -127,12 +127,8 @@ class Hub:
         environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{self.port}", "PYTHONPATH": str(ROOT)}
         process = subprocess.Popen(
             [sys.executable, "-c", program],
-            **{
-                "stdin": subprocess.PIPE,
-                "stdout": subprocess.PIPE,
-                "stderr": subprocess.DEVNULL,
-                "text": True,
-            },
+            **{"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL},
+            text=True,
             env=kept | environment,
         )
 
@@ -173,20 +169,16 @@ def by_hand(hub, name):
     """What a message says to do: the address, and where to put the file."""
     rest = name.removeprefix("hf:").removesuffix("/nets/net.ckpt")
     url = f"http://127.0.0.1:{hub.port}/{rest}/resolve/main/nets/net.ckpt"
-    return (
-        f"or fetch {url} by hand, put it at {hub.home}/cache/advtransfer/checkpoints/{rest}/nets/net.ckpt, "
-    )
+    path = f"{hub.home}/cache/advtransfer/checkpoints/{rest}/nets/net.ckpt"
+    return f"or fetch {url} by hand, put it at {path}, "
 
 
 def test_a_file_is_downloaded_once(hub):
     truth = FILES["some/nets"]["nets/net.ckpt"]
     found = hub.fetch("hf:some/nets/nets/net.ckpt")
     assert Path(found["path"]).read_bytes() == truth and found["path"].endswith("/nets/net.ckpt")
-    assert (found["repo"], found["file"], found["revision"]) == (
-        "some/nets",
-        "nets/net.ckpt",
-        COMMITS["main"],
-    )
+    assert [found[key] for key in ("repo", "file")] == ["some/nets", "nets/net.ckpt"]
+    assert found["revision"] == COMMITS["main"]
     pinned = hub.fetch("hf:some/nets/nets/net.ckpt@v1")
     assert Path(pinned["path"]).read_bytes() == truth[::-1] and pinned["revision"] == COMMITS["v1"]
     hub.stop()
@@ -288,17 +280,11 @@ def test_a_token_opens_a_gated_repository(hub):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (
-            L2_3.replace("models", "model"),
-            f"is in no public repository: check the name; nearest known: {L2_3}",
-        ),
+        (L2_3.replace("models", "model"), f"is in no public repository: .* name; nearest known: {L2_3}"),
         (L2_3.replace("_l2_", "-l2-"), f"is not in the repository: .*; nearest known: {L2_3}, hf:"),
         ("hf:some/nets/net.ckpt", "is not in the repository: see .*/some/nets/tree/main$"),
-        (
-            "hf:some/nets/nets/net.ckpt@v9",
-            "names a revision that the repository does not have: see .*/commits",
-        ),
-        ("hf:so--me/nets/net.ckpt", f"is no name that the hub can have: write one such as {L2_3}$"),
+        ("hf:some/nets/nets/net.ckpt@v9", "names a revision that the .* does not have: see .*/commits"),
+        ("hf:so--me/nets/net.ckpt", f"is not a valid name on the hub: write one such as {L2_3}$"),
     ],
 )
 def test_what_the_hub_does_not_have(hub, name, message):
@@ -363,23 +349,19 @@ def test_a_file_fetched_by_hand_comes_before_the_cache(hub):
     path.unlink()
 
 
-MALFORMED = (
-    "",
-    "owner",
-    "owner/name",
-    "/owner/name/file",
-    "owner/name/",
-    "owner/name//file",
-    "owner/../file",
+MALFORMED = ("", "owner", "owner/name", "/owner/name/file", "owner/name/", "owner/name//file")
+MALFORMED += ("owner/../file", "owner/name/../../file", "owner/name/.", "owner/name/file@", "owner/name/a\nb")
+MALFORMED += (
+    "owner/name/file@../x",
+    "owner/name/file?download=true",
+    r"owner/name/..\file",
+    "https://x.co/a/b",
 )
-MALFORMED += ("owner/name/../../file", "owner/name/.", "owner/name/file@", "owner/name/file@../x")
-MALFORMED += ("owner/name/a\nb", "owner/name/file?download=true", r"owner/name/..\file", "https://x.co/a/b/c")
 
 
-@pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_names(name, tmp_path):
-    with pytest.raises(
-        CheckpointError, match=r"is no hf:OWNER/NAME/FILE\[@REVISION\], such as hf:madry"
-    ) as caught:
-        fetch(f"hf:{name}", tmp_path)
-    assert "\n" not in str(caught.value)
+def test_malformed_names(tmp_path):
+    for name in MALFORMED:
+        message = r"is not hf:OWNER/NAME/FILE\[@REVISION\], such as hf:madry"
+        with pytest.raises(CheckpointError, match=message) as caught:
+            fetch(f"hf:{name}", tmp_path)
+        assert "\n" not in str(caught.value)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import chex
@@ -14,9 +15,10 @@ import pytest
 import safetensors.numpy
 
 from advtransfer.models import ARCHITECTURES, create_module, load_model, logits_fn, save_model
-from advtransfer.torch_checkpoint import export, export_torch_state_dict, import_torch_checkpoint
-from advtransfer.torch_checkpoint.metadata import check_normalisation, check_threat_model
-from advtransfer.torch_checkpoint.reader import CheckpointError, open_checkpoint
+from advtransfer.torch_checkpoint import convert, export_torch_state_dict, import_torch_checkpoint
+from advtransfer.torch_checkpoint.catalogue import KnownModel, find_known
+from advtransfer.torch_checkpoint.hub import Fetched
+from advtransfer.torch_reader import CheckpointError, File, open_checkpoint
 
 NETWORKS = Path(__file__).parent / "fixtures" / "networks"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -115,31 +117,25 @@ def test_provenance(tmp_path):
     chex.assert_trees_all_equal(loaded.variables, model.variables)
 
 
-def test_what_the_caller_says_goes_first():
-    grey = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
-    model = import_torch_checkpoint(
-        NETWORKS / "robustness_cifar.pt", "small_basic", 5, **grey, image_size=64, dtype=jnp.bfloat16
-    )
-    assert (model.spec.mean, model.spec.std, model.spec.image_size) == (*grey.values(), 64)
-    assert (model.module.mean, model.module.std, model.module.dtype) == (*grey.values(), jnp.bfloat16)
-    assert model.spec.provenance["normalisation"] == "argument"
-    assert (model.spec.norm, model.spec.eps) == ("none", 0.0)
-    assert model.spec.provenance["threat_model"] == "unknown"
+HALF = (0.5,) * 3
+RGB = r"; expected three numbers in \[0, 1\]", r"; expected three numbers in \(0, 1\]"
+BAD_MEANS = (HALF[:2], (*HALF, 0.5), (123.7, 116.3, 103.5), (0, -1e-9, 1), (0, 1 + 1e-9, 1), (0, np.nan, 0))
+BAD_STDS = (HALF[:2], (58.4, 57.1, 57.4), (0.5, 0, 0.5), (0.5, 0.5, 1.1), (0.5, np.inf, 0.5))
+BAD_RADII = (None, 0.0, -1, np.inf, np.nan)
 
 
 @pytest.mark.parametrize(
     ("message", "options"),
     [
         ("pass both mean= and std=", {"mean": (0.5,) * 3}),
-        ("mean has 1 entries and std 3", {"mean": (0.5,), "std": (0.5,) * 3}),
-        ("do not normalise images in", {"mean": (123.7, 116.3, 103.5), "std": (58.4, 57.1, 57.4)}),
-        ("do not normalise images in", {"mean": (0.5,) * 3, "std": (0.5, 0.0, 0.5)}),
+        *((f"mean is .*{RGB[0]}", {"mean": mean, "std": HALF}) for mean in BAD_MEANS),
+        *((f"std is .*{RGB[1]}", {"mean": HALF, "std": std}) for std in BAD_STDS),
         ("eps=3 needs norm=", {"eps": 3.0}),
-        ("norm='l2' needs eps", {"norm": "l2"}),
-        ("norm='linf' needs eps", {"norm": "linf", "eps": 0.0}),
-        ("eps=3 contradicts norm='none'", {"norm": "none", "eps": 3.0}),
-        ("norm='l1' must be one of none, l2, linf", {"norm": "l1", "eps": 3.0}),
-        ("image_size=0 must be a positive number", {"image_size": 0}),
+        ("eps=0 needs norm=", {"eps": 0.0}),
+        *(("eps is .*; expected positive, as norm is l2", {"norm": "l2", "eps": eps}) for eps in BAD_RADII),
+        *(("eps is .*; expected 0, as norm is none", {"norm": "none", "eps": eps}) for eps in (3.0, 1e-9)),
+        ("norm is l1; expected one of none, l2, linf", {"norm": "l1", "eps": 3.0}),
+        ("image_size is 0; expected a whole number of pixels", {"image_size": 0}),
         ("must be 8 to 64 hexadecimal digits", {"sha256": "wrong"}),
         ("unknown architecture 'resnet5'", {"architecture": "resnet5"}),
     ],
@@ -148,46 +144,32 @@ def test_arguments_that_make_no_sense(message, options):
     refused(message, NETWORKS / "hub.ckpt", error=ValueError, **options)
 
 
-def test_normalisations_and_threat_models_at_their_limits():
-    half = (0.5,) * 3
-    for mean, std in ((half, half), ((0, 0.5, 1), half), (half, (1e-9, 1, 255.9))):
-        check_normalisation(mean, std)
-    for mean, std in (
-        ((0, -1e-9, 1), half),
-        ((0, 1 + 1e-9, 1), half),
-        (half, (0.5, 0.5, 256)),
-        (half, (0.5, 0, 0.5)),
-        (half[:2], half),
-        (half, half + half[:1]),
-        ((0.5, np.nan, 0.5), half),
-    ):
-        with pytest.raises(ValueError, match="do not normalise images|not 3 each"):
-            check_normalisation(mean, std)
-    for norm, eps in ((None, None), ("none", None), ("none", 0.0), ("l2", 3), ("linf", 1e-9)):
-        check_threat_model(norm, eps)
-    for norm, eps in (
-        (None, 0.0),
-        ("none", 1e-9),
-        ("l2", None),
-        ("linf", -1),
-        ("l2", np.inf),
-        ("l2", np.nan),
-    ):
-        with pytest.raises(ValueError, match=r"eps"):
-            check_threat_model(norm, eps)
+@pytest.mark.parametrize(
+    ("mean", "std", "norm", "eps"),
+    [
+        ((0, 0.5, 1), (1e-9, 1, 1), "linf", 1e-9),
+        (np.float32(HALF), list(HALF), "none", None),
+        (HALF, HALF, None, None),
+    ],
+)
+def test_what_the_caller_says_goes_first(mean, std, norm, eps):
+    given = {"mean": mean, "std": std, "norm": norm, "eps": eps, "image_size": 64, "dtype": jnp.bfloat16}
+    model = import_torch_checkpoint(NETWORKS / "robustness_cifar.pt", "small_basic", 5, **given)
+    spec, module = model.spec, model.module
+    assert (spec.mean, spec.std, spec.image_size) == (tuple(mean), tuple(std), 64)
+    assert (module.mean, module.std, module.dtype) == (spec.mean, spec.std, jnp.bfloat16)
+    assert (spec.norm, spec.eps) == (norm or "none", eps or 0)
+    assert spec.provenance["normalisation"] == "argument"
+    assert spec.provenance["threat_model"] == ("argument" if norm else "unknown")
 
 
 def test_files_that_are_no_network(tmp_path):
     refused("there is no such file", tmp_path / "none.pt")
-    refused("there is no such file; it looks like a URL: download it", "https://host/resnet50.pth")
     refused("holds a pickled .*TorchResNet object, not a state dict", NETWORKS / "whole_module.pth")
     message = "module.model.model. and state_dict/module.attacker.model.model., that differ in layer2.0.conv1"
     refused(message, NETWORKS / "attacker_differs.ckpt")
-    message = refused(
-        "does not say how its images are normalised: import it with mean and std",
-        NETWORKS / "data_parallel.pth",
-    )
-    assert message.startswith(str(NETWORKS))
+    message = "does not say how its images are normalised: import it with mean and std"
+    assert refused(message, NETWORKS / "data_parallel.pth").count(str(NETWORKS)) == 1
 
 
 def test_a_mismatch_lists_both_sides():
@@ -225,25 +207,22 @@ def test_other_floats_become_float32(model, saved, dtype):
 
 
 def test_weights_that_are_no_weights(saved):
-    bias = np.zeros(5, np.float32)
-    refused("fc.bias is int8, no real float", saved(fc__bias=bias.astype(np.int8)))
-    refused("fc.bias holds NaN", saved(fc__bias=bias * np.nan))
-    variance = np.float32([1, 1, -1e-9, 1])
-    refused("bn1.running_var holds a negative variance", saved(bn1__running_var=variance))
-    variance[2] = 0  # a channel that never varied
+    bias, variance = np.zeros(5, np.float32), np.float32([1, 1, 0, 1])  # 0: a channel that never varied
     assert import_torch_checkpoint(saved(bn1__running_var=variance)).spec.num_classes == 5
-    refused("fc.bias holds infinity", saved(fc__bias=bias + np.inf))
-    refused("fc.bias holds infinity", saved(fc__bias=bias.astype(np.float64) + 1e300))
-    refused("a normaliser is int64, no float", saved(mean=np.zeros(3, np.int64), std=np.ones(3, np.int64)))
-    refused(
-        "fit small_bottleneck with 5 classes: missing layer2.0.bn1.bias$", saved(layer2__0__bn1__bias=None)
-    )
-    refused("unexpected layer1.0.more.bias$", saved(layer1__0__more__bias=bias))
-    refused("unexpected stem.conv.weight$", saved(stem__conv__weight=np.zeros((4, 2, 1, 1), np.float32)))
-    refused(
-        r"std \(0.2, 0.0, 0.2\) do not normalise images in \[0, 1\]: import it with mean and std",
-        saved(mean=np.float32([0.5, 0.5, 0.5]), std=np.float32([0.2, 0.0, 0.2])),
-    )
+    std = r"std is \(0.2, 0.0, 0.2\); expected three numbers in \(0, 1\]"
+    for message, changed in (
+        ("fc.bias is int8, not float", {"fc__bias": bias.astype(np.int8)}),
+        ("fc.bias holds NaN", {"fc__bias": bias * np.nan}),
+        ("fc.bias holds infinity", {"fc__bias": bias + np.inf}),
+        ("fc.bias holds infinity", {"fc__bias": bias.astype(np.float64) + 1e300}),
+        ("bn1.running_var holds a negative variance", {"bn1__running_var": variance - np.float32(1e-9)}),
+        ("a normaliser is int64, not float", {"mean": np.zeros(3, np.int64), "std": np.ones(3, np.int64)}),
+        ("fit small_bottleneck with 5 classes: missing layer2.0.bn1.bias$", {"layer2__0__bn1__bias": None}),
+        ("unexpected layer1.0.more.bias$", {"layer1__0__more__bias": bias}),
+        ("unexpected stem.conv.weight$", {"stem__conv__weight": np.zeros((4, 2, 1, 1), np.float32)}),
+        (f"{std}: import it with mean and std", {"mean": bias[:3], "std": np.float32([0.2, 0, 0.2])}),
+    ):
+        refused(message, saved(**changed))
 
 
 HEADS = {  # what replaces fc.weight and fc.bias, and what is said of it
@@ -302,9 +281,8 @@ def test_weights_beside_a_network_are_left_out(model, saved, tmp_path, caplog):
 
 def test_what_may_normalise_in_an_unknown_way_is_not_left_out(saved):
     path = saved(preprocess__m=np.ones((1, 3, 1, 1), np.float32))
-    refused(
-        "preprocess.m has a number for each channel, which may normalise .*: import it with mean and", path
-    )
+    message = "preprocess.m has a number for each channel, which may normalise images: import it with mean"
+    refused(message, path)
     assert import_torch_checkpoint(path, **CIFAR).spec.provenance["left_out"] == ["preprocess (1 tensor)"]
 
 
@@ -315,11 +293,8 @@ def test_an_average_is_taken_and_the_other_can_be(model, tmp_path):
     path = tmp_path / "a.safetensors"
     wrapped = {f"model.{n}": x for n, x in plain.items()} | {f"ema.{n}": x for n, x in averaged.items()}
     safetensors.numpy.save_file(wrapped, path)
-    for weights, bias, other in (
-        (None, averaged, "model."),
-        ("model", plain, "ema."),
-        ("ema", averaged, "model."),
-    ):
+    for weights, bias in ((None, averaged), ("model", plain), ("ema", averaged)):
+        other = "model." if bias is averaged else "ema."
         found = import_torch_checkpoint(path, weights=weights)
         np.testing.assert_array_equal(found.variables["params"]["fc"]["bias"], bias["fc.bias"])
         assert found.spec.provenance["left_out"] == [f"the network under {other}, which weights= can name"]
@@ -366,7 +341,7 @@ def test_a_file_is_written_whole_or_not_at_all(model, tmp_path, monkeypatch):
     path = tmp_path / "model.safetensors"
     path.write_text("years of work")
     with monkeypatch.context() as patch:
-        patch.setattr(export.os, "replace", lambda old, new: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(os, "replace", lambda old, new: (_ for _ in ()).throw(OSError("disk full")))
         with pytest.raises(OSError, match="disk full"):
             export_torch_state_dict(model, path)
     assert path.read_text() == "years of work"
@@ -377,27 +352,109 @@ def test_a_file_is_written_whole_or_not_at_all(model, tmp_path, monkeypatch):
 
 
 def metadata(**fields):
-    good = {**IMAGENET, "norm": "l2", "eps": 1, "image_size": 2**16 - 1, "class_names": []}
+    good = {**IMAGENET, "norm": "l2", "eps": 1, "image_size": 8192, "class_names": []}
     return json.dumps(good | fields)
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "{",
-        "[]",
-        "{}",
-        "[" * 100_000,
-        '{"mean": [NaN, 0, 0]}',
-        metadata(eps=0),
-        metadata(image_size=1e400),
-        metadata(image_size=0),
-        metadata(image_size=2**16),
+        *("{", "[]", "{}", "[" * 100_000, '{"mean": [NaN, 0, 0]}'),
+        *(metadata(image_size=size) for size in (0, 8193, 224.0, 1e400)),
+        *(metadata(eps=eps) for eps in (0, "l2", 10**400)),
+        *(metadata(class_names=names) for names in (["a"], list("abcda"), [1, 2, 3, 4, 5])),
+        *(metadata(**field) for field in ({"norm": "none"}, {"norm": []}, {"mean": [10**400] * 3})),
     ],
 )
 def test_damaged_metadata(saved, text):
-    assert import_torch_checkpoint(saved({"advtransfer": metadata()})).spec.image_size == 2**16 - 1
+    assert import_torch_checkpoint(saved({"advtransfer": metadata()})).spec.image_size == 8192
     refused("its metadata are damaged", saved({"advtransfer": text}))
+
+
+# --- which file it is ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["hub.ckpt", "timm.safetensors"])
+@pytest.mark.parametrize(
+    "when", [(File, "sha256"), (convert, "find_known"), (convert, "find_network")], ids=lambda when: when[1]
+)
+def test_the_file_that_is_hashed_is_the_file_that_is_read(tmp_path, monkeypatch, file, when):
+    """Whether another takes its name before it is hashed, after that, or after it was parsed."""
+    path, other = shutil.copy(NETWORKS / file, tmp_path), tmp_path / "other"
+    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    want = import_torch_checkpoint(path)
+    swapped = export_torch_state_dict(want)
+    swapped["fc.bias"] += 1
+    safetensors.numpy.save_file(swapped, other)
+    original, done = getattr(*when), []
+
+    def swap(*args, **options):
+        if not done:
+            done.append(os.replace(other, path))
+        return original(*args, **options)
+
+    monkeypatch.setattr(*when, swap)
+    model = import_torch_checkpoint(path, sha256=sha256)
+    assert done and model.spec.provenance["sha256"] == sha256
+    bias = np.asarray(model.variables["params"]["fc"]["bias"])
+    np.testing.assert_array_equal(bias, want.variables["params"]["fc"]["bias"])
+    refused("has the SHA-256", path, sha256=sha256)  # now it is the other one
+
+
+@pytest.mark.parametrize("name", ["resnetaa50", "resnetblur50", "resnetaa101d"])
+def test_networks_that_blur_are_refused_by_name(tmp_path, monkeypatch, name):
+    """They have the names and the shapes of a ResNet-50."""
+    path = shutil.copy(NETWORKS / "hub.ckpt", tmp_path / f"{name}_a1h-0123abcd.pth")
+    refused(name.rstrip("d"), path)
+    plain = shutil.copy(NETWORKS / "hub.ckpt", tmp_path / "model.safetensors")
+    fetched = Fetched(Path(plain), f"timm/{name}.sw_in12k", "model.safetensors", "abc")
+    monkeypatch.setattr(convert, "fetch", lambda _: fetched)
+    refused(name.rstrip("d"), "hf:timm/any/model.safetensors")
+    assert import_torch_checkpoint(plain).spec.architecture == "small_bottleneck"
+
+
+def known(**fields):
+    values = ("hub.ckpt", "", "small_bottleneck", "l2", 3.0, "ImageNet", 0.5, "", "MIT", "X")
+    return KnownModel(*values, image_size=99)._replace(**fields)
+
+
+def test_a_known_model_says_what_it_is(monkeypatch):
+    """A namesake of another architecture is not trusted."""
+    fetched = Fetched(NETWORKS / "hub.ckpt", "some/repo", "folder/hub.ckpt", "abc")
+    monkeypatch.setattr(convert, "fetch", lambda name: {"hf:some/repo/folder/hub.ckpt": fetched}[name])
+    monkeypatch.setattr(convert, "find_known", lambda *args, **repo: known())
+    spec = import_torch_checkpoint("hf:some/repo/folder/hub.ckpt").spec
+    assert (spec.norm, spec.eps, spec.image_size) == ("l2", 3.0, 99)
+    published = {"dataset": "ImageNet", "accuracy": 0.5, "licence": "MIT", "source": "X"}
+    hub = {"repo": "some/repo", "file": "folder/hub.ckpt", "revision": "abc"}
+    want = {"file": "hub.ckpt", "threat_model": "table", "forward_pass": "table", "hub": hub}
+    assert want | {"published": published} == {key: spec.provenance[key] for key in (*want, "published")}
+    spec = import_torch_checkpoint(NETWORKS / "hub.ckpt", norm="none").spec
+    assert (spec.norm, spec.eps, spec.provenance["threat_model"]) == ("none", 0.0, "argument")
+    monkeypatch.setattr(convert, "find_known", lambda *args, **repo: known(architecture="resnet50"))
+    spec = import_torch_checkpoint(NETWORKS / "hub.ckpt").spec
+    assert (spec.norm, spec.provenance["threat_model"]) == ("none", "unknown")
+    assert not {"published", "hub"} & set(spec.provenance)
+
+
+def test_hashes_that_are_pinned(monkeypatch, tmp_path):
+    path = NETWORKS / "hub.ckpt"
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert import_torch_checkpoint(path, sha256=sha256.upper()).spec.provenance["sha256"] == sha256
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "read_contents", lambda file: pytest.fail("read before it was compared"))
+        for wrong in ("0" * 64, sha256[:8] + "0" * 56, sha256[:56] + "0" * 8):
+            refused(f"has the SHA-256 {sha256}, not {wrong} as asked for", path, sha256=wrong)
+        patch.setattr(convert, "find_known", lambda *args, **repo: known(sha256="1" * 64, source="the hub"))
+        refused("published is 11111111: download it again from the hub", path)
+        patch.setattr(convert, "find_known", find_known)
+        refused("published is f37072fd", shutil.copy(path, tmp_path / "resnet18-f37072fd.pth"))
+    for name in ("resnet18-20240315.pth", f"resnet50-{sha256[:8]}.pth"):  # of nobody: a date, any digits
+        assert import_torch_checkpoint(shutil.copy(path, tmp_path / name)).spec.num_classes == 5
+    assert import_torch_checkpoint(path, sha256=sha256[:8]).spec.num_classes == 5
+    monkeypatch.setattr(convert, "find_known", lambda *args, **repo: known(sha256="1" * 64))
+    spec = import_torch_checkpoint(path, sha256=sha256).spec  # asked for, but not the one of the table
+    assert spec.provenance["threat_model"] == "unknown"
 
 
 # All of them at 32 × 32, and at 224 × 224 one of each kind.

@@ -11,7 +11,7 @@ from advtransfer.torch_checkpoint.catalogue import (
 from advtransfer.torch_checkpoint.convert import import_torch_checkpoint
 from advtransfer.torch_checkpoint.export import export_torch_state_dict
 from advtransfer.torch_checkpoint.hub import check_hub_name, fetch, is_on_this_machine, known_on_hub
-from advtransfer.torch_checkpoint.reader import CheckpointError
+from advtransfer.torch_reader import CheckpointError
 
 __all__ = [
     "KNOWN_MODELS",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import ChainMap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,27 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from advtransfer.models import IMAGENET_MEAN, IMAGENET_STD, Model, ModelSpec, ResNet, create_module
+from advtransfer.models.bundle import check_spec
 from advtransfer.torch_checkpoint.catalogue import KnownModel, find_known
+from advtransfer.torch_checkpoint.export import parse_metadata
 from advtransfer.torch_checkpoint.hub import fetch
 from advtransfer.torch_checkpoint.layout import brief, infer_architecture, is_inside, layout, misfits
-from advtransfer.torch_checkpoint.metadata import (
-    Metadata,
-    check_normalisation,
-    check_threat_model,
-    parse_metadata,
-)
-from advtransfer.torch_checkpoint.reader import (
+from advtransfer.torch_checkpoint.state_dict import Network, check_copies, find_network
+from advtransfer.torch_reader import (
     CheckpointError,
+    Contents,
     File,
     Tensor,
-    check_format,
-    file_sha256,
+    file_format,
     open_file,
     read_contents,
 )
-from advtransfer.torch_checkpoint.state_dict import Network, check_copies, find_network
 
 _MAX_LEFT_OUT = 20  # entries
+_IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 _log = logging.getLogger(__name__)
 
 
@@ -42,17 +40,13 @@ class Checkpoint(NamedTuple):
 
     variables: dict[str, Any]  # {"params", "batch_stats"} of float32, as a `ResNet` has them
     architecture: str
-    num_classes: int
+    module: ResNet
     has_head: bool  # otherwise its head is of zeros and has one class
-    left_out: tuple[str, ...]  # what stands beside it in the file: modules, and other networks
-    unknown_normaliser: str  # the name of a tensor beside it that has one number a channel; "": none has
-    mean: tuple[float, ...] | None  # of the normaliser in the file
-    std: tuple[float, ...] | None
-    claims: dict[str, int | float]  # epoch, accuracies
-    format: str
-    stubs: tuple[str, ...]  # names of what the pickle wanted to run, and was not run
-    wrapping: str  # what stood around the names of the weights
-    metadata: Metadata | None  # of a file that `export_torch_state_dict` wrote
+    left_out: tuple[str, ...]  # what else is in the file: modules, and other networks
+    unknown_normaliser: str  # a tensor beside it with one number a channel; "": there is none
+    network: Network
+    contents: Contents
+    metadata: dict[str, Any]  # fields of a `ModelSpec`, if `export_torch_state_dict` wrote the file
 
 
 def import_torch_checkpoint(
@@ -78,7 +72,7 @@ def import_torch_checkpoint(
 
     Args:
         path: a zip (since 2020), legacy (before) or safetensors file, or hf:REPO/FILE[@revision].
-        architecture: a key of `ARCHITECTURES` that it must be; None: told from the names and shapes.
+        architecture: a key of `ARCHITECTURES` that it must be; None: inferred from the names and shapes.
         num_classes: what its head must have; None: whatever it has, if it has one.
         mean: per channel, of the normalisation of images in [0, 1]; None: that of the file or the table,
             otherwise ImageNet's for a network with a 7×7 stem.
@@ -100,54 +94,38 @@ def import_torch_checkpoint(
             the missing, unexpected and wrongly shaped names, or several that differ, with their names.
         ValueError: arguments that contradict each other, or an unknown architecture.
     """
-    _check_arguments(mean, std, norm, eps, image_size, sha256)
+    given = _check_arguments(mean, std, norm, eps, image_size, sha256)
     fetched = fetch(str(path)) if str(path).startswith("hf:") else None
     path, repo = (fetched.path, fetched.repo) if fetched else (Path(path), "")
     if blurred := re.search(r"resnet(aa|blur)[0-9]+", f"{repo}/{path.name}"):
         raise CheckpointError(f"{path}: {blurred[0]} blurs before it subsamples, which no ResNet here does")
     with open_file(path) as file:
-        check_format(file)  # before all of it is read
-        actual = file_sha256(file)
-        _check_hash(path, actual, sha256, find_known(path.name, repo=repo))
-        found = _read(file, architecture, num_classes, _to_jax, weights or "")
-    known = find_known(path.name, actual, repo)
-    if known and (known.architecture != found.architecture or known.sha256 not in ("", actual)):
-        known = None  # another file that happens to have the name
-    module = create_module(found.architecture, num_classes=found.num_classes)
-    mean, std, normalisation = _choose_normalisation(path, mean, std, found, known, module)
-    norm, eps, threat_model = _choose_threat_model(norm, eps, found, known)
-    metadata = found.metadata
-    provenance = {
-        "file": path.name,
-        "sha256": actual,
-        "format": found.format,
-        "stubs": list(found.stubs),
-        "wrapping": found.wrapping,
-        "weights": "argument" if weights else "file",
-        "head": "file" if found.has_head else "new",
-        "left_out": list(found.left_out),
-        "claims": found.claims,
-        "normalisation": normalisation,
-        # Names and shapes do not tell strides, dilation, blurring or other activations.
-        "forward_pass": "metadata" if metadata else "table" if known else "assumed",
-        "threat_model": threat_model,
-    }
-    if known:
-        fields = ("dataset", "accuracy", "licence", "source")
-        provenance["published"] = {field: getattr(known, field) for field in fields}
-    if fetched:
-        provenance["hub"] = {"repo": fetched.repo, "file": fetched.file, "revision": fetched.revision}
-    spec = ModelSpec(
-        architecture=found.architecture,
-        num_classes=found.num_classes,
-        image_size=image_size or _image_size(found, known, module),
-        mean=mean,
-        std=std,
-        norm=norm,
-        eps=eps,
-        class_names=metadata.class_names if metadata and found.has_head else (),
-        provenance=provenance,
-    )
+        file_format(file)  # before all of it is read
+        actual = file.sha256()
+        _check_hash(path.name, actual, sha256, find_known(path.name, repo=repo))
+        found = read_network(file, architecture, num_classes, weights or "", put=_to_jax)
+        known = find_known(path.name, actual, repo)
+        if known and (known.architecture != found.architecture or known.sha256 not in ("", actual)):
+            known = None  # another file that happens to have the name
+        provenance = {
+            "file": path.name,
+            "sha256": actual,
+            "format": found.contents.format,
+            "stubs": list(found.contents.stubs),
+            "wrapping": found.network.wrapping,
+            "weights": "argument" if weights else "file",
+            "head": "file" if found.has_head else "new",
+            "left_out": list(found.left_out),
+            "claims": found.network.claims,
+            # Names and shapes do not tell strides, dilation, blurring or other activations.
+            "forward_pass": "metadata" if found.metadata else "table" if known else "assumed",
+        }
+        if known:
+            fields = ("dataset", "accuracy", "licence", "source")
+            provenance["published"] = {field: getattr(known, field) for field in fields}
+        if fetched:
+            provenance["hub"] = {"repo": fetched.repo, "file": fetched.file, "revision": fetched.revision}
+        spec = _make_spec(given, found, known, provenance)
     remarks = [f"left out: {', '.join(found.left_out)}"] if found.left_out else []
     if not found.has_head:
         remarks.append(
@@ -155,60 +133,41 @@ def import_torch_checkpoint(
         )
     if remarks:
         _log.warning("%s: %s", path, "; ".join(remarks))
-    module = module.clone(mean=mean, std=std, dtype=dtype or jnp.float32)
+    module = found.module.clone(mean=spec.mean, std=spec.std, dtype=dtype or jnp.float32)
     return Model(module, found.variables, spec)
 
 
-def read_variables(
-    path: str | Path,
+def read_network(
+    file: File,
     architecture: str | None = None,
     num_classes: int | None = None,
-    *,
-    put: Callable[[np.ndarray], Any] = np.ascontiguousarray,
     weights: str = "",
+    put: Callable[[np.ndarray], Any] = np.ascontiguousarray,
 ) -> Checkpoint:
-    """Reads the ResNet in a PyTorch file into numpy arrays.
+    """Reads the ResNet in an open file.
 
-    Arguments and errors are those of `import_torch_checkpoint`; hashes and the table are not looked at. `put`
-    moves each array to where it shall be before the next is read, so that one at most is in memory twice.
+    Arguments and errors are those of `import_torch_checkpoint`. `put` moves each array to its place
+    before the next is read, so that one at most is in memory twice.
     """
-    with open_file(path) as file:
-        return _read(file, architecture, num_classes, put, weights)
-
-
-def _read(
-    file: File,
-    architecture: str | None,
-    num_classes: int | None,
-    put: Callable[[np.ndarray], Any],
-    weights: str,
-) -> Checkpoint:
     contents = read_contents(file)
-    try:
-        network = find_network(contents, weights)
-        architecture, module, has_head = _match(network.tensors, architecture, num_classes)
-        check_copies(network)
-        beside = _beside(network, has_head)
-        per_channel = [brief(n) for n, t in beside.items() if t.shape in ((3, 1, 1), (1, 3, 1, 1))]
-        return Checkpoint(
-            variables=_read_tensors(network.tensors, module, has_head, put),
-            architecture=architecture,
-            num_classes=module.num_classes,
-            has_head=has_head,
-            left_out=_left_out(network, beside),
-            unknown_normaliser=per_channel[0] if per_channel and network.mean is None else "",
-            mean=network.mean,
-            std=network.std,
-            claims=network.claims,
-            format=contents.format,
-            stubs=contents.stubs,
-            wrapping=network.wrapping,
-            metadata=parse_metadata(contents.metadata),
-        )
-    except CheckpointError as error:
-        if str(error).startswith(f"{file.path}: "):
-            raise
-        raise CheckpointError(f"{file.path}: {error}") from error
+    network = find_network(contents, weights)
+    architecture, module, has_head = _match(network.tensors, architecture, num_classes)
+    check_copies(network)
+    head = ("fc.weight", "fc.bias") if has_head else ()
+    behind = {network.prefix + n: t for n, t in network.tensors.items() if not is_inside(n) and n not in head}
+    beside = behind | network.strays
+    per_channel = [brief(n) for n, t in beside.items() if t.shape in ((3, 1, 1), (1, 3, 1, 1))]
+    return Checkpoint(
+        variables=_read_tensors(network.tensors, module, has_head, put),
+        architecture=architecture,
+        module=module,
+        has_head=has_head,
+        left_out=_left_out(network, beside),
+        unknown_normaliser=per_channel[0] if per_channel and network.mean is None else "",
+        network=network,
+        contents=contents,
+        metadata=parse_metadata(contents.metadata, architecture, module.num_classes, has_head),
+    )
 
 
 def _match(
@@ -218,8 +177,7 @@ def _match(
     name = architecture or infer_architecture(tensors)
     size = num_classes or _head_size(tensors)
     module = create_module(name, num_classes=size or 1)
-    features = layout(module)["fc.weight"].shape[1]
-    has_head = num_classes is not None or (size > 0 and tensors["fc.weight"].shape[1] == features)
+    has_head = num_classes is not None or (size > 0 and tensors["fc.weight"].shape[1] == module.num_features)
     problems = misfits(tensors, module, head=has_head)
     if not problems:
         return name, module if has_head else module.clone(num_classes=1), has_head
@@ -241,15 +199,8 @@ def _head_size(tensors: dict[str, Tensor]) -> int:
     return weight.shape[0] if is_linear and bias.shape == weight.shape[:1] else 0
 
 
-def _beside(network: Network, has_head: bool) -> dict[str, Tensor]:
-    """What stands in the state dict beside the network that is taken, by whole names."""
-    head = ("fc.weight", "fc.bias") if has_head else ()
-    behind = {network.prefix + n: t for n, t in network.tensors.items() if not is_inside(n) and n not in head}
-    return behind | network.strays
-
-
 def _left_out(network: Network, beside: dict[str, Tensor]) -> tuple[str, ...]:
-    """The modules beside the network, by their first part that is none of its prefix, and other networks."""
+    """The modules beside the network, by their first part that is not in its prefix, and other networks."""
     modules: dict[str, int] = {}
     prefix = network.prefix.split(".")[:-1]
     for name in beside:
@@ -285,9 +236,7 @@ def _read_tensors(
 def _read_tensor(name: str, tensor: Tensor) -> np.ndarray:
     """A tensor as float32, of torch's shape."""
     if not tensor.dtype.startswith(("float", "bfloat")):
-        raise CheckpointError(
-            f"{name} is {tensor.dtype}, no real float: save the network before it was converted"
-        )
+        raise CheckpointError(f"{name} is {tensor.dtype}, not float: save the network before it is converted")
     with np.errstate(over="ignore"):
         array = tensor.read().astype(np.float32, copy=False)
     if not np.isfinite(array).all():
@@ -295,12 +244,6 @@ def _read_tensor(name: str, tensor: Tensor) -> np.ndarray:
     if name.endswith(".running_var") and array.min(initial=0) < 0:
         raise CheckpointError(f"{name} holds a negative variance")
     return array
-
-
-def _image_size(found: Checkpoint, known: KnownModel | None, module: ResNet) -> int:
-    if found.metadata or known:
-        return (found.metadata or known).image_size
-    return 32 if module.cifar_stem else 224
 
 
 def _to_jax(array: np.ndarray) -> jax.Array:
@@ -314,68 +257,63 @@ def _to_jax(array: np.ndarray) -> jax.Array:
 
 def _check_arguments(
     mean: Any, std: Any, norm: str | None, eps: float | None, image_size: int | None, sha256: str | None
-) -> None:
+) -> dict[str, Any]:
+    """The fields of a `ModelSpec` that are given."""
     if (mean is None) != (std is None):
         raise ValueError("pass both mean= and std=, or neither")
-    if mean is not None:
-        check_normalisation(mean, std)
-    check_threat_model(norm, eps)
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size={image_size} must be a positive number of pixels")
+    if norm is None and eps is not None:
+        raise ValueError(f"eps={eps:g} needs norm='l2' or norm='linf'")
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{8,64}", sha256):
         raise ValueError(f"sha256={sha256!r} must be 8 to 64 hexadecimal digits")
+    given = {} if mean is None else {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
+    given |= {} if norm is None else {"norm": norm, "eps": float(eps or 0)}
+    given |= {} if image_size is None else {"image_size": image_size}
+    check_spec(ModelSpec(**{"architecture": "", "num_classes": 1, "image_size": 224, **_IMAGENET, **given}))
+    return given
 
 
-def _check_hash(path: Path, actual: str, asked: str | None, known: KnownModel | None) -> None:
+def _check_hash(name: str, actual: str, asked: str | None, known: KnownModel | None) -> None:
     """Compares the file with what was asked for or, failing that, with what is published under its name."""
     if asked:
         if not actual.startswith(asked.lower()):
-            raise CheckpointError(f"{path} has the SHA-256 {actual}, not {asked} as asked for")
+            raise CheckpointError(f"it has the SHA-256 {actual}, not {asked} as asked for")
         return
-    torchvision = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    torchvision = re.search(r"-([0-9a-f]{8})\.pth$", name)
     expected = known and (known.sha256 or (torchvision and torchvision[1]))
     if expected and not actual.startswith(expected):
         raise CheckpointError(
-            f"{path} is not the published file: its SHA-256 starts with {actual[:8]}, published is "
+            f"it is not the published file: its SHA-256 starts with {actual[:8]}, published is "
             f"{expected[:8]}: download it again from {known.source}, or pass sha256= if another file is meant"
         )
 
 
-def _choose_normalisation(
-    path: Path, mean: Any, std: Any, found: Checkpoint, known: KnownModel | None, module: ResNet
-) -> tuple[tuple[float, ...], tuple[float, ...], str]:
-    """(mean, std, where they come from)."""
-    imagenet = (None, None) if module.cifar_stem else (IMAGENET_MEAN, IMAGENET_STD)
-    options = {
-        "argument": (mean, std),
-        "file": (found.mean, found.std),
-        "metadata": (found.metadata.mean, found.metadata.std) if found.metadata else (None, None),
-        "table": (known.mean, known.std) if known else (None, None),
-        "ImageNet": imagenet,
+def _make_spec(
+    given: dict[str, Any], found: Checkpoint, known: KnownModel | None, provenance: dict[str, Any]
+) -> ModelSpec:
+    """The description of the model, each field from the first that has it; the provenance says from where."""
+    network, table = found.network, ("mean", "std", "norm", "eps", "image_size")
+    origins = {
+        "argument": given,
+        "file": {} if network.mean is None else {"mean": network.mean, "std": network.std},
+        "metadata": found.metadata,
+        "table": {f: getattr(known, f) for f in table if getattr(known, f, None) is not None},
+        "ImageNet": {} if found.module.cifar_stem or found.unknown_normaliser else _IMAGENET,
+        "unknown": {"norm": "none", "eps": 0.0, "image_size": 32 if found.module.cifar_stem else 224},
     }
-    for origin, (m, s) in options.items():
-        if origin == "ImageNet" and found.unknown_normaliser:
-            raise CheckpointError(
-                f"{path}: {found.unknown_normaliser} has a number for each channel, which may normalise the "
-                "images in an unknown way: import it with mean and std"
-            )
-        if m is not None and s is not None:
-            try:
-                check_normalisation(m, s)
-            except ValueError as error:
-                raise CheckpointError(f"{path}: {error}: import it with mean and std") from error
-            return tuple(map(float, m)), tuple(map(float, s)), origin
-    raise CheckpointError(f"{path} does not say how its images are normalised: import it with mean and std")
 
+    def origin(field: str) -> str:
+        return next((name for name, fields in origins.items() if field in fields), "")
 
-def _choose_threat_model(
-    norm: str | None, eps: float | None, found: Checkpoint, known: KnownModel | None
-) -> tuple[str, float, str]:
-    """(norm, eps, where they come from)."""
-    if norm is not None:
-        return norm, float(eps or 0), "argument"
-    if found.metadata:
-        return found.metadata.norm, found.metadata.eps, "metadata"
-    if known:
-        return known.norm, known.eps, "table"
-    return "none", 0.0, "unknown"
+    if not origin("mean"):
+        problem = "it does not say how its images are normalised"
+        if found.unknown_normaliser:
+            problem = f"{found.unknown_normaliser} has a number for each channel, which may normalise images"
+        raise CheckpointError(f"{problem}: import it with mean and std")
+    provenance |= {"normalisation": origin("mean"), "threat_model": origin("norm")}
+    fields = {"architecture": found.architecture, "num_classes": found.module.num_classes}
+    spec = ModelSpec(**fields, **ChainMap(*origins.values()), provenance=provenance)
+    try:
+        check_spec(spec)
+    except ValueError as error:
+        raise CheckpointError(f"{error}: import it with mean and std") from error
+    return spec

@@ -1,17 +1,23 @@
-"""Models as PyTorch files: torchvision's names in a safetensors file."""
+"""Models as PyTorch files: torchvision's names in a safetensors file, and in its metadata the description."""
 
 from __future__ import annotations
 
-import os
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
+from advtransfer import storage
+from advtransfer.foreign import parse_json
 from advtransfer.models import Model, ModelSpec, ResNet
-from advtransfer.torch_checkpoint.layout import layout
-from advtransfer.torch_checkpoint.metadata import make_metadata
+from advtransfer.models.bundle import check_spec
+from advtransfer.torch_checkpoint.layout import brief, layout
+from advtransfer.torch_reader import CheckpointError
+
+_KEY = "advtransfer"  # of the file's metadata: a JSON object with these fields of a ModelSpec
+_FIELDS = ("mean", "std", "norm", "eps", "image_size", "class_names")
 
 
 def export_torch_state_dict(model: Model, path: str | Path | None = None) -> dict[str, np.ndarray]:
@@ -36,7 +42,14 @@ def export_torch_state_dict(model: Model, path: str | Path | None = None) -> dic
     if not model.spec.has_head:
         tensors = {name: array for name, array in tensors.items() if not name.startswith("fc.")}
     if path is not None:
-        _write(tensors, model.spec, Path(path).absolute())
+        path = Path(path).absolute()
+        if path.suffix != ".safetensors" or path.is_dir():
+            raise ValueError(f"{path} does not end in .safetensors, the format that it is written in")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fields = {field: getattr(model.spec, field) for field in _FIELDS}
+        metadata = {"architecture": model.spec.architecture, _KEY: json.dumps(fields, default=float)}
+        metadata["format"] = "pt"  # what transformers and timm ask for
+        storage.write(path, safetensors.numpy.save(tensors, metadata))
     return tensors
 
 
@@ -56,13 +69,22 @@ def torch_tensors(module: ResNet, variables: dict[str, Any]) -> dict[str, np.nda
     return tensors
 
 
-def _write(tensors: dict[str, np.ndarray], spec: ModelSpec, path: Path) -> None:
-    if path.suffix != ".safetensors" or path.is_dir():
-        raise ValueError(f"{path} does not end in .safetensors, which it will be: name it so")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new{os.getpid()}")
+def parse_metadata(
+    metadata: dict[str, str], architecture: str, num_classes: int, has_head: bool
+) -> dict[str, Any]:
+    """The fields of a `ModelSpec` that `export_torch_state_dict` wrote; {}: another program wrote the file.
+
+    Raises:
+        CheckpointError: they have been changed since.
+    """
+    if _KEY not in metadata:
+        return {}
     try:
-        new.write_bytes(safetensors.numpy.save(tensors, make_metadata(spec)))
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)
+        fields = parse_json(metadata[_KEY])
+        found = {field: fields[field] for field in ("norm", "image_size")} | {"eps": float(fields["eps"])}
+        found |= {field: tuple(map(float, fields[field])) for field in ("mean", "std")}
+        found["class_names"] = tuple(fields["class_names"]) if has_head else ()
+        check_spec(ModelSpec(architecture, num_classes, **found))
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        raise CheckpointError(f"its metadata are damaged: {brief(error)}: export it again") from error
+    return found

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from advtransfer.torch_checkpoint.catalogue import KNOWN_MODELS, KnownModel, find_known
-from advtransfer.torch_checkpoint.unpickle import CheckpointError
+from advtransfer.torch_reader import CheckpointError
 
 _NAME = re.compile(
     r"hf:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^@?#\\\x00-\x1f]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII
@@ -99,7 +99,7 @@ def is_on_this_machine(name: str, folder: str | Path | None = None) -> bool:
 
 
 def known_on_hub(name: str) -> KnownModel | None:
-    """The known model that a name of the hub stands for, whatever its revision.
+    """The known model that a name of the hub means, in any revision.
 
     Raises:
         CheckpointError: a malformed name.
@@ -110,7 +110,7 @@ def known_on_hub(name: str) -> KnownModel | None:
 
 
 def check_hub_name(name: str) -> None:
-    """Raises a CheckpointError if this is no hf:OWNER/NAME/FILE[@REVISION]."""
+    """Raises a CheckpointError if this is not hf:OWNER/NAME/FILE[@REVISION]."""
     _parse(name)
 
 
@@ -121,7 +121,7 @@ def _parse(name: str) -> tuple[str, str, str]:
     # No part may leave the folder that the file is looked for in.
     parts = f"{repo}/{file}/{revision or 'main'}".split("/")
     if not name.isprintable() or any(part in ("", ".", "..") for part in parts):
-        raise CheckpointError(f"{name!r} is no hf:OWNER/NAME/FILE[@REVISION], such as {_EXAMPLE}")
+        raise CheckpointError(f"{name!r} is not hf:OWNER/NAME/FILE[@REVISION], such as {_EXAMPLE}")
     return repo, file, revision or ""
 
 
@@ -215,7 +215,7 @@ def _problem(error: Exception, name: str, page: str, instead: str) -> str:
 
     login = "log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, errors.HFValidationError):
-        return f"is no name that the hub can have: write one such as {_EXAMPLE}"
+        return f"is not a valid name on the hub: write one such as {_EXAMPLE}"
     if isinstance(error, errors.GatedRepoError):
         return f"asks for its terms to be accepted: do that at {page} and {login}, {instead}"
     if isinstance(error, errors.RepositoryNotFoundError):

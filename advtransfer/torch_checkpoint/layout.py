@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from advtransfer.models import ARCHITECTURES, ResNet, create_module
-from advtransfer.torch_checkpoint.reader import CheckpointError, Tensor
+from advtransfer.torch_reader import CheckpointError, Tensor
 
 # Names that only one kind of network has, after the start of a name or a dot. The first match tells.
 _RESNET_VARIANTS = {
@@ -51,9 +51,9 @@ _OTHERS = {
 
 
 class Entry(NamedTuple):
-    """Where a tensor of torchvision's stands here."""
+    """Where a tensor of torchvision's is in our variables."""
 
-    path: tuple[str, ...]  # in our variables: ("params", "layer1_0", "conv1", "kernel")
+    path: tuple[str, ...]  # ("params", "layer1_0", "conv1", "kernel")
     shape: tuple[int, ...]  # torch's: [O, I, H, W] of a convolution, [out, in] of the head
 
 
@@ -90,7 +90,12 @@ def layout(module: ResNet) -> dict[str, Entry]:
     channels = module.width
     for stage, i in ((s, i) for s, size in enumerate(module.stage_sizes) for i in range(size)):
         name, ours = f"layer{stage + 1}.{i}", f"layer{stage + 1}_{i}"
-        shapes = _block_shapes(module, channels, module.width * 2**stage)
+        planes = module.width * 2**stage
+        shapes = [(planes, channels, 3, 3), (planes, planes, 3, 3)]
+        if module.bottleneck:
+            inner, features = planes * module.base_width // 64 * module.groups, 4 * planes
+            group = inner // module.groups
+            shapes = [(inner, channels, 1, 1), (inner, group, 3, 3), (features, inner, 1, 1)]
         for number, shape in enumerate(shapes, start=1):
             add_conv(f"{name}.conv{number}", (ours, f"conv{number}"), *shape)
             add_norm(f"{name}.bn{number}", (ours, f"bn{number}"), shape[0])
@@ -104,19 +109,11 @@ def layout(module: ResNet) -> dict[str, Entry]:
     return entries
 
 
-def _block_shapes(module: ResNet, channels: int, planes: int) -> list[tuple[int, int, int, int]]:
-    """OIHW of the convolutions on a block's main path."""
-    if not module.bottleneck:
-        return [(planes, channels, 3, 3), (planes, planes, 3, 3)]
-    inner = planes * module.base_width // 64 * module.groups
-    return [(inner, channels, 1, 1), (inner, inner // module.groups, 3, 3), (4 * planes, inner, 1, 1)]
-
-
 def infer_architecture(tensors: Mapping[str, Tensor]) -> str:
     """The key of `ARCHITECTURES` that has these names and shapes.
 
-    They do not tell all: timm's resnetaa50 and resnetblur50, which blur before they subsample, pass for
-    a ResNet-50, and so does one that strides on the first 1×1.
+    They do not tell everything: timm's resnetaa50 and resnetblur50, which blur before they subsample, pass
+    for a ResNet-50, and so does one that strides on the first 1×1.
 
     Args:
         tensors: by torchvision's names.
@@ -137,10 +134,8 @@ def infer_architecture(tensors: Mapping[str, Tensor]) -> str:
             "it is a ResNet without BatchNorm (no running_mean): only torchvision's are read"
         )
     for architecture in ARCHITECTURES:
-        module = create_module(architecture)
-        inner, group = _block_shapes(module, module.width, module.width)[1][:2]
-        stem = 3 if module.cifar_stem else 7
-        if found == (module.bottleneck, module.stage_sizes, stem, module.width, inner, group):
+        entries = layout(create_module(architecture))
+        if found == _signature({name: entry.shape for name, entry in entries.items()}):
             return architecture
     inner = f"3×3 convolutions of {found.inner // found.group} × {found.group} channels, "
     raise CheckpointError(
@@ -170,7 +165,7 @@ def _signature(shapes: Mapping[str, tuple[int, ...]]) -> _Signature | None:
 
 
 def name_other(names: Iterable[str], has_resnet: bool) -> str | None:
-    """The kind of network, with its article, that is no torchvision ResNet but has such names.
+    """The kind of network, with its article, that has such names and is not a torchvision ResNet.
 
     Args:
         names: of all tensors of a state dict, wrappers' prefixes included.

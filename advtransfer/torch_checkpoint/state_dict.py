@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from advtransfer.torch_checkpoint.layout import brief, brief_list, is_inside, name_other
-from advtransfer.torch_checkpoint.reader import CheckpointError, Contents, Stub, Tensor
+from advtransfer.torch_reader import CheckpointError, Contents, Stub, Tensor
 
 # Words in the names of networks whose weights are means over the training: codes that keep one evaluate it.
 _AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averaged?|avg|shadow|teacher)(?![a-z])", re.IGNORECASE)
@@ -30,11 +30,8 @@ _FIRST_BLOCK = "layer1.0.conv1.weight"
 _NUMBERED_BLOCK = re.compile(r"((?:.*\.)?)([0-9]{1,3})\.0\.conv1\.weight")
 
 
-Normalisation = tuple[tuple[float, ...], ...]  # mean, std
-
-
 class Network(NamedTuple):
-    """A network's tensors, and what stands around them in the file."""
+    """A network's tensors, and what else is in the file."""
 
     tensors: dict[str, Tensor]  # by torchvision's names, without num_batches_tracked
     copies: dict[str, dict[str, Tensor]]  # of the network, by their wrappings; not compared with it yet
@@ -42,7 +39,7 @@ class Network(NamedTuple):
     strays: dict[str, Tensor]  # by their whole names: what is in the state dict and in no network
     mean: tuple[float, ...] | None  # from the normaliser's buffers
     std: tuple[float, ...] | None
-    claims: dict[str, int | float]  # the numbers that stand beside the state dict: epoch, accuracies
+    claims: dict[str, int | float]  # the numbers beside the state dict: epoch, accuracies
     wrapping: str  # where the network was: the state dict's key, "/" and the prefix of the names
     prefix: str
 
@@ -57,6 +54,10 @@ class _Candidate(NamedTuple):
     @property
     def wrapping(self) -> str:
         return "/".join(filter(None, (self.key, self.prefix)))
+
+    @property
+    def shown(self) -> str:
+        return brief(self.wrapping or ".")
 
 
 def find_network(contents: Contents, weights: str = "") -> Network:
@@ -82,16 +83,13 @@ def find_network(contents: Contents, weights: str = "") -> Network:
     _check_number(chosen.tensors)
     if kind := name_other(chosen.tensors, has_resnet=True):
         raise CheckpointError(_other_kind(kind))
-    state = states[chosen.key]
-    normalisers = _find_normalisers(state)
+    state, named = states[chosen.key], [id(candidate) for candidate in (chosen, *copies)]
     prefixes = tuple(candidate.prefix for candidate in candidates if candidate.key == chosen.key)
-    beside = _find_values(contents.tree) if chosen.key else {}
-    mean, std = _read_normalisers(state, normalisers, beside)
-    named = [chosen, *copies]
+    mean, std = _normalisation(state, contents.tree if chosen.key else {})
     return Network(
         tensors=chosen.tensors,
-        copies={_shown(copy): copy.tensors for copy in copies},
-        others=tuple(_shown(c) for c in candidates if not any(c is other for other in named)),
+        copies={copy.shown: copy.tensors for copy in copies},
+        others=tuple(candidate.shown for candidate in candidates if id(candidate) not in named),
         strays={n: t for n, t in _weights(state).items() if not n.startswith(prefixes)},
         mean=mean,
         std=std,
@@ -199,24 +197,16 @@ def _choose(candidates: Sequence[_Candidate], weights: str) -> list[_Candidate]:
         if not found:
             raise CheckpointError(
                 f"holds no network under {brief(weights)}: config.checkpoint.weights, or weights=, may be "
-                f"{brief_list(map(_shown, candidates), quote=False)}"
+                f"{brief_list((c.shown for c in candidates), quote=False)}"
             )
     else:
-        # Averages of the parameters alone, without BatchNorm's statistics, are no network.
+        # Averages of the parameters alone, without BatchNorm's statistics, are not a network.
         found = [c for c in found if "bn1.running_mean" in c.tensors] or found
         averaged = [c for c in found if _AVERAGED.search(c.wrapping)]
-        # A teacher of another architecture is no average of its student.
-        if averaged and len({frozenset(_backbone_shapes(c)) for c in found}) == 1:
+        shapes = {frozenset((n, t.shape) for n, t in c.tensors.items() if is_inside(n)) for c in found}
+        if averaged and len(shapes) == 1:  # a teacher of another architecture is not its student's average
             found = averaged
     return sorted(found, key=lambda candidate: len(candidate.wrapping))
-
-
-def _backbone_shapes(candidate: _Candidate) -> Iterator[tuple[str, tuple[int, ...]]]:
-    return ((n, t.shape) for n, t in candidate.tensors.items() if is_inside(n))
-
-
-def _shown(candidate: _Candidate) -> str:
-    return brief(candidate.wrapping or ".")
 
 
 def _nothing_found(tree: Any, states: Mapping[str, dict[str, Tensor]]) -> str:
@@ -244,7 +234,7 @@ def _check_number(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _other_kind(kind: str) -> str:
-    return f"holds {kind}, which is no torchvision ResNet: only those can be imported"
+    return f"holds {kind}, not a torchvision ResNet: only those can be imported"
 
 
 def check_copies(network: Network) -> None:
@@ -284,43 +274,40 @@ def _find_normalisers(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _find_values(tree: Mapping[str, Any]) -> dict[Normalisation, str]:
-    """Means and standard deviations that stand beside the state dict, as tensors or as lists."""
+def _normalisation(
+    state: Mapping[str, Tensor], beside: Mapping[str, Any]
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """(mean, std) of the state dict's normalisers and of the values beside it, which must agree."""
     found = {}
     for names in _NORMALISERS:
-        values = tuple(_values(tree.get(name)) for name in names)
+        values = tuple(_values(beside.get(name)) for name in names)
         if None not in values:
             found[values] = names[0]
-    return found
+    for pair in _find_normalisers(state):
+        found[tuple(_channels(state[name]) for name in pair)] = pair[0]
+    if len(found) > 1:
+        raise CheckpointError(f"two normalisers differ: {brief_list(found.values())}")
+    return next(iter(found), (None, None))
 
 
 def _values(value: Any) -> tuple[float, ...] | None:
+    """Those of a tensor, or of a list or tuple, of one number a channel; None: it is something else."""
     if isinstance(value, Tensor):
         return _channels(value) if value.shape in _PER_CHANNEL else None
     is_list = type(value) in (list, tuple) and len(value) == 3 and all(map(_is_number, value))
     return tuple(float(x) for x in value) if is_list and all(abs(x) < 2**53 for x in value) else None
 
 
-def _read_normalisers(
-    tensors: Mapping[str, Tensor], pairs: list[tuple[str, str]], beside: dict[Normalisation, str]
-) -> Normalisation | tuple[None, None]:
-    """(mean, std) of all, which must agree; (None, None) if there is none."""
-    found = beside | {tuple(_channels(tensors[name]) for name in pair): pair[0] for pair in pairs}
-    if len(found) > 1:
-        raise CheckpointError(f"two normalisers differ: {brief_list(found.values())}")
-    return next(iter(found), (None, None))
-
-
 def _channels(tensor: Tensor) -> tuple[float, ...]:
     """The shortest decimals that round to the values: 0.485, not 0.48500001430511475."""
     if not tensor.dtype.startswith(("float", "bfloat")):
-        raise CheckpointError(f"a normaliser is {tensor.dtype}, no float")
+        raise CheckpointError(f"a normaliser is {tensor.dtype}, not float")
     with np.errstate(over="ignore"):
         return tuple(float(str(value)) for value in tensor.read().astype(np.float32).reshape(-1))
 
 
 def _claims(tree: Mapping[Any, Any], state: Mapping[str, Tensor]) -> dict[str, int | float]:
-    """The numbers at the top level, such as epoch and nat_prec1; one that cannot be told is left out."""
+    """The numbers at the top level, such as epoch and nat_prec1; one that cannot be read is left out."""
     candidates = [
         (key, value)
         for key, value in tree.items()

@@ -9,15 +9,9 @@ import zipfile
 import zlib
 from typing import Any, NamedTuple
 
-from advtransfer.torch_checkpoint.tensors import CONSTRUCTORS, File, Storage, View, parse_storage_id
-from advtransfer.torch_checkpoint.unpickle import (
-    MAX_BYTES,
-    SAVE_ALONE,
-    CheckpointError,
-    Stub,
-    printable,
-    unpickle,
-)
+from .files import CheckpointError, File, printable
+from .tensors import CONSTRUCTORS, Storages
+from .unpickle import MAX_BYTES, SAVE_ALONE, unpickle
 
 _MAX_DIRECTORY = 1 << 22  # bytes; of a ResNet-50 and its optimiser 0.05 MB
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
@@ -26,7 +20,7 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and 
 class _Record(NamedTuple):
     start: int  # byte of the file
     size: int  # bytes
-    crc: int  # CRC-32; 0 if PyTorch was told to leave it out
+    crc: int  # CRC-32; 0 if PyTorch left it out
 
 
 def read_zip(file: File) -> tuple[Any, set[str]]:
@@ -38,18 +32,28 @@ def read_zip(file: File) -> tuple[Any, set[str]]:
     entries = _directory(file)
     pickles = [name for name in entries if name.split("/", 1)[-1] == "data.pkl"]
     if len(pickles) != 1:
-        raise CheckpointError(f"a zip file that PyTorch did not save: it holds {_list(entries)}")
+        names = ", ".join(printable(name) for name in list(entries)[:3]) + ", ..." * (len(entries) > 3)
+        raise CheckpointError(f"a zip file that PyTorch did not save: it holds {names or 'nothing'}")
     prefix = pickles[0].removesuffix("data.pkl")
     if prefix + "constants.pkl" in entries:
         raise CheckpointError("a TorchScript archive, which is a program: save its state_dict() in PyTorch")
-    records = {name.removeprefix(prefix): _record(file, entry) for name, entry in entries.items()
-               if name.startswith(prefix)}  # fmt: skip
+    inside = {name.removeprefix(prefix): e for name, e in entries.items() if name.startswith(prefix)}
+    records = {name: _record(file, entry) for name, entry in inside.items()}
     order = _content(file, records, "byteorder", 16) if "byteorder" in records else b"little"
     if order not in (b"little", b"big"):
         raise CheckpointError("its byte order is neither little nor big")
-    storages = _Storages(file, records, swapped=order.decode() != sys.byteorder)
+    storages = Storages(file, swapped=order.decode() != sys.byteorder, length=5)
     pickle = io.BytesIO(_content(file, records, "data.pkl", MAX_BYTES))
     tree, stubbed = unpickle(pickle, CONSTRUCTORS, storages.load)
+    for key, storage in storages.by_key.items():
+        record = records.get(f"data/{key}")
+        if record is None:
+            raise CheckpointError(f"storage {key} is not in the file")
+        if record.size != storage.size:
+            raise CheckpointError(
+                f"storage {key} has {record.size:,} bytes, not the {storage.size:,} that its tensors expect"
+            )
+        storage.start, storage.crc = record.start, record.crc
     return tree, stubbed
 
 
@@ -114,35 +118,3 @@ def _content(file: File, records: dict[str, _Record], name: str, limit: int) -> 
     if record.crc and zlib.crc32(data) != record.crc:
         raise CheckpointError(f"its {name} is damaged (the CRC-32 differs): download it again")
     return data
-
-
-class _Storages:
-    """The storages that the pickle asked for, one for each key."""
-
-    def __init__(self, file: File, records: dict[str, _Record], swapped: bool):
-        self.file, self.records, self.swapped = file, records, swapped
-        self.storages: dict[str, Storage] = {}
-
-    def load(self, value: Any) -> View | Stub:
-        name = parse_storage_id(value, 5)
-        if isinstance(name, Stub):
-            return name
-        if name.key not in self.storages:
-            if f"data/{name.key}" not in self.records:
-                raise CheckpointError(f"storage {name.key} is not in the file")
-            start, size, crc = self.records[f"data/{name.key}"]
-            self.storages[name.key] = Storage(
-                self.file, name.key, name.dtype, name.itemsize, size, start, crc, self.swapped
-            )
-        storage = self.storages[name.key]
-        if storage.dtype != name.dtype or name.count * name.itemsize != storage.size:
-            raise CheckpointError(
-                f"storage {name.key} has {storage.size:,} bytes of {storage.dtype}, not {name.count:,} "
-                f"elements of {name.dtype}"
-            )
-        return View(storage, 0, name.count)
-
-
-def _list(names: dict[str, Any]) -> str:
-    first = ", ".join(printable(name) for name in list(names)[:3])
-    return first + (", ..." if len(names) > 3 else "") if names else "nothing"

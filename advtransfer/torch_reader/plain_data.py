@@ -1,26 +1,25 @@
-"""What a pickle may build of Python's and numpy's plain data. Each function takes the pickle's arguments."""
+"""What a pickle may build of Python's and NumPy's plain data. Each function takes the pickle's arguments."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from advtransfer.torch_checkpoint.unpickle import Constructors, Stub, is_key
+from .unpickle import Constructors, Stub, is_key
+
+_NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 
 
-class _NumpyType(Stub):
-    """A numpy dtype of one number."""
+def argument(kind: type) -> Callable[[tuple], Any]:
+    """The constructor of what is its own first argument, of this type."""
+    return lambda arguments: arguments[0] if arguments and type(arguments[0]) is kind else NotImplemented
 
-    __slots__ = ("code",)
 
-    def __init__(self, code: str):
-        super().__init__("numpy.dtype")
-        self.code = code  # of numpy, such as "<f8"
-
-    def set_state(self, state: Any) -> None:
-        if type(state) is tuple and len(state) > 1 and state[1] == ">":
-            self.code = ">" + self.code[1:]
+def nothing(arguments: tuple) -> Any:
+    """Of types that pickles of data name and do not call: they are not worth a report."""
+    return NotImplemented
 
 
 def _mapping(arguments: tuple) -> Any:
@@ -65,6 +64,20 @@ def _bytes(arguments: tuple) -> Any:
     return text if type(text) is bytes else NotImplemented
 
 
+class _NumpyType(Stub):
+    """A NumPy dtype of one number."""
+
+    __slots__ = ("code",)
+
+    def __init__(self, code: str):
+        super().__init__("numpy.dtype")
+        self.code = code  # of NumPy, such as "<f8"
+
+    def set_state(self, state: Any) -> None:
+        if type(state) is tuple and len(state) > 1 and state[1] == ">":
+            self.code = ">" + self.code[1:]
+
+
 def _numpy_type(arguments: tuple) -> Any:
     code = arguments[0] if arguments else None
     return _NumpyType("<" + code) if type(code) is str and code in _NUMBERS else NotImplemented
@@ -86,21 +99,9 @@ def _instance(arguments: tuple) -> Any:
     return Stub(arguments[0].name) if is_class else NotImplemented
 
 
-def nothing(arguments: tuple) -> Any:
-    """Of types that pickles of data name and do not call: they are not worth a report."""
-    return NotImplemented
-
-
-_NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 _PYTHON = {
-    "dict": _mapping,
-    "list": _sequence,
-    "set": _sequence,
-    "frozenset": _sequence,
-    "tuple": _tuple,
-    "complex": _complex,
-    "bytes": _bytes,
-    "bytearray": _bytes,
+    **{"dict": _mapping, "list": _sequence, "set": _sequence, "frozenset": _sequence, "tuple": _tuple},
+    **{"complex": _complex, "bytes": _bytes, "bytearray": _bytes, "object": nothing},
 }
 PLAIN_DATA: Constructors = {
     **{f"{module}.{name}": make for name, make in _PYTHON.items() for module in ("builtins", "__builtin__")},
@@ -113,6 +114,4 @@ PLAIN_DATA: Constructors = {
     "numpy._core.multiarray.scalar": _numpy_scalar,
     "copyreg._reconstructor": _instance,
     "copy_reg._reconstructor": _instance,
-    "builtins.object": nothing,
-    "__builtin__.object": nothing,
 }

@@ -1,7 +1,7 @@
 """A pickle machine that only makes data: no function of the pickle is ever looked up, imported or called.
 
 `pickletools.genops` splits the bytes into operations; what they name is looked up in a table of constructors
-of plain data, and anything that is not in it becomes a `Stub`, which swallows whatever the pickle does to it.
+of plain data, and anything that is not in it becomes a `Stub`, on which no operation has any effect.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import pickletools
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
+
+from .files import CheckpointError, printable
 
 MAX_BYTES = 1 << 25  # of one pickle; the pickle of a ResNet-50 and its optimiser has 0.1 MB
 # Bytes that the values of one pickle may take; the order of an epoch of ImageNet, 1,281,167 integers, takes
@@ -22,10 +24,6 @@ _MAX_ARGUMENTS = 16
 _MAX_NAMES = 1_000
 _MAX_NAME = 500  # characters
 _MAX_INTEGER = 4096  # bits
-
-
-class CheckpointError(ValueError):
-    """A file that cannot be read as a checkpoint: one line that says what was found and what to do."""
 
 
 class _TooLarge(CheckpointError):
@@ -55,7 +53,7 @@ def unpickle(
     constructors: Constructors,
     persistent_load: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, set[str]]:
-    """Reads one pickle from where `data` stands, and leaves it behind the pickle's end.
+    """Reads one pickle from the position of `data`, and leaves it behind the pickle's end.
 
     Args:
       data: at most MAX_BYTES.
@@ -64,7 +62,7 @@ def unpickle(
 
     Returns:
       The value: None, bool, int, float, str, bytes, list (of sets too), tuple, dict without the entries whose
-      key is no text, what `constructors` and `persistent_load` make, and `Stub`; it may contain
+      key is not a text, what `constructors` and `persistent_load` make, and `Stub`; it may contain
       itself. And the names of what was stubbed.
 
     Raises:
@@ -90,11 +88,6 @@ def unpickle(
         raise CheckpointError(f"the pickle is damaged near byte {data.tell()}") from error
 
 
-def printable(text: str) -> str:
-    """At most 100 characters of a text from a file, without control characters."""
-    return "".join(c if c.isprintable() else "?" for c in text[:100])
-
-
 class _Machine:
     """The stack, the marks and the memo of one pickle."""
 
@@ -109,14 +102,9 @@ class _Machine:
 
     def step(self, name: str, argument: Any) -> None:
         self.spend(_OPERATION + sys.getsizeof(argument))
-        if name in _LITERALS:
-            self.stack.append(_literal(argument))
-        elif name in _EMPTY:
-            self.stack.append(_EMPTY[name]())
-        elif name in _OPERATIONS:
-            _OPERATIONS[name](self, argument)
-        else:
+        if name not in _OPERATIONS:
             raise CheckpointError(f"{name} is not supported")
+        _OPERATIONS[name](self, argument)
 
     def spend(self, amount: int) -> None:
         """Counts bytes of memory."""
@@ -193,6 +181,9 @@ class _Machine:
             raise CheckpointError("it names a function with something else than a short text")
         self.stack.append(self.named(f"{module}.{name}"))
 
+    def extension(self, code: int) -> None:
+        self.stack.append(self.named(f"copyreg.extension {code}"))
+
     def reduce(self, _: Any) -> None:
         arguments = self.pop()
         self.stack.append(self.construct(self.pop(), arguments))
@@ -266,44 +257,36 @@ def is_key(key: Any) -> bool:
     return type(key) is str
 
 
-_LITERALS = {
+_LITERALS = (
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
     *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-}
-_EMPTY: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_LIST": list,
-    "EMPTY_SET": list,
-    "EMPTY_DICT": dict,
-}
+)
+# By pickletools' names; the second argument is the operation's own.
 _OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
-    "PROTO": lambda m, version: None,
-    "FRAME": lambda m, size: None,
-    "STOP": lambda m, _: None,
+    **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda m, _: None),
+    **dict.fromkeys(_LITERALS, lambda m, value: m.stack.append(_literal(value))),
+    "NONE": lambda m, _: m.stack.append(None),
+    "NEWTRUE": lambda m, _: m.stack.append(True),
+    "NEWFALSE": lambda m, _: m.stack.append(False),
+    "EMPTY_TUPLE": lambda m, _: m.stack.append(()),
+    **dict.fromkeys(("EMPTY_LIST", "EMPTY_SET"), lambda m, _: m.stack.append([])),
+    "EMPTY_DICT": lambda m, _: m.stack.append({}),
     "MARK": lambda m, _: m.marks.append(len(m.stack)),
     "POP": _Machine.pop_any,
-    "POP_MARK": lambda m, _: m.pop_mark() and None,
+    "POP_MARK": lambda m, _: m.pop_mark(),
     "DUP": lambda m, _: m.stack.append(m.top()),
-    "GET": _Machine.get,
-    "BINGET": _Machine.get,
-    "LONG_BINGET": _Machine.get,
-    "PUT": _Machine.put,
-    "BINPUT": _Machine.put,
-    "LONG_BINPUT": _Machine.put,
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.put),
     "MEMOIZE": lambda m, _: m.put(len(m.memo)),
     "GLOBAL": lambda m, name: m.stack.append(m.named(name.replace(" ", ".", 1))),
     "STACK_GLOBAL": _Machine.stack_global,
-    "EXT1": lambda m, code: m.stack.append(m.named(f"copyreg.extension {code}")),
-    "EXT2": lambda m, code: m.stack.append(m.named(f"copyreg.extension {code}")),
-    "EXT4": lambda m, code: m.stack.append(m.named(f"copyreg.extension {code}")),
+    **dict.fromkeys(
+        ("EXT1", "EXT2", "EXT4"), lambda m, code: m.stack.append(m.named(f"copyreg.extension {code}"))
+    ),
     "INST": _Machine.instance,
     "OBJ": _Machine.object,
-    "REDUCE": _Machine.reduce,
-    "NEWOBJ": _Machine.reduce,
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), _Machine.reduce),
     "NEWOBJ_EX": _Machine.new_with_keywords,
     "BUILD": _Machine.build,
     "BINPERSID": _Machine.persistent,
@@ -311,12 +294,10 @@ _OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "TUPLE1": lambda m, _: m.tuple_of(1),
     "TUPLE2": lambda m, _: m.tuple_of(2),
     "TUPLE3": lambda m, _: m.tuple_of(3),
-    "LIST": lambda m, _: m.stack.append(m.pop_mark()),
-    "FROZENSET": lambda m, _: m.stack.append(m.pop_mark()),
+    **dict.fromkeys(("LIST", "FROZENSET"), lambda m, _: m.stack.append(m.pop_mark())),
     "DICT": lambda m, _: m.stack.append(_entries(m.pop_mark())),
     "APPEND": lambda m, _: m.append([m.pop()]),
-    "APPENDS": lambda m, _: m.append(m.pop_mark()),
-    "ADDITEMS": lambda m, _: m.append(m.pop_mark()),
+    **dict.fromkeys(("APPENDS", "ADDITEMS"), lambda m, _: m.append(m.pop_mark())),
     "SETITEM": lambda m, _: m.set_items([m.pop(), m.pop()][::-1]),
     "SETITEMS": lambda m, _: m.set_items(m.pop_mark()),
 }
