@@ -98,7 +98,7 @@ def test_plan_says_what_would_run_and_writes_nothing(launch, tmp_path, monkeypat
     # At k = 1: 1,597 images, and what enters the last block of a network of width 16, 4 × 4 × 64 floats.
     assert f"{1597 * 4 * 4 * 64 * 4 / 1e6:.1f} MB" in size
     assert all(name in there for name in ("H200", "A100", "v5e"))
-    assert "by running the beginning of k = 0" in here and "training of the sources" in training
+    assert "by running the beginning of k = 1" in here and "training of the sources" in training
     assert list(tmp_path.iterdir()) == []
 
 
