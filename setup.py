@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["advtransfer", "advtransfer.*"]),
-    package_data={"advtransfer": ["py.typed"], "advtransfer.report": ["template.html", "*.csv"]},
+    package_data={"advtransfer": ["py.typed"], "advtransfer.report": ["templates/*.html", "*.csv"]},
     install_requires=[
         "absl-py>=2.1",
         "chex>=0.1.90",
@@ -30,11 +30,13 @@ setup(
         "grain>=0.2.15",
         "importlib_resources>=6",  # tensorflow-datasets reads prepared sets through it
         "jax>=0.10",
+        "jinja2>=3.1",
         "matplotlib>=3.9",
         "ml_collections>=1.0",
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
+        "pandas>=2.2",
         "pillow>=11",
         "psutil>=5.9",
         "safetensors>=0.5",

@@ -1,14 +1,13 @@
-"""What one network makes of labelled test images: counts, shares with intervals, and its worst mistakes."""
+"""A network's predictions on labelled test images: counts, accuracy by class, and its worst mistakes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-_Z = 1.959963984540054  # 95 % of a normal distribution lie within so many standard deviations
+from advtransfer.report.intervals import wilson
 
 
 class Outcome(NamedTuple):
@@ -20,7 +19,7 @@ class Outcome(NamedTuple):
     probabilities: np.ndarray  # float64 [N], that the network gives its prediction
     confusion: np.ndarray  # int64 [C, C], images by label (row) and prediction (column)
     class_accuracy: np.ndarray  # float64 [C]; NaN for a class without an image
-    mistakes: np.ndarray  # int64 [M], the images that are read wrongly, the most confident mistake first
+    mistakes: np.ndarray  # int64 [M], images classified wrongly, the most confident mistake first
 
     @property
     def accuracy(self) -> float:
@@ -50,21 +49,6 @@ def make_outcome(labels: np.ndarray, logits: np.ndarray, class_names: Sequence[s
     return Outcome(
         tuple(class_names), labels, predictions, probabilities, confusion, class_accuracy, mistakes
     )
-
-
-def wilson(num_correct: int, num_images: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, JASA 22, 1927); NaN of no images.
-
-    Unlike ± 1.96 standard errors it stays within [0, 1], and is no point where all or none are right.
-    """
-    if not num_images:
-        return math.nan, math.nan
-    share, unit = num_correct / num_images, _Z**2 / num_images
-    middle = share + unit / 2
-    half = math.sqrt(unit * share * (1 - share) + unit**2 / 4)
-    low, high = ((middle + side * half) / (1 + unit) for side in (-1, 1))
-    # Exactly 0 and 1 at the ends, whatever the rounding.
-    return (0.0 if num_correct == 0 else low), (1.0 if num_correct == num_images else high)
 
 
 def class_records(outcome: Outcome) -> list[dict[str, Any]]:

@@ -18,9 +18,9 @@ from advtransfer.data import Dataset
 from advtransfer.data.cache import fingerprint
 from advtransfer.models import Model, identity
 from advtransfer.report.figures import styles
-from advtransfer.report.interpretation import Drawn, Interpretation, draw, write_interpretation
 from advtransfer.report.kept import from_data, to_data
-from advtransfer.report.summary import Source
+from advtransfer.report.render import draw, write_page
+from advtransfer.report.sections import Page, Section, SourceInfo
 from advtransfer.source import compute_dtype, load_data
 from advtransfer.stages.explain_cues import shape_section
 from advtransfer.stages.explain_data import influence_cost, influence_section
@@ -48,11 +48,12 @@ _BRIEF = {
 def run(config: ConfigDict, workdir: Path) -> None:
     case = _check(config, workdir)
     open_workdir(config, workdir)
-    sections = _sections(case, case, config, config.interpret.analyses, workdir / "sections", beside="../")
+    sections = _sections(case, case, config, config.interpret.analyses, workdir / "sections")
     settings = json.loads(to_json(config))
-    page = Interpretation(
+    page = Page(
         title="What networks look at",
         sections=sections,
+        headline=[section.finding for section in sections if section.parts],
         facts=_facts(case, config),
         command=config.report.command,
         versions=versions(),
@@ -60,7 +61,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
             name: settings[name] for name in ("models", "data", "interpret", "transfer", "seed", "dtype")
         },
     )
-    path = write_interpretation(page, workdir)
+    path = write_page(page, workdir)
     print(*(section.finding for section in sections), f"report: {path}", sep="\n")
 
 
@@ -100,7 +101,7 @@ def study_sections(
     starts: dict[str, Model],
     target: Dataset,
     folder: Path,
-) -> list[Drawn]:
+) -> list[Section]:
     """The most telling pictures of config.report.analyses, of the sources that a study trained.
 
     Saliency, visualisation and shape of the models on their own data, influence by heads that are trained on
@@ -110,7 +111,7 @@ def study_sections(
     if not wanted or not models:
         return []
     specs = {name: model.spec for name, model in models.items()}
-    looks = styles(Source(name, spec.norm, spec.eps) for name, spec in specs.items())
+    looks = styles(SourceInfo(name, spec.norm, spec.eps) for name, spec in specs.items())
     cases = []
     for networks, data, split in (
         (models, dataset, config.evaluate.split),
@@ -128,8 +129,8 @@ def study_sections(
 
 
 def _sections(
-    case: Case, ranked: Case, config: ConfigDict, wanted: Sequence[str], folder: Path, beside: str = ""
-) -> list[Drawn]:
+    case: Case, ranked: Case, config: ConfigDict, wanted: Sequence[str], folder: Path
+) -> list[Section]:
     """In the order of `wanted`; influence, of `ranked`, can fail and is computed first.
 
     The data of each are kept in `folder` as soon as they are there, for the same command when it is given
@@ -146,7 +147,9 @@ def _sections(
 
     def read(kept):
         try:
-            return draw(from_data(kept), beside=beside)
+            section = from_data(kept)
+            draw(section)
+            return section
         except (IndexError, KeyError, TypeError, ArithmeticError) as error:  # data that cannot be drawn
             raise ValueError(str(error)) from error
 
@@ -202,7 +205,7 @@ def _check(config: ConfigDict, workdir: Path, *, planned: bool = False) -> Case:
         with names_key("interpret.cue_conflict"):
             raise ValueError(f"{settings.cue_conflict} is no folder")
     check_workdir(config, workdir)
-    looks = styles(Source(name, model.spec.norm, model.spec.eps) for name, model in models.items())
+    looks = styles(SourceInfo(name, model.spec.norm, model.spec.eps) for name, model in models.items())
     subjects = [Subject(looks[name], model) for name, model in models.items()]
     return Case(subjects, dataset, settings.split, settings, config.seed)
 
