@@ -273,7 +273,7 @@ def test_why_there_are_no_factors():
     [
         (0.031, "the ℓ2 source (ε = 0.5) is ahead of the natural one by +3.1 points (95 % interval +"),
         (-0.05, "the ℓ2 source (ε = 0.5) is behind the natural one by 5.0 points (95 % interval −"),
-        (0.004, "no difference can be told between the ℓ2 source (ε = 0.5) and the natural one: +0.4"),
+        (0.004, "no difference can be shown between the ℓ2 source (ε = 0.5) and the natural one: +0.4"),
     ],
 )
 def test_headline_in_its_three_outcomes(gap, words):
@@ -296,7 +296,7 @@ def test_headline_names_every_robust_source():
     rows = rows_of(base) + rows_of(base + 0.1 + NOISE, source=L2) + rows_of(base + NOISE, source=LINF)
     [sentence] = headline(rows)
     assert "ℓ2 (ε = 0.5) is ahead by +10.0 points" in sentence
-    assert "no difference can be told for ℓ∞ (ε = 4/255)" in sentence
+    assert "no difference can be shown for ℓ∞ (ε = 4/255)" in sentence
 
 
 def test_headline_speaks_of_the_fewest_blocks_and_images():

@@ -1,9 +1,10 @@
 """Rows and sections in; summary tables, figures and HTML pages out; knows no JAX."""
 
+from advtransfer.report.columns import COLUMNS
 from advtransfer.report.model_page import ModelPage, write_model_page
 from advtransfer.report.outcome import Outcome, make_outcome
 from advtransfer.report.render import write_page
-from advtransfer.report.rows import COLUMNS, read_foreign_rows, read_rows, write_rows
+from advtransfer.report.rows import read_foreign_rows, read_rows, write_rows
 from advtransfer.report.sections import Page, Section
 from advtransfer.report.statistics import SUMMARY_COLUMNS, summarise
 from advtransfer.report.study_page import Evidence, write_report

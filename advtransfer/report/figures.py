@@ -110,12 +110,12 @@ def describe(panel: Panel | Dumbbell) -> str:
             f"{row[0]}: natural {a}, adversarial {b}" for row, (a, b) in zip(panel.rows, numbers, strict=True)
         )
         return "; ".join(each)
-    told = []
+    lines = []
     for style, x, mean, _ in panel.series:
         places = [panel.axis.ticks[int(at)] if panel.axis.ticks else f"{at:,}" for at in x]
         ends = (f"{100 * mean[i]:.1f} at {places[i]}" for i in sorted({0, len(x) - 1}))
-        told.append(f"{style.label} {' to '.join(ends)}")
-    return f"{panel.title}: {panel.ylabel} against {panel.axis.label}. {'; '.join(told)}."
+        lines.append(f"{style.label} {' to '.join(ends)}")
+    return f"{panel.title}: {panel.ylabel} against {panel.axis.label}. {'; '.join(lines)}."
 
 
 def png(image: np.ndarray) -> bytes:
@@ -224,32 +224,25 @@ def _defaults() -> AbstractContextManager[None]:
     """Matplotlib's own defaults, whatever a matplotlibrc says, and ids that do not change."""
     import matplotlib
 
-    settings = {k: v for k, v in matplotlib.rcParamsDefault.items() if not k.startswith("backend")}
-    return matplotlib.rc_context(
-        settings
-        | {
-            "svg.hashsalt": "advtransfer",
-            "svg.fonttype": "none",
-            "font.family": ["sans-serif"],
-            "font.sans-serif": ["DejaVu Sans"],
-            "font.size": 9.5,
-            "text.color": INK,
-            "axes.edgecolor": "#9aa5b1",
-            "axes.labelcolor": MUTED,
-            "xtick.color": "#9aa5b1",
-            "ytick.color": "#9aa5b1",
-            "xtick.labelcolor": MUTED,
-            "ytick.labelcolor": MUTED,
-            "xtick.major.size": 3,
-            "ytick.major.size": 0,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.spines.left": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": RULE,
-        }
-    )
+    defaults = {k: v for k, v in matplotlib.rcParamsDefault.items() if not k.startswith("backend")}
+    edges, texts = ("axes.edgecolor", "xtick.color", "ytick.color"), ("axes", "xtick", "ytick")
+    ours = {
+        "svg.hashsalt": "advtransfer",
+        "svg.fonttype": "none",
+        "font.family": ["sans-serif"],
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 9.5,
+        "text.color": INK,
+        "xtick.major.size": 3,
+        "ytick.major.size": 0,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": RULE,
+        **dict.fromkeys(edges, "#9aa5b1"),
+        **{f"{name}.labelcolor": MUTED for name in texts},
+        **{f"axes.spines.{side}": False for side in ("top", "right", "left")},
+    }
+    return matplotlib.rc_context(defaults | ours)
 
 
 def _panel(panel: Panel | Dumbbell, *, height: float) -> tuple[Figure, Axes]:

@@ -23,16 +23,15 @@ def mean_and_ci95(values: Sequence[float]) -> tuple[float, float]:
     return float(x.mean()), float(half_width(x.std(ddof=1), len(x)))
 
 
-def wilson(num_correct: int, num_images: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, JASA 22, 1927); NaN of no images.
+def wilson(num_correct: Any, num_images: Any) -> tuple[Any, Any]:
+    """The 95 % intervals of shares, numbers or arrays (Wilson, JASA 22, 1927); NaN of no images.
 
-    Unlike ± 1.96 standard errors it stays within [0, 1], and has a width where all or none are correct.
+    Unlike ± 1.96 standard errors they stay within [0, 1], and have a width where all or none are correct.
     """
-    if not num_images:
-        return math.nan, math.nan
-    share, unit = num_correct / num_images, ndtri(0.975) ** 2 / num_images
-    middle = share + unit / 2
-    half = math.sqrt(unit * share * (1 - share) + unit**2 / 4)
-    low, high = ((middle + side * half) / (1 + unit) for side in (-1, 1))
+    correct, total = np.float64(num_correct), np.float64(num_images)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share, unit = correct / total, ndtri(0.975) ** 2 / total
+        half = np.sqrt(unit * share * (1 - share) + unit**2 / 4)
+        low, high = ((share + unit / 2 + side * half) / (1 + unit) for side in (-1, 1))
     # Exactly 0 and 1 at the ends, whatever the rounding.
-    return (0.0 if num_correct == 0 else float(low)), (1.0 if num_correct == num_images else float(high))
+    return np.where(share == 0, 0.0, low)[()], np.where(share == 1, 1.0, high)[()]

@@ -14,7 +14,7 @@ import numpy as np
 from advtransfer.report import figures
 from advtransfer.report.files import csv_lines, csv_text
 from advtransfer.report.intervals import wilson
-from advtransfer.report.outcome import Outcome, class_records, confused_pairs, mistake_records
+from advtransfer.report.outcome import Outcome, class_table, confused_pairs, mistake_table
 from advtransfer.report.render import write_page
 from advtransfer.report.sections import (
     Axis,
@@ -77,33 +77,37 @@ def write_model_page(page: ModelPage, folder: str | os.PathLike[str]) -> Path:
     files = {"epochs.csv": csv_lines([columns, *zip(*page.history.values(), strict=True)])}
     if page.choice_rows:
         files["choice.csv"] = csv_text(page.choice_rows, list(page.choice_rows[0]))
-    sections = [_epochs(page), *([_choice(page)] if page.choice else [])]
+    sections = [_epochs(page), _choice(page)]
     headline, note = "No test images were given: the accuracy on new images is not known.", ""
     if outcome is not None:
-        classes, counts = class_records(outcome), outcome.confusion.tolist()
         names = outcome.class_names  # which may be anything, so columns are known by their place
-        lines = [(name, *row) for name, row in zip(names, counts, strict=True)]
-        files["confusion.csv"] = csv_lines([("label", *names), *lines])
-        files["classes.csv"] = csv_text(classes, list(classes[0]))
-        wrong = mistake_records(outcome)
-        files["mistakes.csv"] = csv_text(wrong, ("index", "label", "predicted", "probability"))
+        counts = [(name, *row) for name, row in zip(names, outcome.confusion.tolist(), strict=True)]
+        files["confusion.csv"] = csv_lines([("label", *names), *counts])
+        files["classes.csv"] = csv_text(class_table(outcome))
+        files["mistakes.csv"] = csv_text(mistake_table(outcome))
         sections += [_confusion(outcome), _classes(outcome), _mistakes(page)]
         correct, total = int(np.trace(outcome.confusion)), len(outcome.labels)
-        low, high = map(_percent, wilson(correct, total))
-        headline = (
-            f"{_percent(correct / total)} % of {_count(total, 'test image')} {'is' if total == 1 else 'are'} "
-            f"classified correctly (95 % interval {low} … {high} %)."
-        )
+        share, low, high = map(_percent, (correct / total, *wilson(correct, total)))
+        images = "1 test image is" if total == 1 else f"{total:,} test images are"
+        headline = f"{share} % of {images} classified correctly (95 % interval {low} … {high} %)."
         note = (
             "The interval (Wilson’s) is over test images alone: one network was trained, and another seed or "
             "other training images would change the result too."
         )
-    for name in _FILES:
-        if name not in (*files, "report.html"):
-            (folder / name).unlink(missing_ok=True)
-    rule = {"choice.csv": "the rule for the number of trained blocks"} if page.choice_rows else {}
-    shown = (page.facts, page.command, page.versions, page.config, rule)
-    return write_page(Page(page.title, sections, [headline], note, *shown), folder, files)
+    for name in {*_FILES} - {*files, "report.html"}:
+        (folder / name).unlink(missing_ok=True)
+    made = Page(
+        page.title,
+        sections=[section for section in sections if section.parts],
+        headline=[headline],
+        note=note,
+        facts=page.facts,
+        command=page.command,
+        versions=page.versions,
+        config=page.config,
+        files={"choice.csv": "how the number of trained blocks was chosen"} if page.choice_rows else {},
+    )
+    return write_page(made, folder, files)
 
 
 def _epochs(page: ModelPage) -> Section:
@@ -140,13 +144,13 @@ def _epochs(page: ModelPage) -> Section:
 def _choice(page: ModelPage) -> Section:
     rows = []
     for row in page.choice_rows:
-        if "mean_accuracy" not in row:
-            continue
-        k, mean = row["num_unfrozen_blocks"], row["mean_accuracy"]
-        name = {0: "head alone", -1: "everything"}.get(k, f"{k}")
-        known = "diverged" if math.isnan(mean) else f"{_percent(mean)} ± {_percent(row['standard_error'])}"
-        rows.append([Entry(strong=name) if row["chosen"] else name, known, "chosen" if row["chosen"] else ""])
-    parts: list[Any] = [Text(page.choice)]
+        if "mean_accuracy" in row:
+            k, mean, chosen = row["num_unfrozen_blocks"], row["mean_accuracy"], row["chosen"]
+            name = {0: "head alone", -1: "everything"}.get(k, f"{k}")
+            held_out = f"{_percent(mean)} ± {_percent(row['standard_error'])}"
+            cells = ["diverged" if math.isnan(mean) else held_out, "chosen" if chosen else ""]
+            rows.append([Entry(strong=name) if chosen else name, *cells])
+    parts: list[Any] = [Text(page.choice)] if page.choice else []
     if rows:
         caption = "Accuracy on training images held out, in %: mean over the folds ± its standard error."
         parts.append(Table(caption, ["Trained blocks", "Held out, %", ""], rows, "choice.csv"))
@@ -154,9 +158,10 @@ def _choice(page: ModelPage) -> Section:
 
 
 def _confusion(outcome: Outcome) -> Section:
-    title, names = "What is taken for what", outcome.class_names
+    title, names = "Which classes are confused", outcome.class_names
     if len(names) > MAX_CLASSES:
-        rows = [(a, b, f"{n:,}", _percent(share)) for a, b, n, share in confused_pairs(outcome, MAX_LISTED)]
+        pairs = confused_pairs(outcome, MAX_LISTED).itertuples(index=False)
+        rows = [(a, b, f"{number:,}", _percent(share)) for a, b, number, share in pairs]
         caption = f"The pairs that are confused most often, of {len(names):,} classes."
         heads = ["Label", "Prediction", "Images", "% of the label’s"]
         return Section(title, parts=[Table(caption, heads, rows, "confusion.csv", words=True)])
@@ -164,24 +169,21 @@ def _confusion(outcome: Outcome) -> Section:
         "Confusion matrix: test images by label (row) and prediction (column), coloured by the share of the "
         "label’s images: blue correct, orange wrong."
     )
-    return Section(
-        title, parts=[Matrix(caption, [("", outcome.confusion)], names, "confusion.csv", confusion=True)]
-    )
+    matrix = Matrix(caption, [("", outcome.confusion)], names, "confusion.csv", confusion=True)
+    return Section(title, parts=[matrix])
 
 
 def _classes(outcome: Outcome) -> Section:
-    shown = [record for record in class_records(outcome) if record["num_images"]]
+    table = class_table(outcome).query("num_images > 0")
     caption = "Accuracy on the test images of each class, in %, with Wilson’s 95 % interval."
     if len(outcome.class_names) > MAX_CLASSES:
         # By the upper end, or classes of one image would be all there is to see.
-        shown = sorted(shown, key=lambda record: (record["high95"], record["accuracy"]))[:MAX_LISTED]
-        caption = f"The {len(shown)} least accurate classes, by the upper end of the interval. {caption}"
+        table = table.sort_values(["high95", "accuracy"], kind="stable")[:MAX_LISTED]
+        caption = f"The {len(table)} least accurate classes, by the upper end of the interval. {caption}"
     rows = []
-    for record in shown:
-        bar = [record[name] for name in ("accuracy", "low95", "high95")]
+    for name, number, _, *bar in table.itertuples(index=False):
         share, low, high = map(_percent, bar)
-        interval = Entry(f"{low} … {high}", bar=bar)
-        rows.append([record["class"], f"{record['num_images']:,}", share, interval])
+        rows.append([name, f"{number:,}", share, Entry(f"{low} … {high}", bar=bar)])
     mean = _percent(float(np.nanmean(outcome.class_accuracy)))
     heads = ["Class", "Images", "Accuracy, %", "95 % interval"]
     parts = [Text(f"The mean over the classes is {mean} %."), Table(caption, heads, rows, "classes.csv")]
@@ -189,30 +191,21 @@ def _classes(outcome: Outcome) -> Section:
 
 
 def _mistakes(page: ModelPage) -> Section:
-    title, outcome = "The most confident mistakes", page.outcome
-    wrong = mistake_records(outcome)
-    if not wrong:
+    title, wrong = "The most confident mistakes", mistake_table(page.outcome)
+    if wrong.empty:
         return Section(title, parts=[Text("There are none: every test image is classified correctly.")])
     images = np.asarray(page.pictures)[: min(MAX_MISTAKES, len(wrong))]
     labels, alts = [], []
-    for record in wrong[: len(images)]:
-        label, predicted, certain = (
-            record["label"],
-            record["predicted"],
-            f"{_percent(record['probability'])} %",
-        )
+    for i, label, predicted, probability in wrong[: len(images)].itertuples(index=False):
+        certain = f"{_percent(probability)} %"
         labels.append(Entry(f"{label} → ", predicted, certain))
-        alts.append(f"Test image {record['index']}: {label}, classified as {predicted} ({certain})")
+        alts.append(f"Test image {i}: {label}, classified as {predicted} ({certain})")
     caption = (
-        f"{_count(len(wrong), 'test image')} of {len(outcome.labels):,} are classified wrongly. Shown: "
-        f"{len(labels)}, the most confident first: label → prediction, and its probability."
+        f"Wrong predictions: {len(wrong):,} of {len(page.outcome.labels):,}. Shown: {len(labels)}, "
+        "the most confident first: label → prediction, and its probability."
     )
     return Section(title, parts=[Pictures(caption, [[PictureRow("", images, labels, alts)]], "mistakes.csv")])
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from advtransfer.report.intervals import wilson
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 class Outcome(NamedTuple):
@@ -51,45 +54,32 @@ def make_outcome(labels: np.ndarray, logits: np.ndarray, class_names: Sequence[s
     )
 
 
-def class_records(outcome: Outcome) -> list[dict[str, Any]]:
-    """One record per class: its test images, the correct ones, their share and its 95 % interval."""
-    records = []
-    for c, name in enumerate(outcome.class_names):
-        correct, total = int(outcome.confusion[c, c]), int(outcome.confusion[c].sum())
-        low, high = wilson(correct, total)
-        records.append(
-            {
-                "class": name,
-                "num_images": total,
-                "num_correct": correct,
-                "accuracy": float(outcome.class_accuracy[c]),
-                "low95": low,
-                "high95": high,
-            }
-        )
-    return records
+def class_table(outcome: Outcome) -> DataFrame:
+    """A row per class: its test images, the correct ones, their share and its 95 % interval."""
+    import pandas as pd
+
+    totals, correct = outcome.confusion.sum(axis=1), np.diagonal(outcome.confusion)
+    low, high = wilson(correct, totals)
+    columns = {"num_images": totals, "num_correct": correct, "accuracy": outcome.class_accuracy}
+    return pd.DataFrame({"class": outcome.class_names, **columns, "low95": low, "high95": high})
 
 
-def mistake_records(outcome: Outcome) -> list[dict[str, Any]]:
-    """One record per wrong prediction, the most confident first; `index` counts the test images from 0."""
-    return [
-        {
-            "index": int(i),
-            "label": outcome.class_names[outcome.labels[i]],
-            "predicted": outcome.class_names[outcome.predictions[i]],
-            "probability": float(outcome.probabilities[i]),
-        }
-        for i in outcome.mistakes
-    ]
+def mistake_table(outcome: Outcome) -> DataFrame:
+    """A row per wrong prediction, the most confident first; `index` counts the test images from 0."""
+    import pandas as pd
+
+    names, wrong = np.array(outcome.class_names, object), outcome.mistakes
+    classes = {"label": names[outcome.labels[wrong]], "predicted": names[outcome.predictions[wrong]]}
+    return pd.DataFrame({"index": wrong, **classes, "probability": outcome.probabilities[wrong]})
 
 
-def confused_pairs(outcome: Outcome, number: int) -> list[tuple[str, str, int, float]]:
-    """(label, prediction, images, their share of the label's) of the wrong cells with the most images."""
-    wrong = outcome.confusion * ~np.eye(len(outcome.class_names), dtype=bool)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:number]
-    totals = outcome.confusion.sum(axis=1)
-    return [
-        (outcome.class_names[i], outcome.class_names[j], int(wrong[i, j]), float(wrong[i, j] / totals[i]))
-        for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True)
-        if wrong[i, j]
-    ]
+def confused_pairs(outcome: Outcome, number: int) -> DataFrame:
+    """Label, prediction, images, and their share of the label's, of the wrong cells with the most images."""
+    import pandas as pd
+
+    names, wrong = np.array(outcome.class_names, object), outcome.confusion.copy()
+    np.fill_diagonal(wrong, 0)
+    i, j = np.unravel_index(np.argsort(-wrong, axis=None, kind="stable")[:number], wrong.shape)
+    counts, totals = wrong[i, j], np.maximum(outcome.confusion.sum(axis=1), 1)
+    columns = {"label": names[i], "predicted": names[j], "num_images": counts, "share": counts / totals[i]}
+    return pd.DataFrame(columns)[counts > 0]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import codecs
 import csv
-import functools
 import io
 import itertools
 import json
@@ -18,33 +17,32 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from advtransfer.foreign import parse_json, read_bytes
+from advtransfer.report.columns import (
+    ACCURACIES,
+    COLUMNS,
+    CONVERSIONS,
+    COUNTS,
+    MEASURED,
+    REQUIRED,
+    column_name,
+    is_marked,
+    is_whole,
+)
 from advtransfer.report.files import FORMULA, csv_text, null, write_atomically
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-REQUIRED = (
-    *("source", "source_norm", "source_eps", "target", "num_train_images", "num_unfrozen_blocks", "seed"),
-    *("epoch", "train_accuracy", "train_loss", "test_accuracy"),
-)
-COLUMNS = (*REQUIRED, "test_loss", "seconds", "trial_id", "config")
 MAX_ROWS = 2_000_000
-_COUNTS = ("num_train_images", "num_unfrozen_blocks", "seed", "epoch")
-_ACCURACIES = ["train_accuracy", "test_accuracy"]
-_MEASURED = ("source_eps", "train_accuracy", "train_loss", "test_accuracy", "test_loss", "seconds")
 _ROUNDING = 1e-6
 _LARGEST = 1 + _ROUNDING
 _MOSTLY = 0.9  # of a file's rows with accuracies above 1: then all of it is in percent
-_MAX_NAME = 500  # characters
-_MAX_DIGITS = 1000
-_MAX_COUNT = 10**12
 
 Row = dict[str, Any]
 Record = tuple[str, Mapping[str, Any] | str]  # its place, and its cells or why there are none
@@ -179,7 +177,7 @@ def _files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
 def _looks_like_rows(file: Path) -> bool:
     """At least half of the required columns in the first record: then it is meant to be rows."""
     _, first = next(_records(file), ("", ""))
-    names = set() if isinstance(first, str) else {_column(name)[0] for name in first}
+    names = set() if isinstance(first, str) else {column_name(name)[0] for name in first}
     return 2 * len(names & {*REQUIRED}) >= len(REQUIRED)
 
 
@@ -266,7 +264,9 @@ def _read_csv(file: Path) -> Iterator[Record]:
 
 def _num_columns(line: str, separator: str) -> int:
     """How many of the columns of rows a line names."""
-    return len({_column(name)[0] for name in next(csv.reader([line], delimiter=separator), [])} & {*COLUMNS})
+    return len(
+        {column_name(name)[0] for name in next(csv.reader([line], delimiter=separator), [])} & {*COLUMNS}
+    )
 
 
 def _unquoted(cell: str) -> str:
@@ -277,10 +277,10 @@ def _with_points(record: Mapping[str, str]) -> Mapping[str, str] | str:
     """The cells with points for decimal commas; or what is wrong with one that could be two numbers."""
     points = dict(record)
     for name, cell in record.items():
-        known, _ = _column(name)
-        if known in (*_COUNTS, *_MEASURED) and _DECIMAL_COMMA.fullmatch(cell):
+        known, _ = column_name(name)
+        if known in (*COUNTS, *MEASURED) and _DECIMAL_COMMA.fullmatch(cell):
             points[name] = cell.replace(",", ".")
-        elif known in _COUNTS and re.fullmatch(r"\s*\d{1,3}(\.\d{3})+\s*", cell):
+        elif known in COUNTS and re.fullmatch(r"\s*\d{1,3}(\.\d{3})+\s*", cell):
             return f"{name} = {cell!r} has a point, or a mark of thousands: write digits alone"
     return points
 
@@ -298,7 +298,7 @@ def _read_parquet(file: Path) -> Iterator[Record]:
         if table.metadata.num_rows > MAX_ROWS:
             raise ValueError(f"{table.metadata.num_rows:,} rows, more than {MAX_ROWS:,}")
         names = table.schema_arrow.names
-        wanted = [name for name in names if _column(name)[0] in COLUMNS]
+        wanted = [name for name in names if column_name(name)[0] in COLUMNS]
         if twice := next((name for name in wanted if names.count(name) > 1), ""):
             raise ValueError(f"two columns are called {twice}: rename or delete one")
         records = (row for batch in table.iter_batches(1000, columns=wanted) for row in batch.to_pylist())
@@ -338,21 +338,21 @@ def _clean(files: Iterable[Iterable[Record]], unit: str) -> tuple[DataFrame, lis
         tables.append(_raw(records, problems, MAX_ROWS - sum(map(len, tables))))
     raw = pd.concat(tables, ignore_index=True)
     table, usable = raw.copy(), np.ones(len(raw), bool)
-    for name, (convert, dtype) in _CONVERSIONS.items():
+    for name, (convert, dtype) in CONVERSIONS.items():
         values = raw[name].tolist()
         for row, value in enumerate(values):
             try:
                 values[row] = convert(value)
             except (TypeError, ValueError, OverflowError) as error:
                 first = f"{raw['place'][row]}: {name} = {_shortened(repr(value))}: {error}"
-                measured = name in _MEASURED
-                _tell(problems, (name, str(error)), first, f"{name} {_MISSING}" if measured else _LEFT_OUT)
+                measured = name in MEASURED
+                _note(problems, (name, str(error)), first, f"{name} {_MISSING}" if measured else _LEFT_OUT)
                 usable[row] &= measured
                 values[row] = math.nan if measured else 0
         table[name] = pd.Series(values, dtype=dtype)
     ends = np.cumsum([0, *map(len, tables)])
     of_file = [start + np.flatnonzero(usable[start:end]) for start, end in itertools.pairwise(ends)]
-    table[_ACCURACIES] = _fractions(raw, table[_ACCURACIES].to_numpy(), of_file, unit, problems)
+    table[ACCURACIES] = _fractions(raw, table[ACCURACIES].to_numpy(), of_file, unit, problems)
     table = table[usable].drop(columns="place")
     # trial_id alone would do for our own rows; other writers may number trials anew in every cell.
     kept = table.drop_duplicates(["trial_id", "epoch", *COLUMNS[:7]], keep="last", ignore_index=True)
@@ -371,7 +371,7 @@ def _raw(records: Iterable[Record], problems: dict[Any, _Problem], most: int) ->
         if not isinstance(cells, str) and (missing := [name for name in REQUIRED if name not in cells]):
             cells = f"columns missing: {', '.join(missing)} (rows need {', '.join(REQUIRED)})"
         if isinstance(cells, str):
-            _tell(problems, cells, f"{where}: {cells}", _LEFT_OUT)
+            _note(problems, cells, f"{where}: {cells}", _LEFT_OUT)
         elif len(lines) == most:
             raise ValueError(f"{where}: more than {MAX_ROWS:,} rows: leave some out")
         else:
@@ -385,29 +385,15 @@ def _named(record: Mapping[str, Any]) -> dict[str, Any] | str:
     wrong with it."""
     cells: dict[str, Any] = {}
     for name, value in record.items():
-        known, in_percent = _column(name)
+        known, in_percent = column_name(name)
         if known in cells:
             return f"two columns are {known}: rename or delete one"
-        mark = in_percent and not (value is None or value == "" or value != value or _is_marked(value))
+        mark = in_percent and not (value is None or value == "" or value != value or is_marked(value))
         cells[known] = f"{value}%" if mark else value
     return cells
 
 
-@functools.lru_cache(4096)
-def _column(name: str) -> tuple[str, bool]:
-    """What a column is called here, and whether its name says that it is in percent.
-
-    `COLUMNS` are known in other spellings: "Test accuracy (%)", "test_acc_percent". Other names stay.
-    """
-    plain = re.sub(r"[\s-]+", "_", name.strip().lower())
-    bare = re.sub(r"_*(in_)?[(\[]?(%|percent|percentage|pct)[)\]]?$", "", plain)
-    known = re.sub(r"_acc$", "_accuracy", bare)
-    if known in _ACCURACIES:
-        return known, bare != plain
-    return (plain if plain in COLUMNS else name), False
-
-
-def _tell(problems: dict[Any, _Problem], kind: Any, first: str, outcome: str, number: int = 1) -> None:
+def _note(problems: dict[Any, _Problem], kind: Any, first: str, outcome: str, number: int = 1) -> None:
     before = problems.get(kind, _Problem(first, 0, outcome))
     problems[kind] = before._replace(number=before.number + number)
 
@@ -433,8 +419,8 @@ def _fractions(
 
     A column with a % sign has its own unit; the others of a file, which one program wrote, have one.
     """
-    marked = np.array([list(map(_is_marked, raw[name])) for name in _ACCURACIES], bool).T
-    whole = np.array([list(map(_is_whole, raw[name])) for name in _ACCURACIES], bool).all(axis=0)
+    marked = np.array([list(map(is_marked, raw[name])) for name in ACCURACIES], bool).T
+    whole = np.array([list(map(is_whole, raw[name])) for name in ACCURACIES], bool).all(axis=0)
     parts = []
     for rows in files:
         signed = marked[rows].any(axis=0)
@@ -443,10 +429,10 @@ def _fractions(
             parts.append((rows, columns, signed[columns].any(), _unit(values[at], marked[at], whole[rows])))
     known = {found for _, _, is_signed, found in parts if not is_signed} & {"fraction", "percent"}
 
-    def tell(rows: np.ndarray, column: int, kind: Any, outcome: str) -> None:
+    def note(rows: np.ndarray, column: int, kind: Any, outcome: str) -> None:
         if rows.size:
-            first = f"{raw['place'][rows[0]]}: {_ACCURACIES[column]} = {values[rows[0], column].item()!r}"
-            _tell(problems, kind, f"{first}: {_IN_RANGE}", outcome, rows.size)
+            first = f"{raw['place'][rows[0]]}: {ACCURACIES[column]} = {values[rows[0], column].item()!r}"
+            _note(problems, kind, f"{first}: {_IN_RANGE}", outcome, rows.size)
 
     fractions = values.copy()
     for rows, columns, is_signed, found in parts:
@@ -456,18 +442,18 @@ def _fractions(
         elif not is_signed and found == "whole" and len(known) == 1:
             [found] = known
         for column in columns:
-            y, marks, name = values[rows, column], marked[rows, column], _ACCURACIES[column]
+            y, marks, name = values[rows, column], marked[rows, column], ACCURACIES[column]
             large = (y > _LARGEST) | marks
             if unit == "auto" and found in ("mixed", "whole", "other"):
-                tell(rows[large if found == "mixed" else large | (y > 0)], column, found, _UNKNOWN)
+                note(rows[large if found == "mixed" else large | (y > 0)], column, found, _UNKNOWN)
                 fractions[rows, column] = math.nan
             else:
                 percent = marks | ((found if unit == "auto" else unit) == "percent")
-                tell(rows[large & percent], column, (name, "percent"), f"{name} {_PERCENT}")
+                note(rows[large & percent], column, (name, "percent"), f"{name} {_PERCENT}")
                 fractions[rows[percent], column] /= 100
             y = fractions[rows, column]
             strays = rows[(y < -_ROUNDING) | (y > _LARGEST)]
-            tell(strays, column, (name, "range"), f"{name} {_MISSING}")
+            note(strays, column, (name, "range"), f"{name} {_MISSING}")
             fractions[strays, column] = math.nan
     return fractions
 
@@ -480,117 +466,3 @@ def _unit(values: np.ndarray, marked: np.ndarray, whole: np.ndarray) -> str:
     if above:
         return "percent" if above >= _MOSTLY * known else "mixed"
     return "" if not known else "whole" if whole.all() else "fraction"
-
-
-def _is_marked(value: Any) -> bool:
-    return isinstance(value, str) and value.rstrip().endswith("%")
-
-
-def _is_whole(value: Any) -> bool:
-    return (
-        value.strip().isdecimal() or not value.strip()
-        if isinstance(value, str)
-        else value is None or isinstance(value, int)
-    )
-
-
-def _integer(value: Any) -> int:
-    """The number without a float in between, which would round it beyond 2⁵³."""
-    value = value.item() if hasattr(value, "item") else value
-    if type(value) is int:
-        return value
-    if isinstance(value, str) and len(value) < 18 and value.isascii() and value.isdigit():
-        return int(value)
-    if value is None or value == "":
-        raise ValueError("is empty")
-    if isinstance(value, float) and abs(value) > 2**53:
-        raise ValueError("is a float beyond 2⁵³, which is not exact: write it as an integer")
-    try:
-        number = Decimal("nan" if isinstance(value, bool) or "_" in str(value) else str(value).strip())
-    except ArithmeticError:
-        number = Decimal("nan")
-    if not number.is_finite():
-        raise ValueError("is not a whole number")
-    if abs(number.as_tuple().exponent) > _MAX_DIGITS or number.adjusted() > _MAX_DIGITS:
-        raise ValueError(f"has more than {_MAX_DIGITS:,} digits")
-    numerator, denominator = number.as_integer_ratio()
-    if denominator != 1:
-        raise ValueError("is not a whole number")
-    return numerator
-
-
-def _between(low: int, high: int) -> Callable[[Any], int]:
-    def convert(value: Any) -> int:
-        number = _integer(value)
-        if not low <= number <= high:
-            raise ValueError(f"must be at least {low}" if number < low else f"must be at most {high:,}")
-        return number
-
-    return convert
-
-
-def _seed(value: Any) -> int | str:
-    """A number where it is one; else a name: seeds only need to be told apart and paired."""
-    if isinstance(value, float) and abs(value) > 2**53:
-        return _integer(value)
-    try:
-        return _integer(value)
-    except (ValueError, TypeError):
-        return _name(value)
-
-
-def _float(value: Any) -> float:
-    if value is None or value == "":
-        return math.nan
-    if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
-        raise ValueError("is not a number")
-    return float(value)
-
-
-def _accuracy(value: Any) -> float:
-    return _float(value.rstrip()[:-1] if _is_marked(value) else value)
-
-
-def _name(value: Any) -> str:
-    if value is None or value == "" or value != value:
-        raise ValueError("is empty")
-    text = _plain(value) if isinstance(value, str) else str(value)
-    if len(text) > _MAX_NAME:
-        raise ValueError(f"is longer than {_MAX_NAME} characters")
-    return text
-
-
-def _norm(value: Any) -> str:
-    # Writers that know a natural source as None leave an empty cell, or "nan".
-    norm = _name("none" if value is None or value == "" else str(value)).lower().translate(_LETTERS)
-    return _NORMS.get(norm, norm)
-
-
-_LETTERS = str.maketrans({" ": "", "_": "", "-": "", "ℓ": "l", "∞": "inf"})
-_NORMS = dict.fromkeys(("", "nan", "null", "nat", "natural", "clean"), "none") | {"2": "l2", "inf": "linf"}
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, str) and not value.isascii() and _SURROGATES.search(value):
-        raise ValueError("is not UTF-8: save the file as UTF-8")
-    return "" if value is None else value if isinstance(value, str) else json.dumps(value)
-
-
-_SURROGATES = re.compile("[\ud800-\udfff]")
-_CONVERSIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "source": (_name, "object"),
-    "source_norm": (_norm, "object"),
-    "source_eps": (_float, "float64"),
-    "target": (_name, "object"),
-    "num_train_images": (_between(1, _MAX_COUNT), "int64"),
-    "num_unfrozen_blocks": (_between(-1, 10_000), "int64"),
-    "seed": (_seed, "object"),
-    "epoch": (_between(-_MAX_COUNT, _MAX_COUNT), "int64"),
-    "train_accuracy": (_accuracy, "float64"),
-    "train_loss": (_float, "float64"),
-    "test_accuracy": (_accuracy, "float64"),
-    "test_loss": (_float, "float64"),
-    "seconds": (_float, "float64"),
-    "trial_id": (_plain, "object"),
-    "config": (_plain, "object"),
-}

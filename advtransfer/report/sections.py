@@ -95,7 +95,7 @@ class Dumbbell(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A table's cell, or what stands under a picture: text, then some in bold, then some in small print.
+    """A table's cell, or a picture's label: text, then some in bold, then some in small print.
 
     `bar`: (value, low, high) of a share, drawn as a bar beside it.
     """
@@ -136,7 +136,7 @@ class PictureRow(NamedTuple):
 
     head: str
     images: np.ndarray  # uint8, or floats in [0, 1], [M, H, W, 3]
-    labels: Sequence[str | Entry] = ()  # what stands under each
+    labels: Sequence[str | Entry] = ()  # under each
     alts: Sequence[str] = ()  # what each shows; otherwise the row's head and the picture's number
 
 

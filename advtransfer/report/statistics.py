@@ -25,19 +25,7 @@ if TYPE_CHECKING:
 POINT = ("source", "target", "num_train_images", "num_unfrozen_blocks")  # trials there differ in seed
 SUMMARY_COLUMNS = (*POINT, "mean", "ci95", "num_seeds", "delta", "delta_ci95")
 CURVE_COLUMNS = (*POINT, "epoch", *SUMMARY_COLUMNS[4:])
-BEST_COLUMNS = (
-    "source",
-    "target",
-    "num_train_images",
-    "best",  # the k of the highest mean
-    "mean",
-    "ci95",
-    "num_seeds",
-    "second",
-    "lead",  # of the best over the second, paired by seed
-    "lead_ci95",
-    "tied",  # every other k, over which the best's lead has an interval that includes zero, or none
-)
+BEST_COLUMNS = (*POINT[:3], "best", "mean", "ci95", "num_seeds", "second", "lead", "lead_ci95", "tied")
 FEW_IMAGES = 100  # what the headline calls few: the regime of the paper's title claim
 
 
@@ -190,8 +178,8 @@ def _over_seeds(table: DataFrame, by: Sequence[str]) -> DataFrame:
 def pooled_leads(results: Results, *, max_images: int = FEW_IMAGES) -> list[PooledLead]:
     """For every target, k and robust source: its lead, pooled over all n <= `max_images`.
 
-    Where a target has no such n, its smallest n stands alone. Only seeds that both sources have at
-    every pooled n count; where that leaves fewer than two, the smallest n with pairs stands alone.
+    Where a target has no such n, its smallest n is taken. Only seeds that both sources have at every
+    pooled n count; where that leaves fewer than two, the smallest n with pairs is taken.
     """
     pooled = []
     by = ("target", "num_unfrozen_blocks", "source")
@@ -217,7 +205,9 @@ def pooled_leads(results: Results, *, max_images: int = FEW_IMAGES) -> list[Pool
 def best_blocks(results: Results) -> DataFrame:
     """The table of `BEST_COLUMNS`, a row per source, target and n with at least two k; -1 means all blocks.
 
-    The best is picked after looking, so its lead is, if anything, too large; each interval stands alone.
+    `best` is the k of the highest mean; `lead` its lead over the `second`, paired by seed; `tied` every other
+    k, over which its lead has an interval that includes zero, or none. The best is picked after looking, so
+    its lead is, if anything, too large; each interval stands alone.
     """
     import pandas as pd
 

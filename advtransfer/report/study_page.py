@@ -59,7 +59,7 @@ _ONE_SEED = (
 
 
 class Evidence(NamedTuple):
-    """What a report shows beside the rows; any part may be empty, and the report then says so.
+    """What a report shows beside the rows; any part may be empty.
 
     Attributes:
       sources: one dict per source network: its `name` (as in the rows) and any of `norm`, `eps`,
@@ -97,7 +97,7 @@ def write_report(
 
     Beside it: `summary.csv`; `ratios.csv`, images and epochs needed; `best_k.csv`; `table_kK.csv`, accuracies
     in the layout of the paper's table; `figures/` (CSV and SVG). The same arguments give the same bytes. Each
-    file appears whole, report.html last. What the rows cannot tell is said in the report.
+    file appears whole, report.html last. The report says what is missing in the rows.
 
     Args:
       rows: as they come, or what `collect` makes of the table of `read_table`.
@@ -108,9 +108,9 @@ def write_report(
     """
     import pandas as pd
 
-    results, told = rows, []
+    results, problems = rows, []
     if not isinstance(rows, Results):
-        table, told = clean(rows)
+        table, problems = clean(rows)
         results = collect(table)
     known = {info.name: info for info in map(_source, evidence.sources)} | results.sources
     material = Material(
@@ -130,7 +130,7 @@ def write_report(
         Section("The source networks", parts=_sources(material, known, evidence) if known else ()),
         Section("Pictures", parts=_pictures(material, evidence) or [Text("There are no pictures.", "muted")]),
         _looked_at(evidence.sections),
-        Section("Limits and choices", parts=[Text("\n".join(_limits(material, evidence, told)), "list")]),
+        Section("Limits and choices", parts=[Text("\n".join(_limits(material, evidence, problems)), "list")]),
     ]
     beside = {
         "summary.csv": ("accuracies, as fractions, with their intervals and leads", material.summary),
@@ -173,17 +173,17 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     ]
 
 
-def _limits(material: Material, evidence: Evidence, told: list[str]) -> list[str]:
+def _limits(material: Material, evidence: Evidence, problems: list[str]) -> list[str]:
     """What the reader must know before trusting the numbers: choices made, what is incomplete."""
-    said = [*map(str, evidence.remarks), *told, *notes(material.results, material.ratios)]
+    sentences = [*map(str, evidence.remarks), *problems, *notes(material.results, material.ratios)]
     if material.reference == "paper" and "figures/reference.csv" not in material.shown:
-        said.append("No published numbers are drawn: no rows have the paper’s k = 3, target and source.")
+        sentences.append("No published numbers are drawn: no rows have the paper’s k = 3, target and source.")
     if not material.results.last.empty:
-        said.append(
+        sentences.append(
             "Intervals are Student’s t, 95 % over seeds (of factors, a bootstrap), each alone: not corrected "
             "for looking at several cells at once."
         )
-    return said
+    return sentences
 
 
 def _transfer(material: Material, target: str) -> Section:

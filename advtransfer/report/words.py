@@ -61,7 +61,7 @@ def _verdict(p: PooledLead, settings: str, *, short: bool = False) -> str:
     if is_clear(p.delta, p.ci95):
         return f"{source} {lead} ({interval}, {settings})"
     pair = f"for {source}" if short else f"between {source} and the natural one"
-    tie = f"no difference can be told {pair}: {points(p.delta)} points"
+    tie = f"no difference can be shown {pair}: {points(p.delta)} points"
     return f"{tie}, the {interval} includes zero ({settings})"
 
 
@@ -79,11 +79,11 @@ def why_no_delta(results: Results, target: str) -> str:
 
 def notes(results: Results, ratios: DataFrame) -> list[str]:
     """What is incomplete in the rows and how the numbers deal with it, one sentence each."""
-    said = []
+    sentences = []
     points = results.last.groupby(list(POINT), sort=False)
     seeds, targets = points["accuracy"].count(), results.last.drop_duplicates(POINT)["target"]
     if lost := len(results.last) - int(seeds.sum()):
-        said.append(
+        sentences.append(
             f"{count(lost, 'trial')} without a test accuracy at the last epoch (empty or NaN) "
             f"{'is' if lost == 1 else 'are'} left out of every mean."
         )
@@ -92,32 +92,32 @@ def notes(results: Results, ratios: DataFrame) -> list[str]:
         whole = len(sources) * len(results.sizes(target)) * len(results.blocks(target))
         if absent := whole - int((targets == target).sum()):
             cells = count(absent, "cell")
-            said.append(f"{target}: {cells} of the grid (source × n × k) of {whole} have no rows.")
+            sentences.append(f"{target}: {cells} of the grid (source × n × k) of {whole} have no rows.")
         if not results.robust(target):
             continue
         if len(results.natural(target)) != 1:
-            said.append(f"{target}: no differences, because {why_no_delta(results, target)}.")
+            sentences.append(f"{target}: no differences, because {why_no_delta(results, target)}.")
             continue
         for quantity, few in (("images", "two n"), ("epochs", "two evaluated epochs")):
             if not ((ratios["target"] == target) & (ratios["quantity"] == quantity)).any():
-                said.append(
+                sentences.append(
                     f"{target}: {quantity} needed cannot be computed, because it takes {few} per source."
                 )
     if seeds.nunique() > 1:
-        said.append(
+        sentences.append(
             f"Cells have between {seeds.min()} and {seeds.max()} seeds; a difference uses only the "
             "seeds that both sources have, so it need not equal the difference of the two means."
         )
     if (seeds == 1).any():
-        said.append("A single seed has no interval; cells with one seed show the value alone.")
+        sentences.append("A single seed has no interval; cells with one seed show the value alone.")
     if (points["epoch"].nunique() > 1).any():
-        said.append("Trials of one cell end at different epochs; each counts with its own last one.")
+        sentences.append("Trials of one cell end at different epochs; each counts with its own last one.")
     if results.repeated:
-        said.append(
+        sentences.append(
             "Some trials share source, target, n, k and seed with another "
             f"({count(results.repeated, 'row')}); a seed counts once, with its trials' mean."
         )
-    return said
+    return sentences
 
 
 def is_clear(delta: float, ci95: float) -> bool:
