@@ -170,12 +170,12 @@ def test_inverse_and_mean_shift_equal_a_fine_grid():
     y[0, 2] = y[0, 3] = y[0, 1]  # a plateau: the first place of it counts
     for i in range(4):
         levels = np.linspace(max(y[i, 0], v[i, 0]), min(y[i, -1], v[i, -1]), 20_001)
-        at = [_first_reach(p, q[i : i + 1].repeat(len(levels), 0), levels) for p, q in ((x, y), (z, v))]
+        at = [_first_reach(p, q[i : i + 1], levels[None])[0] for p, q in ((x, y), (z, v))]
         np.testing.assert_allclose(at[1], np.interp(levels, v[i], z), atol=1e-9)
         if levels[-1] > levels[0]:
             expected = np.mean((at[0] - at[1])[1:])
             np.testing.assert_allclose(_mean_shift(x, y, z, v)[i], expected, atol=2e-3)
-    assert _first_reach(x, y[:1], y[:1, 2])[0] == pytest.approx(x[1])
+    assert _first_reach(x, y[:1], y[:1, 2:3])[0, 0] == pytest.approx(x[1])
 
 
 @pytest.mark.parametrize("seeds", [3, 10])

@@ -105,11 +105,11 @@ def compare(natural: SeedTable, robust: SeedTable) -> Comparison | None:
     base, mine = _rising(ours, weights), _rising(theirs, weights)
     log_x, log_z = np.log(x), np.log(z)
     num_seeds = min(len(natural.seeds), len(robust.seeds))
-    factors = []
-    for i in range(len(x)):
-        level = base[:, i]
-        shift = _first_reach(log_x, base, level) - _first_reach(log_z, mine, level)
-        factors.append(_factor(shift, num_seeds, least=log_x[i] - log_z[0], most=log_x[i] - log_z[-1]))
+    shifts = _first_reach(log_x, base, base) - _first_reach(log_z, mine, base)
+    factors = [
+        _factor(shift, num_seeds, least=at - log_z[0], most=at - log_z[-1])
+        for shift, at in zip(shifts.T, log_x, strict=True)
+    ]
     shift = _mean_shift(log_x, base, log_z, mine)
     whole = _factor(shift, num_seeds, least=log_x[-1] - log_z[0], most=log_x[0] - log_z[-1])
     return Comparison(x, base[0], factors, whole, num_seeds)
@@ -166,15 +166,14 @@ def _rising(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _first_reach(x: np.ndarray, y: np.ndarray, level: np.ndarray) -> np.ndarray:
-    """Where curves `y` [B, m] over `x` [m] first reach `level` [B]; -inf: before, inf: not at all."""
-    level = level[:, None]
-    rise = np.diff(y, axis=1)
-    steep = rise > 0
-    share = np.where(steep, (level - y[:, :-1]) / np.where(steep, rise, 1), level > y[:, :-1])
+    """Where curves `y` [B, m] over `x` [m] first reach `level` [B, L]; -inf: before, inf: not at all."""
+    rise = np.diff(y, axis=1)[:, None]
+    above = level[:, :, None] - y[:, None, :-1]
+    share = np.where(rise > 0, above / np.where(rise > 0, rise, 1), above > 0)
     at = x[0] + np.clip(share, 0, 1) @ np.diff(x)
     slack = 1e-12  # a curve reaches its own ends, rounding or not
-    at = np.where(level[:, 0] < y[:, 0] - slack, -np.inf, at)
-    return np.where(level[:, 0] > y[:, -1] + slack, np.inf, at)
+    at = np.where(level < y[:, :1] - slack, -np.inf, at)
+    return np.where(level > y[:, -1:] + slack, np.inf, at)
 
 
 def _mean_shift(x: np.ndarray, base: np.ndarray, z: np.ndarray, mine: np.ndarray) -> np.ndarray:
