@@ -16,7 +16,7 @@ from advtransfer.report.intervals import mean_and_ci95
 from advtransfer.report.ratios import ratios
 from advtransfer.report.reference import column_of, published_line, target_of
 from advtransfer.report.sections import SourceInfo, format_eps
-from advtransfer.report.statistics import best_blocks, collect, curves, paper_tables, pooled_leads
+from advtransfer.report.statistics import collect, paper_tables
 from advtransfer.report.words import blocks_text, is_clear, notes, points
 
 NATURAL, L2, LINF = ("nat", "none", 0.0), ("rob", "l2", 0.5), ("inf", "linf", 4 / 255)
@@ -118,7 +118,7 @@ def test_summary_equals_scipy(study):
 
 def test_curves_are_the_summary_at_every_epoch(study):
     rows, _ = study
-    found = curves(collect(rows))
+    found = collect(rows).curves
     assert found["epoch"][:3].tolist() == [1, 2, 5]
     last = found[found["epoch"] == 5].drop(columns="epoch").reset_index(drop=True)
     pd.testing.assert_frame_equal(last, summarise(rows), rtol=1e-12)
@@ -126,14 +126,14 @@ def test_curves_are_the_summary_at_every_epoch(study):
     assert len(early) and np.allclose(early["mean"], 0.02) and (early["delta"] == 0).all()
     # Of the seeds that were measured at an epoch; in the order of epochs, whoever has them.
     rows = rows_of([0.2, 0.4, math.nan], epochs=(7,)) + rows_of({0: 0.6}, epochs=(9,))
-    first, second, third = records(curves(collect(rows + rows_of({1: 0.5}, epochs=(8,)))))
+    first, second, third = records(collect(rows + rows_of({1: 0.5}, epochs=(8,))).curves)
     assert (first["epoch"], first["num_seeds"], first["mean"]) == (7, 2, pytest.approx(0.3))
     assert (second["epoch"], third["epoch"], third["num_seeds"], third["mean"]) == (8, 9, 1, 0.6)
 
 
 def test_pooling_averages_within_a_seed_first(study):
     rows, truth = study
-    pooled = pooled_leads(collect(rows))
+    pooled = collect(rows).pooled
     assert len(pooled) == 2 * 2 * 2
     for p in pooled:
         source = {"rob": L2, "inf": LINF}[p.source.name]
@@ -156,7 +156,7 @@ def test_pooling_takes_the_smallest_n_where_seeds_or_few_images_lack():
         for n, known in zip(sizes, ((0, 1, 2), seeds), strict=True):
             rows += rows_of(dict.fromkeys(known, 0.5), n=n)
             rows += rows_of({seed: 0.6 + 0.1 * seed for seed in known}, source=L2, n=n)
-        (found,) = pooled_leads(collect(rows))
+        (found,) = collect(rows).pooled
         several = len(pooled) == 2
         assert found.sizes == pooled and found.num_seeds == (2 if several else 3)
         assert found.delta == pytest.approx(0.15 if several else 0.2)
@@ -343,7 +343,7 @@ def test_the_best_k_and_what_it_cannot_be_told_from():
     base = rng.normal(0, 0.05, 8)
     noise = rng.normal(0, 0.02, 8)
     accuracies = {0: 0.5 + base, 3: 0.6 + base + noise - noise.mean(), -1: 0.605 + base}
-    [found] = records(best_blocks(collect([r for k, y in accuracies.items() for r in rows_of(y, k=k)])))
+    [found] = records(collect([r for k, y in accuracies.items() for r in rows_of(y, k=k)]).best)
     assert (found["best"], found["second"], found["num_seeds"]) == (-1, 3, 8)
     interval = stats.ttest_rel(accuracies[-1], accuracies[3]).confidence_interval(0.95)
     assert found["lead"] - found["lead_ci95"] == pytest.approx(interval.low)
@@ -352,18 +352,18 @@ def test_the_best_k_and_what_it_cannot_be_told_from():
 
 
 def test_one_k_has_no_best_and_one_seed_settles_nothing():
-    assert best_blocks(collect(rows_of([0.5, 0.6]))).empty
-    [found] = records(best_blocks(collect(rows_of([0.5]) + rows_of([0.9], k=1))))
+    assert collect(rows_of([0.5, 0.6])).best.empty
+    [found] = records(collect(rows_of([0.5]) + rows_of([0.9], k=1)).best)
     assert found["best"] == 1 and found["tied"] == "0" and math.isnan(found["lead_ci95"])
     rows = rows_of([0.5, 0.6], k=-1) + rows_of([0.5, 0.6], k=1) + rows_of([0.5, 0.5], k=2)
-    [found] = records(best_blocks(collect(rows)))
+    [found] = records(collect(rows).best)
     assert (found["best"], found["second"], found["lead"], found["tied"]) == (1, -1, 0, "-1 2")
 
 
 def test_the_papers_table_comes_back_cell_by_cell():
     results = collect(paper_rows())
     theirs = list(csv.DictReader(PAPER.splitlines()))
-    mine = paper_tables(results, summarise(results))[3]
+    mine = paper_tables(results)[3]
     assert list(mine) == list(theirs[0])
     for a, b in zip(records(mine), theirs, strict=True):
         assert [str(a["num_training_images"]), a["target_ds"]] == [b["num_training_images"], b["target_ds"]]
@@ -376,11 +376,19 @@ def test_sources_that_share_a_threat_or_have_another_keep_their_names():
     rows = rows_of([0.5]) + rows_of([0.6], source=("target_ds", "l2", 0.5))
     rows += rows_of([0.7], source=("a", "l2", 3.0)) + rows_of([0.8], source=("0", "l2", 3.0), n=20)
     results = collect(rows)
-    first, second = records(paper_tables(results, summarise(results))[0])
+    first, second = records(paper_tables(results)[0])
     place = {"num_training_images", "target_ds"}
     assert {*first} == {*place, "0", "source target_ds", "a", "source 0"}
     assert first["a"] == pytest.approx(70) and math.isnan(first["source 0"])
     assert second["source 0"] == pytest.approx(80) and first["0"] == pytest.approx(50)
+
+
+def test_trials_that_end_anywhere_are_bounded(monkeypatch):
+    rows = [row for seed in range(9) for row in rows_of({seed: 0.5}, epochs=(seed,))]
+    assert ratios(collect(rows)).empty
+    monkeypatch.setattr("advtransfer.report.statistics._MAX_CELLS", 80)
+    with pytest.raises(ValueError, match="9 seeds at 9 epoch are too many"):
+        ratios(collect(rows))
 
 
 @pytest.mark.parametrize(

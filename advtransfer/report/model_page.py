@@ -75,6 +75,7 @@ def write_model_page(page: ModelPage, folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder) if isinstance(folder, str) else folder
     outcome, columns = page.outcome, list(page.history)
     files = {"epochs.csv": csv_lines([columns, *zip(*page.history.values(), strict=True)])}
+    is_rule = page.choice_rows and "mean_accuracy" not in page.choice_rows[0]
     if page.choice_rows:
         files["choice.csv"] = csv_text(page.choice_rows, list(page.choice_rows[0]))
     sections = [_epochs(page), _choice(page)]
@@ -105,7 +106,7 @@ def write_model_page(page: ModelPage, folder: str | os.PathLike[str]) -> Path:
         command=page.command,
         versions=page.versions,
         config=page.config,
-        files={"choice.csv": "how the number of trained blocks was chosen"} if page.choice_rows else {},
+        files={"choice.csv": "the rule for the number of trained blocks"} if is_rule else {},
     )
     return write_page(made, folder, files)
 

@@ -7,6 +7,8 @@ stay NaN.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import math
 from collections import Counter
@@ -26,11 +28,13 @@ POINT = ("source", "target", "num_train_images", "num_unfrozen_blocks")  # trial
 SUMMARY_COLUMNS = (*POINT, "mean", "ci95", "num_seeds", "delta", "delta_ci95")
 CURVE_COLUMNS = (*POINT, "epoch", *SUMMARY_COLUMNS[4:])
 BEST_COLUMNS = (*POINT[:3], "best", "mean", "ci95", "num_seeds", "second", "lead", "lead_ci95", "tied")
+_MAX_CELLS = 20_000_000
 FEW_IMAGES = 100  # what the headline calls few: the regime of the paper's title claim
 
 
-class Results(NamedTuple):
-    """The rows of a study.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Results:
+    """The rows of a study, and what is computed of them.
 
     Attributes:
       sources: by name, natural ones first, then by norm, radius and name.
@@ -45,7 +49,26 @@ class Results(NamedTuple):
     last: DataFrame
     repeated: int
 
-    @property
+    @functools.cached_property
+    def summary(self) -> DataFrame:
+        """As `summarise` says."""
+        return _over_seeds(self.last, POINT)
+
+    @functools.cached_property
+    def curves(self) -> DataFrame:
+        """As the summary, but at every epoch: `CURVE_COLUMNS`."""
+        order = ("target", "num_unfrozen_blocks", "num_train_images", "source", "epoch")
+        return in_order(_over_seeds(self.trials, (*POINT, "epoch")), order, self.sources)
+
+    @functools.cached_property
+    def pooled(self) -> list[PooledLead]:
+        return pooled_leads(self)
+
+    @functools.cached_property
+    def best(self) -> DataFrame:
+        return best_blocks(self)
+
+    @functools.cached_property
     def targets(self) -> list[str]:
         return list(self.last["target"].unique())
 
@@ -156,14 +179,7 @@ def summarise(rows: DataFrame | Iterable[Mapping[str, Any]] | Results) -> DataFr
     one, over the seeds that both have, and `delta_ci95` the half-width of its interval paired by
     seed. What cannot be computed is NaN (an empty cell in summary.csv).
     """
-    results = rows if isinstance(rows, Results) else collect(rows)
-    return _over_seeds(results.last, POINT)
-
-
-def curves(results: Results) -> DataFrame:
-    """As `summarise`, but at every epoch: `CURVE_COLUMNS`."""
-    order = ("target", "num_unfrozen_blocks", "num_train_images", "source", "epoch")
-    return in_order(_over_seeds(results.trials, (*POINT, "epoch")), order, results.sources)
+    return (rows if isinstance(rows, Results) else collect(rows)).summary
 
 
 def _over_seeds(table: DataFrame, by: Sequence[str]) -> DataFrame:
@@ -228,7 +244,7 @@ def best_blocks(results: Results) -> DataFrame:
     return pd.DataFrame(found, columns=BEST_COLUMNS)
 
 
-def paper_tables(results: Results, summary: DataFrame) -> dict[int, DataFrame]:
+def paper_tables(results: Results) -> dict[int, DataFrame]:
     """Per k a table as paper_summary_k3.csv: accuracies in %, one column per source.
 
     Sources of the paper's threats have its column names (0, 3, 4, 8) unless several have the same; the others
@@ -245,7 +261,9 @@ def paper_tables(results: Results, summary: DataFrame) -> dict[int, DataFrame]:
             names[name] = f"source {names[name]}"
         taken.add(names[name])
     tables = {}
-    by_blocks = sorted(summary.groupby("num_unfrozen_blocks"), key=lambda group: _blocks_order(group[0]))
+    by_blocks = sorted(
+        results.summary.groupby("num_unfrozen_blocks"), key=lambda group: _blocks_order(group[0])
+    )
     for blocks, group in by_blocks:
         table = 100 * group.pivot(index=list(place), columns="source", values="mean").reindex(columns=columns)
         tables[blocks] = table.rename(columns=names).rename_axis(index=place, columns=None).reset_index()
@@ -263,11 +281,24 @@ class SeedTable(NamedTuple):
 def seed_tables(
     table: DataFrame, by: Sequence[str], places: str, values: str = "accuracy"
 ) -> dict[tuple[Any, ...], SeedTable]:
-    """Group by group; every table has the places of all."""
-    wide = table.pivot(index=[*by, "seed"], columns=places, values=values)
-    seeds, columns, cells = (x.to_numpy() for x in (wide.index.get_level_values("seed"), wide.columns, wide))
-    groups = wide.groupby(level=list(by)).indices
-    return {key: SeedTable(seeds[rows], columns, cells[rows]) for key, rows in groups.items()}
+    """Those of every group.
+
+    Raises:
+      ValueError: one would have more than `_MAX_CELLS`.
+    """
+    columns = [table[name].to_numpy() for name in ("seed", places, values)]
+    found = {}
+    for key, rows in table.groupby(list(by), sort=False).indices.items():
+        seeds, x, y = (column[rows] for column in columns)
+        (seeds, i), (x, j) = (np.unique(column, return_inverse=True) for column in (seeds, x))
+        if len(seeds) * len(x) > _MAX_CELLS:
+            raise ValueError(
+                f"{key}: {len(seeds):,} seeds at {len(x):,} {places} are too many: leave some out"
+            )
+        cells = np.full((len(seeds), len(x)), np.nan)
+        cells[i, j] = y
+        found[key] = SeedTable(seeds, x, cells)
+    return found
 
 
 def _finite(values: np.ndarray) -> np.ndarray:

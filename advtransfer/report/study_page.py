@@ -28,16 +28,7 @@ from advtransfer.report.sections import (
     Table,
     Text,
 )
-from advtransfer.report.statistics import (
-    POINT,
-    Results,
-    best_blocks,
-    collect,
-    curves,
-    paper_tables,
-    pooled_leads,
-    summarise,
-)
+from advtransfer.report.statistics import POINT, Results, collect, paper_tables
 from advtransfer.report.target_figures import target_figures
 from advtransfer.report.target_tables import Material, all_numbers, best_k, few_images, needed, overview
 from advtransfer.report.words import headline, notes, span
@@ -113,17 +104,7 @@ def write_report(
         table, problems = clean(rows)
         results = collect(table)
     known = {info.name: info for info in map(_source, evidence.sources)} | results.sources
-    material = Material(
-        results,
-        summarise(results),
-        curves(results),
-        pooled_leads(results),
-        ratios(results),
-        best_blocks(results),
-        figures.styles(known.values()),
-        reference,
-        shown={},
-    )
+    material = Material(results, ratios(results), figures.styles(known.values()), reference, shown={})
     sections = [
         Section("", parts=overview(material)),
         *(_transfer(material, target) for target in results.targets),
@@ -133,16 +114,16 @@ def write_report(
         Section("Limits and choices", parts=[Text("\n".join(_limits(material, evidence, problems)), "list")]),
     ]
     beside = {
-        "summary.csv": ("accuracies, as fractions, with their intervals and leads", material.summary),
+        "summary.csv": ("accuracies, as fractions, with their intervals and leads", results.summary),
         "ratios.csv": ("images and epochs needed", material.ratios),
-        "best_k.csv": ("the best number of trained blocks", material.best),
+        "best_k.csv": ("the best number of trained blocks", results.best),
     }
-    for blocks, table in paper_tables(results, material.summary).items():
+    for blocks, table in paper_tables(results).items():
         what = "accuracies in the layout of the paper’s table, in %"
         beside[f"table_k{'all' if blocks < 0 else blocks}.csv"] = (what, table)
     files = {path: csv_text(table) for path, (_, table) in beside.items()}
     files |= {path: csv_text(pd.concat(tables)) for path, tables in material.shown.items()}
-    pooled = material.pooled
+    pooled = results.pooled
     page = Page(
         title,
         sections=[section for section in sections if section.parts],

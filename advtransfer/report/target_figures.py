@@ -62,10 +62,11 @@ def target_figures(material: Material, target: str) -> Iterator[Text | Plot]:
 def _shown(material: Material, target: str, kind: _Kind) -> tuple[DataFrame, str]:
     """The rows of `summary` or `curves` in a figure, and its settings in words."""
     if kind.name == "epoch":
-        size, table = material.results.epoch_size(target), material.curves
+        size, table = material.results.epoch_size(target), material.results.curves
         table = table[(table["target"] == target) & (table[_N] == size)]
         return table, f", fine-tuned on n = {size:,} images"
-    table, last = material.summary[material.summary["target"] == target], material.results.last
+    table, last = material.results.summary, material.results.last
+    table = table[table["target"] == target]
     where = f" at each seed’s last epoch ({span(last.loc[last['target'] == target, 'epoch'])})"
     if kind.name == "n":
         return table, where

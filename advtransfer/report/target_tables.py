@@ -18,11 +18,7 @@ class Material(NamedTuple):
     """What was computed of the rows, and `shown`: the numbers of what is shown, by path of the CSV."""
 
     results: Results
-    summary: DataFrame
-    curves: DataFrame
-    pooled: list[PooledLead]
     ratios: DataFrame
-    best: DataFrame
     styles: dict[str, Style]
     reference: str
     shown: dict[str, list[DataFrame]]
@@ -107,7 +103,9 @@ def factor_entry(row: Any) -> Entry:
 def few_images(material: Material, target: str) -> list[Table]:
     import pandas as pd
 
-    pooled = {(p.num_unfrozen_blocks, p.source.name): p for p in material.pooled if p.target == target}
+    pooled = {
+        (p.num_unfrozen_blocks, p.source.name): p for p in material.results.pooled if p.target == target
+    }
     if not pooled:
         return []
 
@@ -135,7 +133,8 @@ def few_images(material: Material, target: str) -> list[Table]:
 
 
 def best_k(material: Material, target: str) -> list[Any]:
-    best = material.best[material.best["target"] == target]
+    best = material.results.best
+    best = best[best["target"] == target]
     found = {(row.num_train_images, row.source): row for row in best.itertuples()}
     if not found:
         return []
@@ -164,7 +163,7 @@ def all_numbers(material: Material, target: str) -> list[Any]:
     results = material.results
     names = results.by_name(target)
     robust = results.robust(target) if len(results.natural(target)) == 1 else []
-    summary = material.summary[material.summary["target"] == target]
+    summary = results.summary[results.summary["target"] == target]
     found = {((r.num_unfrozen_blocks, r.num_train_images), r.source): r for r in summary.itertuples()}
     most, fewest = summary["num_seeds"].max(), summary["num_seeds"].min()
 
