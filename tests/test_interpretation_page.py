@@ -207,6 +207,7 @@ ARRAY = {"type": "float64", "shape": [2, 2], "base64": base64.b64encode(bytes(32
         _with_part("Table", rows=[["a", {"kind": "Entry", "text": "b"}]]),
         _with_part("Table", kind="Plot"),
         _with_part("Plot", panels=[{"kind": "Panel", "title": "a"}]),
+        _with_part("Plot", panels=[_kept()["parts"][4]["panels"][0] | {"file": "figures/a.svg"}]),
         _with_part("Matrix", maps=[["a", ARRAY | {"shape": [2, 10**9]}]]),
         _with_part("Matrix", maps=[["a", ARRAY | {"shape": [-2, -2]}]]),
         _with_part("Matrix", maps=[["a", ARRAY | {"type": "object"}]]),
@@ -220,6 +221,24 @@ ARRAY = {"type": "float64", "shape": [2, 2], "base64": base64.b64encode(bytes(32
 def test_what_is_no_section_is_refused(data):
     with pytest.raises(ValueError):
         from_data(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        _with_part("Pictures", groups=[]),
+        _with_part("Pictures", groups=[[_kept()["parts"][2]["groups"][1][0] | {"labels": ["one"]}]]),
+        _with_part("Table", rows=[["a"], ["a", "b", "c"], ["a"]]),
+        _with_part(
+            "Table", rows=[["a", {"kind": "Entry", "text": "", "strong": "", "small": "", "bar": [1.0]}]]
+        ),
+        _with_part("Matrix", names=["a", "b", "c"]),
+        _with_part("Plot", panels=[_kept()["parts"][4]["panels"][0] | {"yrange": [math.nan, 1.0]}]),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(data):
+    with pytest.raises((ValueError, IndexError)):
+        draw(from_data(data))
 
 
 def test_text_of_a_kept_section_is_text(tmp_path):

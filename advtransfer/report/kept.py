@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from advtransfer.report.figures import to_bytes
-from advtransfer.report.sections import PictureRow, Section
+from advtransfer.report.sections import PictureRow, Plot, Section
 
 Scalar = str | int | float | bool | None
 
@@ -46,8 +46,11 @@ def from_data(data: Mapping[str, Any]) -> Section:
         files = {_name(name): _records(**table) for name, table in data["files"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a section of a page: {error!r}") from error
+    panels = [panel for part in fields["parts"] if isinstance(part, Plot) for panel in part.panels]
     if any(getattr(part, "numbers", "") not in ("", *files) for part in fields["parts"]):
         raise ValueError("not a section of a page: a part names a table that the section does not have")
+    if any(panel.file for panel in panels):
+        raise ValueError("not a section of a page: a figure would be written beside it")
     return Section(**fields, files=files)
 
 

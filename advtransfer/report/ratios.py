@@ -31,18 +31,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 RATIO_COLUMNS = (
-    "quantity",  # images or epochs
-    "source",
-    "target",
-    "num_unfrozen_blocks",
-    "num_train_images",  # images: where the natural source has this accuracy; epochs: of the fine-tuning
-    "epoch",  # epochs: where the natural source has this accuracy
-    "accuracy",  # of the natural source there; empty (as is where it stands): over the whole curve
-    "factor",  # how many times fewer the robust source needs
-    "ci95_low",
-    "ci95_high",
-    "num_seeds",
-    "bound",  # empty, "at least" or "not reached"
+    *("quantity", "source", "target", "num_unfrozen_blocks", "num_train_images", "epoch", "accuracy"),
+    *("factor", "ci95_low", "ci95_high", "num_seeds", "bound"),
 )
 NUM_RESAMPLES = 2000
 _FEW_SEEDS = 6  # 5 seeds have 126 different resamples
@@ -70,7 +60,12 @@ class Comparison(NamedTuple):
 
 def ratios(results: Results) -> DataFrame:
     """The table of `RATIO_COLUMNS`: per robust source, target and k a row for every point of the natural
-    source's curve, and one for the curve as a whole; targets without a single natural source have none."""
+    source's curve, and one for the curve as a whole; targets without a single natural source have none.
+
+    `quantity` is images or epochs; `num_train_images` or `epoch` the point, where the natural source has
+    `accuracy` (these are empty for the curve as a whole, but for the n of epochs); `factor` how many times
+    fewer the robust source needs; `bound` empty, "at least" or "not reached".
+    """
     import pandas as pd
 
     found = []

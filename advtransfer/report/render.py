@@ -42,10 +42,18 @@ def write_page(
 
 
 def draw(section: Section) -> str:
-    """The section's HTML, to see whether it can be drawn."""
+    """The section's HTML, to see whether it can be drawn.
+
+    Raises:
+      ValueError, IndexError, KeyError, TypeError or ArithmeticError: it cannot.
+    """
+    import jinja2
+
     views, _ = _views(section, "")
-    template = _templates().get_template("section.html")
-    return template.render(section=section, views=views, headline=())
+    try:
+        return _templates().get_template("section.html").render(section=section, views=views, headline=())
+    except jinja2.TemplateError as error:
+        raise ValueError(f"{section.title}: {error}") from error
 
 
 def _views(section: Section, folder: str) -> tuple[list[dict[str, Any]], dict[str, str | bytes]]:

@@ -44,11 +44,10 @@ _ROUNDING = 1e-6
 _LARGEST = 1 + _ROUNDING
 _MOSTLY = 0.9  # of a file's rows with accuracies above 1: then all of it is in percent
 
-Row = dict[str, Any]
 Record = tuple[str, Mapping[str, Any] | str]  # its place, and its cells or why there are none
 
 
-def read_rows(path: str | os.PathLike[str]) -> list[Row]:
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Reads a .jsonl, .csv or .parquet file of rows, or a folder of them.
 
     A folder is searched to the bottom for JSON lines; if it holds none, for CSV; then for
@@ -71,7 +70,9 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
     return table.to_dict("records")
 
 
-def read_foreign_rows(path: str | os.PathLike[str], unit: str = "auto") -> tuple[list[Row], list[str]]:
+def read_foreign_rows(
+    path: str | os.PathLike[str], unit: str = "auto"
+) -> tuple[list[dict[str, Any]], list[str]]:
     """As `read_rows`, but what cannot be used is left out: rows, and a sentence on each kind of problem.
 
     Args:
@@ -186,7 +187,7 @@ def _records(file: Path) -> Iterator[Record]:
         raise ValueError(f"{file}: rows are read from {', '.join(_READERS)} files")
     try:
         yield from _READERS[file.suffix](file)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         yield str(file), f"cannot be read ({str(error).splitlines()[0]})"
 
 
@@ -303,7 +304,7 @@ def _read_parquet(file: Path) -> Iterator[Record]:
             raise ValueError(f"two columns are called {twice}: rename or delete one")
         records = (row for batch in table.iter_batches(1000, columns=wanted) for row in batch.to_pylist())
         yield from ((f"{file}:{number}", record) for number, record in enumerate(records, start=1))
-    except pyarrow.ArrowException as error:
+    except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"not a Parquet file of rows: {error}") from error
 
 
