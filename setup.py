@@ -22,7 +22,7 @@ setup(
     packages=find_packages(include=["advtransfer", "advtransfer.*"]),
     package_data={
         "advtransfer": ["py.typed"],
-        "advtransfer.report": ["template.html", "*.csv"],
+        "advtransfer.report": ["templates/*.html", "*.csv"],
         "advtransfer.torch_checkpoint": ["known_models.csv"],
         "advtransfer.torch_reader": ["README.md"],
     },
@@ -35,11 +35,13 @@ setup(
         "grain>=0.2.15",
         "importlib_resources>=6",  # tensorflow-datasets reads prepared sets through it
         "jax>=0.10",
+        "jinja2>=3.1",
         "matplotlib>=3.9",
         "ml_collections>=1.0",
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
+        "pandas>=2.2",
         "pillow>=11",
         "psutil>=5.9",
         "safetensors>=0.5",

@@ -29,9 +29,9 @@ from advtransfer.models import (
 )
 from advtransfer.models.resnet import ARCHITECTURES
 from advtransfer.report.figures import styles
-from advtransfer.report.interpretation import Section
 from advtransfer.report.kept import to_data
-from advtransfer.report.summary import Source
+from advtransfer.report.render import draw
+from advtransfer.report.sections import Section, SourceInfo
 from advtransfer.tasks import explain_cues, explain_pixels, interpret
 from advtransfer.tasks.explain_data import influence_cost
 from advtransfer.tasks.explain_pixels import (
@@ -205,7 +205,7 @@ def test_one_image_has_no_interval():
 
 def _case(networks, order, norms, **changes):
     """Networks at these places, said to be trained in these ways."""
-    looks = styles(Source(norm, norm, 0.0 if norm == "none" else 0.5) for norm in norms)
+    looks = styles(SourceInfo(norm, norm, 0.0 if norm == "none" else 0.5) for norm in norms)
     models = [load_model(networks[place]) for place in order]
     subjects = []
     for norm, model in zip(norms, models, strict=True):
@@ -294,7 +294,7 @@ def test_the_pictures_and_tables_of_influence_and_what_is_said_of_them(done, par
     indices, queries = _drawn("test", 12)
     chosen, train = _drawn("train", 29)
     assert pictures.heads == ["Query", *(f"{k} {i}" for k in ("Helpful", "Harmful") for i in (1, 2, 3, 4))]
-    assert len(pictures.groups) == 4 and list(maps.maps) == [OWN, LETTER]
+    assert len(pictures.groups) == 4 and [label for label, _ in maps.maps] == [OWN, LETTER]
     for place, group in enumerate(pictures.groups):
         for label, row in zip((OWN, LETTER), group, strict=True):
             listed = [
@@ -313,10 +313,10 @@ def test_the_pictures_and_tables_of_influence_and_what_is_said_of_them(done, par
     assert "the head is for ℓ2 (ε = 0.25) a new one" in pictures.caption
     chance = np.mean([[a == b for b in train.labels] for a in queries.labels])
     assert f"{100 * chance:.1f} % have it" in curves.caption
-    for kind, last, (_, series) in zip(("test", "train"), (28, 28), curves.panels.values(), strict=True):
-        for label, line in zip((OWN, LETTER), series, strict=True):
+    for kind, panel in zip(("test", "train"), curves.panels, strict=True):
+        for label, line in zip((OWN, LETTER), panel.series, strict=True):
             rates = _column(_csv(done / "matches.csv", model=label, queries=kind), "match_rate")
-            assert line.style.label == label and line.x == [1, 2, 3, 4, 5, 7, 10, 14, 20, last]
+            assert line.style.label == label and line.x == [1, 2, 3, 4, 5, 7, 10, 14, 20, 28]
             np.testing.assert_allclose(line.mean, rates[np.array(line.x) - 1])
     for label, (name, *cells) in zip((OWN, LETTER), table.rows, strict=True):
         first = _csv(done / "matches.csv", model=label, queries="test", rank="1")
@@ -437,11 +437,10 @@ def test_the_curves_of_shape_bias_and_what_is_said_of_them(done, parts):
         "Letters that fade": ("amplitude", 0.06, "opacity"),
         "Gratings that grow": ("opacity", 1, "amplitude"),
     }
-    for (title, (_, (line,))), (fixed, value, free) in zip(
-        lines.panels.items(), strengths.values(), strict=True
-    ):
+    for panel, (title, (fixed, value, free)) in zip(lines.panels, strengths.items(), strict=True):
+        (line,) = panel.series
         drawn = sorted((r for r in rows if float(r[fixed]) == value), key=lambda r: float(r[free]))
-        assert title in strengths and list(line.x) == list(_column(drawn, free))
+        assert panel.title == title and list(line.x) == list(_column(drawn, free))
         np.testing.assert_allclose(line.mean, _column(drawn, "shape_bias"))
         width = _column(drawn, "shape_bias_high95") - _column(drawn, "shape_bias_low95")
         np.testing.assert_allclose(line.ci95, width / 2)
@@ -454,7 +453,7 @@ def test_the_curves_of_shape_bias_and_what_is_said_of_them(done, parts):
     balanced = min(opacities, key=lambda opacity: (opacity - half) ** 2)
     assert f"amplitude 0.06 below letters of opacity {balanced:g}" in table.caption
     assert f"amplitude 0.06 below letters of opacity {balanced:g}" in bars.caption
-    assert [name for name, _ in bars.rows] == list(LETTERS) and bars.heads == ["Shape", LETTER]
+    assert [row[0] for row in bars.rows] == list(LETTERS) and bars.heads == ["Shape", LETTER]
 
 
 def test_letters_that_always_outweigh_gratings(networks, monkeypatch):
@@ -465,9 +464,8 @@ def test_letters_that_always_outweigh_gratings(networks, monkeypatch):
     monkeypatch.setattr(explain_cues.cue_conflict, "glyph_cue_conflict", lambda *_, **__: None)
     case = _case(networks, (1,), ("l2",))
     section = explain_cues.shape_section(case)
-    assert section.finding.startswith("Letters outweigh gratings") and list(section.parts[0].panels) == [
-        "Letters that fade"
-    ]
+    assert section.finding.startswith("Letters outweigh gratings")
+    assert [panel.title for panel in section.parts[0].panels] == ["Letters that fade"]
     assert {(row["amplitude"], row["opacity"]) for row in section.files["shape"]} == {
         (0.06, opacity) for opacity in explain_cues.OPACITIES
     }
@@ -583,6 +581,10 @@ def test_what_is_kept_is_of_the_same_question(networks, tmp_path, capsys):
     assert _files(tmp_path / "out")["saliency.csv"] != second["saliency.csv"]
 
 
+def _shown(section):
+    return draw(section), repr(section.files)
+
+
 def test_a_study_report_gets_the_most_telling_pictures(networks, tmp_path, capsys):
     config = _config(networks)
     config.report.analyses = ("shape", "influence")
@@ -592,16 +594,17 @@ def test_a_study_report_gets_the_most_telling_pictures(networks, tmp_path, capsy
         "Shape against texture",
         "Influence of training images",
     ]
-    assert set(sections[1].files) == {"influence.csv", "matches.csv"}
+    assert set(sections[1].files) == {"influence", "matches"}
     assert _computed(capsys) == {"shape", "influence"}
-    assert study_sections(read(config), models, _data(), models, _data(), tmp_path) == sections
+    again = study_sections(read(config), models, _data(), models, _data(), tmp_path)
+    assert list(map(_shown, again)) == list(map(_shown, sections))
     assert _computed(capsys) == set()
     # Trials that start from other networks: their heads, and the same shape bias.
     begun = models | {"natural": normalised_by(models["natural"], _data().train.images)}
     others = study_sections(read(config), models, _data(), begun, _data(), tmp_path)
-    assert _computed(capsys) == {"influence"} and others[0] == sections[0]
-    assert others[1] == study_sections(read(config), begun, _data(), begun, _data(), tmp_path / "begun")[1]
-    assert others[1].files != sections[1].files
+    assert _computed(capsys) == {"influence"} and _shown(others[0]) == _shown(sections[0])
+    alone = study_sections(read(config), begun, _data(), begun, _data(), tmp_path / "begun")
+    assert _shown(others[1]) == _shown(alone[1]) != _shown(sections[1])
     config.report.analyses = ()
     assert study_sections(read(config), models, _data(), models, _data(), tmp_path) == []
 

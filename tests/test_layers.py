@@ -183,6 +183,7 @@ def test_the_library_imports_nothing_heavy(tmp_path):
         "matplotlib",
         "scipy.ndimage",
         "pandas",
+        "jinja2",
     )
     code = f"""
 import sys

@@ -208,8 +208,8 @@ def test_a_folder_holds_the_model_and_its_page(tuned, tmp_path):
     assert {path.name for path in folder.iterdir()} == {"fine_tune.json", "model", "report.html", *tables}
     description = json.loads((folder / "model" / "model.json").read_text())
     assert description["provenance"]["num_unfrozen_blocks"] == 1
-    page = (folder / "report.html").read_text()
-    assert f"{100 * tuned.outcome.accuracy:.1f}&nbsp;% of 30 test images" in page
+    page = (folder / "report.html").read_text().replace("\xa0", " ")
+    assert f"{100 * tuned.outcome.accuracy:.1f} % of 30 test images" in page
     assert page.count("data:image/png") == min(16, len(tuned.outcome.mistakes)) > 0
 
 

@@ -8,23 +8,39 @@ import pytest
 from PIL import Image
 
 from advtransfer.report import figures
-from advtransfer.report.figures import Axis, Series
-from advtransfer.report.summary import Source
+from advtransfer.report.sections import Axis, Dumbbell, Panel, Series, SourceInfo
 
-SOURCES = [Source("nat", "none", 0.0), Source("a", "l2", 0.5), Source("b", "linf", 0.1)]
+SOURCES = [SourceInfo("nat", "none", 0.0), SourceInfo("a", "l2", 0.5), SourceInfo("b", "linf", 0.1)]
 NATURAL, ROBUST, OTHER = figures.styles(SOURCES).values()
 FULL = (0.0, 1.0)
 
 
 @pytest.fixture(autouse=True)
-def unwritten(monkeypatch):
-    """Panels give Matplotlib's figure instead of its SVG."""
-    monkeypatch.setattr(figures, "_svg", lambda figure: figure)
+def drawn(monkeypatch):
+    """Matplotlib's figures, in place of what is written of them."""
+    kept = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, *args, **options: kept.append(figure)
+    )
+    return kept
 
 
-def _axes(series, axis, yrange=FULL, **options):
-    (axes,) = figures.line_panel(series, axis, title="T", ylabel="y", yrange=yrange, **options).axes
-    return axes
+@pytest.fixture
+def axes_of(drawn):
+    def draw(panel):
+        figures.draw(panel)
+        (axes,) = drawn.pop().axes
+        return axes
+
+    return draw
+
+
+@pytest.fixture
+def axes_with(axes_of):
+    def draw(series, axis, yrange=FULL, **options):
+        return axes_of(Panel("T", "y", axis, series, yrange, **options))
+
+    return draw
 
 
 def _drawn(axes, colour):
@@ -37,10 +53,10 @@ def _names(axes):
     return {text.get_text(): text.get_position()[1] for text in axes.texts if text.get_position()[0] == 1.07}
 
 
-def test_lines_bands_and_ends_on_a_logarithmic_axis():
+def test_lines_bands_and_ends_on_a_logarithmic_axis(axes_with):
     line = Series(ROBUST, [1, 10, 20_000], [0.2, 0.5, 0.4], [0.1, math.nan, 0.05])
     thin = Series(OTHER, [10, 100], [0.3, 0.35], [math.nan] * 2)
-    axes = _axes([line], Axis("n", log=True), (-0.1, 0.6), zero="natural", behind=[thin])
+    axes = axes_with([line], Axis("n", log=True), (-0.1, 0.6), zero="natural", behind=[thin])
     drawn, behind = _drawn(axes, ROBUST.colour), _drawn(axes, OTHER.colour)
     np.testing.assert_allclose(drawn.get_xydata(), [(1, 20), (10, 50), (20_000, 40)])
     np.testing.assert_allclose(behind.get_xydata(), [(10, 30), (100, 35)])
@@ -59,21 +75,21 @@ def test_lines_bands_and_ends_on_a_logarithmic_axis():
     assert list(_drawn(axes, NATURAL.colour).get_ydata()) == [0, 0]
 
 
-def test_names_at_one_height_are_pushed_apart_in_their_order():
+def test_names_at_one_height_are_pushed_apart_in_their_order(axes_with):
     lines = [
         Series(style, [1], [y], [math.nan]) for style, y in ((ROBUST, 0.51), (OTHER, 0.5), (NATURAL, 0.9))
     ]
-    names = _names(_axes(lines, Axis("n")))
+    names = _names(axes_with(lines, Axis("n")))
     assert names["natural"] == pytest.approx(90)
     low, high = names["ℓ∞ (ε = 0.1)"], names["ℓ2 (ε = 0.5)"]
     assert high - low == pytest.approx(7.5) and (high + low) / 2 == pytest.approx(50.5)
 
 
-def test_categories_have_marks_side_by_side_with_bars():
-    ticks = {0: "head", 1: "all"}
+def test_categories_have_marks_side_by_side_with_bars(axes_with):
+    ticks = ["head", "all"]
     lines = [Series(style, [0, 1], [0.2, 0.6], [0.1, 0.05]) for style in (ROBUST, OTHER)]
     for joined, apart, style in ((True, 0.07, "-"), (False, 0.11, "None")):
-        axes = _axes(lines, Axis("k", ticks=ticks, joined=joined), (-0.2, 1.0))
+        axes = axes_with(lines, Axis("k", ticks=ticks, joined=joined), (-0.2, 1.0))
         for line, side in ((ROBUST, -1), (OTHER, 1)):
             drawn = _drawn(axes, line.colour)
             np.testing.assert_allclose(
@@ -88,14 +104,16 @@ def test_categories_have_marks_side_by_side_with_bars():
         assert sorted(ends) == pytest.approx([55.5, 64.5] if joined else [80.8, 90.4])  # below the upper edge
     many = [Series(ROBUST, [0, 1], [0.2, 0.6], [0.0] * 2) for _ in range(12)]
     places = [
-        line.get_xdata()[0] for line in _axes(many, Axis("k", ticks=ticks)).lines if len(line.get_xdata()) > 1
+        line.get_xdata()[0]
+        for line in axes_with(many, Axis("k", ticks=ticks)).lines
+        if len(line.get_xdata()) > 1
     ]
     np.testing.assert_allclose(places, 0.05 * (np.arange(12) - 5.5))  # 0.6 for all of them
 
 
 @pytest.mark.parametrize("values", [range(0, 101, 2), range(5, 90, 17), [3]])
-def test_values_are_named_from_the_largest_as_far_as_there_is_room(values):
-    axes = _axes([Series(ROBUST, list(values), [0.5] * len(values), [0.0] * len(values))], Axis("epoch"))
+def test_values_are_named_from_the_largest_as_far_as_there_is_room(values, axes_with):
+    axes = axes_with([Series(ROBUST, list(values), [0.5] * len(values), [0.0] * len(values))], Axis("epoch"))
     shown = [float(text.get_text()) for text in axes.get_xticklabels()]
     span = (values[-1] - values[0]) or 1
     half = {value: (0.014 * len(str(value)) + 0.016) * span for value in values}
@@ -107,9 +125,9 @@ def test_values_are_named_from_the_largest_as_far_as_there_is_room(values):
     np.testing.assert_allclose(axes.get_xlim(), (values[0] - 0.035 * span, values[-1] + 0.035 * span))
 
 
-def test_both_accuracies_of_every_source_with_their_values():
+def test_both_accuracies_of_every_source_with_their_values(axes_of):
     rows = [("first", 0.9, 0.3), ("second", 0.5, math.nan), ("third", 0.2, 0.8)]
-    (axes,) = figures.dumbbell_panel(rows, title="T").axes
+    axes = axes_of(Dumbbell("T", rows))
     assert [text.get_text() for text in axes.texts[:2]] == ["T", "Test accuracy, %"]
     told = {text.get_text(): (text.xy, text.get_ha(), text.xyann[0]) for text in axes.texts[2:]}
     assert told == {
@@ -135,36 +153,40 @@ def test_both_accuracies_of_every_source_with_their_values():
     assert low < 0 and high > 100 and axes.get_xticks().tolist() == [0, 20, 40, 60, 80, 100]
 
 
-def test_margins_are_inches_whatever_the_size():
-    (axes,) = figures.dumbbell_panel([("ten signs!", 0.9, 0.3)], title="T").axes
+def test_margins_are_inches_whatever_the_size(axes_with, axes_of):
+    axes = axes_of(Dumbbell("T", [("ten signs!", 0.9, 0.3)]))
     width, height = axes.figure.get_size_inches()
     box = axes.get_position()
     assert (width, height) == (pytest.approx(4.7), pytest.approx(1.75))
     margins = (box.x0 * width, (1 - box.x1) * width, (1 - box.y1) * height, box.y0 * height)
     assert margins == pytest.approx((0.15 + 0.075 * 10, 0.6, 0.85, 0.4))
     for zero, longest in (("natural source!", "natural source!"), ("zero", ROBUST.label), ("", ROBUST.label)):
-        axes = _axes([Series(ROBUST, [1], [0.5], [0.0])], Axis("n"), zero=zero)
+        axes = axes_with([Series(ROBUST, [1], [0.5], [0.0])], Axis("n"), zero=zero)
         box = axes.get_position()
         width = axes.figure.get_size_inches()[0]
         assert (1 - box.x1) * width == pytest.approx(0.4 + 0.072 * len(longest))
 
 
-def test_long_names_and_large_numbers_are_shortened():
-    sources = [Source("x" * 22, "l2", 1.0), Source("y" * 23, "l2", 1.0), Source("nat", "none", 0.0)]
+def test_long_names_and_large_numbers_are_shortened(axes_with):
+    sources = [
+        SourceInfo("x" * 22, "l2", 1.0),
+        SourceInfo("y" * 23, "l2", 1.0),
+        SourceInfo("nat", "none", 0.0),
+    ]
     first, second, natural = figures.styles(sources).values()
     assert natural.label == "natural" and first.label == "x" * 22  # two of one threat go by their names
     assert (natural.hollow, first.hollow) == (True, False) and first.colour != second.colour
     lines = [Series(style, [9_999, 10_000], [y, y], [0.0] * 2) for style, y in ((first, 0.2), (second, 0.8))]
-    axes = _axes(lines, Axis("n"))
+    axes = axes_with(lines, Axis("n"))
     assert set(_names(axes)) == {"x" * 22, "y" * 21 + "…"}
     assert "10k" in [text.get_text() for text in axes.get_xticklabels()]
-    axes = _axes([Series(first, [9_999], [0.5], [0.0])], Axis("n"))
+    axes = axes_with([Series(first, [9_999], [0.5], [0.0])], Axis("n"))
     assert [text.get_text() for text in axes.get_xticklabels()] == ["9999"]
 
 
-def test_marks_of_natural_sources_are_hollow():
+def test_marks_of_natural_sources_are_hollow(axes_with):
     lines = [Series(style, [1, 2], [y, y], [0.0] * 2) for style, y in ((NATURAL, 0.2), (ROBUST, 0.8))]
-    axes = _axes(lines, Axis("n"))
+    axes = axes_with(lines, Axis("n"))
     for style, face, edge in ((NATURAL, "white", NATURAL.colour), (ROBUST, ROBUST.colour, "white")):
         drawn = _drawn(axes, style.colour)
         assert (drawn.get_markerfacecolor(), drawn.get_markeredgecolor()) == (face, edge)
@@ -187,3 +209,14 @@ def test_differences_are_magnified_until_the_largest_fills_half_of_the_range():
         ([], 1),
     ):
         assert figures.difference_gain(pairs) == gain
+
+
+def test_a_range_holds_every_interval():
+    lines = [Series(None, [1, 2], [0.2, 0.5], [0.1, math.nan]), Series(None, [1], [math.nan], [9.0])]
+    # From 0.1 to 0.5, and 6 % of that on either side.
+    assert figures.value_range(lines) == pytest.approx((0.076, 0.524))
+    assert figures.value_range(lines, include=(0.0,)) == pytest.approx((-0.03, 0.53))
+    high = Series(None, [1], [0.9], [0.05])
+    assert figures.value_range([*lines, high]) == pytest.approx((0.1 - 0.051, 0.95 + 0.051))
+    assert figures.value_range([Series(None, [1], [0.5], [0.0])]) == pytest.approx((0.49, 0.51))
+    assert figures.value_range([]) == (0.0, 1.0)

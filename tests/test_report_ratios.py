@@ -1,13 +1,14 @@
 """Images and epochs needed: closed forms, other implementations, and how often intervals cover the truth."""
 
-import csv
 import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from pages import read_csv, read_page
 from scipy import stats
 from scipy.optimize import isotonic_regression
+from test_report_statistics import records
 
 from advtransfer.report import read_rows, write_report
 from advtransfer.report.ratios import (
@@ -19,8 +20,9 @@ from advtransfer.report.ratios import (
     compare,
     ratios,
 )
-from advtransfer.report.sections import needed_rows
-from advtransfer.report.summary import collect
+from advtransfer.report.sections import Entry
+from advtransfer.report.statistics import SeedTable, collect
+from advtransfer.report.target_tables import factor_entry
 
 SIZES = (100, 200, 400, 800, 1600)
 
@@ -30,9 +32,10 @@ def line(n, factor=1.0):
     return 0.2 + 0.08 * np.log(factor * n)
 
 
-def curve(factor=1.0, seeds=5, sizes=SIZES, noise=None):
-    noise = np.zeros((seeds, len(sizes))) if noise is None else noise
-    return {s: {n: line(n, factor) + noise[s, i] for i, n in enumerate(sizes)} for s in range(seeds)}
+def curve(factor=1.0, seeds=5, sizes=SIZES, noise=0.0):
+    return SeedTable(
+        np.arange(seeds), np.array(sizes), line(np.array(sizes), factor) + noise * np.ones((seeds, 1))
+    )
 
 
 def rows_of(by_source, **fixed):
@@ -81,7 +84,7 @@ def test_one_better_everywhere_has_a_bound_and_no_factor():
     assert ahead.bound == "at least" and ahead.value == pytest.approx(16) and ahead.high == math.inf
     behind = compare(curve(), curve(0.01)).whole
     assert behind.bound == "not reached" and behind.value == pytest.approx(1 / 16) and behind.low == 0
-    flat = {s: dict.fromkeys(SIZES, 0.5) for s in range(5)}
+    flat = curve()._replace(values=np.full((5, 5), 0.5))
     assert math.isnan(compare(flat, flat).whole.value)
 
 
@@ -92,15 +95,15 @@ def test_what_has_no_interval_or_no_curve():
     assert one.value == pytest.approx(2) and math.isnan(one.low) and math.isnan(one.high)
     # A seed that lacks some n, and one that only one source has, still count where they are.
     natural, robust = curve(), curve(2, seeds=7)
-    del natural[3][400]
-    natural[2][100] = math.nan
+    natural.values[3, 2] = natural.values[2, 0] = math.nan
     assert compare(natural, robust).whole.value == pytest.approx(2)
     assert compare(natural, robust).num_seeds == compare(robust, natural).num_seeds == 5
 
 
 def test_two_points_are_a_curve_and_forty_become_twenty_four():
     """What stands at zero has no logarithm and is left out."""
-    short = {s: {0: 0.0} | values for s, values in curve(sizes=SIZES[:2]).items()}
+    short = curve(sizes=SIZES[:2])
+    short = SeedTable(short.seeds, np.append(0, short.places), np.pad(short.values, ((0, 0), (1, 0))))
     assert compare(short, curve(1.5)).whole.value == pytest.approx(1.5)
     assert compare(short, curve(1.5)).places.tolist() == [100, 200]
     assert compare(curve(), curve(1.5, sizes=SIZES[:2])).whole.value == pytest.approx(1.5)
@@ -167,12 +170,12 @@ def test_inverse_and_mean_shift_equal_a_fine_grid():
     y[0, 2] = y[0, 3] = y[0, 1]  # a plateau: the first place of it counts
     for i in range(4):
         levels = np.linspace(max(y[i, 0], v[i, 0]), min(y[i, -1], v[i, -1]), 20_001)
-        at = [_first_reach(p, q[i : i + 1].repeat(len(levels), 0), levels) for p, q in ((x, y), (z, v))]
+        at = [_first_reach(p, q[i : i + 1], levels[None])[0] for p, q in ((x, y), (z, v))]
         np.testing.assert_allclose(at[1], np.interp(levels, v[i], z), atol=1e-9)
         if levels[-1] > levels[0]:
             expected = np.mean((at[0] - at[1])[1:])
             np.testing.assert_allclose(_mean_shift(x, y, z, v)[i], expected, atol=2e-3)
-    assert _first_reach(x, y[:1], y[:1, 2])[0] == pytest.approx(x[1])
+    assert _first_reach(x, y[:1], y[:1, 2:3])[0, 0] == pytest.approx(x[1])
 
 
 @pytest.mark.parametrize("seeds", [3, 10])
@@ -196,7 +199,7 @@ def test_seeds_are_resampled_together_where_both_sources_have_them():
     natural = curve(seeds=10, noise=luck + rng.normal(0, 0.002, (10, 5)))
     robust = curve(3, 10, noise=luck + rng.normal(0, 0.002, (10, 5)))
     paired = compare(natural, robust).whole
-    apart = compare(natural, {f"other {seed}": values for seed, values in robust.items()}).whole
+    apart = compare(natural, robust._replace(seeds=robust.seeds + 10)).whole
     assert paired.value == pytest.approx(apart.value)
     assert math.log(paired.high / paired.low) < math.log(apart.high / apart.low) / 5
 
@@ -210,11 +213,11 @@ def test_epochs_needed_are_compared_at_every_n():
             for s, f in accuracy.items()
         }
     )
-    found = [row for row in ratios(collect(rows)) if row["quantity"] == "epochs"]
-    whole = [row for row in found if "accuracy" not in row]
+    found = [row for row in records(ratios(collect(rows))) if row["quantity"] == "epochs"]
+    whole = [row for row in found if math.isnan(row["accuracy"])]
     assert [row["num_train_images"] for row in whole] == [100, 3200]
     assert [row["factor"] for row in whole] == pytest.approx([2.5, 2.5])
-    [last] = [row for row in found if row.get("epoch") == 150 and row["num_train_images"] == 100]
+    [last] = [row for row in found if row["epoch"] == 150 and row["num_train_images"] == 100]
     assert last["factor"] == pytest.approx(2.5) and last["accuracy"] == pytest.approx(line(150) - 0.05)
 
 
@@ -228,15 +231,15 @@ def test_each_k_is_compared_with_its_own():
             num_unfrozen_blocks=k,
         )
     ]
-    found = [row for row in ratios(collect(rows)) if "accuracy" not in row]
+    found = [row for row in records(ratios(collect(rows))) if math.isnan(row["accuracy"])]
     assert {row["num_unfrozen_blocks"]: row["factor"] for row in found} == pytest.approx(by_k)
 
 
-def test_a_table_of_factors_is_of_its_target_quantity_and_n():
+def test_a_table_of_factors_is_of_its_target_quantity_and_n(tmp_path):
     """Epochs are those of the largest n up to 100, where a lead of 0.08 log f is a factor f^(0.08 / 0.05)."""
 
     def accuracy(factor, n, epoch):
-        return line(n, factor) + (0.05 if n == 100 else 0.1) * np.log(epoch / 8)
+        return line(n, factor) - 0.2 + (0.05 if n == 100 else 0.1) * np.log(epoch / 8)
 
     rows = [
         row
@@ -252,16 +255,29 @@ def test_a_table_of_factors_is_of_its_target_quantity_and_n():
             target=target,
         )
     ]
-    results = collect(rows)
-    material = SimpleNamespace(results=results, ratios=ratios(results))
-    for target, quantity, factor in (
-        ("digits", "images", 3),
-        ("letters", "images", 2),
-        ("digits", "epochs", 3**1.6),
-        ("letters", "epochs", 2**1.6),
+    shown = read_page(write_report(rows, tmp_path)).rows
+    tables = [shown[i + 1] for i, row in enumerate(shown) if row[0] == "Trained layers"]
+    found = [cell for name, cell in tables if "×" in cell]
+    factors = [f"{factor:.2f}×" for base in (3, 2) for factor in (base, base**1.6)]
+    assert [cell.split(" ")[0] for cell in found] == factors
+    overview = [row for row in shown if row[0].endswith((", images", ", epochs"))]
+    assert [row[1].split(" ")[0] for row in overview] == factors and overview[1][0] == "digits, epochs"
+
+
+def test_factors_as_they_are_written():
+    row = {"factor": 3.0, "bound": "", "ci95_low": 1.25, "ci95_high": 9.99}
+    for changes, shown in (
+        ({}, Entry(strong="3.00×", small="(1.25 … 9.99)")),
+        ({"ci95_low": 1.0}, Entry("3.00×", small="(1.00 … 9.99)")),
+        ({"factor": 0.5, "ci95_low": 0.25, "ci95_high": 1.0}, Entry("0.50×", small="(0.25 … 1.00)")),
+        ({"factor": 0.5, "ci95_low": 0.25, "ci95_high": 0.75}, Entry("", "0.50×", "(0.25 … 0.75)")),
+        ({"ci95_low": 0.5, "ci95_high": np.inf}, Entry("3.00×", small="(0.50 … ∞)")),
+        ({"factor": 9.995, "ci95_low": np.nan}, Entry("10×", small="(1 seed)")),
+        ({"factor": 16.0, "bound": "at least"}, Entry("≥ 16×")),
+        ({"factor": 0.1, "bound": "not reached"}, Entry("not reached")),
+        ({"factor": np.nan}, Entry("–")),
     ):
-        [(_, cell)] = needed_rows(material, target, quantity).values()
-        assert f"{factor:.2f}×" in cell
+        assert factor_entry(SimpleNamespace(**row | changes)) == shown
 
 
 def test_they_stand_in_a_file_and_in_the_report(tmp_path):
@@ -272,8 +288,7 @@ def test_they_stand_in_a_file_and_in_the_report(tmp_path):
         }
     )
     text = write_report(rows, tmp_path).read_text()
-    with open(tmp_path / "ratios.csv", newline="") as stream:
-        written = list(csv.DictReader(stream))
+    written = read_csv(tmp_path / "ratios.csv")
     [whole] = [row for row in written if not row["accuracy"] and row["source"] == "rob"]
     assert float(whole["factor"]) == pytest.approx(3) and whole["bound"] == ""
     assert len([row for row in written if row["accuracy"]]) == 2 * len(SIZES)

@@ -1,22 +1,35 @@
-"""The page of one fine-tuned network: what it was made from, how well it reads, and where it errs."""
+"""The page of one fine-tuned network: what it was made from, how accurate it is, and where it errs."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from advtransfer.report import figures, markup
-from advtransfer.report.markup import image, numbers_link, scrolling, table, th
-from advtransfer.report.outcome import Outcome, class_records, confused_pairs, mistake_records, wilson
-from advtransfer.report.rows import csv_lines, csv_text, write_files
+from advtransfer.report import figures
+from advtransfer.report.files import csv_lines, csv_text
+from advtransfer.report.intervals import wilson
+from advtransfer.report.outcome import Outcome, class_table, confused_pairs, mistake_table
+from advtransfer.report.render import write_page
+from advtransfer.report.sections import (
+    Axis,
+    Entry,
+    Matrix,
+    Page,
+    Panel,
+    PictureRow,
+    Pictures,
+    Plot,
+    Section,
+    Series,
+    Table,
+    Text,
+)
 
 MAX_CLASSES = 30  # in a confusion matrix that one can read
 MAX_MISTAKES = 16
@@ -24,24 +37,20 @@ MAX_LISTED = 20  # confused pairs, and classes where there are too many to show
 
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 _FILES = ("epochs.csv", "choice.csv", "confusion.csv", "classes.csv", "mistakes.csv", "report.html")
-_TRAIN = figures.Style("training images", "#4d4d4d", "o", (0, (4, 2)), True)
-_TEST = figures.Style("test images", "#0072B2", "s", "-", False)
 
 
 class ModelPage(NamedTuple):
     """What the page of a network is made of; anything but `title` and `history` may be missing.
 
     Attributes:
-      title: of the page.
+      title, facts, command, versions, config: as in `Page`.
       history: by column, of equal length: "epoch" (counted from 1), "train_accuracy" (in [0, 1]) and
         whatever else was measured; "test_accuracy" is drawn.
-      facts: (name, value) in words, of the source, the target and the training.
       outcome: on the test images.
       pictures: of the first of `outcome.mistakes`, [M, H, W, 3] in [0, 1]; the first 16 are shown.
       choice: how the number of trained blocks was chosen, in a sentence; its table in `choice_rows`, one
         record per candidate, with "num_unfrozen_blocks", "chosen" and, if measured, "mean_accuracy" and
         "standard_error".
-      command, versions, config: as in `Evidence`.
     """
 
     title: str
@@ -64,234 +73,140 @@ def write_model_page(page: ModelPage, folder: str | os.PathLike[str]) -> Path:
     left, and that this one has nothing for, is deleted. The same page gives the same bytes.
     """
     folder = Path(folder) if isinstance(folder, str) else folder
-    columns = list(page.history)
-    records = [dict(zip(columns, row, strict=True)) for row in zip(*page.history.values(), strict=True)]
-    files = {"epochs.csv": csv_text(records, columns)}
+    outcome, columns = page.outcome, list(page.history)
+    files = {"epochs.csv": csv_lines([columns, *zip(*page.history.values(), strict=True)])}
+    is_rule = page.choice_rows and "mean_accuracy" not in page.choice_rows[0]
     if page.choice_rows:
         files["choice.csv"] = csv_text(page.choice_rows, list(page.choice_rows[0]))
-    if page.outcome is not None:
-        classes, mistakes = class_records(page.outcome), mistake_records(page.outcome)
-        files["confusion.csv"] = _confusion_csv(page.outcome)
-        files["classes.csv"] = csv_text(classes, list(classes[0]))
-        files["mistakes.csv"] = csv_text(mistakes, ("index", "label", "predicted", "probability"))
-    body = [_opening(page), _epochs(page), _choice(page)]
-    if page.outcome is not None:
-        body += [_confusion(page.outcome), _classes(page.outcome), _mistakes(page)]
-    body.append(reproduction(page))
-    files["report.html"] = markup.page(page.title, body)
-    for name in _FILES:
-        if name not in files:
-            (folder / name).unlink(missing_ok=True)
-    return write_files(folder, files)
-
-
-def _opening(page: ModelPage) -> str:
-    facts = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in page.facts
-    )
-    if page.outcome is None:
-        said = "No test images were given: how well this network reads new images is not known."
-        note = ""
-    else:
-        correct, total = int(np.trace(page.outcome.confusion)), len(page.outcome.labels)
-        low, high = wilson(correct, total)
-        said = (
-            f"{_percent(correct / total)}&nbsp;% of {_count(total, 'test image')} "
-            f"{'is' if total == 1 else 'are'} classified correctly "
-            f"(95&nbsp;% interval {_percent(low)}&nbsp;…&nbsp;{_percent(high)}&nbsp;%)."
-        )
+    sections = [_epochs(page), _choice(page)]
+    headline, note = "No test images were given: the accuracy on new images is not known.", ""
+    if outcome is not None:
+        names = outcome.class_names  # which may be anything, so columns are known by their place
+        counts = [(name, *row) for name, row in zip(names, outcome.confusion.tolist(), strict=True)]
+        files["confusion.csv"] = csv_lines([("label", *names), *counts])
+        files["classes.csv"] = csv_text(class_table(outcome))
+        files["mistakes.csv"] = csv_text(mistake_table(outcome))
+        sections += [_confusion(outcome), _classes(outcome), _mistakes(page)]
+        correct, total = int(np.trace(outcome.confusion)), len(outcome.labels)
+        share, low, high = map(_percent, (correct / total, *wilson(correct, total)))
+        images = "1 test image is" if total == 1 else f"{total:,} test images are"
+        headline = f"{share} % of {images} classified correctly (95 % interval {low} … {high} %)."
         note = (
-            "<p class=caveat>The interval (Wilson’s) is that of the choice of test images. It says nothing "
-            "of other training images or another seed: one network was trained.</p>"
+            "The interval (Wilson’s) is over test images alone: one network was trained, and another seed or "
+            "other training images would change the result too."
         )
-    return f"<h1>{escape(page.title)}</h1>\n<div class=headline><p>{said}</p></div>{note}" + (
-        f"<dl class=facts>{facts}</dl>" if facts else ""
+    for name in {*_FILES} - {*files, "report.html"}:
+        (folder / name).unlink(missing_ok=True)
+    made = Page(
+        page.title,
+        sections=[section for section in sections if section.parts],
+        headline=[headline],
+        note=note,
+        facts=page.facts,
+        command=page.command,
+        versions=page.versions,
+        config=page.config,
+        files={"choice.csv": "the rule for the number of trained blocks"} if is_rule else {},
     )
+    return write_page(made, folder, files)
 
 
-def _epochs(page: ModelPage) -> str:
+def _epochs(page: ModelPage) -> Section:
     """Accuracy on the training and the test images, epoch by epoch."""
     epochs = page.history["epoch"]
-    lines = [
-        figures.Series(style, *zip(*points, strict=True), [math.nan] * len(points))
-        for style, column in ((_TRAIN, "train_accuracy"), (_TEST, "test_accuracy"))
-        if (points := _finite(epochs, page.history.get(column, ())))
-    ]
-    told = "; ".join(
+    lines = []
+    for style, column in ((figures.TRAINING, "train_accuracy"), (figures.TEST, "test_accuracy")):
+        known = [
+            (int(x), float(y))
+            for x, y in zip(epochs, page.history.get(column, ()), strict=False)
+            if math.isfinite(y)
+        ]
+        if known:
+            lines.append(Series(style, *zip(*known, strict=True), [math.nan] * len(known)))
+    last = "; ".join(
         f"{line.style.label}: {_percent(line.mean[-1])} % after epoch {line.x[-1]}" for line in lines
     )
-    head = "<h2>Accuracy by epoch</h2>\n"
+    title = "Accuracy by epoch"
     if len(epochs) < 2:
-        return (
-            f"{head}<p>Accuracy on {escape(told)}. No figure: the accuracy was measured once; "
-            "<code>evaluate_epochs</code> asks for more.</p>"
-        )
-    low, high = figures.value_range([lines])
-    svg = figures.line_panel(
+        text = f"Accuracy on {last}. It was measured once; evaluate_epochs asks for more."
+        return Section(title, parts=[Text(text)])
+    low, high = figures.value_range(lines)
+    panel = Panel(
+        "Training and test images" if len(lines) == 2 else lines[0].style.label.capitalize(),
+        "Accuracy, %",
+        Axis("epoch (logarithmic)", log=True),
         lines,
-        figures.Axis("epoch (logarithmic)", log=True),
-        title="Training and test images" if len(lines) == 2 else lines[0].style.label.capitalize(),
-        ylabel="Accuracy, %",
-        yrange=(max(low, -0.02), min(high, 1.02)),
+        (max(low, -0.02), min(high, 1.02)),
     )
-    caption = f"Accuracy in evaluation mode after the epochs that were measured; {told}."
-    return (
-        f"{head}<figure class=plot><div class=panels>{image(svg, 'svg+xml', told)}</div>"
-        f"<figcaption>{escape(caption)} {numbers_link('../epochs')}</figcaption></figure>"
-    )
+    caption = f"Accuracy in evaluation mode, {last}."
+    return Section(title, parts=[Plot(caption, [panel], "epochs.csv")])
 
 
-def _finite(epochs: Sequence[float], values: Sequence[float]) -> list[tuple[int, float]]:
-    return [(int(e), float(v)) for e, v in zip(epochs, values, strict=False) if math.isfinite(v)]
-
-
-def _choice(page: ModelPage) -> str:
-    if not page.choice:
-        return ""
-    head = f"<h2>The number of trained blocks</h2>\n<p>{escape(page.choice)}</p>"
-    if not any("mean_accuracy" in row for row in page.choice_rows):
-        return f"{head}\n<p class=caveat>{numbers_link('../choice', 'The rule')}</p>"
+def _choice(page: ModelPage) -> Section:
     rows = []
     for row in page.choice_rows:
-        k, mean = row["num_unfrozen_blocks"], row["mean_accuracy"]
-        name = {0: "head alone", -1: "everything"}.get(k, f"{k}")
-        known = "diverged" if math.isnan(mean) else f"{_percent(mean)} ± {_percent(row['standard_error'])}"
-        texts = [f"<td>{known}</td>", f"<td>{'chosen' if row['chosen'] else ''}</td>"]
-        rows.append([th(f"<b>{name}</b>" if row["chosen"] else name, "row"), *texts])
-    caption = "Accuracy on training images held out, in %: mean over the folds ± its standard error."
-    heads = ["Trained blocks", "Held out, %", ""]
-    return f"{head}\n{table(heads, [rows], caption, numbers='../choice')}"
+        if "mean_accuracy" in row:
+            k, mean, chosen = row["num_unfrozen_blocks"], row["mean_accuracy"], row["chosen"]
+            name = {0: "head alone", -1: "everything"}.get(k, f"{k}")
+            held_out = f"{_percent(mean)} ± {_percent(row['standard_error'])}"
+            cells = ["diverged" if math.isnan(mean) else held_out, "chosen" if chosen else ""]
+            rows.append([Entry(strong=name) if chosen else name, *cells])
+    parts: list[Any] = [Text(page.choice)] if page.choice else []
+    if rows:
+        caption = "Accuracy on training images held out, in %: mean over the folds ± its standard error."
+        parts.append(Table(caption, ["Trained blocks", "Held out, %", ""], rows, "choice.csv"))
+    return Section("The number of trained blocks", parts=parts)
 
 
-def _confusion(outcome: Outcome) -> str:
-    names = outcome.class_names
-    head = "<h2>What is taken for what</h2>\n"
+def _confusion(outcome: Outcome) -> Section:
+    title, names = "Which classes are confused", outcome.class_names
     if len(names) > MAX_CLASSES:
-        pairs = confused_pairs(outcome, MAX_LISTED)
-        rows = [
-            [th(escape(a), "row"), f"<td>{escape(b)}</td>", f"<td>{n:,}</td>", f"<td>{_percent(share)}</td>"]
-            for a, b, n, share in pairs
-        ]
+        pairs = confused_pairs(outcome, MAX_LISTED).itertuples(index=False)
+        rows = [(a, b, f"{number:,}", _percent(share)) for a, b, number, share in pairs]
         caption = f"The pairs that are confused most often, of {len(names):,} classes."
-        heads = ["Label", "Read as", "Images", "% of the label’s"]
-        return head + table(heads, [rows], caption, numbers="../confusion", classes="words")
-    cell = "padding:.3rem .4rem;text-align:center;min-width:2.25rem"
-    columns = "".join(f'<th scope=col style="{cell}">{escape(name)}</th>' for name in names)
-    shares = outcome.confusion / np.maximum(outcome.confusion.sum(axis=1, keepdims=True), 1)
-    rows = []
-    for i, name in enumerate(names):
-        cells = [
-            f'<td style="{cell};background:{_colour(shares[i, j], i == j)}">{n or "<small>·</small>"}</td>'
-            for j, n in enumerate(outcome.confusion[i].tolist())
-        ]
-        first = f'<th scope=row style="position:sticky;left:0;background:#fff">{escape(name)}</th>'
-        rows.append(f"<tr>{first}{''.join(cells)}</tr>")
-    content = (
-        f"<table><thead><tr>{th('Label&nbsp;↓ read&nbsp;as&nbsp;→', 'col')}{columns}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table>"
-    )
+        heads = ["Label", "Prediction", "Images", "% of the label’s"]
+        return Section(title, parts=[Table(caption, heads, rows, "confusion.csv", words=True)])
     caption = (
-        "Confusion matrix: test images by label (row) and by what the network reads (column). The deeper the "
-        "colour, the larger the share of the label’s images: blue correct, orange wrong."
+        "Confusion matrix: test images by label (row) and prediction (column), coloured by the share of the "
+        "label’s images: blue correct, orange wrong."
     )
-    return head + scrolling(content, caption, numbers="../confusion")
+    matrix = Matrix(caption, [("", outcome.confusion)], names, "confusion.csv", confusion=True)
+    return Section(title, parts=[matrix])
 
 
-def _colour(share: float, right: bool) -> str:
-    """Dark text stays readable on the deepest of them."""
-    if not share:
-        return "none"
-    red, green, blue = (0, 114, 178) if right else (213, 94, 0)
-    return f"rgba({red},{green},{blue},{0.08 + 0.47 * share:.3f})"
-
-
-def _classes(outcome: Outcome) -> str:
-    records = [record for record in class_records(outcome) if record["num_images"]]
-    shown, caption = records, "Accuracy on the test images of each class, in %, with Wilson’s 95 % interval."
+def _classes(outcome: Outcome) -> Section:
+    table = class_table(outcome).query("num_images > 0")
+    caption = "Accuracy on the test images of each class, in %, with Wilson’s 95 % interval."
     if len(outcome.class_names) > MAX_CLASSES:
         # By the upper end, or classes of one image would be all there is to see.
-        shown = sorted(records, key=lambda record: (record["high95"], record["accuracy"]))[:MAX_LISTED]
-        caption = f"The {len(shown)} classes that are read worst, by the upper end of the interval. {caption}"
-    rows = [
-        [
-            th(escape(record["class"]), "row"),
-            f"<td>{record['num_images']:,}</td>",
-            f"<td>{_percent(record['accuracy'])}</td>",
-            f"<td>{_percent(record['low95'])} … {_percent(record['high95'])}</td>",
-            f"<td>{bar(record)}</td>",
-        ]
-        for record in shown
-    ]
+        table = table.sort_values(["high95", "accuracy"], kind="stable")[:MAX_LISTED]
+        caption = f"The {len(table)} least accurate classes, by the upper end of the interval. {caption}"
+    rows = []
+    for name, number, _, *bar in table.itertuples(index=False):
+        share, low, high = map(_percent, bar)
+        rows.append([name, f"{number:,}", share, Entry(f"{low} … {high}", bar=bar)])
     mean = _percent(float(np.nanmean(outcome.class_accuracy)))
-    said = f"<p>The mean over the classes is {mean}&nbsp;%.</p>\n"
-    heads = ["Class", "Images", "Accuracy, %", "95 % interval", ""]
-    return f"<h2>Class by class</h2>\n{said}{table(heads, [rows], caption, numbers='../classes')}"
+    heads = ["Class", "Images", "Accuracy, %", "95 % interval"]
+    parts = [Text(f"The mean over the classes is {mean} %."), Table(caption, heads, rows, "classes.csv")]
+    return Section("Class by class", parts=parts)
 
 
-def bar(record: Mapping[str, Any]) -> str:
-    """The share as a bar, its interval as a line across the bar's end."""
-    width, low, high = (100 * record[name] for name in ("accuracy", "low95", "high95"))
-    return (
-        '<svg width="144" height="12" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
-        f'<rect width="100" height="12" fill="{figures.RULE}"/>'
-        f'<rect width="{width:.2f}" height="12" fill="#0072b2" fill-opacity=".55"/>'
-        f'<line x1="{low:.2f}" x2="{high:.2f}" y1="6" y2="6" stroke="{figures.INK}" stroke-width="1.5"/>'
-        "</svg>"
-    )
-
-
-def _mistakes(page: ModelPage) -> str:
-    outcome = page.outcome
-    head = "<h2>The most confident mistakes</h2>\n"
-    if not len(outcome.mistakes):
-        return f"{head}<p>There are none: every test image is classified correctly.</p>"
-    records = mistake_records(outcome)
-    items = []
-    for record, pixels in zip(records[:MAX_MISTAKES], page.pictures, strict=False):
-        label, predicted = record["label"], record["predicted"]
-        certain = f"{_percent(record['probability'])}\N{NO-BREAK SPACE}%"
-        # A long label would push the prediction out of the lines that are shown.
-        between = "</span><span class=label>" if len(label + predicted) > 12 else ""
-        alt = f"Test image {record['index']}: {label}, read as {predicted} ({certain})"
-        items.append(
-            f"<li>{image(figures.png(pixels), 'png', alt, 'picture')}<span class=label>"
-            f"{escape(label)} → {between}<b>{escape(predicted)}</b></span>"
-            f"<span class=label>{certain}</span></li>"
-        )
+def _mistakes(page: ModelPage) -> Section:
+    title, wrong = "The most confident mistakes", mistake_table(page.outcome)
+    if wrong.empty:
+        return Section(title, parts=[Text("There are none: every test image is classified correctly.")])
+    images = np.asarray(page.pictures)[: min(MAX_MISTAKES, len(wrong))]
+    labels, alts = [], []
+    for i, label, predicted, probability in wrong[: len(images)].itertuples(index=False):
+        certain = f"{_percent(probability)} %"
+        labels.append(Entry(f"{label} → ", predicted, certain))
+        alts.append(f"Test image {i}: {label}, classified as {predicted} ({certain})")
     caption = (
-        f"{_count(len(records), 'test image')} of {len(outcome.labels):,} are read wrongly. "
-        f"Shown: {len(items)}, the surest first. Label → what the network reads, and the probability that it "
-        "gives."
+        f"Wrong predictions: {len(wrong):,} of {len(page.outcome.labels):,}. Shown: {len(labels)}, "
+        "the most confident first: label → prediction, and its probability."
     )
-    return (
-        f"{head}<figure class=plot><ul class=strip>{''.join(items)}</ul>"
-        f"<figcaption>{escape(caption)} {numbers_link('../mistakes', 'All of them')}</figcaption></figure>"
-    )
-
-
-def reproduction(page: ModelPage) -> str:
-    parts = ["<h2>Reproduce</h2>"]
-    if page.command:
-        words = (f"<span>{escape(word)}</span>" for word in page.command.split(" "))
-        parts.append(f"<pre class=command><code>{' '.join(words)}</code></pre>")
-    if page.versions:
-        listed = ", ".join(f"{name} {version}" for name, version in sorted(page.versions.items()))
-        parts.append(f"<p>Made with {escape(listed)}.</p>")
-    if page.config:
-        text = json.dumps(dict(page.config), indent=2, sort_keys=True, default=str)
-        parts.append(f"<details><summary>The recipe</summary><pre>{escape(text)}</pre></details>")
-    return "\n".join(parts) if len(parts) > 1 else ""
-
-
-def _confusion_csv(outcome: Outcome) -> str:
-    """A class may be called anything, so the columns are told by their place."""
-    names = zip(outcome.class_names, outcome.confusion.tolist(), strict=True)
-    return csv_lines([["label", *outcome.class_names], *([name, *counts] for name, counts in names)])
+    return Section(title, parts=[Pictures(caption, [[PictureRow("", images, labels, alts)]], "mistakes.csv")])
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,14 +1,16 @@
-"""What one network makes of labelled test images: counts, shares with intervals, and its worst mistakes."""
+"""A network's predictions on labelled test images: counts, accuracy by class, and its worst mistakes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-_Z = 1.959963984540054  # 95 % of a normal distribution lie within so many standard deviations
+from advtransfer.report.intervals import wilson
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 class Outcome(NamedTuple):
@@ -20,7 +22,7 @@ class Outcome(NamedTuple):
     probabilities: np.ndarray  # float64 [N], that the network gives its prediction
     confusion: np.ndarray  # int64 [C, C], images by label (row) and prediction (column)
     class_accuracy: np.ndarray  # float64 [C]; NaN for a class without an image
-    mistakes: np.ndarray  # int64 [M], the images that are read wrongly, the most confident mistake first
+    mistakes: np.ndarray  # int64 [M], images classified wrongly, the most confident mistake first
 
     @property
     def accuracy(self) -> float:
@@ -52,60 +54,32 @@ def make_outcome(labels: np.ndarray, logits: np.ndarray, class_names: Sequence[s
     )
 
 
-def wilson(num_correct: int, num_images: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, JASA 22, 1927); NaN of no images.
+def class_table(outcome: Outcome) -> DataFrame:
+    """A row per class: its test images, the correct ones, their share and its 95 % interval."""
+    import pandas as pd
 
-    Unlike ± 1.96 standard errors it stays within [0, 1], and is no point where all or none are right.
-    """
-    if not num_images:
-        return math.nan, math.nan
-    share, unit = num_correct / num_images, _Z**2 / num_images
-    middle = share + unit / 2
-    half = math.sqrt(unit * share * (1 - share) + unit**2 / 4)
-    low, high = ((middle + side * half) / (1 + unit) for side in (-1, 1))
-    # Exactly 0 and 1 at the ends, whatever the rounding.
-    return (0.0 if num_correct == 0 else low), (1.0 if num_correct == num_images else high)
+    totals, correct = outcome.confusion.sum(axis=1), np.diagonal(outcome.confusion)
+    low, high = wilson(correct, totals)
+    columns = {"num_images": totals, "num_correct": correct, "accuracy": outcome.class_accuracy}
+    return pd.DataFrame({"class": outcome.class_names, **columns, "low95": low, "high95": high})
 
 
-def class_records(outcome: Outcome) -> list[dict[str, Any]]:
-    """One record per class: its test images, the correct ones, their share and its 95 % interval."""
-    records = []
-    for c, name in enumerate(outcome.class_names):
-        correct, total = int(outcome.confusion[c, c]), int(outcome.confusion[c].sum())
-        low, high = wilson(correct, total)
-        records.append(
-            {
-                "class": name,
-                "num_images": total,
-                "num_correct": correct,
-                "accuracy": float(outcome.class_accuracy[c]),
-                "low95": low,
-                "high95": high,
-            }
-        )
-    return records
+def mistake_table(outcome: Outcome) -> DataFrame:
+    """A row per wrong prediction, the most confident first; `index` counts the test images from 0."""
+    import pandas as pd
+
+    names, wrong = np.array(outcome.class_names, object), outcome.mistakes
+    classes = {"label": names[outcome.labels[wrong]], "predicted": names[outcome.predictions[wrong]]}
+    return pd.DataFrame({"index": wrong, **classes, "probability": outcome.probabilities[wrong]})
 
 
-def mistake_records(outcome: Outcome) -> list[dict[str, Any]]:
-    """One record per wrong prediction, the most confident first; `index` counts the test images from 0."""
-    return [
-        {
-            "index": int(i),
-            "label": outcome.class_names[outcome.labels[i]],
-            "predicted": outcome.class_names[outcome.predictions[i]],
-            "probability": float(outcome.probabilities[i]),
-        }
-        for i in outcome.mistakes
-    ]
+def confused_pairs(outcome: Outcome, number: int) -> DataFrame:
+    """Label, prediction, images, and their share of the label's, of the wrong cells with the most images."""
+    import pandas as pd
 
-
-def confused_pairs(outcome: Outcome, number: int) -> list[tuple[str, str, int, float]]:
-    """(label, prediction, images, their share of the label's) of the wrong cells with the most images."""
-    wrong = outcome.confusion * ~np.eye(len(outcome.class_names), dtype=bool)
-    order = np.argsort(-wrong, axis=None, kind="stable")[:number]
-    totals = outcome.confusion.sum(axis=1)
-    return [
-        (outcome.class_names[i], outcome.class_names[j], int(wrong[i, j]), float(wrong[i, j] / totals[i]))
-        for i, j in zip(*np.unravel_index(order, wrong.shape), strict=True)
-        if wrong[i, j]
-    ]
+    names, wrong = np.array(outcome.class_names, object), outcome.confusion.copy()
+    np.fill_diagonal(wrong, 0)
+    i, j = np.unravel_index(np.argsort(-wrong, axis=None, kind="stable")[:number], wrong.shape)
+    counts, totals = wrong[i, j], np.maximum(outcome.confusion.sum(axis=1), 1)
+    columns = {"label": names[i], "predicted": names[j], "num_images": counts, "share": counts / totals[i]}
+    return pd.DataFrame(columns)[counts > 0]

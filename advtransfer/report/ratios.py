@@ -18,34 +18,25 @@ like, so a point with a single seed adds nothing to the interval.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from scipy.special import ndtr, stdtrit
 
-from advtransfer.report.summary import Cell, Results
+from advtransfer.report.statistics import Results, SeedTable, seed_tables
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 RATIO_COLUMNS = (
-    "quantity",  # images or epochs
-    "source",
-    "target",
-    "num_unfrozen_blocks",
-    "num_train_images",  # images: where the natural source has this accuracy; epochs: of the fine-tuning
-    "epoch",  # epochs: where the natural source has this accuracy
-    "accuracy",  # of the natural source there; empty (as is where it stands): over the whole curve
-    "factor",  # how many times fewer the robust source needs
-    "ci95_low",
-    "ci95_high",
-    "num_seeds",
-    "bound",  # empty, "at least" or "not reached"
+    *("quantity", "source", "target", "num_unfrozen_blocks", "num_train_images", "epoch", "accuracy"),
+    *("factor", "ci95_low", "ci95_high", "num_seeds", "bound"),
 )
 NUM_RESAMPLES = 2000
 _FEW_SEEDS = 6  # 5 seeds have 126 different resamples
 _MOST_POINTS = 24  # of a curve; of more, so many are taken, evenly spread
-
-Curve = Mapping[int | str, Mapping[int, float]]  # seed -> n or epoch -> accuracy
 
 
 class Factor(NamedTuple):
@@ -67,62 +58,56 @@ class Comparison(NamedTuple):
     num_seeds: int  # of the source that has fewer
 
 
-def ratios(results: Results) -> list[dict[str, Any]]:
-    """One dict of `RATIO_COLUMNS` per robust source, target, k and point of the natural source's curve,
-    and one for the curve as a whole; targets without a single natural source have none."""
+def ratios(results: Results) -> DataFrame:
+    """The table of `RATIO_COLUMNS`: per robust source, target and k a row for every point of the natural
+    source's curve, and one for the curve as a whole; targets without a single natural source have none.
+
+    `quantity` is images or epochs; `num_train_images` or `epoch` the point, where the natural source has
+    `accuracy` (these are empty for the curve as a whole, but for the n of epochs); `factor` how many times
+    fewer the robust source needs; `bound` empty, "at least" or "not reached".
+    """
+    import pandas as pd
+
     found = []
+    place = ("target", "num_unfrozen_blocks", "source")
+    by_images = seed_tables(results.last, place, "num_train_images")
+    by_epochs = seed_tables(results.trials, (*place, "num_train_images"), "epoch")
     for target in results.targets:
         natural = results.natural(target)
-        for blocks in results.blocks(target) if len(natural) == 1 else ():
-            by_size = {name: _curves(results, name, target, blocks) for name in results.by_name(target)}
-            for name in results.robust(target):
-                mine, base = by_size[name], by_size[natural[0]]
-                place = {"source": name, "target": target, "num_unfrozen_blocks": blocks}
-                images = compare(_finals(base), _finals(mine))
-                found += _records(images, place | {"quantity": "images"}, "num_train_images")
-                for size in sorted(base.keys() & mine.keys()):
-                    here = place | {"quantity": "epochs", "num_train_images": size}
-                    found += _records(compare(base[size], mine[size]), here, "epoch")
-    return found
+        for blocks, name in itertools.product(results.blocks(target), results.robust(target)):
+            base, mine = ((target, blocks, source) for source in (natural[0] if natural else "", name))
+            if len(natural) != 1 or base not in by_images or mine not in by_images:
+                continue
+            fixed = {"source": name, "target": target, "num_unfrozen_blocks": blocks}
+            images = compare(by_images[base], by_images[mine])
+            found += _records(images, fixed | {"quantity": "images"}, "num_train_images")
+            for size in results.sizes(target):
+                if (*base, size) in by_epochs and (*mine, size) in by_epochs:
+                    epochs = compare(by_epochs[*base, size], by_epochs[*mine, size])
+                    here = fixed | {"quantity": "epochs", "num_train_images": size}
+                    found += _records(epochs, here, "epoch")
+    return pd.DataFrame(found, columns=RATIO_COLUMNS, dtype=object)
 
 
-def compare(natural: Curve, robust: Curve) -> Comparison | None:
+def compare(natural: SeedTable, robust: SeedTable) -> Comparison | None:
     """By what factor `robust` needs fewer to reach the accuracies of `natural`; None if there is no curve."""
-    seeds = sorted(natural.keys() | robust.keys(), key=str)
-    (x, ours), (z, theirs) = (_table(curve, seeds) for curve in (natural, robust))
+    seeds = np.union1d(natural.seeds, robust.seeds)
+    (x, ours), (z, theirs) = (_points(curve, seeds) for curve in (natural, robust))
     if len(x) < 2 or len(z) < 2:
         return None
     there = np.isfinite(np.hstack([ours, theirs]))
     weights = _resamples(tuple(np.unique(there, axis=0, return_inverse=True)[1].ravel().tolist()))
     base, mine = _rising(ours, weights), _rising(theirs, weights)
     log_x, log_z = np.log(x), np.log(z)
-    num_seeds = min(len(natural), len(robust))
-    factors = []
-    for i in range(len(x)):
-        level = base[:, i]
-        shift = _first_reach(log_x, base, level) - _first_reach(log_z, mine, level)
-        factors.append(_factor(shift, num_seeds, least=log_x[i] - log_z[0], most=log_x[i] - log_z[-1]))
-    whole = _factor(
-        _mean_shift(log_x, base, log_z, mine),
-        num_seeds,
-        least=log_x[-1] - log_z[0],
-        most=log_x[0] - log_z[-1],
-    )
+    num_seeds = min(len(natural.seeds), len(robust.seeds))
+    shifts = _first_reach(log_x, base, base) - _first_reach(log_z, mine, base)
+    factors = [
+        _factor(shift, num_seeds, least=at - log_z[0], most=at - log_z[-1])
+        for shift, at in zip(shifts.T, log_x, strict=True)
+    ]
+    shift = _mean_shift(log_x, base, log_z, mine)
+    whole = _factor(shift, num_seeds, least=log_x[-1] - log_z[0], most=log_x[0] - log_z[-1])
     return Comparison(x, base[0], factors, whole, num_seeds)
-
-
-def _curves(results: Results, source: str, target: str, blocks: int) -> dict[int, Curve]:
-    cells = {size: Cell(source, target, size, blocks) for size in results.sizes(target)}
-    return {size: results.accuracies[cell] for size, cell in cells.items() if cell in results.accuracies}
-
-
-def _finals(by_size: Mapping[int, Curve]) -> Curve:
-    """Each seed's accuracy at its last epoch, against n."""
-    finals: dict[int | str, dict[int, float]] = {}
-    for size, seeds in by_size.items():
-        for seed, epochs in seeds.items():
-            finals.setdefault(seed, {})[size] = epochs[max(epochs)]
-    return finals
 
 
 def _records(compared: Comparison | None, place: dict[str, Any], axis: str) -> list[dict[str, Any]]:
@@ -140,14 +125,14 @@ def _records(compared: Comparison | None, place: dict[str, Any], axis: str) -> l
     ]
 
 
-def _table(curve: Curve, seeds: list[int | str]) -> tuple[np.ndarray, np.ndarray]:
-    """The places (n or epochs, [m], positive) of a curve and its accuracies [seeds, m], NaN if missing."""
-    places = {x for values in curve.values() for x, y in values.items() if x > 0 and not math.isnan(y)}
-    x = sorted(places)
-    if len(x) > _MOST_POINTS:
-        x = [x[i] for i in np.unique(np.linspace(0, len(x) - 1, _MOST_POINTS).round().astype(int))]
-    table = [[curve.get(seed, {}).get(place, math.nan) for place in x] for seed in seeds]
-    return np.array(x, float), np.array(table, float).reshape(len(seeds), len(x))
+def _points(curve: SeedTable, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The positive places of a curve where anything was measured [m], and its accuracies [seeds, m]."""
+    table = np.full((len(seeds), len(curve.places)), np.nan)
+    table[np.searchsorted(seeds, curve.seeds)] = curve.values
+    known = np.flatnonzero((curve.places > 0) & np.isfinite(table).any(axis=0))
+    if len(known) > _MOST_POINTS:
+        known = known[np.unique(np.linspace(0, len(known) - 1, _MOST_POINTS).round().astype(int))]
+    return curve.places[known].astype(float), table[:, known]
 
 
 @functools.lru_cache(maxsize=64)
@@ -176,15 +161,14 @@ def _rising(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _first_reach(x: np.ndarray, y: np.ndarray, level: np.ndarray) -> np.ndarray:
-    """Where curves `y` [B, m] over `x` [m] first reach `level` [B]; -inf: before, inf: not at all."""
-    level = level[:, None]
-    rise = np.diff(y, axis=1)
-    steep = rise > 0
-    share = np.where(steep, (level - y[:, :-1]) / np.where(steep, rise, 1), level > y[:, :-1])
+    """Where curves `y` [B, m] over `x` [m] first reach `level` [B, L]; -inf: before, inf: not at all."""
+    rise = np.diff(y, axis=1)[:, None]
+    above = level[:, :, None] - y[:, None, :-1]
+    share = np.where(rise > 0, above / np.where(rise > 0, rise, 1), above > 0)
     at = x[0] + np.clip(share, 0, 1) @ np.diff(x)
     slack = 1e-12  # a curve reaches its own ends, rounding or not
-    at = np.where(level[:, 0] < y[:, 0] - slack, -np.inf, at)
-    return np.where(level[:, 0] > y[:, -1] + slack, np.inf, at)
+    at = np.where(level < y[:, :1] - slack, -np.inf, at)
+    return np.where(level > y[:, -1:] + slack, np.inf, at)
 
 
 def _mean_shift(x: np.ndarray, base: np.ndarray, z: np.ndarray, mine: np.ndarray) -> np.ndarray:

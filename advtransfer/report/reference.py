@@ -13,7 +13,7 @@ import functools
 import re
 from importlib import resources
 
-from advtransfer.report.summary import Source
+from advtransfer.report.sections import SourceInfo
 
 REFERENCES = ("none", "paper")
 NUM_UNFROZEN_BLOCKS = 3
@@ -39,7 +39,7 @@ def published() -> dict[tuple[str, str], dict[int, float]]:
     return table
 
 
-def column_of(source: Source) -> str | None:
+def column_of(source: SourceInfo) -> str | None:
     """The table's column for a source of this threat; ε within 1 %, as people round 4/255."""
     for (norm, eps), column in COLUMNS.items():
         if source.norm == norm and (norm == "none" or abs(source.eps - eps) <= 0.01 * eps):
@@ -54,6 +54,6 @@ def target_of(name: str) -> str | None:
     return found[0] if found and not _OTHER & set(parts) else None
 
 
-def published_line(source: Source, target: str) -> dict[int, float]:
+def published_line(source: SourceInfo, target: str) -> dict[int, float]:
     """Published accuracies by n; empty where the paper has no such source or target."""
     return published().get((target_of(target) or "", column_of(source) or ""), {})

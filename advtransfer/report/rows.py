@@ -1,7 +1,8 @@
-"""Result rows on disk: one dict per evaluated epoch of one trial, as JSON lines, CSV or Parquet.
+"""Result rows, one per evaluated epoch of one trial: CSV, JSON lines or Parquet of ours or of anybody.
 
-Files are reached through the path object that is given, with methods that `pathlib.Path` and
-`etils.epath.Path` share, so rows and reports may lie in a bucket.
+Each file becomes a table of raw cells and their places (file:line), which is cleaned column by column: types,
+spellings, decimal commas, percent. What cannot be used is left out and reported. Files are reached through
+methods that `pathlib.Path` and `etils.epath.Path` share, so rows may lie in a bucket.
 """
 
 from __future__ import annotations
@@ -9,84 +10,94 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import itertools
 import json
 import logging
 import math
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from advtransfer.foreign import inside, parse_json, read_bytes
-from advtransfer.report.cells import (
+import numpy as np
+
+from advtransfer.foreign import parse_json, read_bytes
+from advtransfer.report.columns import (
+    ACCURACIES,
     COLUMNS,
+    CONVERSIONS,
     COUNTS,
-    MAX_ROWS,
-    NUMBERS,
+    MEASURED,
     REQUIRED,
-    Problem,
-    Record,
-    Row,
-    clean_files,
-    column,
+    column_name,
+    is_marked,
+    is_whole,
 )
+from advtransfer.report.files import FORMULA, csv_text, null, write_atomically
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+MAX_ROWS = 2_000_000
+_ROUNDING = 1e-6
+_LARGEST = 1 + _ROUNDING
+_MOSTLY = 0.9  # of a file's rows with accuracies above 1: then all of it is in percent
+
+Record = tuple[str, Mapping[str, Any] | str]  # its place, and its cells or why there are none
 
 
-def read_rows(path: str | os.PathLike[str]) -> list[Row]:
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Reads a .jsonl, .csv or .parquet file of rows, or a folder of them.
 
     A folder is searched to the bottom for JSON lines; if it holds none, for CSV; then for
     Parquet. Files that are plainly something else (a training log, a summary) are passed over.
 
     Returns:
-      Rows with every column of `COLUMNS`: counts as int, measurements as float (NaN where the
-      cell was empty), the rest as str; a seed that is no number stays a str. Of a trial and epoch
-      that occurs twice the last is kept.
+      Rows with every column of `COLUMNS`: counts as int, measurements as float (NaN where the cell was
+      empty), the rest as str; a seed that is not a number stays a str. Other columns, as the first row of a
+      file has them, stay as they are. Of a trial and epoch that occurs twice the last is kept.
 
     Raises:
       ValueError: in one line, with the file (and the line): nothing to read, columns missing, a
         line that is not a row, a value of the wrong kind, accuracies outside [0, 1].
     """
-    rows, problems, repeats = _read(path)
+    table, problems, repeats = _read(path, "auto")
     if problems:
         raise ValueError(problems[0].first)
-    if repeats:
-        logging.getLogger(__name__).info("%s: %s", path, _repeated(repeats))
-    return rows
+    for sentence in repeats:
+        logging.getLogger(__name__).info("%s: %s", path, sentence)
+    return table.to_dict("records")
 
 
-def read_foreign_rows(path: str | os.PathLike[str], unit: str = "auto") -> tuple[list[Row], list[str]]:
-    """As `read_rows`, but what cannot be used is left out, and told: rows, and a sentence on each kind.
+def read_foreign_rows(
+    path: str | os.PathLike[str], unit: str = "auto"
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """As `read_rows`, but what cannot be used is left out: rows, and a sentence on each kind of problem.
 
     Args:
-      unit: of accuracies, "fraction" or "percent"; "auto": told from all that a file holds.
+      unit: of accuracies, "fraction" or "percent"; "auto": decided from all that a file holds.
 
     Raises:
       ValueError: in one line: nothing to read, columns missing, no row that can be used.
     """
-    rows, problems, repeats = _read(path, unit)
-    if not rows:
-        raise ValueError(problems[0].first)
-    told = [problem.sentence for problem in problems]
-    return rows, [*told, _repeated(repeats)] if repeats else told
+    table, sentences = read_table(path, unit)
+    return table.to_dict("records"), sentences
 
 
-def _read(path: str | os.PathLike[str], unit: str = "auto") -> tuple[list[Row], list[Problem], int]:
-    path = Path(path) if isinstance(path, str) else path
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder of rows")
-    read, problems = clean_files((_records(file) for file in _row_files(path)), unit)
-    if not read and not problems:
-        raise ValueError(f"{path}: holds no rows")
-    rows = drop_duplicates(read)
-    return rows, problems, len(read) - len(rows)
+def read_table(path: str | os.PathLike[str], unit: str = "auto") -> tuple[DataFrame, list[str]]:
+    """As `read_foreign_rows`, the rows as a table."""
+    return _usable(*_read(path, unit))
 
 
-def _repeated(number: int) -> str:
-    rows = "1 duplicate row" if number == 1 else f"{number:,} duplicate rows"
-    return f"{rows} dropped: same trial and epoch, the last of each kept."
+def clean(rows: DataFrame | Iterable[Mapping[str, Any]]) -> tuple[DataFrame, list[str]]:
+    """Rows that a caller made, as `read_table` gives them.
+
+    Raises:
+      ValueError: no row can be used.
+    """
+    records = rows.to_dict("records") if hasattr(rows, "to_dict") else rows
+    return _usable(*_clean([((f"rows[{i}]", row) for i, row in enumerate(records))], "auto"))
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
@@ -97,93 +108,46 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) 
     """
     path = Path(path) if isinstance(path, str) else path
     if path.suffix == ".csv":
-        extra = {name: None for row in rows for name in row if name not in COLUMNS}
-        text = csv_text(rows, (*COLUMNS, *extra))
+        others = dict.fromkeys(name for row in rows for name in row if name not in COLUMNS)
+        text = csv_text(rows, (*COLUMNS, *others))
     elif path.suffix == ".jsonl":
-        text = "".join(f"{json.dumps({k: _null(v) for k, v in row.items()})}\n" for row in rows)
+        text = "".join(f"{json.dumps({k: null(v) for k, v in row.items()})}\n" for row in rows)
     else:
         raise ValueError(f"{path}: rows are written as .csv or .jsonl")
     write_atomically(path, text)
     return path
 
 
-def csv_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    """`rows` as CSV with these columns; None and NaN are empty cells, floats keep every digit."""
-    return csv_lines([columns, *([row.get(name) for name in columns] for row in rows)])
+class _Problem(NamedTuple):
+    """Cells of one kind that cannot be used as they are: the first of them, how many, and the consequence."""
+
+    first: str
+    number: int
+    outcome: str
+
+    @property
+    def sentence(self) -> str:
+        rows = "1 row" if self.number == 1 else f"{self.number:,} rows"
+        return f"{rows}: {self.outcome}; the first is {self.first}."
 
 
-def csv_lines(lines: Iterable[Iterable[Any]]) -> str:
-    """Lines of cells as CSV. Text that a spreadsheet would take for a formula has an apostrophe before it,
-    which our own reader takes away."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\r\n")  # a \r in a cell is quoted if it ends lines
-    for line in lines:
-        writer.writerow([_no_formula(_null(cell)) for cell in line])
-        buffer.seek(buffer.truncate(buffer.tell() - 2))
-        buffer.write("\n")
-    return buffer.getvalue()
+def _usable(table: DataFrame, problems: list[_Problem], repeats: list[str]) -> tuple[DataFrame, list[str]]:
+    if problems and table.empty:
+        raise ValueError(problems[0].first)
+    return table, [problem.sentence for problem in problems] + repeats
 
 
-def _no_formula(cell: Any) -> Any:
-    is_formula = isinstance(cell, str) and _FORMULA.match(cell) and not _NUMBERS.fullmatch(cell)
-    return f"'{cell}" if is_formula else cell
+# Reading.
 
 
-# As OWASP lists them, and their wide forms; text that begins so after apostrophes has to keep these.
-_NUMBERS = re.compile(r"[-+]?[\d.]+( [-+]?[\d.]+)*")
-_FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
-
-
-def add_files(files: dict[str, str | bytes], more: Mapping[str, str | bytes]) -> None:
-    """Adds files by name to others.
-
-    Raises:
-      ValueError: two have one name, or names that differ in capitals alone.
-    """
-    taken = {name.casefold() for name in files}
-    for name, content in more.items():
-        if name.casefold() in taken:
-            raise ValueError(f"two files of this report are called {name!r}")
-        taken.add(name.casefold())
-        files[name] = content
-
-
-def write_files(folder: str | os.PathLike[str], files: Mapping[str, str | bytes]) -> Path:
-    """Writes files into a folder, each whole, the last one last; returns the path of that.
-
-    Raises:
-      ValueError: a name leads out of the folder, or the last file is there and is no page of ours; nothing is
-        written then.
-    """
-    folder = Path(folder) if isinstance(folder, str) else folder
-    paths = [inside(folder, name) for name in files]
-    if paths[-1].exists() and b"advtransfer" not in paths[-1].read_bytes():
-        raise ValueError(f"{paths[-1]} is no page of advtransfer's: move it, or choose another folder")
-    for path, content in zip(paths, files.values(), strict=True):
-        write_atomically(path, content)
-    return paths[-1]
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a whole file or none: a local one beside `path` and renamed, one in a bucket as one object."""
-    content = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not isinstance(path, Path):
-        path.write_bytes(content)
-        return
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def drop_duplicates(rows: Iterable[Row]) -> list[Row]:
-    """Keeps the last row of each trial and epoch, in the order of their first appearance."""
-    # trial_id alone would do for our own rows; other writers may number trials anew in every cell.
-    identity = ("trial_id", "epoch", *COLUMNS[:7])
-    return list({tuple(map(str, map(row.get, identity))): row for row in rows}.values())
+def _read(path: str | os.PathLike[str], unit: str) -> tuple[DataFrame, list[_Problem], list[str]]:
+    path = Path(path) if isinstance(path, str) else path
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder of rows")
+    table, problems, repeats = _clean(map(_records, _row_files(path)), unit)
+    if table.empty and not problems:
+        raise ValueError(f"{path}: holds no rows")
+    return table, problems, repeats
 
 
 def _row_files(path: Path) -> list[Path]:
@@ -214,26 +178,28 @@ def _files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
 def _looks_like_rows(file: Path) -> bool:
     """At least half of the required columns in the first record: then it is meant to be rows."""
     _, first = next(_records(file), ("", ""))
-    names = set() if isinstance(first, str) else {column(name)[0] for name in first}
+    names = set() if isinstance(first, str) else {column_name(name)[0] for name in first}
     return 2 * len(names & {*REQUIRED}) >= len(REQUIRED)
 
 
 def _records(file: Path) -> Iterator[Record]:
-    reader = _READERS.get(file.suffix)
-    if reader is None:
+    if file.suffix not in _READERS:
         raise ValueError(f"{file}: rows are read from {', '.join(_READERS)} files")
-    return reader(file)
+    try:
+        yield from _READERS[file.suffix](file)
+    except ValueError as error:
+        yield str(file), f"cannot be read ({str(error).splitlines()[0]})"
 
 
 def _text(file: Path) -> str:
-    """A file's text: UTF-8, or what its first bytes say. What is no UTF-8 becomes surrogates, for which names
-    are refused."""
+    """A file's text: UTF-8, or what its first bytes say. What is not UTF-8 becomes surrogates, and names with
+    these are refused."""
     content = read_bytes(file)
     for mark, encoding in _MARKS.items():
         if content.startswith(mark):
             return content.decode(encoding)
     if b"\0" in content[:1000]:
-        raise ValueError("it holds zero bytes, so it is no UTF-8: save it as UTF-8")
+        raise ValueError("it holds zero bytes, so it is not UTF-8: save it as UTF-8")
     return content.decode(errors="surrogateescape")
 
 
@@ -247,51 +213,40 @@ _MARKS = {  # UTF-32's begins with UTF-16's
 
 
 def _read_jsonl(file: Path) -> Iterator[Record]:
-    try:
-        text = _text(file)
-    except ValueError as error:
-        yield str(file), f"no text ({error})"
-        return
-    for number, line in enumerate(io.StringIO(text, newline="\n"), start=1):
+    for number, line in enumerate(io.StringIO(_text(file), newline="\n"), start=1):
         if not line.strip():
             continue
-        where = f"{file}:{number}"
         try:
             record = parse_json(line, _fields)
-        except _Twice as error:
-            yield where, f"two fields are called {error}: rename or delete one"
+        except _RepeatedField as error:
+            record = f"two fields are called {error}: rename or delete one"
         except ValueError:
-            yield where, "not a line of JSON"
-        else:
-            yield where, record if isinstance(record, dict) else "no JSON object"
+            record = "not a line of JSON"
+        yield f"{file}:{number}", record if isinstance(record, dict | str) else "not a JSON object"
 
 
-class _Twice(ValueError):
-    """A name that two fields have."""
+class _RepeatedField(ValueError):
+    """Its name."""
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
-            raise _Twice(name)
+            raise _RepeatedField(name)
         fields[name] = value
     return fields
 
 
 def _read_csv(file: Path) -> Iterator[Record]:
-    try:
-        text = _text(file)
-    except ValueError as error:
-        yield str(file), f"no text ({error})"
-        return
-    told = re.match(r"sep=([,;\t])\r?\n", text)  # a line for Excel
-    start = told.end() if told else 0
+    text = _text(file)
+    for_excel = re.match(r"sep=([,;\t])\r?\n", text)
+    start = for_excel.end() if for_excel else 0
     first = re.split("[\r\n]", text[start : start + 100_000])[0]
-    separator = told[1] if told else max(",;\t", key=lambda mark: _num_columns(first, mark))
+    separator = for_excel[1] if for_excel else max(",;\t", key=lambda mark: _num_columns(first, mark))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     try:
-        if told:
+        if for_excel:
             next(reader)
         header = [_unquoted(name).strip() for name in next(reader, [])]
         if twice := next((name for name in header if name and header.count(name) > 1), ""):
@@ -310,45 +265,47 @@ def _read_csv(file: Path) -> Iterator[Record]:
 
 def _num_columns(line: str, separator: str) -> int:
     """How many of the columns of rows a line names."""
-    return len({column(name)[0] for name in next(csv.reader([line], delimiter=separator), [])} & {*COLUMNS})
+    return len(
+        {column_name(name)[0] for name in next(csv.reader([line], delimiter=separator), [])} & {*COLUMNS}
+    )
 
 
 def _unquoted(cell: str) -> str:
-    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell) else cell
 
 
 def _with_points(record: Mapping[str, str]) -> Mapping[str, str] | str:
     """The cells with points for decimal commas; or what is wrong with one that could be two numbers."""
     points = dict(record)
     for name, cell in record.items():
-        known, _ = column(name)
-        if known in NUMBERS and re.fullmatch(r"\s*[+-]?\d*,\d+(e[+-]?\d+)?\s*%?\s*", cell, re.IGNORECASE):
+        known, _ = column_name(name)
+        if known in (*COUNTS, *MEASURED) and _DECIMAL_COMMA.fullmatch(cell):
             points[name] = cell.replace(",", ".")
         elif known in COUNTS and re.fullmatch(r"\s*\d{1,3}(\.\d{3})+\s*", cell):
             return f"{name} = {cell!r} has a point, or a mark of thousands: write digits alone"
     return points
 
 
+_DECIMAL_COMMA = re.compile(r"\s*[+-]?\d*,\d+(e[+-]?\d+)?\s*%?\s*", re.IGNORECASE)
+
+
 def _read_parquet(file: Path) -> Iterator[Record]:
     try:
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"{file}: reading Parquet needs pyarrow: pip install pyarrow") from None
+        raise ValueError("reading Parquet needs pyarrow: pip install pyarrow") from None
     try:
         table = pyarrow.parquet.ParquetFile(io.BytesIO(read_bytes(file)))
         if table.metadata.num_rows > MAX_ROWS:
             raise ValueError(f"{table.metadata.num_rows:,} rows, more than {MAX_ROWS:,}")
         names = table.schema_arrow.names
-        wanted = [name for name in names if column(name)[0] in COLUMNS]
+        wanted = [name for name in names if column_name(name)[0] in COLUMNS]
         if twice := next((name for name in wanted if names.count(name) > 1), ""):
             raise ValueError(f"two columns are called {twice}: rename or delete one")
-        number = 0
-        for batch in table.iter_batches(1000, columns=wanted):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{file}:{number}", record
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        yield str(file), f"not a Parquet file of rows ({str(error).splitlines()[0]})"
+        records = (row for batch in table.iter_batches(1000, columns=wanted) for row in batch.to_pylist())
+        yield from ((f"{file}:{number}", record) for number, record in enumerate(records, start=1))
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"not a Parquet file of rows: {error}") from error
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
@@ -358,6 +315,155 @@ _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
 }
 
 
-def _null(value: Any) -> Any:
-    value = value.item() if hasattr(value, "item") else value  # NumPy's scalars are no JSON
-    return None if isinstance(value, float) and math.isnan(value) else value
+# Cleaning.
+
+
+def _clean(files: Iterable[Iterable[Record]], unit: str) -> tuple[DataFrame, list[_Problem], list[str]]:
+    """Gives every record its columns and types.
+
+    A row without a place in the grid (source, target, n, k, seed, epoch) is left out; a measurement that is
+    not a number counts as missing (NaN). Accuracies in percent are divided by 100. All of a file are missing
+    where it cannot be known whether they are fractions or percent, and single ones outside [0, 1].
+
+    Returns:
+      The rows, a `_Problem` per kind of bad cell, and a sentence on repeated rows, if any.
+
+    Raises:
+      ValueError: more than `MAX_ROWS` rows.
+    """
+    import pandas as pd
+
+    problems: dict[Any, _Problem] = {}
+    tables: list[DataFrame] = []
+    for records in files:
+        tables.append(_raw(records, problems, MAX_ROWS - sum(map(len, tables))))
+    raw = pd.concat(tables, ignore_index=True)
+    table, usable = raw.copy(), np.ones(len(raw), bool)
+    for name, (convert, dtype) in CONVERSIONS.items():
+        values = raw[name].tolist()
+        for row, value in enumerate(values):
+            try:
+                values[row] = convert(value)
+            except (TypeError, ValueError, OverflowError) as error:
+                first = f"{raw['place'][row]}: {name} = {_shortened(repr(value))}: {error}"
+                measured = name in MEASURED
+                _note(problems, (name, str(error)), first, f"{name} {_MISSING}" if measured else _LEFT_OUT)
+                usable[row] &= measured
+                values[row] = math.nan if measured else 0
+        table[name] = pd.Series(values, dtype=dtype)
+    ends = np.cumsum([0, *map(len, tables)])
+    of_file = [start + np.flatnonzero(usable[start:end]) for start, end in itertools.pairwise(ends)]
+    table[ACCURACIES] = _fractions(raw, table[ACCURACIES].to_numpy(), of_file, unit, problems)
+    table = table[usable].drop(columns="place")
+    # trial_id alone would do for our own rows; other writers may number trials anew in every cell.
+    kept = table.drop_duplicates(["trial_id", "epoch", *COLUMNS[:7]], keep="last", ignore_index=True)
+    rows = "1 duplicate row" if len(table) == len(kept) + 1 else f"{len(table) - len(kept):,} duplicate rows"
+    repeats = [f"{rows} dropped: same trial and epoch, the last of each kept."] * (len(table) > len(kept))
+    return kept, list(problems.values()), repeats
+
+
+def _raw(records: Iterable[Record], problems: dict[Any, _Problem], most: int) -> DataFrame:
+    """The cells of a file under the names that columns have here, and the `place` of every row."""
+    import pandas as pd
+
+    names, lines = [*COLUMNS], []
+    for where, record in records:
+        cells = record if isinstance(record, str) else _named(record)
+        if not isinstance(cells, str) and (missing := [name for name in REQUIRED if name not in cells]):
+            cells = f"columns missing: {', '.join(missing)} (rows need {', '.join(REQUIRED)})"
+        if isinstance(cells, str):
+            _note(problems, cells, f"{where}: {cells}", _LEFT_OUT)
+        elif len(lines) == most:
+            raise ValueError(f"{where}: more than {MAX_ROWS:,} rows: leave some out")
+        else:
+            names = names if lines else [*COLUMNS, *(name for name in cells if name not in COLUMNS)]
+            lines.append([where, *map(cells.get, names)])
+    return pd.DataFrame(lines, columns=["place", *names], dtype=object)
+
+
+def _named(record: Mapping[str, Any]) -> dict[str, Any] | str:
+    """A record by what its columns are called here, with a % sign in cells of columns in percent; or what is
+    wrong with it."""
+    cells: dict[str, Any] = {}
+    for name, value in record.items():
+        known, in_percent = column_name(name)
+        if known in cells:
+            return f"two columns are {known}: rename or delete one"
+        mark = in_percent and not (value is None or value == "" or value != value or is_marked(value))
+        cells[known] = f"{value}%" if mark else value
+    return cells
+
+
+def _note(problems: dict[Any, _Problem], kind: Any, first: str, outcome: str, number: int = 1) -> None:
+    before = problems.get(kind, _Problem(first, 0, outcome))
+    problems[kind] = before._replace(number=before.number + number)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+_LEFT_OUT = "left out"
+_MISSING = "counts as missing"
+_PERCENT = "is above 1 or has a % sign, so all of its file were taken as percent and divided by 100"
+_IN_RANGE = "accuracies are fractions in [0, 1], or all in percent"
+_UNKNOWN = (
+    "it cannot be known whether the accuracies of this file are fractions or percent, so all of them count "
+    "as missing (set config.report.accuracy_unit=fraction or =percent)"
+)
+
+
+def _fractions(
+    raw: DataFrame, values: np.ndarray, files: list[np.ndarray], unit: str, problems: dict[Any, _Problem]
+) -> np.ndarray:
+    """Accuracies as fractions, float64 [rows, 2]; `files` are the usable rows of each.
+
+    A column with a % sign has its own unit; the others of a file, which one program wrote, have one.
+    """
+    marked = np.array([list(map(is_marked, raw[name])) for name in ACCURACIES], bool).T
+    whole = np.array([list(map(is_whole, raw[name])) for name in ACCURACIES], bool).all(axis=0)
+    parts = []
+    for rows in files:
+        signed = marked[rows].any(axis=0)
+        for columns in ([0], [1]) if signed.any() else ([0, 1],):
+            at = np.ix_(rows, columns)
+            parts.append((rows, columns, signed[columns].any(), _unit(values[at], marked[at], whole[rows])))
+    known = {found for _, _, is_signed, found in parts if not is_signed} & {"fraction", "percent"}
+
+    def note(rows: np.ndarray, column: int, kind: Any, outcome: str) -> None:
+        if rows.size:
+            first = f"{raw['place'][rows[0]]}: {ACCURACIES[column]} = {values[rows[0], column].item()!r}"
+            _note(problems, kind, f"{first}: {_IN_RANGE}", outcome, rows.size)
+
+    fractions = values.copy()
+    for rows, columns, is_signed, found in parts:
+        if not is_signed and found == "fraction" and len(known) == 2:
+            # Among files in percent: it may be one in fractions, or one in which all is near chance.
+            found = "other"
+        elif not is_signed and found == "whole" and len(known) == 1:
+            [found] = known
+        for column in columns:
+            y, marks, name = values[rows, column], marked[rows, column], ACCURACIES[column]
+            large = (y > _LARGEST) | marks
+            if unit == "auto" and found in ("mixed", "whole", "other"):
+                note(rows[large if found == "mixed" else large | (y > 0)], column, found, _UNKNOWN)
+                fractions[rows, column] = math.nan
+            else:
+                percent = marks | ((found if unit == "auto" else unit) == "percent")
+                note(rows[large & percent], column, (name, "percent"), f"{name} {_PERCENT}")
+                fractions[rows[percent], column] /= 100
+            y = fractions[rows, column]
+            strays = rows[(y < -_ROUNDING) | (y > _LARGEST)]
+            note(strays, column, (name, "range"), f"{name} {_MISSING}")
+            fractions[strays, column] = math.nan
+    return fractions
+
+
+def _unit(values: np.ndarray, marked: np.ndarray, whole: np.ndarray) -> str:
+    """The unit of some columns [m, c] of a file: "fraction" or "percent"; "mixed" and "whole" (all are 0 or
+    1, without a point) where it cannot be known, "" where there is nothing but zeros."""
+    largest = np.where(values > 0, values, 0).max(axis=1)
+    above, known = ((largest > _LARGEST) | marked.any(axis=1)).sum(), (largest > 0).sum()
+    if above:
+        return "percent" if above >= _MOSTLY * known else "mixed"
+    return "" if not known else "whole" if whole.all() else "fraction"

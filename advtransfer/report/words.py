@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from advtransfer.report.summary import FEW_IMAGES, Pooled, Results, collect, pooled_deltas
+from advtransfer.report.statistics import FEW_IMAGES, POINT, PooledLead, Results, collect, pooled_leads
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
-def headline(rows: Iterable[Mapping[str, Any]] | Results, *, max_images: int = FEW_IMAGES) -> list[str]:
+def headline(
+    rows: DataFrame | Iterable[Mapping[str, Any]] | Results, *, max_images: int = FEW_IMAGES
+) -> list[str]:
     """What the rows say about robust sources and few target images: one sentence per target.
 
-    It speaks of the fewest unfrozen blocks, a choice made before seeing the results, and of every
+    It is about the fewest unfrozen blocks, a choice made before seeing the results, and about every
     robust source: picking the best of several would need a correction.
     """
     results = rows if isinstance(rows, Results) else collect(rows)
-    pooled = pooled_deltas(results, max_images=max_images)
+    pooled = pooled_leads(results, max_images=max_images)
     return [_sentence(results, target, pooled) for target in results.targets]
 
 
-def _sentence(results: Results, target: str, pooled: list[Pooled]) -> str:
+def _sentence(results: Results, target: str, pooled: list[PooledLead]) -> str:
     here = [p for p in pooled if p.target == target]
     if not here:
         return f"On {target}, {why_no_delta(results, target)}."
@@ -30,18 +35,18 @@ def _sentence(results: Results, target: str, pooled: list[Pooled]) -> str:
     at_most = "at most " if any(len(p.sizes) > 1 for p in here) else ""
     few = f"with {at_most}{count(largest, 'labelled image')}"
     if len(here) > 1:
-        said = "; ".join(_verdict(p, count(p.num_seeds, "seed"), short=True) for p in here)
-        said = f"On {target}, {few} ({blocks}), against the natural source: {said}."
+        clauses = "; ".join(_verdict(p, count(p.num_seeds, "seed"), short=True) for p in here)
+        sentence = f"On {target}, {few} ({blocks}), against the natural source: {clauses}."
     else:
         verdict = _verdict(here[0], f"{count(here[0].num_seeds, 'seed')}, {blocks}")
-        said = f"On {target}, {few}, {verdict}."
+        sentence = f"On {target}, {few}, {verdict}."
     if all(math.isnan(p.ci95) for p in here):
-        return said
+        return sentence
     interval = "The intervals leave" if len(here) > 1 else "The interval leaves"
-    return f"{said} {interval} out what training the sources again would change."
+    return f"{sentence} {interval} out what training the sources again would change."
 
 
-def _verdict(p: Pooled, settings: str, *, short: bool = False) -> str:
+def _verdict(p: PooledLead, settings: str, *, short: bool = False) -> str:
     """One source's lead as a clause; `short` where the sentence has named the natural source."""
     threat, _, radius = p.source.constraint.partition(" ")
     source = p.source.constraint if short else f"the {threat} source {radius}".rstrip()
@@ -56,7 +61,7 @@ def _verdict(p: Pooled, settings: str, *, short: bool = False) -> str:
     if is_clear(p.delta, p.ci95):
         return f"{source} {lead} ({interval}, {settings})"
     pair = f"for {source}" if short else f"between {source} and the natural one"
-    tie = f"no difference can be told {pair}: {points(p.delta)} points"
+    tie = f"no difference can be shown {pair}: {points(p.delta)} points"
     return f"{tie}, the {interval} includes zero ({settings})"
 
 
@@ -68,60 +73,51 @@ def why_no_delta(results: Results, target: str) -> str:
     if not natural:
         return "there is no natural source (source_norm = none) to compare the robust ones with"
     if len(natural) > 1:
-        names = ", ".join(natural)
-        return f"there is no single baseline among {len(natural)} natural sources ({names})"
+        return f"there are {len(natural)} natural sources ({', '.join(natural)}), so no single baseline"
     return "the robust and the natural source share no measured seed, so no difference can be paired"
 
 
-def notes(results: Results) -> list[str]:
+def notes(results: Results, ratios: DataFrame) -> list[str]:
     """What is incomplete in the rows and how the numbers deal with it, one sentence each."""
-    said = []
-    final = {cell: results.final(cell) for cell in results.accuracies}
-    lost = sum(len(results.accuracies[cell]) - len(final[cell]) for cell in final)
-    if lost:
-        said.append(
+    sentences = []
+    points = results.last.groupby(list(POINT), sort=False)
+    seeds, targets = points["accuracy"].count(), results.last.drop_duplicates(POINT)["target"]
+    if lost := len(results.last) - int(seeds.sum()):
+        sentences.append(
             f"{count(lost, 'trial')} without a test accuracy at the last epoch (empty or NaN) "
             f"{'is' if lost == 1 else 'are'} left out of every mean."
         )
     for target in results.targets:
-        mine = [cell for cell in final if cell.target == target]
-        sources = results.natural(target) + results.robust(target)
+        sources = results.by_name(target)
         whole = len(sources) * len(results.sizes(target)) * len(results.blocks(target))
-        if len(mine) < whole:
-            absent = count(whole - len(mine), "cell")
-            said.append(f"{target}: {absent} of the grid (source × n × k) of {whole} have no rows.")
-        if results.robust(target) and len(results.natural(target)) != 1:
-            said.append(f"{target}: no differences, because {why_no_delta(results, target)}.")
-    sizes = {len(seeds) for seeds in final.values()}
-    if len(sizes) > 1:
-        said.append(
-            f"Cells have between {min(sizes)} and {max(sizes)} seeds; a difference uses only the "
+        if absent := whole - int((targets == target).sum()):
+            cells = count(absent, "cell")
+            sentences.append(f"{target}: {cells} of the grid (source × n × k) of {whole} have no rows.")
+        if not results.robust(target):
+            continue
+        if len(results.natural(target)) != 1:
+            sentences.append(f"{target}: no differences, because {why_no_delta(results, target)}.")
+            continue
+        for quantity, few in (("images", "two n"), ("epochs", "two evaluated epochs")):
+            if not ((ratios["target"] == target) & (ratios["quantity"] == quantity)).any():
+                sentences.append(
+                    f"{target}: {quantity} needed cannot be computed, because it takes {few} per source."
+                )
+    if seeds.nunique() > 1:
+        sentences.append(
+            f"Cells have between {seeds.min()} and {seeds.max()} seeds; a difference uses only the "
             "seeds that both sources have, so it need not equal the difference of the two means."
         )
-    if 1 in sizes:
-        said.append("A single seed has no interval; cells with one seed show the value alone.")
-    lengths = ({max(e) for e in seeds.values()} for seeds in results.accuracies.values())
-    if any(len(last) > 1 for last in lengths):
-        said.append("Trials of one cell end at different epochs; each counts with its own last one.")
+    if (seeds == 1).any():
+        sentences.append("A single seed has no interval; cells with one seed show the value alone.")
+    if (points["epoch"].nunique() > 1).any():
+        sentences.append("Trials of one cell end at different epochs; each counts with its own last one.")
     if results.repeated:
-        said.append(
+        sentences.append(
             "Some trials share source, target, n, k and seed with another "
             f"({count(results.repeated, 'row')}); a seed counts once, with its trials' mean."
         )
-    return said
-
-
-def ratio_notes(results: Results, ratios: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Why targets have no factors for images or epochs needed, one sentence each."""
-    found = {(row["target"], row["quantity"]) for row in ratios}
-    few = {"images": "two n", "epochs": "two evaluated epochs"}
-    return [
-        f"{target}: {quantity} needed cannot be computed, because it takes {few[quantity]} per source."
-        for target in results.targets
-        if results.robust(target) and len(results.natural(target)) == 1
-        for quantity in few
-        if (target, quantity) not in found
-    ]
+    return sentences
 
 
 def is_clear(delta: float, ci95: float) -> bool:
@@ -150,3 +146,17 @@ def points(fraction: float) -> str:
 
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def span(values: Iterable[int]) -> str:
+    """Numbers as "20" or "10–800"."""
+    low, high = min(values, default=None), max(values, default=None)
+    if low is None:
+        return "no"
+    return f"{low:,}" if low == high else f"{low:,}–{high:,}"
+
+
+def listing(values: Iterable[int]) -> str:
+    """Numbers as "10, 20 and 50"."""
+    texts = [f"{value:,}" for value in values]
+    return " and ".join(filter(None, [", ".join(texts[:-1]), texts[-1]]))

@@ -12,8 +12,7 @@ from advtransfer.analysis import cue_conflict, shape
 from advtransfer.config import names_key
 from advtransfer.data import LETTERS
 from advtransfer.models import logits_fn
-from advtransfer.report.figures import Axis, Series
-from advtransfer.report.interpretation import Bars, Lines, Section, Table
+from advtransfer.report.sections import Axis, Entry, Panel, Plot, Section, Series, Table
 from advtransfer.tasks.explain_pixels import Case, Subject
 
 # What the glyphs' two cues are balanced with; sources are trained at 0.02 to 0.06, opaque.
@@ -56,17 +55,12 @@ def _glyph_section(case: Case, subjects: Sequence[Subject]) -> Section:
     def series(points):
         return [_bias_series(s, [(x, found[s.label, *at]) for x, at in points]) for s in subjects]
 
-    panels = {
-        "Letters that fade": (
-            Axis("opacity of the letter", log=True),
-            series([(o, (AMPLITUDE, o)) for o in OPACITIES]),
-        )
-    }
+    axis = Axis("opacity of the letter", log=True)
+    fading = series([(o, (AMPLITUDE, o)) for o in OPACITIES])
+    panels = [Panel("Letters that fade", "Shape bias, %", axis, fading)]
     if not case.brief:
-        panels["Gratings that grow"] = (
-            Axis("amplitude of the grating"),
-            series([(a, (a, 1.0)) for a in AMPLITUDES]),
-        )
+        growing = series([(a, (a, 1.0)) for a in AMPLITUDES])
+        panels.append(Panel("Gratings that grow", "Shape bias, %", Axis("amplitude of the grating"), growing))
     halves = {
         s.label: shape.half_point(
             OPACITIES, [float(found[s.label, AMPLITUDE, o].overall.shape_bias.value) for o in OPACITIES]
@@ -74,7 +68,7 @@ def _glyph_section(case: Case, subjects: Sequence[Subject]) -> Section:
         for s in subjects
     }
     known = [x for x in halves.values() if not math.isnan(x)]
-    parts = [Lines(_glyph_caption(case, found), panels, "Shape bias, %", "shape")]
+    parts = [Plot(_glyph_caption(case, found), panels, "shape")]
     if not case.brief:
         balanced = min(OPACITIES, key=lambda o: abs(o - (np.mean(known) if known else 0)))
         of = {s.label: found[s.label, AMPLITUDE, balanced] for s in subjects}
@@ -116,7 +110,7 @@ def _folder_section(case: Case, subjects: Sequence[Subject]) -> Section:
     return Section("Shape against texture", finding, _cue_parts(found, where), {"shape": records})
 
 
-def _cue_parts(found: dict[str, shape.ShapeBias], where: str) -> list[Table | Bars]:
+def _cue_parts(found: dict[str, shape.ShapeBias], where: str) -> list[Table]:
     rows = []
     for label, measured in found.items():
         shares = (measured.overall.shape_bias, measured.overall.shape, measured.overall.texture)
@@ -128,14 +122,18 @@ def _cue_parts(found: dict[str, shape.ShapeBias], where: str) -> list[Table | Ba
     of_class = [measured.per_class.shape_bias for measured in found.values()]
     names = next(iter(found.values())).class_names
     bars = [
-        (name, [(float(x.value[i]), float(x.lower[i]), float(x.upper[i])) for x in of_class])
+        [name, *(_bar(*(float(x[i]) for x in share[:3])) for share in of_class)]
         for i, name in enumerate(names)
     ]
     by_class = (
         f"Shape bias by the class of the shape, in %, {where}: only answers by shape or texture count. Line: "
         "Wilson’s 95 % interval."
     )
-    return [Table(caption, heads, rows, "shape"), Bars(by_class, ["Shape", *found], bars, "shape")]
+    return [Table(caption, heads, rows, "shape"), Table(by_class, ["Shape", *found], bars, "shape")]
+
+
+def _bar(value: float, low: float, high: float) -> Entry:
+    return Entry("–" if math.isnan(value) else f"{100 * value:.0f}", bar=(value, low, high))
 
 
 def _shape_records(head: dict[str, Any], measured: shape.ShapeBias) -> list[dict]:

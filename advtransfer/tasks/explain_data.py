@@ -13,8 +13,17 @@ from advtransfer.analysis import influence, matches
 from advtransfer.config import ConfigError, names_key
 from advtransfer.data import Split, subset_indices
 from advtransfer.models import Model
-from advtransfer.report.figures import Axis, Series
-from advtransfer.report.interpretation import HeatMaps, Lines, Pictures, Row, Section, Table
+from advtransfer.report.sections import (
+    Axis,
+    Matrix,
+    Panel,
+    PictureRow,
+    Pictures,
+    Plot,
+    Section,
+    Series,
+    Table,
+)
 from advtransfer.tasks.explain_pixels import Case, Subject, owns_classes
 from advtransfer.transfer import Recipe, activations, fine_tune_one
 
@@ -67,7 +76,7 @@ def influence_section(case: Case, recipe: Recipe) -> Section:
             label: matches.class_heat_map(x.scores["test"], x.queries["test"], x.labels, len(names))
             for label, x in found.items()
         }
-        parts.append(HeatMaps(_heat_caption(case), maps, names, "influence_classes"))
+        parts.append(Matrix(_heat_caption(case), list(maps.items()), names, "influence_classes"))
         files |= {
             "influence_classes": _class_records(maps, names),
             "harmful": _harmful(found, names, chosen),
@@ -189,7 +198,7 @@ def _query_pictures(case: Case, found: dict[str, _Influence], train: Split, quer
             wanted = queries.labels[query]
             marks = [f"{'✓' if y == wanted else '✗'} {names[y]}" for y in train.labels[ranked]]
             images = np.concatenate([queries.images[query : query + 1], train.images[ranked]])
-            rows.append(Row(label, images / np.float32(255), [names[wanted], *marks]))
+            rows.append(PictureRow(label, images / np.float32(255), [names[wanted], *marks]))
         groups.append(rows)
     num_ranks = min(SHOWN_RANKS, len(train.labels))
     heads = ["Query"] + [f"{kind} {i + 1}" for kind in ("Helpful", "Harmful") for i in range(num_ranks)]
@@ -220,15 +229,16 @@ def _method(case: Case, found: dict[str, _Influence]) -> str:
     )
 
 
-def _curves(case: Case, found: dict[str, _Influence], rates: list[dict]) -> Lines:
-    panels = {}
+def _curves(case: Case, found: dict[str, _Influence], rates: list[dict]) -> Plot:
+    panels = []
     for kind, title in (("test", f"Queries: {case.split} images"), ("train", "Queries: training images")):
         series = []
         for subject in case.subjects:
             y = [r["match_rate"] for r in rates if (r["model"], r["queries"]) == (subject.label, kind)]
             x = [rank for rank in _DRAWN_RANKS if rank <= len(y)]
             series.append(Series(subject.style, x, [y[rank - 1] for rank in x], [math.nan] * len(x)))
-        panels[title] = (Axis("rank of the training image", log=True), series)
+        axis = Axis("rank of the training image", log=True)
+        panels.append(Panel(title, "Same class, %", axis, series))
     result = next(iter(found.values()))
     chance = np.mean(result.queries["test"][:, None] == result.labels[None])
     caption = (
@@ -237,7 +247,7 @@ def _curves(case: Case, found: dict[str, _Influence], rates: list[dict]) -> Line
         "training images, none of which is ranked for itself. Of images at random "
         f"{100 * chance:.1f} % have it."
     )
-    return Lines(caption, panels, "Same class, %", "matches")
+    return Plot(caption, panels, "matches")
 
 
 def _shares_table(case: Case, found: dict[str, _Influence], shares: dict[tuple[str, str], Any]) -> Table:

@@ -15,9 +15,8 @@ from advtransfer.data import Dataset, subset_indices, to_float
 from advtransfer.evaluate import predict
 from advtransfer.explain import Interpretation
 from advtransfer.models import Model, logits_fn
-from advtransfer.report.figures import Style
-from advtransfer.report.interpretation import Pictures, Row, Section, Table
-from advtransfer.report.summary import mean_and_ci95
+from advtransfer.report.intervals import mean_and_ci95
+from advtransfer.report.sections import PictureRow, Pictures, Section, Style, Table
 
 
 class Subject(NamedTuple):
@@ -76,7 +75,7 @@ def saliency_section(case: Case) -> Section:
     indices = case.draw(max(settings.num_measured, shown))
     images, labels = case.images(indices)
     names = [case.dataset.class_names[i] for i in labels]
-    groups, records, worst = [[Row("Image", images[:shown], names[:shown])]], [], 0.0
+    groups, records, worst = [[PictureRow("Image", images[:shown], names[:shown])]], [], 0.0
     for subject in case.subjects:
         network = logits_fn(subject.model)
         predicted = predict(network, images).argmax(axis=-1)
@@ -85,12 +84,12 @@ def saliency_section(case: Case) -> Section:
         read = [class_name(subject.model, i) for i in predicted]
         values = saliency.gradients(network, images, explained)
         pictures = saliency.to_picture(values[:shown])
-        group = [Row(f"{subject.label}: gradient", pictures, _read(read[:shown], names, own))]
+        group = [PictureRow(f"{subject.label}: gradient", pictures, _read(read[:shown], names, own))]
         errors = [""] * len(images)
         if not case.brief:
             smooth, found = _more(case, network, images[:shown], explained[:shown])
-            group.append(Row(f"{subject.label}: SmoothGrad", saliency.to_picture(smooth)))
-            group.append(Row(f"{subject.label}: integrated", saliency.to_picture(found.attributions)))
+            group.append(PictureRow(f"{subject.label}: SmoothGrad", saliency.to_picture(smooth)))
+            group.append(PictureRow(f"{subject.label}: integrated", saliency.to_picture(found.attributions)))
             errors[:shown], worst = found.errors.tolist(), max(worst, float(found.errors.max()))
         groups.append(group)
         numbers = (saliency.low_frequency_share(values), saliency.alignment(values, images))
@@ -225,8 +224,10 @@ def visualisation_section(case: Case) -> Section:
     starts = {"noise": np.asarray(visualise.noise(jax.random.key(case.seed), shape))}
     if not case.brief:
         starts["image"] = images
-    groups = {(kind, start): [Row(f"Start: {start}", x)] for kind in _KINDS for start, x in starts.items()}
-    inverted, records = [Row("Image", images)], []
+    groups = {
+        (kind, start): [PictureRow(f"Start: {start}", x)] for kind in _KINDS for start, x in starts.items()
+    }
+    inverted, records = [PictureRow("Image", images)], []
     for subject in case.subjects:
         model = subject.model
         for kind in _KINDS if not case.brief else _KINDS[:1]:
@@ -240,14 +241,16 @@ def visualisation_section(case: Case) -> Section:
                     f"{w}: {a:.1f}→{b:.1f}".replace("-", "−")
                     for w, a, b in zip(what, part.before, part.after, strict=True)
                 ]
-                groups[kind, name].append(Row(subject.label, part.images, labels))
+                groups[kind, name].append(PictureRow(subject.label, part.images, labels))
                 records += _records(subject.label, kind, name, what, part)
         if not case.brief:
             top = visualise.features_fn(model, model.module.num_blocks)
             objective = visualise.match(top, top(jnp.asarray(images)))
             found = _climb(objective, starts["noise"], settings)
             found = found._replace(before=np.sqrt(-found.before), after=np.sqrt(np.maximum(-found.after, 0)))
-            inverted.append(Row(subject.label, found.images, [f"{100 * x:.1f} %" for x in found.after]))
+            inverted.append(
+                PictureRow(subject.label, found.images, [f"{100 * x:.1f} %" for x in found.after])
+            )
             what = [f"image {i}" for i in indices]
             records += _records(subject.label, "inversion", "noise", what, found)
     parts = [

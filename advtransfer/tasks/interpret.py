@@ -17,9 +17,9 @@ from advtransfer.data.cache import fingerprint
 from advtransfer.models import Model, identity
 from advtransfer.options import to_dict
 from advtransfer.report.figures import styles
-from advtransfer.report.interpretation import Drawn, Interpretation, draw, write_interpretation
 from advtransfer.report.kept import from_data, to_data
-from advtransfer.report.summary import Source
+from advtransfer.report.render import draw, write_page
+from advtransfer.report.sections import Page, Section, SourceInfo
 from advtransfer.tasks.explain_cues import shape_section
 from advtransfer.tasks.explain_data import influence_cost, influence_section
 from advtransfer.tasks.explain_pixels import (
@@ -48,17 +48,18 @@ def run(job: Job) -> None:
     case, options = _check(job), job.options
     open_workdir(job)
     analyses = options.interpretation.analyses
-    sections = _sections(case, case, options.recipe, analyses, job.workdir / "sections", beside="../")
+    sections = _sections(case, case, options.recipe, analyses, job.workdir / "sections")
     shown = ("models", "data", "interpret", "transfer", "seed", "dtype")
-    page = Interpretation(
+    page = Page(
         title="What networks look at",
         sections=sections,
+        headline=[section.finding for section in sections if section.parts],
         facts=_facts(case, options),
         command=job.command,
         versions=versions(),
         config={name: job.settings[name] for name in shown},
     )
-    path = write_interpretation(page, job.workdir)
+    path = write_page(page, job.workdir)
     print(*(section.finding for section in sections), f"report: {path}", sep="\n")
 
 
@@ -100,7 +101,7 @@ def study_sections(
     starts: dict[str, Model],
     target: Dataset,
     folder: Path,
-) -> list[Drawn]:
+) -> list[Section]:
     """The most telling pictures of the report's analyses, of the sources that a study trained.
 
     Saliency, visualisation and shape of the models on their own data, influence by heads that are trained on
@@ -110,7 +111,7 @@ def study_sections(
     if not wanted or not models:
         return []
     specs = {name: model.spec for name, model in models.items()}
-    looks = styles(Source(name, spec.norm, spec.eps) for name, spec in specs.items())
+    looks = styles(SourceInfo(name, spec.norm, spec.eps) for name, spec in specs.items())
     cases = []
     for networks, data, split in (
         (models, dataset, options.measured.split),
@@ -130,9 +131,7 @@ def study_sections(
     return _sections(*cases, options.recipe, wanted, folder)
 
 
-def _sections(
-    case: Case, ranked: Case, recipe: Recipe, wanted: Sequence[str], folder: Path, beside: str = ""
-) -> list[Drawn]:
+def _sections(case: Case, ranked: Case, recipe: Recipe, wanted: Sequence[str], folder: Path) -> list[Section]:
     """In the order of `wanted`; influence, of `ranked`, can fail and is computed first.
 
     The data of each are kept in `folder` as soon as they are there, for the same command when it is given
@@ -149,7 +148,9 @@ def _sections(
 
     def read(kept):
         try:
-            return draw(from_data(kept), beside=beside)
+            section = from_data(kept)
+            draw(section)
+            return section
         except (IndexError, KeyError, TypeError, ArithmeticError) as error:  # data that cannot be drawn
             raise ValueError(str(error)) from error
 
@@ -205,7 +206,7 @@ def _check(job: Job, *, planned: bool = False) -> Case:
         with names_key("interpret.cue_conflict"):
             raise ValueError(f"{settings.cue_conflict} is not a folder")
     check_workdir(job)
-    looks = styles(Source(name, model.spec.norm, model.spec.eps) for name, model in models.items())
+    looks = styles(SourceInfo(name, model.spec.norm, model.spec.eps) for name, model in models.items())
     subjects = [Subject(looks[name], model) for name, model in models.items()]
     return Case(subjects, dataset, settings.split, settings, options.run.seed)
 

@@ -17,7 +17,7 @@ from advtransfer.evaluate import predict
 from advtransfer.labels import check_labels
 from advtransfer.models import Model, package_versions, save_model
 from advtransfer.report import ModelPage, Outcome, make_outcome, write_model_page
-from advtransfer.report.summary import Source
+from advtransfer.report.sections import SourceInfo
 from advtransfer.train import DivergedError
 from advtransfer.transfer import RULE, Choice, Recipe, choose_k, fine_tune_one, resolve_recipe
 
@@ -167,7 +167,7 @@ def make_page(
     """What there is to tell; `source` and `target` in words, and `config` for the recipe of the model."""
     provenance = tuned.model.spec.provenance
     parent, k = provenance["source"], provenance["num_unfrozen_blocks"]
-    threat = Source("", parent["norm"], parent["eps"]).constraint
+    threat = SourceInfo("", parent["norm"], parent["eps"]).constraint
     facts = [
         ("Source", ", ".join(filter(None, [source, parent["architecture"], threat]))),
         ("Target", target or f"{len(tuned.model.spec.class_names):,} classes"),

@@ -20,7 +20,7 @@ from advtransfer.evaluate import evaluation_key, predict
 from advtransfer.models import Model, logits_fn
 from advtransfer.progress import progress_bar
 from advtransfer.report import Evidence, headline, write_report, write_rows
-from advtransfer.report.rows import csv_text
+from advtransfer.report.files import csv_text
 from advtransfer.study import claim, run_cells
 from advtransfer.tasks.interpret import study_sections
 from advtransfer.tasks.source import train_and_measure

@@ -1,0 +1,37 @@
+"""95 % intervals of a mean (Student's t) and of a share (Wilson)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import ndtri, stdtrit
+
+
+def half_width(deviation: Any, number: Any) -> Any:
+    """Of Student's t interval of a mean, t(0.975, m - 1) · s / √m, of numbers or arrays; NaN for m < 2."""
+    return stdtrit(number - 1, 0.975) * deviation / np.sqrt(number)
+
+
+def mean_and_ci95(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % interval; the latter is NaN for one value, both for none."""
+    x = np.asarray(values, np.float64)
+    if len(x) < 2:
+        return (float(x[0]) if len(x) else math.nan), math.nan
+    return float(x.mean()), float(half_width(x.std(ddof=1), len(x)))
+
+
+def wilson(num_correct: Any, num_images: Any) -> tuple[Any, Any]:
+    """The 95 % intervals of shares, numbers or arrays (Wilson, JASA 22, 1927); NaN of no images.
+
+    Unlike ± 1.96 standard errors they stay within [0, 1], and have a width where all or none are correct.
+    """
+    correct, total = np.float64(num_correct), np.float64(num_images)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share, unit = correct / total, ndtri(0.975) ** 2 / total
+        half = np.sqrt(unit * share * (1 - share) + unit**2 / 4)
+        low, high = ((share + unit / 2 + side * half) / (1 + unit) for side in (-1, 1))
+    # Exactly 0 and 1 at the ends, whatever the rounding.
+    return np.where(share == 0, 0.0, low)[()], np.where(share == 1, 1.0, high)[()]

@@ -1,0 +1,317 @@
+"""Statistics of a study: means, intervals and differences to the natural source, paired by seed.
+
+Every interval is Student's t at 95 % over seeds; one seed has none. The natural source is the one with
+`source_norm` "none"; where a target has several or none, there is nothing to subtract and the differences
+stay NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from advtransfer.report.intervals import half_width, mean_and_ci95
+from advtransfer.report.reference import column_of
+from advtransfer.report.sections import SourceInfo
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+POINT = ("source", "target", "num_train_images", "num_unfrozen_blocks")  # trials there differ in seed
+SUMMARY_COLUMNS = (*POINT, "mean", "ci95", "num_seeds", "delta", "delta_ci95")
+CURVE_COLUMNS = (*POINT, "epoch", *SUMMARY_COLUMNS[4:])
+BEST_COLUMNS = (*POINT[:3], "best", "mean", "ci95", "num_seeds", "second", "lead", "lead_ci95", "tied")
+_MAX_CELLS = 20_000_000
+FEW_IMAGES = 100  # what the headline calls few: the regime of the paper's title claim
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Results:
+    """The rows of a study, and what is computed of them.
+
+    Attributes:
+      sources: by name, natural ones first, then by norm, radius and name.
+      trials: a row per `POINT`, seed and epoch: `accuracy` (NaN where it was not measured) and `lead`, that
+        minus the natural source's of the same seed and epoch. By target, k, n and source; seeds are numbered.
+      last: the same at each seed's last epoch, where `lead` is over the natural source's last epoch.
+      repeated: how many (`POINT`, seed, epoch) have more than one trial.
+    """
+
+    sources: dict[str, SourceInfo]
+    trials: DataFrame
+    last: DataFrame
+    repeated: int
+
+    @functools.cached_property
+    def summary(self) -> DataFrame:
+        """As `summarise` says."""
+        return _over_seeds(self.last, POINT)
+
+    @functools.cached_property
+    def curves(self) -> DataFrame:
+        """As the summary, but at every epoch: `CURVE_COLUMNS`."""
+        order = ("target", "num_unfrozen_blocks", "num_train_images", "source", "epoch")
+        return in_order(_over_seeds(self.trials, (*POINT, "epoch")), order, self.sources)
+
+    @functools.cached_property
+    def pooled(self) -> list[PooledLead]:
+        return pooled_leads(self)
+
+    @functools.cached_property
+    def best(self) -> DataFrame:
+        return best_blocks(self)
+
+    @functools.cached_property
+    def targets(self) -> list[str]:
+        return list(self.last["target"].unique())
+
+    def blocks(self, target: str) -> list[int]:
+        """The numbers of unfrozen blocks, fewest first; -1 means all of them."""
+        return self._values(target, "num_unfrozen_blocks", key=_blocks_order)
+
+    def sizes(self, target: str) -> list[int]:
+        return self._values(target, "num_train_images")
+
+    def epoch_size(self, target: str) -> int:
+        """The n whose epochs are shown: of those with the most evaluated epochs the largest that is few."""
+        trials = self.trials[self.trials["target"] == target]
+        epochs = trials.groupby("num_train_images")["epoch"].nunique()
+        sizes = epochs.index[epochs == epochs.max()].tolist()
+        return max((size for size in sizes if size <= FEW_IMAGES), default=sizes[0])
+
+    def by_name(self, target: str) -> list[str]:
+        return self._values(target, "source", key=list(self.sources).index)
+
+    def natural(self, target: str) -> list[str]:
+        return [name for name in self.by_name(target) if self.sources[name].norm == "none"]
+
+    def robust(self, target: str) -> list[str]:
+        return [name for name in self.by_name(target) if self.sources[name].norm != "none"]
+
+    def _values(self, target: str, column: str, key: Any = None) -> list[Any]:
+        return sorted(self.last.loc[self.last["target"] == target, column].unique().tolist(), key=key)
+
+
+class PooledLead(NamedTuple):
+    """A robust source's lead over the natural one where images are few; accuracies in [0, 1].
+
+    Per seed, the difference is averaged over `sizes` first (one seed's subsets may be nested, so
+    the sizes are not independent); `delta` and `ci95` are then taken over seeds.
+    """
+
+    source: SourceInfo
+    target: str
+    num_unfrozen_blocks: int
+    sizes: tuple[int, ...]
+    delta: float
+    ci95: float
+    num_seeds: int
+
+
+def collect(rows: DataFrame | Iterable[Mapping[str, Any]]) -> Results:
+    """The rows that `read_rows` gives, as a list or a table, trial by trial."""
+    import pandas as pd
+
+    network, point = ["source", "source_norm", "source_eps"], list(POINT)
+    columns = [*network, *point[1:], "seed", "epoch", "test_accuracy", "trial_id"]
+    rows = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows), columns=columns)
+    rows = rows.reindex(columns=columns).astype({"source_eps": float, "test_accuracy": float})
+    rows["source_eps"] = rows["source_eps"].mask(rows["source_norm"] == "none", 0.0)
+    which = rows.groupby(network, sort=False, dropna=False).ngroup()
+    found = _distinct(map(SourceInfo._make, rows.loc[~which.duplicated(), network].itertuples(index=False)))
+    rows["source"] = which.map(dict(enumerate(info.name for info in found)))
+    seeds = {seed: number for number, seed in enumerate(sorted(rows["seed"].unique(), key=str))}
+    rows["seed"] = rows["seed"].map(seeds)
+    sources = {info.name: info for info in sorted(found, key=_rank)}
+
+    place = [*point[1:], "seed", "epoch"]
+    rows = rows.drop_duplicates(["source", *place, "trial_id"], keep="last")
+    trials = rows.groupby(["source", *place], sort=False)["test_accuracy"].agg(["sum", "count", "size"])
+    trials["accuracy"] = (trials["sum"] / trials["size"]).where(trials["count"] == trials["size"])
+    order = ["target", "num_unfrozen_blocks", "num_train_images", "source", "seed", "epoch"]
+    trials = in_order(trials.reset_index(), order, sources)
+    last = trials.groupby([*point, "seed"], sort=False).tail(1)
+    leads = [_with_leads(table, sources, on) for table, on in ((trials, place), (last, place[:-1]))]
+    return Results(sources, *leads, repeated=int((trials["size"] > 1).sum()))
+
+
+def _distinct(networks: Iterable[SourceInfo]) -> list[SourceInfo]:
+    """Networks that share a name are told apart by the constraint, and by a number if that name is taken."""
+    found = list(networks)
+    times = Counter(info.name for info in found)
+    taken = set(times)
+    shared = [i for i, info in enumerate(found) if times[info.name] > 1]
+    for i in sorted(shared, key=lambda i: tuple(map(str, found[i]))):
+        name = f"{found[i].name}, {found[i].constraint}"
+        numbered = (f"{name} ({number})" for number in itertools.count(2))
+        name = next(each for each in itertools.chain([name], numbered) if each not in taken)
+        taken.add(name)
+        found[i] = found[i]._replace(name=name)
+    return found
+
+
+def _rank(info: SourceInfo) -> tuple[Any, ...]:
+    order = {"none": 0, "l2": 1, "linf": 2}
+    return order.get(info.norm, 3), info.norm, math.isnan(info.eps), info.eps, info.name
+
+
+def _with_leads(table: DataFrame, sources: Mapping[str, SourceInfo], on: list[str]) -> DataFrame:
+    """`accuracy` minus that of the target's only natural source at the same place."""
+    is_natural = table["source"].isin([name for name, info in sources.items() if info.norm == "none"])
+    natural = table[is_natural]
+    single = natural.groupby("target")["source"].transform("nunique") == 1
+    base = natural[single].set_index(on)["accuracy"].rename("base")
+    lead = (table["accuracy"] - table.join(base, on=on)["base"]).mask(is_natural)
+    return table[[*POINT, "seed", "epoch", "accuracy"]].assign(lead=lead)
+
+
+def summarise(rows: DataFrame | Iterable[Mapping[str, Any]] | Results) -> DataFrame:
+    """The table of `SUMMARY_COLUMNS`, a row per source, target, n and k.
+
+    `mean` and `ci95` are over the last epoch of each seed; `delta` is this source minus the natural
+    one, over the seeds that both have, and `delta_ci95` the half-width of its interval paired by
+    seed. What cannot be computed is NaN (an empty cell in summary.csv).
+    """
+    return (rows if isinstance(rows, Results) else collect(rows)).summary
+
+
+def _over_seeds(table: DataFrame, by: Sequence[str]) -> DataFrame:
+    groups = table.groupby(list(by), sort=False)
+    found = groups["accuracy"].agg(mean="mean", ci95="std", num_seeds="count")
+    leads = groups["lead"].agg(delta="mean", delta_ci95="std", number="count")
+    found["ci95"] = half_width(found["ci95"], found["num_seeds"])
+    leads["delta_ci95"] = half_width(leads["delta_ci95"], leads.pop("number"))
+    return found.join(leads).reset_index()
+
+
+def pooled_leads(results: Results, *, max_images: int = FEW_IMAGES) -> list[PooledLead]:
+    """For every target, k and robust source: its lead, pooled over all n <= `max_images`.
+
+    Where a target has no such n, its smallest n is taken. Only seeds that both sources have at every
+    pooled n count; where that leaves fewer than two, the smallest n with pairs is taken.
+    """
+    pooled = []
+    by = ("target", "num_unfrozen_blocks", "source")
+    tables = seed_tables(results.last.dropna(subset="lead"), by, "num_train_images", "lead")
+    for target in results.targets:
+        sizes = [n for n in results.sizes(target) if n <= max_images] or results.sizes(target)[:1]
+        for blocks, name in itertools.product(results.blocks(target), results.robust(target)):
+            if (target, blocks, name) not in tables:
+                continue
+            _, places, leads = tables[target, blocks, name]
+            known = np.isin(places, sizes) & np.isfinite(leads).any(axis=0)
+            places, leads = places[known], leads[:, known]
+            paired = leads[np.isfinite(leads).all(axis=1)]
+            if not len(places):
+                continue
+            if len(paired) < 2:
+                places, paired = places[:1], leads[np.isfinite(leads[:, 0]), :1]
+            place = (results.sources[name], target, blocks, tuple(places.tolist()))
+            pooled.append(PooledLead(*place, *mean_and_ci95(paired.mean(axis=1)), len(paired)))
+    return pooled
+
+
+def best_blocks(results: Results) -> DataFrame:
+    """The table of `BEST_COLUMNS`, a row per source, target and n with at least two k; -1 means all blocks.
+
+    `best` is the k of the highest mean; `lead` its lead over the `second`, paired by seed; `tied` every other
+    k, over which its lead has an interval that includes zero, or none. The best is picked after looking, so
+    its lead is, if anything, too large; each interval stands alone.
+    """
+    import pandas as pd
+
+    found = []
+    tables = seed_tables(results.last, ("target", "source", "num_train_images"), "num_unfrozen_blocks")
+    for target in results.targets:
+        for name, size in itertools.product(results.by_name(target), results.sizes(target)):
+            _, blocks, table = tables.get((target, name, size), SeedTable())
+            scores = {k: y for k, y in zip(blocks.tolist(), table.T, strict=True) if np.isfinite(y).any()}
+            if len(scores) < 2:
+                continue
+            best, *others = sorted(scores, key=lambda k: (-np.nanmean(scores[k]), _blocks_order(k)))
+            leads = {k: mean_and_ci95(_finite(scores[best] - scores[k])) for k in others}
+            tied = " ".join(str(k) for k in others if not leads[k][0] > leads[k][1])
+            mine = _finite(scores[best])
+            values = (name, target, size, best, *mean_and_ci95(mine), len(mine))
+            found.append((*values, others[0], *leads[others[0]], tied))
+    return pd.DataFrame(found, columns=BEST_COLUMNS)
+
+
+def paper_tables(results: Results) -> dict[int, DataFrame]:
+    """Per k a table as paper_summary_k3.csv: accuracies in %, one column per source.
+
+    Sources of the paper's threats have its column names (0, 3, 4, 8) unless several have the same; the others
+    have their own names, after "source " where that is another column's.
+    """
+    columns = {name: column_of(source) for name, source in results.sources.items()}
+    times = Counter(columns.values())
+    names = {name: column for name, column in columns.items() if column and times[column] == 1}
+    place = {"num_train_images": "num_training_images", "target": "target_ds"}
+    taken = {*place.values(), *names.values()}
+    for name in [name for name in columns if name not in names]:
+        names[name] = name
+        while names[name] in taken:
+            names[name] = f"source {names[name]}"
+        taken.add(names[name])
+    tables = {}
+    by_blocks = sorted(
+        results.summary.groupby("num_unfrozen_blocks"), key=lambda group: _blocks_order(group[0])
+    )
+    for blocks, group in by_blocks:
+        table = 100 * group.pivot(index=list(place), columns="source", values="mean").reindex(columns=columns)
+        tables[blocks] = table.rename(columns=names).rename_axis(index=place, columns=None).reset_index()
+    return tables
+
+
+class SeedTable(NamedTuple):
+    """Values by seed and n, k or epoch."""
+
+    seeds: np.ndarray = np.zeros(0, int)  # [S], rising
+    places: np.ndarray = np.zeros(0, int)  # [m], rising
+    values: np.ndarray = np.zeros((0, 0))  # [S, m], NaN where missing
+
+
+def seed_tables(
+    table: DataFrame, by: Sequence[str], places: str, values: str = "accuracy"
+) -> dict[tuple[Any, ...], SeedTable]:
+    """Those of every group.
+
+    Raises:
+      ValueError: one would have more than `_MAX_CELLS`.
+    """
+    columns = [table[name].to_numpy() for name in ("seed", places, values)]
+    found = {}
+    for key, rows in table.groupby(list(by), sort=False).indices.items():
+        seeds, x, y = (column[rows] for column in columns)
+        (seeds, i), (x, j) = (np.unique(column, return_inverse=True) for column in (seeds, x))
+        if len(seeds) * len(x) > _MAX_CELLS:
+            raise ValueError(
+                f"{key}: {len(seeds):,} seeds at {len(x):,} {places} are too many: leave some out"
+            )
+        cells = np.full((len(seeds), len(x)), np.nan)
+        cells[i, j] = y
+        found[key] = SeedTable(seeds, x, cells)
+    return found
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return values[np.isfinite(values)]
+
+
+def in_order(table: DataFrame, by: Iterable[str], sources: Mapping[str, SourceInfo]) -> DataFrame:
+    """By these columns: sources as they are ranked, all blocks after the numbers of blocks."""
+    orders = {"source": list(sources).index, "num_unfrozen_blocks": _blocks_order}
+    return table.sort_values(
+        list(by), key=lambda column: column.map(orders[column.name]) if column.name in orders else column
+    )
+
+
+def _blocks_order(num_unfrozen_blocks: int) -> float:
+    return math.inf if num_unfrozen_blocks < 0 else num_unfrozen_blocks
