@@ -12,12 +12,15 @@ from PIL import Image
 from scipy import stats
 
 from advtransfer import config as base
-from advtransfer import tasks
+from advtransfer import explain, tasks
 from advtransfer.analysis import cue_conflict, influence, matches, saliency
 from advtransfer.analysis import shape as cues
 from advtransfer.analysis.imagenet16 import IMAGENET16
 from advtransfer.config import ConfigError, read
 from advtransfer.data import LETTERS, Split, load_dataset, subset_indices
+from advtransfer.explain import Case, Subject, influence_cost, owns_classes
+from advtransfer.explain.saliency import plus_minus, saliency_section
+from advtransfer.explain.visualisation import Climbed, visualisation_section
 from advtransfer.models import (
     Model,
     ModelSpec,
@@ -32,17 +35,7 @@ from advtransfer.report.figures import styles
 from advtransfer.report.kept import to_data
 from advtransfer.report.render import draw
 from advtransfer.report.sections import Section, SourceInfo
-from advtransfer.tasks import explain_cues, explain_pixels, interpret
-from advtransfer.tasks.explain_data import influence_cost
-from advtransfer.tasks.explain_pixels import (
-    Case,
-    Climbed,
-    Subject,
-    owns_classes,
-    plus_minus,
-    saliency_section,
-    visualisation_section,
-)
+from advtransfer.tasks import interpret
 from advtransfer.tasks.interpret import study_sections
 from advtransfer.transfer import fine_tune_one, normalised_by
 
@@ -414,7 +407,9 @@ def test_the_pictures_of_visualisation_have_the_values_below_them(done, parts, n
 
 def test_visualisation_in_brief_is_of_classes_from_noise(networks, monkeypatch):
     monkeypatch.setattr(
-        explain_pixels, "_climb", lambda _, start, __: Climbed(start, 0 * start[:, 0, 0, 0], np.ones(3))
+        explain.visualisation,
+        "_climb",
+        lambda _, start, __: Climbed(start, 0 * start[:, 0, 0, 0], np.ones(3)),
     )
     section = visualisation_section(_case(networks, (0,), ("none",), parameterisation="pixels"))
     (part,) = section.parts
@@ -460,17 +455,17 @@ def test_letters_that_always_outweigh_gratings(networks, monkeypatch):
     """Nowhere is half a point: the faintest letters are told of."""
     names = np.array(list(LETTERS))
     answers = cues.shape_bias(names, names, np.roll(names, 1))
-    monkeypatch.setattr(explain_cues.shape, "measure", lambda *_: answers)
-    monkeypatch.setattr(explain_cues.cue_conflict, "glyph_cue_conflict", lambda *_, **__: None)
+    monkeypatch.setattr(explain.shape.shape, "measure", lambda *_: answers)
+    monkeypatch.setattr(explain.shape.cue_conflict, "glyph_cue_conflict", lambda *_, **__: None)
     case = _case(networks, (1,), ("l2",))
-    section = explain_cues.shape_section(case)
+    section = explain.shape.shape_section(case)
     assert section.finding.startswith("Letters outweigh gratings")
     assert [panel.title for panel in section.parts[0].panels] == ["Letters that fade"]
     assert {(row["amplitude"], row["opacity"]) for row in section.files["shape"]} == {
-        (0.06, opacity) for opacity in explain_cues.OPACITIES
+        (0.06, opacity) for opacity in explain.shape.OPACITIES
     }
     assert len(section.parts) == 1
-    table = explain_cues.shape_section(case._replace(brief=False)).parts[1]
+    table = explain.shape.shape_section(case._replace(brief=False)).parts[1]
     assert "letters of opacity 0.05" in table.caption and table.rows[0][2].startswith("100.0 (")
 
 
@@ -612,13 +607,12 @@ def test_a_study_report_gets_the_most_telling_pictures(networks, tmp_path, capsy
 def test_a_study_report_is_of_few_images_and_of_what_each_dataset_has(networks, tmp_path, monkeypatch):
     """Influence comes first, as it can fail; the page keeps the order that was asked for."""
     cases = []
-    for name in ("saliency", "visualisation", "influence", "shape"):
 
-        def section(case, *_, name=name):
-            cases.append((name, case))
-            return Section(name, "Found.")
+    def section(name, case, recipe):
+        cases.append((name, case))
+        return Section(name, "Found.")
 
-        monkeypatch.setattr(interpret, f"{name}_section", section)
+    monkeypatch.setattr(interpret, "explain", section)
     config, data = (
         _config(networks, num_images=150, num_measured=700, num_queries=700, num_train=700),
         _data(),

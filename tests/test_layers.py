@@ -36,7 +36,7 @@ MAY_IMPORT["evaluate"] = MAY_IMPORT["train"] | {"train", "options", "progress"}
 MAY_IMPORT["source"] = MAY_IMPORT["transfer"] = MAY_IMPORT["evaluate"] | {"evaluate"}
 MAY_IMPORT["study"] = MAY_IMPORT["transfer"] | {"transfer"}
 MAY_IMPORT["analysis"] = {"labels", "parallel", "attacks", "models", "data", "evaluate"}
-MAY_IMPORT["explain"] = {"options", "analysis"}
+MAY_IMPORT["explain"] = MAY_IMPORT["transfer"] | {"analysis", "options", "report", "transfer"}
 MAY_IMPORT["config"] = {
     *("foreign", "options", "data", "evaluate", "explain", "source", "study", "torch_checkpoint", "transfer")
 }

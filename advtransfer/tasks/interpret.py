@@ -6,7 +6,6 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from advtransfer import storage
@@ -14,34 +13,16 @@ from advtransfer.analysis import cue_conflict, influence
 from advtransfer.config import Options, names_key
 from advtransfer.data import Dataset
 from advtransfer.data.cache import fingerprint
+from advtransfer.explain import Case, Subject, brief, explain, influence_cost, owns_classes
 from advtransfer.models import Model, identity
 from advtransfer.options import to_dict
 from advtransfer.report.figures import styles
 from advtransfer.report.kept import from_data, to_data
 from advtransfer.report.render import draw, write_page
 from advtransfer.report.sections import Page, Section, SourceInfo
-from advtransfer.tasks.explain_cues import shape_section
-from advtransfer.tasks.explain_data import influence_cost, influence_section
-from advtransfer.tasks.explain_pixels import (
-    Case,
-    Subject,
-    owns_classes,
-    saliency_section,
-    visualisation_section,
-)
 from advtransfer.tasks.inputs import find_model, load_data, model_name, split_names
 from advtransfer.tasks.workdir import Job, check_workdir, keep, open_workdir, versions
 from advtransfer.transfer import Recipe
-
-# In a study's report pictures are few, and so are the images behind the numbers.
-_BRIEF = {
-    "num_measured": 128,
-    "num_steps": 200,
-    "step_size": 0.1,
-    "parameterisation": "fourier",
-    "num_train": 200,
-    "num_queries": 200,
-}
 
 
 def run(job: Job) -> None:
@@ -112,22 +93,19 @@ def study_sections(
         return []
     specs = {name: model.spec for name, model in models.items()}
     looks = styles(SourceInfo(name, spec.norm, spec.eps) for name, spec in specs.items())
-    cases = []
-    for networks, data, split in (
-        (models, dataset, options.measured.split),
-        (starts, target, options.grid.split),
-    ):
-        subjects = [Subject(looks[name], model) for name, model in networks.items()]
-        settings = replace(options.interpretation, **_BRIEF)
-        known = {"num_train": data.train.num_images}
-        settings = replace(
-            settings,
-            **{
-                key: min(getattr(settings, key), known.get(key, getattr(data, split).num_images))
-                for key in ("num_images", "num_measured", "num_queries", "num_train")
-            },
+    cases = [
+        brief(
+            [Subject(looks[name], model) for name, model in networks.items()],
+            data,
+            split,
+            options.interpretation,
+            options.run.seed,
         )
-        cases.append(Case(subjects, data, split, settings, options.run.seed, brief=True))
+        for networks, data, split in (
+            (models, dataset, options.measured.split),
+            (starts, target, options.grid.split),
+        )
+    ]
     return _sections(*cases, options.recipe, wanted, folder)
 
 
@@ -138,12 +116,6 @@ def _sections(case: Case, ranked: Case, recipe: Recipe, wanted: Sequence[str], f
     again.
     """
     storage.make_folder(folder)
-    compute = {
-        "saliency": lambda: saliency_section(case),
-        "visualisation": lambda: visualisation_section(case),
-        "influence": lambda: influence_section(ranked, recipe),
-        "shape": lambda: shape_section(case),
-    }
     found = {}
 
     def read(kept):
@@ -155,14 +127,16 @@ def _sections(case: Case, ranked: Case, recipe: Recipe, wanted: Sequence[str], f
             raise ValueError(str(error)) from error
 
     for name in sorted(wanted, key=lambda name: name != "influence"):
+        own = ranked if name == "influence" else case
 
-        def make(name=name):
+        def make(name=name, own=own):
             begin = time.monotonic()
-            section = compute[name]()
+            with names_key("interpret"):
+                section = explain(name, own, recipe)
             print(f"{name}: {time.monotonic() - begin:.1f} s", flush=True)
             return to_data(section)
 
-        subject = _subject(ranked if name == "influence" else case, recipe)
+        subject = _subject(own, recipe)
         found[name] = keep(folder / f"{name}.json", {"subject": subject}, make, read)
     return [found[name] for name in wanted]
 

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from advtransfer.analysis import cue_conflict, shape
-from advtransfer.config import names_key
 from advtransfer.data import LETTERS
+from advtransfer.explain.case import Case, Subject
 from advtransfer.models import logits_fn
 from advtransfer.report.sections import Axis, Entry, Panel, Plot, Section, Series, Table
-from advtransfer.tasks.explain_pixels import Case, Subject
 
 # What the glyphs' two cues are balanced with; sources are trained at 0.02 to 0.06, opaque.
 AMPLITUDES = (0.02, 0.06, 0.1, 0.15, 0.2, 0.3)
@@ -100,9 +99,8 @@ def _bias_series(subject: Subject, points: Sequence[tuple[float, shape.ShapeBias
 
 
 def _folder_section(case: Case, subjects: Sequence[Subject]) -> Section:
-    with names_key("interpret.cue_conflict"):
-        conflict = cue_conflict.read_cue_conflict(case.settings.cue_conflict, image_size=case.image_size)
-        found = {s.label: shape.measure(logits_fn(s.model), conflict) for s in subjects}
+    conflict = cue_conflict.read_cue_conflict(case.settings.cue_conflict, image_size=case.image_size)
+    found = {s.label: shape.measure(logits_fn(s.model), conflict) for s in subjects}
     records = [row for label, x in found.items() for row in _shape_records({"model": label}, x)]
     told = (f"{label} {100 * float(x.overall.shape_bias.value):.1f} %" for label, x in found.items())
     finding = f"Shape bias where shape and texture point to different classes: {', '.join(told)}."

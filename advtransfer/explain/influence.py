@@ -10,8 +10,8 @@ import jax
 import numpy as np
 
 from advtransfer.analysis import influence, matches
-from advtransfer.config import ConfigError, names_key
 from advtransfer.data import Split, subset_indices
+from advtransfer.explain.case import Case, Subject, owns_classes
 from advtransfer.models import Model
 from advtransfer.report.sections import (
     Axis,
@@ -24,7 +24,6 @@ from advtransfer.report.sections import (
     Series,
     Table,
 )
-from advtransfer.tasks.explain_pixels import Case, Subject, owns_classes
 from advtransfer.transfer import Recipe, activations, fine_tune_one
 
 SHOWN_QUERIES, SHOWN_RANKS = 4, 4
@@ -105,22 +104,21 @@ def _influence(case: Case, subject: Subject, train: Split, queries: Split, recip
         model, _ = fine_tune_one(model, train, None, key=key, class_names=names, recipe=recipe)
     features = [_features(model, part.images, case.image_size) for part in (queries, train)]
     head = model.variables["params"]["fc"]
-    with names_key("interpret.solver"):
-        try:
-            scores = influence.last_layer_scores(
-                features[1],
-                train.labels,
-                np.concatenate(features),
-                np.concatenate([queries.labels, train.labels]),
-                head["kernel"],
-                head["bias"],
-                solver=settings.solver,
-                damping=settings.damping or None,
-                rcond=settings.rcond,
-                tell=lambda line: print(f"{subject.label}: {line}", flush=True),
-            )
-        except RuntimeError as error:
-            raise ConfigError(f"config.interpret.solver={settings.solver}: {error}") from error
+    try:
+        scores = influence.last_layer_scores(
+            features[1],
+            train.labels,
+            np.concatenate(features),
+            np.concatenate([queries.labels, train.labels]),
+            head["kernel"],
+            head["bias"],
+            solver=settings.solver,
+            damping=settings.damping or None,
+            rcond=settings.rcond,
+            tell=lambda line: print(f"{subject.label}: {line}", flush=True),
+        )
+    except RuntimeError as error:
+        raise ValueError(f"solver={settings.solver}: {error}") from error
     scores = dict(zip(("test", "train"), np.split(scores, [len(queries.labels)]), strict=True))
     return _Influence(scores, {"test": queries.labels, "train": train.labels}, train.labels, own)
 

@@ -1,0 +1,157 @@
+"""What networks look at in an image: gradients, SmoothGrad, integrated gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from advtransfer.analysis import saliency
+from advtransfer.evaluate import predict
+from advtransfer.explain.case import Case, Subject, class_name, column, owns_classes
+from advtransfer.models import logits_fn
+from advtransfer.report.intervals import mean_and_ci95
+from advtransfer.report.sections import PictureRow, Pictures, Section, Table
+
+
+def saliency_section(case: Case) -> Section:
+    """Gradients, SmoothGrad and integrated gradients of a few images; two numbers about more of them."""
+    settings, shown = case.settings, case.settings.num_images
+    indices = case.draw(max(settings.num_measured, shown))
+    images, labels = case.images(indices)
+    names = [case.dataset.class_names[i] for i in labels]
+    groups, records, worst = [[PictureRow("Image", images[:shown], names[:shown])]], [], 0.0
+    for subject in case.subjects:
+        network = logits_fn(subject.model)
+        predicted = predict(network, images).argmax(axis=-1)
+        own = owns_classes(subject.model, case.dataset)
+        explained = labels if own else predicted
+        read = [class_name(subject.model, i) for i in predicted]
+        values = saliency.gradients(network, images, explained)
+        pictures = saliency.to_picture(values[:shown])
+        group = [PictureRow(f"{subject.label}: gradient", pictures, _read(read[:shown], names, own))]
+        errors = [""] * len(images)
+        if not case.brief:
+            smooth, found = _more(case, network, images[:shown], explained[:shown])
+            group.append(PictureRow(f"{subject.label}: SmoothGrad", saliency.to_picture(smooth)))
+            group.append(PictureRow(f"{subject.label}: integrated", saliency.to_picture(found.attributions)))
+            errors[:shown], worst = found.errors.tolist(), max(worst, float(found.errors.max()))
+        groups.append(group)
+        numbers = (saliency.low_frequency_share(values), saliency.alignment(values, images))
+        columns = (indices, names, read, *numbers, errors)
+        records += [
+            dict(zip(_SALIENCY, (subject.label, case.dataset.name, case.split, *row), strict=True))
+            for row in zip(*(np.asarray(x).tolist() for x in columns), strict=True)
+        ]
+    parts = [Pictures(_saliency_caption(case, worst), groups, "saliency"), _saliency_table(case, records)]
+    return Section("Saliency", _saliency_finding(case, records), parts, {"saliency": records})
+
+
+_SALIENCY = (
+    "model",
+    "dataset",
+    "split",
+    "index",
+    "label",
+    "predicted",
+    "low_frequency_share",
+    "alignment",
+    "completeness_error",
+)
+
+
+def _read(read: list[str], names: list[str], own: bool) -> list[str]:
+    """What the network reads, with a mark where that can be right or wrong."""
+    return [f"{'✓ ' if a == b else '✗ '}{a}" if own else a for a, b in zip(read, names, strict=False)]
+
+
+def _more(
+    case: Case, network: Any, images: np.ndarray, labels: np.ndarray
+) -> tuple[np.ndarray, saliency.IntegratedGradients]:
+    """SmoothGrad and integrated gradients."""
+    settings, most = case.settings, case.settings.integration_steps
+    smooth = saliency.smooth_grad(
+        network,
+        images,
+        labels,
+        key=jax.random.key(case.seed),
+        num_samples=settings.smooth_samples,
+        noise=settings.smooth_noise,
+    )
+    return smooth, saliency.integrated_gradients(
+        network, images, labels, baseline=settings.baseline, num_steps=min(256, most), max_steps=most
+    )
+
+
+def _saliency_caption(case: Case, worst: float) -> str:
+    settings = case.settings
+    foreign = [s.label for s in case.subjects if not owns_classes(s.model, case.dataset)]
+    explained = "of each image’s own label"
+    if foreign:
+        explained = f"of the label, or where the classes are others ({', '.join(foreign)}) of the class read"
+        explained = explained if len(foreign) < len(case.subjects) else "of the class that the network reads"
+    more = ""
+    if not case.brief:
+        baseline = "black" if settings.baseline == 0 else f"grey {settings.baseline:g}"
+        more = (
+            f" SmoothGrad: mean over {settings.smooth_samples} copies with noise of "
+            f"{settings.smooth_noise:g} of the image’s range. Integrated: along the way from {baseline}, in "
+            f"at most {settings.integration_steps:,} steps; the sums miss the change of the loss by at most "
+            f"{worst:.1g} of it."
+        )
+    return (
+        f"Gradients of the loss {explained}, with respect to the pixels; images of {case.dataset.name} "
+        f"({case.split}). Grey is zero, and each picture is cut off at three standard deviations. Under "
+        f"a gradient: what the network reads.{more}"
+    )
+
+
+def _reference(case: Case) -> Subject:
+    """The network that others are compared with: the first natural one, or the first."""
+    return next((s for s in case.subjects if s.model.spec.norm == "none"), case.subjects[0])
+
+
+def _saliency_table(case: Case, records: list[dict]) -> Table:
+    base, rows, white = _reference(case).label, [], 100 * _white(case.image_size)
+    for label in (subject.label for subject in case.subjects):
+        texts = [label]
+        for name, scale, digits in (("low_frequency_share", 100, 1), ("alignment", 1, 3)):
+            values = scale * column(records, label, name)
+            difference = values - scale * column(records, base, name)
+            texts.append(plus_minus(values, digits))
+            texts.append("–" if label == base else plus_minus(difference, digits, sign="+"))
+        rows.append(texts)
+    number = len(records) // len(case.subjects)
+    caption = (
+        f"The plain gradients of {number:,} images of {case.dataset.name} ({case.split}), mean ± 95 % "
+        "interval (Student’s t over images). Low frequencies: share of a gradient’s energy at or below a "
+        f"quarter of the Nyquist frequency, in %; white noise has {white:.1f}. Alignment: |cosine| "
+        f"between image and gradient. Differences are to {base}, paired by image."
+    )
+    heads = ["Network", "Low frequencies, %", "difference", "Alignment", "difference"]
+    return Table(caption, heads, rows, "saliency")
+
+
+def plus_minus(values: np.ndarray, digits: int, *, sign: str = "") -> str:
+    mean, half = mean_and_ci95(values)
+    text = f"{mean:{sign}.{digits}f}".replace("-", "−")
+    return text if np.isnan(half) else f"{text} ± {half:.{digits}f}"
+
+
+def _white(size: int) -> float:
+    """The share of low frequencies among all: a single bright pixel has every frequency alike."""
+    pixel = np.zeros((1, size, size, 1))
+    pixel[0, 0, 0, 0] = 1
+    return float(saliency.low_frequency_share(pixel)[0])
+
+
+def _saliency_finding(case: Case, records: list[dict]) -> str:
+    shares = (
+        f"{s.label} {100 * column(records, s.label, 'low_frequency_share').mean():.1f} %"
+        for s in case.subjects
+    )
+    return (
+        f"Share of the gradients’ energy at low frequencies: {', '.join(shares)}; of white noise it is "
+        f"{100 * _white(case.image_size):.1f} %."
+    )
