@@ -35,10 +35,9 @@ from advtransfer.models import (
 )
 from advtransfer.source import SourceRecipe, train_source
 from advtransfer.study import Grid, Search, run_study
-from advtransfer.tasks.one_model import FineTuned, fine_tune
 from advtransfer.torch_checkpoint import CheckpointError, export_torch_state_dict, import_torch_checkpoint
 from advtransfer.train import TrainState, fit, make_train_step
-from advtransfer.transfer import Recipe, fine_tune_many, reset_head
+from advtransfer.transfer import FineTuned, Recipe, fine_tune, fine_tune_many, reset_head
 
 __version__ = "0.1.0"
 

@@ -51,9 +51,8 @@ from advtransfer.evaluate import (
     predict,
 )
 from advtransfer.models import Model, ModelSpec, create_module
-from advtransfer.tasks import one_model
 from advtransfer.train import TrainState
-from advtransfer.transfer import Rates, Recipe, choose_k, dual, resolve_recipe
+from advtransfer.transfer import Rates, Recipe, choose_k, dual, one_model, resolve_recipe
 from advtransfer.transfer.program import Task, make_fine_tune
 
 N, C, D, Q = 3, 4, 5, 2
@@ -463,7 +462,7 @@ MODULES = [
     "models",
     "optim",
     "report",
-    "tasks.one_model",
+    "transfer.one_model",
     "study",
     "torch_checkpoint",
     "train",

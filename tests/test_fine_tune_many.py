@@ -22,7 +22,7 @@ from test_transfer import (
     _model,
     _split,
     _tune,
-    fine_tune_module,
+    tuning,
 )
 
 from advtransfer import parallel
@@ -33,7 +33,6 @@ from advtransfer.transfer import (
     activations,
     block_flops,
     dual,
-    fine_tune,
     fine_tune_many,
     fine_tune_one,
     num_streams,
@@ -95,7 +94,7 @@ def test_trials_that_run_at_the_same_time_are_those_that_run_in_turn(k, mode, mo
 
 def test_a_head_whose_cache_does_not_fit_counts_as_the_whole_network(monkeypatch):
     seen = []
-    monkeypatch.setattr(fine_tune, "num_streams", lambda *_, cached: seen.append(cached) or 1)
+    monkeypatch.setattr(tuning, "num_streams", lambda *_, cached: seen.append(cached) or 1)
     for free in (10**9, 0):
         monkeypatch.setattr(parallel, "free_bytes", lambda free=free: free)
         fine_tune_many(MODEL, POOL, TEST, subsets=SUBSETS, keys=KEYS, num_classes=3, recipe=RECIPE)
@@ -125,7 +124,7 @@ def test_a_head_in_dual_form_takes_the_steps_of_one_in_feature_space(monkeypatch
     in_dual, _ = fine_tune_one(source, TRAIN, TEST, **options)
     with monkeypatch.context() as patch:
         patch.setattr(dual, "is_cheaper", lambda *_: False)
-        patch.setattr(fine_tune_module, "_one", fine_tune_module._one.__wrapped__)
+        patch.setattr(tuning, "_one", tuning._one.__wrapped__)
         primal, _ = fine_tune_one(source, TRAIN, TEST, **options)
     start = reset_head(source.variables, jax.random.split(KEY, 3)[0], num_classes=3)["params"]["fc"]
     for name in start:
@@ -247,16 +246,16 @@ def test_cores_take_trials_whose_forward_pass_is_small(monkeypatch):
         (1, False, stem + first + second + head),
     ):
         for limit, streams in ((flops, 1), (flops + 1, 6)):
-            monkeypatch.setattr(fine_tune_module, "_SMALL", limit)
+            monkeypatch.setattr(tuning, "_SMALL", limit)
             assert num_streams(MODEL.module, k, 8, cached=cached) == streams
 
 
 def test_trials_with_statistics_of_their_own_take_half_of_what_is_free(monkeypatch):
     """Three times what each of them caches, or a byte an image where nothing is; on two devices."""
     for cached, free, expected in ((600, 18_000, 10), (600, 17_999, 8), (600, 0, 2), (0, 3000, 20)):
-        monkeypatch.setattr(fine_tune_module, "cache_bytes", lambda *_, cached=cached: cached)
+        monkeypatch.setattr(tuning, "cache_bytes", lambda *_, cached=cached: cached)
         monkeypatch.setattr(parallel, "free_bytes", lambda free=free: free)
-        assert fine_tune_module._subsets_at_once(MODEL, RECIPE, 1, 20, 30) == expected
+        assert tuning._subsets_at_once(MODEL, RECIPE, 1, 20, 30) == expected
 
 
 @pytest.mark.parametrize("size", [7, 10, 256])
@@ -275,7 +274,7 @@ def test_sets_are_measured_in_pieces(size, monkeypatch):
 
 def test_heads_run_side_by_side_as_memory_allows(monkeypatch):
     """On an accelerator: the Gram matrix of each, and its features twice, in an eighth of what is free."""
-    module, at_once = create_module("resnet18", num_classes=3), fine_tune_module._trials_per_batch
+    module, at_once = create_module("resnet18", num_classes=3), tuning._trials_per_batch
     assert at_once(module, 0, 20, 400) == 1  # on a CPU
     monkeypatch.setattr(parallel, "platform", lambda: "gpu")
     one = 4 * (400 * 400 + 2 * 400 * 512)

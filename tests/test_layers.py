@@ -33,7 +33,8 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["train"] = MAY_IMPORT["models"] | {"labels", "attacks", "optim", "checkpoint", "models"}
 MAY_IMPORT["evaluate"] = MAY_IMPORT["train"] | {"train", "options", "progress"}
-MAY_IMPORT["source"] = MAY_IMPORT["transfer"] = MAY_IMPORT["evaluate"] | {"evaluate"}
+MAY_IMPORT["source"] = MAY_IMPORT["evaluate"] | {"evaluate"}
+MAY_IMPORT["transfer"] = MAY_IMPORT["evaluate"] | {"evaluate", "report"}
 MAY_IMPORT["study"] = MAY_IMPORT["transfer"] | {"transfer"}
 MAY_IMPORT["analysis"] = {"labels", "parallel", "attacks", "models", "data", "evaluate"}
 MAY_IMPORT["explain"] = MAY_IMPORT["transfer"] | {"analysis", "options", "report", "transfer"}

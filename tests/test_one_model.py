@@ -22,9 +22,16 @@ from advtransfer.config import ConfigError, read
 from advtransfer.data import Split
 from advtransfer.models import Model, ModelSpec, create_module, init_variables, load_model, save_model
 from advtransfer.report import make_outcome, read_rows
-from advtransfer.tasks import one_model
 from advtransfer.train import DivergedError
-from advtransfer.transfer import Choice, choose_k, depths, fine_tune_one, possible_folds, rule_of_thumb
+from advtransfer.transfer import (
+    Choice,
+    choose_k,
+    depths,
+    fine_tune_one,
+    one_model,
+    possible_folds,
+    rule_of_thumb,
+)
 from advtransfer.transfer.choose_k import RULE, _within_one_error, make_folds
 
 pytestmark = pytest.mark.usefixtures("two_blocks", "unoptimised")

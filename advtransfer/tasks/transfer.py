@@ -13,15 +13,16 @@ from advtransfer.models import Model, create_module, identity, save_model
 from advtransfer.report import write_model_page, write_rows
 from advtransfer.study import Source, Trial, history_rows, make_trial, num_steps
 from advtransfer.tasks.inputs import find_model, load_data, model_name
-from advtransfer.tasks.one_model import make_page, tune
 from advtransfer.tasks.workdir import Job, check_workdir, claimed, open_workdir, versions
 from advtransfer.transfer import (
     choose_k,
     depths,
     first_unfrozen_block,
+    make_page,
     normalised_by,
     possible_folds,
     rule_of_thumb,
+    tune,
 )
 
 _METHODS = {"rule": "the rule of thumb", "cross_validation": "cross-validation"}

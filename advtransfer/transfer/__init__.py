@@ -10,7 +10,6 @@ from advtransfer.transfer.choose_k import (
     rule_of_thumb,
 )
 from advtransfer.transfer.cost import block_flops, fine_tune_flops
-from advtransfer.transfer.fine_tune import fine_tune_many, fine_tune_one, num_streams
 from advtransfer.transfer.freezing import (
     activation_shape,
     activations,
@@ -21,15 +20,18 @@ from advtransfer.transfer.freezing import (
 )
 from advtransfer.transfer.head import HEAD_INITS, reset_head
 from advtransfer.transfer.input_norm import normalised_by
+from advtransfer.transfer.one_model import FineTuned, fine_tune, make_page, tune
 from advtransfer.transfer.prepared import Prepared, cache_bytes, own_statistics, prepare
 from advtransfer.transfer.program import Rates
 from advtransfer.transfer.recipe import Recipe, resolve_recipe, without_rates
+from advtransfer.transfer.tuning import fine_tune_many, fine_tune_one, num_streams
 
 __all__ = [
     "HEAD_INITS",
     "METHODS",
     "RULE",
     "Choice",
+    "FineTuned",
     "Prepared",
     "Rates",
     "Recipe",
@@ -39,11 +41,13 @@ __all__ = [
     "cache_bytes",
     "choose_k",
     "depths",
+    "fine_tune",
     "fine_tune_flops",
     "fine_tune_many",
     "fine_tune_one",
     "first_unfrozen_block",
     "frozen_mask",
+    "make_page",
     "normalised_by",
     "num_streams",
     "own_statistics",
@@ -54,5 +58,6 @@ __all__ = [
     "resolve_recipe",
     "rule_of_thumb",
     "target_batch_stats",
+    "tune",
     "without_rates",
 ]

@@ -12,9 +12,9 @@ import numpy as np
 from advtransfer.data import Split, check_split
 from advtransfer.models import Model
 from advtransfer.train import DivergedError
-from advtransfer.transfer.fine_tune import fine_tune_many
 from advtransfer.transfer.prepared import own_statistics, prepare
 from advtransfer.transfer.recipe import Recipe, resolve_recipe
+from advtransfer.transfer.tuning import fine_tune_many
 
 METHODS = ("rule", "cross_validation")
 

@@ -1,4 +1,4 @@
-"""One network for one target, and what it is worth: what `at.fine_tune` and stage=transfer share."""
+"""One network for one target, and what it is worth."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from advtransfer.models import Model, package_versions, save_model
 from advtransfer.report import ModelPage, Outcome, make_outcome, write_model_page
 from advtransfer.report.sections import SourceInfo
 from advtransfer.train import DivergedError
-from advtransfer.transfer import RULE, Choice, Recipe, choose_k, fine_tune_one, resolve_recipe
+from advtransfer.transfer.choose_k import RULE, Choice, choose_k
+from advtransfer.transfer.recipe import Recipe, resolve_recipe
+from advtransfer.transfer.tuning import fine_tune_one
 
 _MARKER = "fine_tune.json"  # of a folder whose files a later call may replace
 _EVALUATE_EPOCHS = (1, 2, 5, 10, 20, 50, 100, 150)
