@@ -27,7 +27,7 @@ from advtransfer.transfer import (
 from advtransfer.transfer.program import Rates, Task, make_fine_tune
 
 # The package's function of this name hides the module.
-fine_tune_module = importlib.import_module("advtransfer.transfer.tuning")
+tuning = importlib.import_module("advtransfer.transfer.tuning")
 
 
 def num_parameters(tree):
