@@ -148,7 +148,7 @@ def _caption(target: str, where: str, seeds: str, by_size: bool, lead: bool) -> 
 
 
 def published(material: Material, target: str, sizes: Sequence[int], *, lead: bool) -> list[Series]:
-    """The paper's lines for this target within the range of the user's n; their numbers go to `tables`."""
+    """The paper's lines for this target within the range of the user's n; their numbers go to `shown`."""
     import pandas as pd
 
     lines = []
