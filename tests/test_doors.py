@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from advtransfer import models, optim, report, train, transfer
+from advtransfer import intervals, models, optim, report, train, transfer
 from advtransfer.analysis import (
     head_hessian,
     influence,
@@ -377,7 +377,7 @@ DOORS = [
         "conflict.images rank, conflict.images kind, conflict.shapes length, conflict.textures length",
     ),
     Door(shape.half_point, {"strengths": MASK, "biases": MASK}, "strengths length, biases rank"),
-    Door(shape.wilson, {"count": LABELS, "total": LABELS}, "count rank, total length"),
+    Door(intervals.share, {"count": LABELS, "total": LABELS}, "count rank, total length"),
     Door(matches.most_helpful, {"scores": SCORES, "num": 1}, "scores rank"),
     Door(matches.most_harmful, {"scores": SCORES, "num": 1}, "scores rank"),
     Door(matches.match_rates, RANKED, ON_SCORES),

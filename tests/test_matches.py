@@ -44,8 +44,8 @@ def test_match_rates_count_queries(scores, exclude_self):
     rates = matches.match_rates(scores, labels, labels, num_ranks=100, exclude_self=exclude_self)
     assert rates.tolist() == [sum(rank) / 12 for rank in hits.T]
     shares = matches.match_shares(scores, labels, labels, exclude_self=exclude_self)
-    assert shares["top1"].share == rates[0]
-    assert shares["three_of_five"].share == sum(sum(row[:5]) >= 3 for row in hits) / 12
+    assert shares["top1"].value == rates[0]
+    assert shares["three_of_five"].value == sum(sum(row[:5]) >= 3 for row in hits) / 12
 
 
 def test_queries_of_their_own_number_and_classes(scores):
@@ -58,8 +58,8 @@ def test_queries_of_their_own_number_and_classes(scores):
         matches.match_rates(mine, queries, labels, num_ranks=4), hits[:, :4].mean(axis=0)
     )
     shares = matches.match_shares(mine, queries, labels)
-    assert shares["top1"].share == np.mean(hits[:, 0])
-    assert shares["three_of_five"].share == np.mean(hits[:, :5].sum(axis=1) >= 3)
+    assert shares["top1"].value == np.mean(hits[:, 0])
+    assert shares["three_of_five"].value == np.mean(hits[:, :5].sum(axis=1) >= 3)
     means = [[mine[np.ix_(queries == a, labels == b)].mean() for b in range(3)] for a in range(3)]
     np.testing.assert_allclose(matches.class_heat_map(mine, queries, labels, 3), means)
     two = matches.most_helpful([[5.0, 1.0], [1.0, 5.0]], 9, exclude_self=True)
@@ -72,7 +72,8 @@ def test_intervals_are_wilsons(hits, total):
     labels = np.repeat([0, 1], [hits, total - hits])
     found = matches.match_shares(scores, labels, np.array([0]))["top1"]
     truth = scipy.stats.binomtest(hits, total).proportion_ci(0.95, method="wilson")
-    np.testing.assert_allclose(found, (hits / total, truth.low, truth.high), atol=1e-7)
+    np.testing.assert_allclose(found[:3], (hits / total, truth.low, truth.high), atol=1e-7)
+    assert found[3:] == (hits, total)
 
 
 @pytest.mark.parametrize("exclude_self", [False, True])

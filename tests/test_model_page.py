@@ -10,8 +10,8 @@ import pytest
 from pages import decoded, read_csv, read_page
 from scipy.stats import binomtest
 
+from advtransfer.intervals import wilson
 from advtransfer.report import ModelPage, figures, make_outcome, write_model_page
-from advtransfer.report.intervals import wilson
 from advtransfer.report.outcome import class_table, confused_pairs, mistake_table
 
 RNG = np.random.default_rng(0)

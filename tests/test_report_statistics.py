@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 from test_report_rows import make_row
 
+from advtransfer.intervals import mean_and_ci95
 from advtransfer.report import SUMMARY_COLUMNS, headline, summarise
-from advtransfer.report.intervals import mean_and_ci95
 from advtransfer.report.ratios import ratios
 from advtransfer.report.reference import column_of, published_line, target_of
 from advtransfer.report.sections import SourceInfo, format_eps

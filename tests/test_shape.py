@@ -13,8 +13,9 @@ from PIL import Image
 
 from advtransfer.analysis.cue_conflict import LETTER_OUTPUTS, glyph_cue_conflict, read_cue_conflict
 from advtransfer.analysis.imagenet16 import IMAGENET16
-from advtransfer.analysis.shape import decide, half_point, measure, shape_bias, wilson
+from advtransfer.analysis.shape import decide, half_point, measure, shape_bias
 from advtransfer.data import LETTERS, glyphs, render_glyphs
+from advtransfer.intervals import share
 
 # WordNet names of the leaves below each category, without the birds and dogs.
 WORDNET = {
@@ -99,15 +100,15 @@ def test_shares_of_hand_made_decisions():
 
 def test_wilson_intervals_against_scipy():
     counts = np.array([0, 1, 7, 50, 99, 100])
-    found = wilson(counts, np.full(6, 100))
+    found = share(counts, np.full(6, 100))
     for i, count in enumerate(counts):
         interval = scipy.stats.binomtest(int(count), 100).proportion_ci(method="wilson")
         np.testing.assert_allclose([found.lower[i], found.upper[i]], interval, atol=1e-12)
     np.testing.assert_allclose(found.value, counts / 100)
     totals = np.arange(1, 500)
-    none, all_of_them = wilson(0 * totals, totals), wilson(totals, totals)
+    none, all_of_them = share(0 * totals, totals), share(totals, totals)
     assert np.all(none.lower >= 0) and np.all(all_of_them.upper <= 1)  # whatever the rounding
-    nothing = wilson(0, 0)
+    nothing = share(0, 0)
     assert np.isnan(nothing.value)
     np.testing.assert_allclose([nothing.lower, nothing.upper], [0, 1], atol=1e-12)
 

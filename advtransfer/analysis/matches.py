@@ -7,21 +7,13 @@ order, and no image is ranked for itself. Of equal scores the image that comes f
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from advtransfer.analysis.shape import wilson
+from advtransfer.intervals import Share, share
 
 _BLOCK = 1024  # queries that are sorted at a time
-
-
-class Share(NamedTuple):
-    """A share of the queries, with Wilson's 95 % interval (Wilson, 1927)."""
-
-    share: float
-    low: float
-    high: float
 
 
 def most_helpful(scores: Any, num: int, *, exclude_self: bool = False) -> np.ndarray:
@@ -50,7 +42,8 @@ def match_shares(
     The intervals are over queries, for one head and one training set.
     """
     matches = _matches(scores, query_labels, train_labels, 5, exclude_self)
-    return {"top1": _share(matches[:, 0]), "three_of_five": _share(matches.sum(axis=1) >= 3)}
+    hits = {"top1": matches[:, 0], "three_of_five": matches.sum(axis=1) >= 3}
+    return {name: share(np.sum(found), len(found)) for name, found in hits.items()}
 
 
 def class_heat_map(
@@ -155,11 +148,6 @@ def _matches(scores, query_labels, train_labels, num, exclude_self):
     scores = _checked(scores, query_labels, train_labels, exclude_self)
     ranked = most_helpful(scores, num, exclude_self=exclude_self)
     return np.asarray(train_labels)[ranked] == np.asarray(query_labels)[:, None]
-
-
-def _share(hits: np.ndarray) -> Share:
-    share = wilson(np.sum(hits), len(hits))
-    return Share(float(share.value), float(share.lower), float(share.upper))
 
 
 def _bins(labels: np.ndarray, num_classes: int, bins_per_class: int) -> np.ndarray:

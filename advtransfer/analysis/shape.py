@@ -24,18 +24,7 @@ from advtransfer.analysis.cue_conflict import CueConflict
 from advtransfer.analysis.imagenet16 import IMAGENET16
 from advtransfer.attacks import LogitsFn
 from advtransfer.evaluate import predict
-
-_Z = 1.959963984540054  # 97.5 % of the normal distribution lie below
-
-
-class Share(NamedTuple):
-    """A share of `total` with its 95 % interval by `wilson`; each a float64, or [C]. NaN of nothing."""
-
-    value: np.ndarray
-    lower: np.ndarray
-    upper: np.ndarray
-    count: np.ndarray
-    total: np.ndarray
+from advtransfer.intervals import Share, share
 
 
 class Cues(NamedTuple):
@@ -140,19 +129,8 @@ def half_point(strengths: Sequence[float], biases: Sequence[float]) -> float:
     return float("nan")
 
 
-def wilson(count: np.ndarray, total: np.ndarray) -> Share:
-    """The share count / total with Wilson's 95 % interval (JASA 1927); from 0 to 1 where `total` is 0."""
-    count, total = np.float64(count), np.float64(total)
-    chex.assert_equal_shape([count, total])
-    some = np.maximum(total, 1)
-    centre = (count + _Z**2 / 2) / (total + _Z**2)
-    half = _Z / (total + _Z**2) * np.sqrt(count * (total - count) / some + _Z**2 / 4)
-    lower, upper = (np.clip(x, 0, 1) for x in (centre - half, centre + half))
-    return Share(np.where(total > 0, count / some, np.nan)[()], lower, upper, count, total)
-
-
 def _cues(shape: np.ndarray, texture: np.ndarray, total: np.ndarray) -> Cues:
     return Cues(
-        wilson(shape, shape + texture),
-        *(wilson(count, total) for count in (shape, texture, total - shape - texture)),
+        share(shape, shape + texture),
+        *(share(count, total) for count in (shape, texture, total - shape - texture)),
     )

@@ -10,8 +10,8 @@ import numpy as np
 from advtransfer.analysis import saliency
 from advtransfer.evaluate import predict
 from advtransfer.explain.case import Case, Subject, class_name, column, owns_classes
+from advtransfer.intervals import mean_and_ci95
 from advtransfer.models import logits_fn
-from advtransfer.report.intervals import mean_and_ci95
 from advtransfer.report.sections import PictureRow, Pictures, Section, Table
 
 

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from advtransfer.intervals import wilson
 from advtransfer.report import figures
 from advtransfer.report.files import csv_lines, csv_text
-from advtransfer.report.intervals import wilson
 from advtransfer.report.outcome import Outcome, class_table, confused_pairs, mistake_table
 from advtransfer.report.render import write_page
 from advtransfer.report.sections import (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from advtransfer.report.intervals import wilson
+from advtransfer.intervals import wilson
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from advtransfer.report.intervals import half_width, mean_and_ci95
+from advtransfer.intervals import half_width, mean_and_ci95
 from advtransfer.report.reference import column_of
 from advtransfer.report.sections import SourceInfo
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import ndtri, stdtrit
@@ -35,3 +35,27 @@ def wilson(num_correct: Any, num_images: Any) -> tuple[Any, Any]:
         low, high = ((share + unit / 2 + side * half) / (1 + unit) for side in (-1, 1))
     # Exactly 0 and 1 at the ends, whatever the rounding.
     return np.where(share == 0, 0.0, low)[()], np.where(share == 1, 1.0, high)[()]
+
+
+class Share(NamedTuple):
+    """count / total with its 95 % interval by `wilson`; each a float64, or an array of one shape."""
+
+    value: Any  # NaN where `total` is 0
+    lower: Any
+    upper: Any
+    count: Any
+    total: Any
+
+
+def share(count: Any, total: Any) -> Share:
+    """A share with its interval, which is from 0 to 1 where `total` is 0.
+
+    Raises:
+      ValueError: arrays of different shapes.
+    """
+    count, total = np.float64(count), np.float64(total)
+    if np.shape(count) != np.shape(total):
+        raise ValueError(f"count has the shape {np.shape(count)}, total {np.shape(total)}")
+    low, high = wilson(count, total)
+    value = np.where(total > 0, count / np.maximum(total, 1), np.nan)[()]
+    return Share(value, np.nan_to_num(low), np.nan_to_num(high, nan=1.0), count, total)
