@@ -148,6 +148,10 @@ def test_the_tensors_of_a_file_are_bounded(monkeypatch):
     assert len(named) == 1
     find({"ema": network(), "model": {"a": tensor((1,))}})
     assert len(named) == 2
+    passes = []  # over all names, to look for the children of a Sequential
+    monkeypatch.setattr(state_dict, "_numbered_children", lambda _, prefix: passes.append(prefix))
+    refused("no ResNet was found", {f"a{i}.4.0.conv1.weight": tensor((1,)) for i in range(100)})
+    assert len(passes) == 17
 
 
 # --- where the network is -----------------------------------------------------------------------------------
