@@ -141,7 +141,9 @@ BAD_RADII = (None, 0.0, -1, np.inf, np.nan)
     ],
 )
 def test_arguments_that_make_no_sense(message, options):
-    refused(message, NETWORKS / "hub.ckpt", error=ValueError, **options)
+    """They are refused before the file is opened, but for a name of no architecture."""
+    path = NETWORKS / "hub.ckpt" if "architecture" in options else "no-such-file.pt"
+    refused(message, path, error=ValueError, **options)
 
 
 @pytest.mark.parametrize(
