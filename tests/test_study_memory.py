@@ -89,7 +89,7 @@ def test_trials_with_statistics_of_their_own_go_in_parts_where_memory_is_short(m
 
 def test_a_trial_alone_and_in_its_group_make_the_same_network(monkeypatch):
     """Weights to 1e-5, and not one prediction on a test image differs."""
-    from advtransfer.transfer import fine_tune as module
+    from advtransfer.transfer import tuning as module
 
     found = {}
 
