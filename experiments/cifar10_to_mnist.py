@@ -1,10 +1,11 @@
-"""The claim on real images at a small scale: CIFAR-10 sources, natural and ℓ2-robust, transferred to MNIST.
+"""The quickstart's comparison on real images: CIFAR-10 sources, natural and ℓ2-robust, transferred to MNIST.
 
     TFDS_DATA_DIR=/prepared python launch.py --config=experiments/cifar10_to_mnist.py
 
-Both sets must be prepared (BUILD.md); `--config.transfer.target=tfds:kmnist` and the like name others. Made
-for two CPU cores: the network is the quickstart's, and sources see 20 % of the training images, eight times.
-ε and the fine-tuning are the quickstart's: nothing is chosen here. BUILD.md has what came out.
+Both datasets must be prepared (BUILD.md); `--config.transfer.target=tfds:kmnist` takes another target. The
+experiment suits two CPU cores: the network is the quickstart's, and sources train on 20 % of the training
+images for eight epochs. ε and the fine-tuning recipe are also the quickstart's; nothing was tuned on these
+images. benchmarks/RESULTS.md has the results.
 """
 
 from advtransfer import config as base

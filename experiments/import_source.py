@@ -1,4 +1,4 @@
-"""A robust source from elsewhere: a PyTorch checkpoint becomes a model folder, without PyTorch.
+"""Import a robust source: a PyTorch checkpoint becomes a model folder, without PyTorch.
 
     python launch.py --config=experiments/import_source.py --config.source=list
     python launch.py --config=experiments/import_source.py \
@@ -6,12 +6,13 @@
     python launch.py --config=experiments/import_source.py \
         --config.source=/downloads/imagenet_l2_3_0.pt --workdir=sources/l2-3
 
-The first prints the known robust models. No code of the file is run. `--config.verify=tfds:imagenet_v2`,
-or any dataset with the model's classes, measures what was imported, with `--config.evaluate.norm=l2
---config.evaluate.eps=3` under attack too. `config.checkpoint` takes what file and table do not say:
-`--config.checkpoint.norm=linf --config.checkpoint.eps=0.0157`, or `--config.checkpoint.weights=student`
-for one of several networks in a file. A network without a head is a source for stage=transfer. Leaves
-`model/`, and `evaluation.json` if verified, in the workdir.
+The first command prints the known robust models. No code of the file is run.
+`--config.verify=tfds:imagenet_v2`, or any dataset with the model's classes, measures the imported model; with
+`--config.evaluate.norm=l2 --config.evaluate.eps=3` also under attack. `config.checkpoint` sets what neither
+the file nor the table says, such as `--config.checkpoint.norm=linf --config.checkpoint.eps=0.0157`;
+`--config.checkpoint.weights=student` chooses one of several networks in a file. A network without a head can
+be fine-tuned (stage=transfer), not measured. Writes `model/` to the workdir, and `evaluation.json` if
+verified.
 """
 
 from advtransfer import config as base

@@ -1,15 +1,16 @@
-"""What networks look at: saliency, feature visualisation, influence, shape against texture, side by side.
+"""What networks look at: saliency, feature visualisation, influence and shape against texture, side by side.
 
     python launch.py --config=experiments/interpret.py --config.models=runs/quickstart/sources/natural,\
 runs/quickstart/sources/l2_0.25 --config.data=builtin:digits --workdir=runs/interpret
 
-Any number of models of one image size, by name. Where the data's classes are not a network's, its own
-prediction is explained, and for influence a new head is trained (recipe: config.transfer). Leaves
-`report.html` and the numbers behind every figure as CSV; `--plan` says what influence takes.
+Takes any number of models with the same image size. Where the data's classes are not a network's own, its own
+prediction is explained, and for influence a new head is trained (recipe: config.transfer). Writes
+`report.html` and a CSV file for every figure. `--plan` says what influence costs.
 
-The settings suit networks of 16². `--config=experiments/interpret.py:paper` takes those of Utrera et al.
-(2021) for ImageNet's: 1000 steps of 2 in pixels, and the truncated pseudo-inverse for 3,200 training images;
-with `--config.interpret.cue_conflict=FOLDER` the shape bias of networks of 1,000 classes is measured too.
+The settings suit networks of 16×16 images. `--config=experiments/interpret.py:paper` takes those of Utrera et
+al. (2021) for ImageNet networks: 1000 steps of size 2 in pixels, and the truncated pseudo-inverse for 3,200
+training images. `--config.interpret.cue_conflict=FOLDER` also measures the shape bias of networks with 1,000
+classes.
 """
 
 from advtransfer import config as base

@@ -1,11 +1,12 @@
-"""How far down is it worth training? Accuracy against every number of frozen blocks (Yosinski et al., 2014).
+"""How many blocks are worth training? Accuracy against the number of frozen blocks (Yosinski et al., 2014).
 
     python launch.py --config=experiments/layer_by_layer.py --workdir=runs/layers
     python launch.py --config=experiments/layer_by_layer.py:16 --workdir=runs/layers-50 \
         --config.study.sources=FOLDER,FOLDER --config.study.targets=tfds:cifar10
 
-The argument is the network's number of residual blocks: 16 for ResNet-50, 4 for the embedded network. Every k
-from the head alone to all blocks, then everything; 400 images, 10 seeds. The report draws accuracy against k.
+The argument is the network's number of residual blocks: 16 for ResNet-50, 4 for the quickstart's network. k
+runs from 0 (head alone) to all blocks, then everything is trained; 400 images, 10 seeds. The report plots
+accuracy against k.
 """
 
 from advtransfer import config as base

@@ -1,22 +1,23 @@
-"""The whole claim on a laptop CPU, without a download: two sources, 480 transferred networks, one report.
+"""Robust against natural sources on a laptop CPU: two sources, 480 transferred networks, one report.
 
     python launch.py
 
-Trains a natural and an ℓ2-robust network on rendered letters, fine-tunes both on real handwritten digits for
-20 to 800 labelled images (head alone, and head with the last block; 20 seeds), and writes
-runs/quickstart/report.html.
+Trains a natural and an ℓ2-robust network on rendered letters, fine-tunes both on 20 to 800 real handwritten
+digits (head alone, and head with the last block; 20 seeds), and writes runs/quickstart/report.html.
 
-Expect four to five minutes on 2 cores; natural accuracy 99.6 to 100 % for both sources, 70 to 74 % (natural)
-and 91 to 94 % (ℓ2) under ℓ2 PGD-20 with ε = 0.25; and, with at most 100 images and the head alone, 2 to 5
-points for the robust source, depending on the pair of sources: rounding makes others on other machines,
---config.seed on one; README.md has the figures.
+Takes four to five minutes on 2 cores, without a download. Expect natural accuracy of 99.6 to 100 % for both
+sources, and under ℓ2 PGD-20 with ε = 0.25 accuracy of 70 to 74 % (natural) and 91 to 94 % (ℓ2). With at most
+100 images and the head alone, the robust source leads by 2 to 5 points, depending on the pair of sources:
+rounding differs between machines and so changes the sources, as --config.seed does on one machine. README.md
+has the figures.
 
-Chosen without the target's test images. ε: the largest of 0.25, 0.5 and 1 at which the source's accuracy on
+The target's test images chose nothing. ε is the largest of 0.25, 0.5 and 1 at which the source's accuracy on
 the glyphs' validation split stays within a point of natural training, for source seeds 0, 1, 2: natural 99.7,
 99.6, 99.7 %; ε = 0.25: 99.7, 100, 100 %; 0.5: 90.4, 98.9, 99.0 %; 1: 5.8, 5.5, 4.9 % (measured with
 --config.study.sources=natural,l2:0.25,l2:0.5,l2:1 --config.study.split=validation
---config.evaluate.split=validation --config.seed=SEED). Fine-tuning: learning rate 0.1 (of 0.03 to 1),
-and 30 epochs (100 gain 0.2 points), by the mean accuracy of both sources on the digits' validation split.
+--config.evaluate.split=validation --config.seed=SEED). For fine-tuning, the learning rate 0.1 (of 0.03 to 1)
+and 30 epochs (100 gain 0.2 points) were chosen by the mean accuracy of both sources on the digits' validation
+split.
 """
 
 from advtransfer import config as base

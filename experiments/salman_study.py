@@ -1,14 +1,14 @@
-"""Fixed-feature and full-network transfer (Salman et al., NeurIPS 2020, section 3) on all images of a target.
+"""Fixed-feature and full-network transfer on all images (Salman et al., NeurIPS 2020, section 3).
 
     python launch.py --config=experiments/salman_study.py:fixed --workdir=runs/salman-fixed
     python launch.py --config=experiments/salman_study.py:full --workdir=runs/salman-full
 
-The argument is fixed (the head alone, k = 0) or full (everything is trained). The recipe is that of their
-code: SGD with momentum for 150 epochs, divided by 10 every 50, weight decay 5e-4, batch 64, random resized
-crops and flips. The learning rate, 0.01 or 0.001, is chosen on validation images for every source and target.
-Targets that TFDS lacks are folders: `--config.study.targets=folder:/birdsnap,folder:/aircraft`. `rows.csv`
-has the mean per-class accuracy, too, which they report for some targets.
-`--config.study.num_train_images="(100, 400)"` takes few images.
+The argument is fixed (train the head alone, k = 0) or full (train everything). The recipe is that of the
+paper's code: SGD with momentum for 150 epochs, learning rate divided by 10 every 50, weight decay 5e-4, batch
+64, random resized crops and flips. The learning rate, 0.01 or 0.001, is chosen on validation images for every
+source and target. Targets that TFDS does not have are folders:
+`--config.study.targets=folder:/birdsnap,folder:/aircraft`. `rows.csv` also has the mean per-class accuracy,
+which the paper reports for some targets. For few images: `--config.study.num_train_images="(100, 400)"`.
 """
 
 from advtransfer import config as base

@@ -4,12 +4,12 @@
     python launch.py --config=experiments/source_imagenet.py:l2_3 --workdir=runs/imagenet-l2-3
     python launch.py --config=experiments/source_imagenet.py:linf_4 --workdir=runs/imagenet-linf-4
 
-The argument is natural, l2_EPS, or linf_EPS in 255ths; natural and robust sources share all but the attack.
-The recipe is that of Salman et al. (NeurIPS 2020, appendix A): 90 epochs of SGD with 0.1, divided by 10 every
-30, weight decay 1e-4, PGD-3 with steps of 2/3 ε; the augmentation and the batch of 256 are
-MadryLab/robustness's, and another batch size scales the rate. `tfds:imagenet2012` must be prepared
-(BUILD.md); `--config.train.dataset=folder:/photos` takes your own. On a small device
-`--config.train.num_parts=4` takes a batch in parts. Never run to its end by us: no accuracy is promised.
+The argument is natural, l2_EPS, or linf_EPS in 255ths; natural and robust sources differ in the attack alone.
+The recipe is that of Salman et al. (NeurIPS 2020, appendix A): 90 epochs of SGD with learning rate 0.1,
+divided by 10 every 30, weight decay 1e-4, PGD-3 with steps of 2/3 ε; the augmentation and the batch of 256
+are MadryLab/robustness's, and the learning rate scales with the batch size. `tfds:imagenet2012` must be
+prepared (BUILD.md); `--config.train.dataset=folder:/photos` takes your own images. On a small device
+`--config.train.num_parts=4` processes a batch in parts. Never run to its end: no accuracy is promised.
 """
 
 from advtransfer import config as base

@@ -1,10 +1,11 @@
-"""A whole study on a laptop: constraint, target, images, blocks, epochs and seeds, on embedded data.
+"""A whole study on a laptop: threat model, target, images, blocks, epochs and seeds, on built-in data.
 
     python launch.py --config=experiments/study_small.py --workdir=runs/study-small
 
 Three sources trained on rendered capitals; two targets, handwritten digits and rendered lower-case letters;
-four n, three k (the head, and with one and two blocks), four epochs, five seeds: 360 models.
-5 min 30 s on 2 cores. The report has accuracy and lead against n, epoch, k and constraint for each target.
+four numbers of images; three numbers of trained blocks (head only, one block, two blocks); four epochs; five
+seeds: 360 models in 5 min 30 s on 2 cores. The report shows accuracy and lead against images, epochs, trained
+blocks and threat model for each target.
 """
 
 from advtransfer import config as base

@@ -1,6 +1,7 @@
 """Rules of the code: which package may import which, and what is written in one place only."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,22 @@ def test_arrows_run_downward():
                 assert other == package or other in MAY_IMPORT[package], (
                     f"{path}: {package} must not import {other}"
                 )
+
+
+def test_the_architecture_table_of_build_md():
+    """It names every package, each may import only from rows above it, and it says what MAY_IMPORT says."""
+    section = (ROOT / "BUILD.md").read_text().partition("\n## Architecture\n")[2].partition("\n## ")[0]
+    rows = {}
+    for line in section.splitlines():
+        if line.startswith("| `"):
+            packages, _, cell = line.strip("| ").split(" | ")
+            allowed = set()
+            for same_as, name in re.findall(r"(as )?`(\w+)`", cell):
+                assert name in rows, f"{line}: {name} is not in a row above"
+                allowed |= rows[name] if same_as else {name}
+            rows |= {name: allowed for name in re.findall(r"`(\w+)(?:/|\.py)`", packages)}
+    assert rows == MAY_IMPORT
+    assert set(rows) == {_package(path) for path in FILES} - {"__init__"}
 
 
 def test_what_is_spelt_in_one_place_only():
