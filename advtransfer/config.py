@@ -323,14 +323,14 @@ def conflicts(settings: Mapping[str, Any], saved: str) -> list[str]:
       saved: one as JSON.
 
     Raises:
-      ValueError: the text is not a JSON object, or it has the keys of another version.
+      ValueError: the text is not a JSON object.
     """
     tree = foreign.parse_json(saved)
     if not isinstance(tree, dict):
         raise ValueError("it is not a JSON object")
     old, new, known = flatten(tree), flatten(json.loads(json.dumps(settings))), keys()
     if other := sorted(old.keys() ^ known.keys()):
-        raise ValueError(f"it was written by another version of advtransfer: {other[0]} is not in both")
+        return [f"of another version of advtransfer: {other[0]} is a key of one of the two alone"]
     return [
         f"{key}: {old[key]!r} there, {new[key]!r} now"
         for key, (cls, name) in sorted(known.items())

@@ -181,6 +181,12 @@ def test_a_workdir_of_another_config_is_left_alone(tmp_path):
         tasks.run(other, tmp_path)
     wider = _set(_config(), {"study.num_seeds": 1, "report.title": "x", "train.log_every": 7})
     assert "fine-tune" in tasks.plan(wider, tmp_path)
+    settings = _config().to_dict() | {"colour": 1}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        ConfigError, match="another config .of another version of advtransfer: colour is a key"
+    ):
+        tasks.plan(_config(), tmp_path)
     (tmp_path / "config.json").write_text("{torn")
     with pytest.raises(ConfigError, match="config.json is not a configuration"):
         tasks.plan(_config(), tmp_path)
