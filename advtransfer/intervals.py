@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import ndtri, stdtrit
+import scipy  # its submodules are imported when they are used
 
 
 def half_width(deviation: Any, number: Any) -> Any:
     """Of Student's t interval of a mean, t(0.975, m - 1) · s / √m, of numbers or arrays; NaN for m < 2."""
-    return stdtrit(number - 1, 0.975) * deviation / np.sqrt(number)
+    return scipy.special.stdtrit(number - 1, 0.975) * deviation / np.sqrt(number)
 
 
 def mean_and_ci95(values: Sequence[float]) -> tuple[float, float]:
@@ -30,7 +30,7 @@ def wilson(num_correct: Any, num_images: Any) -> tuple[Any, Any]:
     """
     correct, total = np.float64(num_correct), np.float64(num_images)
     with np.errstate(invalid="ignore", divide="ignore"):
-        share, unit = correct / total, ndtri(0.975) ** 2 / total
+        share, unit = correct / total, scipy.special.ndtri(0.975) ** 2 / total
         half = np.sqrt(unit * share * (1 - share) + unit**2 / 4)
         low, high = ((share + unit / 2 + side * half) / (1 + unit) for side in (-1, 1))
     # Exactly 0 and 1 at the ends, whatever the rounding.

@@ -200,6 +200,7 @@ def test_the_library_imports_nothing_heavy(tmp_path):
         "tensorflow",
         "tensorflow_datasets",
         "matplotlib",
+        "scipy.linalg",
         "scipy.ndimage",
         "pandas",
         "jinja2",

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import chex
 import numpy as np
-import scipy.linalg
+import scipy
 
 PANEL = 2048  # columns that are factorised at a time
 _BLOCK = 1024  # examples that are projected on at a time

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
-import scipy.linalg
+import scipy
 
 from advtransfer.analysis import head_hessian, krylov
 from advtransfer.analysis.head_hessian import Examples

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import chex
 import numpy as np
-import scipy.linalg
+import scipy
 
 Operator = Callable[[np.ndarray], np.ndarray]
 

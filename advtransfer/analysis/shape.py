@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import chex
 import numpy as np
-import scipy.special
+import scipy
 
 from advtransfer.analysis.cue_conflict import CueConflict
 from advtransfer.analysis.imagenet16 import IMAGENET16

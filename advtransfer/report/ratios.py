@@ -23,7 +23,7 @@ import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from scipy.special import ndtr, stdtrit
+import scipy
 
 from advtransfer.report.statistics import Results, SeedTable, seed_tables
 
@@ -198,12 +198,12 @@ def _factor(shifts: np.ndarray, num_seeds: int, *, least: float, most: float) ->
     """From log factors, the sample's first; `least` and `most`: to the ends of the robust curve."""
     shift, low, high = shifts[0], math.nan, math.nan
     if num_seeds > 1 and not math.isnan(shift):
-        t = stdtrit(num_seeds - 1, 0.975) * math.sqrt(num_seeds / (num_seeds - 1))
+        t = scipy.special.stdtrit(num_seeds - 1, 0.975) * math.sqrt(num_seeds / (num_seeds - 1))
         # What lies beyond an end of the robust curve is known on one side only, and a flat curve on neither.
         at_least = np.nan_to_num(shifts[1:], nan=-math.inf, posinf=least, neginf=-math.inf)
         at_most = np.nan_to_num(shifts[1:], nan=math.inf, posinf=math.inf, neginf=most)
-        low = np.quantile(at_least, ndtr(-t), method="lower")
-        high = np.quantile(at_most, ndtr(t), method="higher")
+        low = np.quantile(at_least, scipy.special.ndtr(-t), method="lower")
+        high = np.quantile(at_most, scipy.special.ndtr(t), method="higher")
         if num_seeds < _FEW_SEEDS and np.isfinite(shifts).all():
             half = t * shifts[1:].std()
             low, high = shift - half, shift + half
