@@ -100,8 +100,7 @@ class TargetData:
     input_norm: str = option(
         "source",
         "mean and standard deviation that images are normalised with: the source's own, or for natural "
-        "sources those "
-        "of the target's training images, as in the paper's code",
+        "sources those of the target's training images, as in the paper's code",
         choices=("source", "target"),
     )
 
@@ -170,22 +169,22 @@ class Options(NamedTuple):
     report: Report = Report()
 
 
-# The section of the tree whose keys are the fields of each type; "": the top.
-_SECTIONS = Options(
-    run="",
-    checkpoint="checkpoint",
-    training_data="train",
-    training="train",
-    target="transfer",
-    recipe="transfer",
-    study="study",
-    grid="study",
-    search="study",
-    measured="evaluate",
-    evaluation="evaluate",
-    interpretation="interpret",
-    report="report",
-)
+# The section of the tree whose keys are the fields of each of `Options`' values; "": the top.
+_SECTIONS = {
+    "run": "",
+    "checkpoint": "checkpoint",
+    "training_data": "train",
+    "training": "train",
+    "target": "transfer",
+    "recipe": "transfer",
+    "study": "study",
+    "grid": "study",
+    "search": "study",
+    "measured": "evaluate",
+    "evaluation": "evaluate",
+    "interpretation": "interpret",
+    "report": "report",
+}
 # Sections that change what is computed or shown beside the results that a workdir holds, but not those.
 _FREE_SECTIONS = ("interpret", "report", "study")
 
@@ -193,7 +192,7 @@ _FREE_SECTIONS = ("interpret", "report", "study")
 def default() -> ConfigDict:
     """The configuration that experiments start from."""
     tree: dict[str, Any] = {}
-    for section, values in zip(_SECTIONS, Options(), strict=True):
+    for section, values in zip(_SECTIONS.values(), Options(), strict=True):
         (tree.setdefault(section, {}) if section else tree).update(to_dict(values))
     return ConfigDict(tree).lock()
 
@@ -208,7 +207,7 @@ def read(config: ConfigDict) -> Options:
     found = Options(
         *(
             _read(type(values), config[section] if section else config, f"{section}." if section else "")
-            for section, values in zip(_SECTIONS, Options(), strict=True)
+            for section, values in zip(_SECTIONS.values(), Options(), strict=True)
         )
     )
     _check_together(found)
@@ -243,8 +242,7 @@ def _check_together(found: Options) -> None:
         if stage == "study" and getattr(target, key) != getattr(TargetData(), key):
             raise ConfigError(
                 f"config.transfer.{key}={getattr(target, key)} is for config.stage=transfer: a study "
-                "compares the "
-                "numbers of config.study.num_unfrozen_blocks"
+                "compares the numbers of config.study.num_unfrozen_blocks"
             )
     if target.choose_num_unfrozen_blocks != "given" and target.num_unfrozen_blocks:
         raise ConfigError(
@@ -283,7 +281,7 @@ def keys() -> dict[str, tuple[type, str]]:
             else:
                 found[f"{prefix}{name}"] = type(values), name
 
-    for section, values in zip(_SECTIONS, Options(), strict=True):
+    for section, values in zip(_SECTIONS.values(), Options(), strict=True):
         visit(values, f"{section}." if section else "")
     return found
 

@@ -82,8 +82,7 @@ class SourceRecipe:
         if (self.norm == "none") != (self.eps == 0):
             raise ValueError(
                 f"eps={self.eps:g} does not go with norm={self.norm}: set a norm (l2, linf) and a positive "
-                "eps, or "
-                "neither"
+                "eps, or neither"
             )
 
     @property
@@ -332,8 +331,7 @@ def load_source(recipe: SourceRecipe, folder: str | Path, *, dtype: str = "auto"
         if asked != found:
             raise ValueError(
                 f"{folder / 'model'} is a model of {field} {found}, and {field}={asked} is asked for: "
-                "choose another "
-                "folder, or delete that model"
+                "choose another folder, or delete that model"
             )
     return model
 

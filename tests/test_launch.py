@@ -258,9 +258,9 @@ def test_recipes_of_sources(recipe, source, norm, eps, attacked, numbers):
     )
     assert (train.momentum, train.schedule, augmentation.flip) == (0.9, "step", True)
     assert not train.attack_random_start and train.architecture.startswith("resnet")
-    twin = _config(f"source_{recipe}", "natural")
-    twin.train.norm, twin.train.eps = train.norm, train.eps
-    assert twin.train == train
+    natural = _config(f"source_{recipe}", "natural")
+    natural.train.norm, natural.train.eps = train.norm, train.eps
+    assert natural.train == train
     config.train.batch_size = 512
     assert config.train.learning_rate == (0.2 if recipe == "imagenet" else 0.1)
 

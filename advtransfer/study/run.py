@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,9 @@ from advtransfer.transfer import (
     own_statistics,
     prepare,
 )
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 
 def run_group(
@@ -264,7 +267,7 @@ def run_study(
     search: Search = Search(),
     stratified: bool = True,
     input_norm: str = "source",
-) -> Any:
+) -> DataFrame:
     """Fine-tunes every source on every target for every n, k and seed of a grid.
 
     The same call goes on where an earlier one stopped. Any number of processes may make it at the same time.

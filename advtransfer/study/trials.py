@@ -154,8 +154,10 @@ def make_trial(
       stratified: see `subset_indices`.
 
     Raises:
-      ValueError: the dataset has fewer images.
+      ValueError: the dataset has fewer images, or none to measure on.
     """
+    if not getattr(dataset, split).num_images:
+        raise ValueError(f"{dataset.name} has no {split} images")
     num_all = dataset.train.num_images
     n = num_all if n == -1 else n
     check_subset(n, num_all, dataset.name)

@@ -7,6 +7,7 @@ Every task is a module with `run(job)` and `plan(job)`, and can be killed and st
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -76,11 +77,10 @@ def plan(config: ConfigDict, workdir: str | Path) -> str:
 def make_job(config: ConfigDict, workdir: str | Path, command: str = "") -> Job:
     """Values of the configuration, with the compute type spelled out: a workdir goes on in the type that it
     began with."""
-    configuration.check_keys(config)
     resolved = config.copy_and_resolve_references()
     options = configuration.read(resolved)
     resolved.dtype = compute_dtype(options.run.dtype).name
-    options = configuration.read(resolved)
+    options = options._replace(run=replace(options.run, dtype=resolved.dtype))
     if parallel.num_processes() > 1 and options.run.stage not in _OVER_PROCESSES:
         raise ConfigError(
             f"config.stage={options.run.stage} runs in one process: leave --multihost away and start one "

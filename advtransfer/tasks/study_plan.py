@@ -59,8 +59,7 @@ def plan_lines(job: Job, inputs: StudyInputs) -> list[str]:
     lines.append(
         f"fine-tune {len(left):,} of {len(trials):,} models in "
         f"{len(group(left, size=options.study.group_size)):,} groups, {sum(map(trial_steps, left)):,} steps "
-        "of "
-        f"{options.recipe.batch_size} images"
+        f"of {options.recipe.batch_size} images"
     )
     if tried:
         lines.append(f"before them {len(tried):,} on validation images, to choose hyper-parameters")

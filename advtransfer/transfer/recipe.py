@@ -41,16 +41,14 @@ class Recipe:
     frozen_batch_norm: str = option(
         "source",
         "statistics of frozen layers: those of the batch, with running averages that move (update), the "
-        "source's, or "
-        "estimated once on the target's training images (target)",
+        "source's, or estimated once on the target's training images (target)",
         choices=FROZEN_BATCH_NORM,
     )
     augmentation: Augmentation = option(Augmentation(), "of the training images")
     num_views: int = option(
         0,
         "fixed views of each image to choose from in every step, the image and its augmentations, so that "
-        "the frozen "
-        "blocks are computed once; 0: augmentation is drawn anew in every step",
+        "the frozen blocks are computed once; 0: augmentation is drawn anew in every step",
         low=0,
     )
 
