@@ -14,7 +14,15 @@ import numpy as np
 from jax.tree_util import Partial
 
 from advtransfer import parallel
-from advtransfer.attacks import NORMS, LogitsFn, as_network, check_images, cross_entropy, make_attack
+from advtransfer.attacks import (
+    NORMS,
+    LogitsFn,
+    as_network,
+    check_images,
+    cross_entropy,
+    jit_for,
+    make_attack,
+)
 from advtransfer.data import SPLITS, Batch, Dataset, Split, check_batch, check_split, to_float
 from advtransfer.labels import check_labels
 from advtransfer.models import Model, ModelSpec, logits_fn
@@ -142,7 +150,8 @@ def evaluate(
 
     Args:
       network: a model, or any callable from images [N, H, W, 3] in [0, 1] to logits that JAX can trace (see
-        `attacks.as_network`).
+        `attacks.as_network`). Of many networks alike, hand over a `jax.tree_util.Partial` of one function:
+        every other callable is compiled for itself.
       split: uint8 images and labels on the host.
       batch_size: over all devices, which must divide it.
       attack: (logits_fn, images, labels, key=keys) to images; None measures natural accuracy.
@@ -159,11 +168,14 @@ def evaluate(
       ValueError: labels that are no classes, or logits that are not finite numbers.
     """
     check_split(split)
-    step = _evaluate_on_devices(attack)
     sides = (image_size, image_size) if image_size else split.images.shape[1:3]
     batch = jax.ShapeDtypeStruct((batch_size // parallel.num_devices(), *sides, 3), jnp.float32)
     network = as_network(logits_fn(network) if isinstance(network, Model) else network, batch)
     check_labels(split.labels, split.num_images, jax.eval_shape(network, batch).shape[1])
+    step = _evaluate_on_devices(attack)
+    if parallel.num_processes() == 1:
+        # `jax.pmap` never lets go of what it has compiled; inside of a `jax.jit` it compiles nothing itself.
+        step = jit_for(network, step)
     network = parallel.replicate(network)
     num_images = len(split.labels)
     keys = jax.random.split(jax.random.key(0) if key is None else key, num_images)
@@ -210,8 +222,9 @@ def predict(
     batch_size = min(batch_size, len(images))
     batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), jnp.float32)
     network = as_network(logits_fn(network) if isinstance(network, Model) else network, batch)
+    apply = jit_for(network, _apply)
     batches = [
-        _apply(network, parallel.pad(images[i : i + batch_size], batch_size)[0])
+        apply(network, parallel.pad(images[i : i + batch_size], batch_size)[0])
         for i in range(0, len(images), batch_size)
     ]
     return np.concatenate([np.asarray(batch) for batch in batches])[: len(images)]
@@ -231,7 +244,6 @@ def _check_pixels(images: np.ndarray | jax.Array, *, of_model: bool) -> None:
         raise ValueError(f"images are {images.dtype}: pass uint8, or floats in [0, 1]")
 
 
-@jax.jit
 def _apply(network: Partial, images: jax.Array) -> jax.Array:
     return network(to_float(images) if images.dtype == jnp.uint8 else images.astype(jnp.float32))
 

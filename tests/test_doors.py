@@ -430,6 +430,7 @@ DOORS = [
 # What takes arrays, or may, and has no door of its own.
 EXCEPTIONS = {
     "attacks.network.as_network": "images of any shape that the network takes",
+    "attacks.network.jit_for": "a network of `as_network`",
     "attacks.pgd.check_images": "`pgd` checks their shape",
     "data.planned.plan_dataset": "names and numbers",
     "models.bundle.digest": "any tree of weights",

@@ -16,6 +16,7 @@ from advtransfer.attacks.network import _KNOWN, as_network
 IMAGES = np.random.default_rng(0).random((6, 4, 4, 3)).astype(np.float32)
 LABELS = np.arange(6) % 3
 SPLIT = at.Split(np.uint8(255 * IMAGES), LABELS)
+ATTACK = at.make_attack(at.L2(0.5), num_steps=1)
 KERNEL = np.random.default_rng(1).normal(size=(48, 3)).astype(np.float32)
 
 
@@ -141,6 +142,35 @@ def test_a_network_that_is_gone_leaves_nothing(kind):
     del logits_fn, _
     gc.collect()
     assert alive() is None and len(_KNOWN) == known and len(jax.live_arrays()) < arrays
+
+
+CALLS = {
+    "pgd": lambda logits_fn: at.pgd(logits_fn, IMAGES, LABELS, at.L2(0.5), num_steps=2),
+    "evaluate": lambda logits_fn: at.evaluate(logits_fn, SPLIT, batch_size=4, attack=ATTACK),
+    "predict": lambda logits_fn: at.predict(logits_fn, IMAGES, batch_size=4),
+    "gradients": lambda logits_fn: at.saliency.gradients(logits_fn, IMAGES, LABELS),
+    "smooth_grad": lambda logits_fn: at.saliency.smooth_grad(
+        logits_fn, IMAGES, LABELS, key=jax.random.key(0), num_samples=2
+    ),
+    "integrated_gradients": lambda logits_fn: at.saliency.integrated_gradients(logits_fn, IMAGES, LABELS),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_what_was_compiled_for_a_network_goes_with_it(call):
+    def executables():
+        gc.collect()
+        return len(jax.devices()[0].client.live_executables())
+
+    def of_a_new_network():
+        logits_fn, _ = network("function")
+        call(logits_fn)
+        return executables()
+
+    of_a_new_network()  # what is compiled for all networks stays
+    before = executables()
+    assert of_a_new_network() > before
+    assert executables() == before
 
 
 def test_a_network_inside_of_a_transformation():

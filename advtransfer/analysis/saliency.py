@@ -23,7 +23,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from advtransfer import parallel
-from advtransfer.attacks import LogitsFn, LossFn, as_network, log_odds
+from advtransfer.attacks import LogitsFn, LossFn, as_network, jit_for, log_odds
 from advtransfer.labels import check_labels
 
 
@@ -58,7 +58,8 @@ def gradients(
       ValueError: images that are no floats, or labels that are no classes.
     """
     network = _network(logits_fn, images, labels, batch_size)
-    step = functools.partial(_gradients, network, loss_fn=loss_fn)
+    gradients_of = jit_for(network, _gradients, static_argnames="loss_fn")
+    step = functools.partial(gradients_of, network, loss_fn=loss_fn)
     return _in_batches(step, batch_size, images, labels)
 
 
@@ -85,7 +86,8 @@ def smooth_grad(
         raise ValueError(f"num_samples is {num_samples}: SmoothGrad needs at least one noisy copy")
     network = _network(logits_fn, images, labels, batch_size)
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(images)))
-    step = functools.partial(_smooth_grad, network, num_samples=num_samples, noise=noise, loss_fn=loss_fn)
+    gradients_of = jit_for(network, _smooth_grad, static_argnames="loss_fn")
+    step = functools.partial(gradients_of, network, num_samples=num_samples, noise=noise, loss_fn=loss_fn)
     return _in_batches(step, batch_size, images, labels, keys)
 
 
@@ -138,12 +140,10 @@ def integrated_gradients(
     return _in_batches(step, batch_size, images, labels)
 
 
-@functools.partial(jax.jit, static_argnames="loss_fn")
 def _gradients(logits_fn, images, labels, loss_fn):
     return jax.grad(lambda x: jnp.sum(loss_fn(logits_fn(x), labels)))(images)
 
 
-@functools.partial(jax.jit, static_argnames="loss_fn")
 def _smooth_grad(logits_fn, images, labels, keys, num_samples, noise, loss_fn):
     pixels = tuple(range(1, images.ndim))
     scale = noise * jnp.ptp(images, axis=pixels, keepdims=True)
@@ -162,12 +162,15 @@ def _integrated_gradients(
 ) -> IntegratedGradients:
     baseline = jnp.broadcast_to(jnp.float32(baseline), images.shape)
     way, steps = np.float64(images - baseline), num_steps
-    losses = [np.float64(_losses(logits_fn, x, labels, loss_fn)) for x in (baseline, images)]
+    losses_of = jit_for(logits_fn, _losses, static_argnames="loss_fn")
+    losses = [np.float64(losses_of(logits_fn, x, labels, loss_fn=loss_fn)) for x in (baseline, images)]
     change = losses[1] - losses[0]
+
+    mean_gradients = jit_for(logits_fn, _mean_gradients, static_argnames="loss_fn")
 
     def mean_at(offset, steps):
         args = logits_fn, baseline, images, labels, offset, steps
-        return np.float64(_mean_gradients(*args, loss_fn))
+        return np.float64(mean_gradients(*args, loss_fn=loss_fn))
 
     def errors(mean):
         return np.abs(np.sum(mean * way, axis=(1, 2, 3)) - change) / np.maximum(np.abs(change), 1.0)
@@ -179,12 +182,10 @@ def _integrated_gradients(
     return IntegratedGradients(np.float32(mean * way), np.float32(errors(mean)))
 
 
-@functools.partial(jax.jit, static_argnames="loss_fn")
 def _losses(logits_fn, images, labels, loss_fn):
     return loss_fn(logits_fn(images), labels)
 
 
-@functools.partial(jax.jit, static_argnames="loss_fn")
 def _mean_gradients(logits_fn, baseline, images, labels, offset, steps, loss_fn):
     """On the way from the baseline to the images: with offset 0 the trapezium rule over so many steps, with
     offset 0.5 their midpoints."""

@@ -4,7 +4,7 @@ Nothing here knows Flax. An attack sees `logits_fn`, a function from images [N, 
 """
 
 from advtransfer.attacks.losses import LossFn, cross_entropy, log_odds, margin
-from advtransfer.attacks.network import LogitsFn, as_network
+from advtransfer.attacks.network import LogitsFn, as_network, jit_for
 from advtransfer.attacks.pgd import check_images, make_attack, pgd
 from advtransfer.attacks.threat_models import L2, NORMS, THREAT_MODELS, Linf, ThreatModel, Unconstrained
 
@@ -20,6 +20,7 @@ __all__ = [
     "as_network",
     "check_images",
     "cross_entropy",
+    "jit_for",
     "log_odds",
     "make_attack",
     "margin",

@@ -8,10 +8,11 @@ compiled once for as long as the callable lives and computes the same.
 
 from __future__ import annotations
 
+import functools
 import re
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,22 +56,45 @@ def as_network(logits_fn: LogitsFn, images: Any) -> Partial:
 class _Program:
     """What a callable computes, without the arrays that it holds."""
 
-    def __init__(self, closed: core.ClosedJaxpr, identity: tuple):
+    def __init__(self, closed: core.ClosedJaxpr, identity: tuple, place: tuple[int, int]):
         def evaluate(arrays, images):
             return core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, arrays))(images)
 
         # From JAX 0.11 on a jaxpr holds its constants: in this one they are arguments.
         (images,) = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in closed.in_avals)
         self.opened = jax.make_jaxpr(evaluate)(closed.consts, images)
-        self.identity = identity
+        self.identity, self.place = identity, place
 
     def __call__(self, *arguments: jax.Array) -> jax.Array:
         (logits,) = core.jaxpr_as_fun(self.opened)(*arguments)
         return logits
 
 
+class _Known(NamedTuple):
+    """What is kept of a callable for as long as it lives."""
+
+    alive: weakref.ref
+    programs: list[_Program]
+    functions: dict[Callable, Callable]  # of `jit_for`
+
+
 # Of every callable that is alive, by the address of it (of a method: of its object and function).
-_KNOWN: dict[tuple[int, int], tuple[weakref.ref, list[_Program]]] = {}
+_KNOWN: dict[tuple[int, int], _Known] = {}
+_SHARED: dict[Callable, Callable] = {}  # `jit_for` of all networks that were handed over as pytrees
+
+
+def jit_for(network: Partial, function: Callable, **options: Any) -> Callable:
+    """`jax.jit(function, **options)`, made once for every callable behind a network, its first argument.
+
+    A compiled function keeps every program that it ever ran. Were it one for all networks, those of networks
+    that are gone would pile up; so each callable has its own, and they are forgotten with it.
+    """
+    place = getattr(network.func, "place", None)
+    known = _KNOWN.get(place)
+    functions = _SHARED if place is None else known.functions if known else {}
+    if function not in functions:
+        functions[function] = jax.jit(functools.partial(function), **options)
+    return functions[function]
 
 
 def _program(logits_fn: LogitsFn, closed: core.ClosedJaxpr) -> _Program:
@@ -84,13 +108,13 @@ def _program(logits_fn: LogitsFn, closed: core.ClosedJaxpr) -> _Program:
         try:
             alive = weakref.ref(owner, lambda _: _KNOWN.pop(place, None))
         except TypeError:
-            return _Program(closed, identity)
-        _KNOWN[place] = alive, []
-    programs = _KNOWN[place][1]
+            return _Program(closed, identity, place)
+        _KNOWN[place] = _Known(alive, [], {})
+    programs = _KNOWN[place].programs
     for program in programs:
         if program.identity == identity:
             return program
-    programs.append(_Program(closed, identity))
+    programs.append(_Program(closed, identity, place))
     del programs[:-_MOST_PROGRAMS]
     return programs[-1]
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.tree_util import Partial
 
 from advtransfer.attacks.losses import LossFn, cross_entropy, log_odds
-from advtransfer.attacks.network import LogitsFn, as_network
+from advtransfer.attacks.network import LogitsFn, as_network, jit_for
 from advtransfer.attacks.threat_models import L2, THREAT_MODELS, Linf, ThreatModel
 from advtransfer.labels import check_labels
 
@@ -110,7 +110,7 @@ def pgd(
     network, images, threat_model, step_size = jax.lax.stop_gradient(
         (network, images, *jax.tree.map(jnp.float32, (threat_model, step_size)))
     )
-    found, lost = _pgd(
+    found, lost = jit_for(network, _pgd, static_argnames="options")(
         network,
         images,
         labels,
@@ -182,7 +182,6 @@ class _Options(NamedTuple):
         return self.use_best or self.early_finish or self.num_restarts > 1
 
 
-@functools.partial(jax.jit, static_argnames="options")
 def _pgd(
     logits_fn: Partial,
     images: jax.Array,
