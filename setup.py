@@ -35,6 +35,7 @@ setup(
         "grain>=0.2.15",
         "importlib_resources>=6",  # tensorflow-datasets reads prepared sets through it
         "jax>=0.10",
+        "jaxtyping>=0.3",
         "jinja2>=3.1",
         "matplotlib>=3.9",
         "ml_collections>=1.0",
@@ -59,12 +60,14 @@ setup(
         "gcs": ["gcsfs>=2025.2"],
         "s3": ["s3fs>=2025.2"],
         "test": [
+            "beartype>=0.22",
             "coverage>=7.6",
             "huggingface_hub>=1.0",
             "pyarrow>=18",
             "pytest>=8",
             "pytest-xdist>=3.7",
             "ruff>=0.14",
+            "ty==0.0.107",
             *BUCKETS,
         ],
         "bench": ["torch==2.13.0"],

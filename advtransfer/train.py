@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import chex
 import jax
@@ -31,6 +31,7 @@ _ATTACK_STREAM = 0xADF
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
+@runtime_checkable
 class Apply(Protocol):
     """A network as a pure function; evaluation leaves `batch_stats` as they are."""
 

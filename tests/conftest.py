@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import annotations  # noqa: F401  (the import hook below calls it by name)
 from compiled import cache_folder
 
 os.environ["XLA_FLAGS"] = (
@@ -18,6 +19,9 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook("advtransfer", "annotations.check_after")
 
 from advtransfer.models import ARCHITECTURES
 

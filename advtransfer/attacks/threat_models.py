@@ -8,7 +8,7 @@ units.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import chex
 import jax
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 _TINY = 1e-10
 
 
+@runtime_checkable
 class ThreatModel(Protocol):
     """What `pgd` asks of a threat model."""
 
