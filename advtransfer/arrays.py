@@ -1,4 +1,4 @@
-"""Names for annotations: which arrays a function takes. Their shapes and dtypes stand beside them (jaxtyping)."""
+"""Types for annotations of arrays and their containers; jaxtyping adds shapes and dtypes."""
 
 import jax
 import numpy as np

@@ -1,16 +1,16 @@
-"""Training sets too large for the device's memory: batches that are decoded while training goes on.
+"""Training sets too large for the device's memory: images are decoded during training.
 
-A batch is a function of the seed and the step, and of nothing else (`read_batch`): which images it holds,
-in which order, and the box that is cut out of each. So the step, which every checkpoint holds, is all of the
-stream's state: a resumed run begins to decode at its own next step and sees what an undisturbed one would
-have seen, whatever was under way when it was stopped and however many workers and processes there are. Grain
-runs the function ahead of time, in worker processes or threads, and puts the batches into order.
+A batch depends on the seed and the step alone (`read_batch`): which images it holds, in which order, and
+which box is cut out of each. So the step, which every checkpoint holds, is the whole state of the stream: a
+resumed run sees the batches of an uninterrupted one, with any number of workers and processes. Grain calls
+the function ahead of time, in worker processes or threads, and returns the batches in order.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import logging
 import multiprocessing
 import os
@@ -18,32 +18,35 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.shared_memory import SharedMemory
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from jaxtyping import Array, Int32, Integer, UInt8
 
 from advtransfer import parallel
 from advtransfer.data.decode import Encoded, decode_crop, decode_image, fit_image, reason
 from advtransfer.data.recorded import Recording, find_training
 
+if TYPE_CHECKING:
+    import grain
+
 _MAX_WORKERS = 32
-_AHEAD = 2  # batches that lie on the device
-_PLACES = 6  # batches that a worker has room for in shared memory
+_AHEAD = 2  # batches that are copied to the devices before they are needed
+_IN_FLIGHT = 8  # batches per worker that may be in shared memory at once
 _SHARED_MEMORY = "/dev/shm"
 
 
 class StreamedSplit(NamedTuple):
-    """Images that are decoded whenever they are trained on."""
+    """Images that are decoded each time they are trained on."""
 
     read: Callable[[Sequence[int]], Sequence[tuple[Encoded, int]]]  # as in `Records`
     describe: Callable[[int], str]  # as in `Records`
-    indices: np.ndarray  # integers [N], which of the records
+    indices: Integer[np.ndarray, " n"]  # which of the records
     image_size: int  # pixels
     crop: bool  # see `fit_image`
     upright: bool  # see `decode_image`
-    broken: str  # images that cannot be decoded: refuse | skip (the next one takes its place)
+    broken: str  # what to do with images that cannot be decoded: refuse | skip (the next one is used)
 
     @property
     def num_images(self) -> int:
@@ -51,12 +54,12 @@ class StreamedSplit(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the images that lie in memory."""
+        """Bytes of the images in memory."""
         return 0
 
 
 def open_stream(recording: Recording, image_size: int, crop: bool, broken: str) -> StreamedSplit:
-    """The images that `load_parts` would train on; none of them is read yet.
+    """The images that `load_parts` would train on, not yet read.
 
     Args:
       recording: a set on disk.
@@ -68,26 +71,26 @@ def open_stream(recording: Recording, image_size: int, crop: bool, broken: str) 
 
 
 class StreamOrder(NamedTuple):
-    """What decides the batches of a split, of which each process reads its own rows."""
+    """What determines the batches of a split; each process reads its own rows of them."""
 
     seed: int
     batch_size: int  # over all processes
     process: int = 0
     num_processes: int = 1
-    min_area: float = 0.0  # of a random box, see `random_box`; 0: the images whole, see `fit_image`
+    min_area: float = 0.0  # of a random box, see `random_box`; 0: whole images, see `fit_image`
 
 
 class HostBatch(NamedTuple):
     """One process's rows of a batch."""
 
-    images: np.ndarray  # uint8 [n, H, W, 3]
-    labels: np.ndarray  # int32 [n]
+    images: UInt8[np.ndarray, "n h w 3"]
+    labels: Int32[np.ndarray, " n"]
     skipped: tuple[str, ...]  # images that could not be decoded, with the reason
 
 
 @functools.lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """The order of an epoch's images, integers [num_images]: each once."""
+def epoch_order(seed: int, epoch: int, num_images: int) -> Integer[np.ndarray, " {num_images}"]:
+    """A permutation of the images for one epoch."""
     return np.random.default_rng([seed, 0, epoch]).permutation(num_images)
 
 
@@ -134,44 +137,42 @@ def _decode(split: StreamedSplit, encoded: Encoded, rng: np.random.Generator, mi
 
 def iterate(
     split: StreamedSplit, order: StreamOrder, first_step: int, num_steps: int, *, num_workers: int
-) -> Iterator[HostBatch]:
-    """`read_batch` of `first_step` ... `num_steps - 1`, computed ahead; close() what comes back after use.
+) -> grain.DatasetIterator[HostBatch]:
+    """`read_batch` of `first_step` ... `num_steps - 1`, computed ahead of time; close the iterator after use.
 
     Args:
       split, order: see `read_batch`.
       first_step, num_steps: which batches.
-      num_workers: processes that decode, each a batch at a time; -1: one a core, at most 32;
-        0: threads of this process, which start at once.
+      num_workers: processes that decode, one batch each at a time; -1: one per core, at most 32;
+        0: threads of this process, which need no start-up time.
 
     Raises:
-      ValueError: from `next`, as `read_batch`; or the batches outgrow the memory that processes share.
+      ValueError: from `next`, as `read_batch`; or there is too little shared memory for the batches.
     """
-    import grain  # takes a while, and most runs need it not
+    import grain  # slow to import, and needed by streamed sets alone
 
     cores = min(_num_cores(), _MAX_WORKERS)
     num_workers = cores if num_workers < 0 else num_workers
     threads = 0 if num_workers else cores
     batches = grain.MapDataset.source(_Batches(split, order, range(first_step, num_steps)))
-    if num_workers:
-        batches = batches.map(_Shelf())
     ahead = batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads))
     if num_workers:
         rows = order.batch_size // order.num_processes
-        _check_shared_memory(num_workers * _PLACES * rows * split.image_size**2 * 3)
+        _check_shared_memory(num_workers * _IN_FLIGHT * rows * split.image_size**2 * 3)
         _let_grain_read_its_flags()
         options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)
-        return _from_workers(ahead.mp_prefetch(options, worker_init_fn=_start_worker))
+        ahead = ahead.mp_prefetch(options, worker_init_fn=_start_worker)
     return iter(ahead)
 
 
 def _num_cores() -> int:
-    """Cores that this process may use, where the system says it."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """Cores that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclasses.dataclass(frozen=True)
 class _Batches:
-    """A source of Grain whose examples are whole batches: nothing is done per image but to decode it."""
+    """A Grain data source whose elements are whole batches, so that Grain does no work per image."""
 
     split: StreamedSplit
     order: StreamOrder
@@ -180,71 +181,13 @@ class _Batches:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, i: int) -> HostBatch:
-        return read_batch(self.split, self.order, self.steps[i])
-
-
-class _Place(NamedTuple):
-    """Where in shared memory the images of a batch lie."""
-
-    name: str
-    offset: int  # bytes, to the number of the turn; the images follow
-    turn: int
-    shape: tuple[int, ...]
-
-
-class _Shelf:
-    """Shared memory that a worker lays its images in, the same again and again.
-
-    Grain would take new memory for each batch, which costs a tenth of the decoding: the system stops at every
-    page of it. Of a worker's batches at most three are between the worker and the copy that `_from_workers`
-    makes, so of `_PLACES` one is free; the turn that is written beside the images proves it.
-    """
-
-    def __init__(self):
-        self._memory, self._turn = None, 0
-
-    def __call__(self, batch: HostBatch) -> HostBatch:
-        size = 8 + batch.images.nbytes
-        if self._memory is None:
-            self._memory = SharedMemory(create=True, size=_PLACES * size)
-        place = _Place(self._memory.name, self._turn % _PLACES * size, self._turn, batch.images.shape)
-        turn, images = _look(self._memory, place)
-        turn[...], images[...] = self._turn, batch.images
-        self._turn += 1
-        return batch._replace(images=place, labels=batch.labels.tobytes())
-
-
-def _from_workers(ahead: Any) -> Iterator[HostBatch]:
-    """The batches of a Grain dataset whose workers have shelves."""
-    memories, batches = {}, iter(ahead)
-    try:
-        for batch in batches:
-            place = _Place(*batch.images)
-            if place.name not in memories:
-                memories[place.name] = SharedMemory(place.name)
-                memories[place.name].unlink()  # it lives for as long as a process holds it
-            turn, images = _look(memories[place.name], place)
-            batch = batch._replace(images=images.copy(), labels=np.frombuffer(batch.labels, np.int32))
-            if turn != place.turn:
-                raise RuntimeError("a worker has written over a batch. Grain holds more of them than it did")
-            del turn, images  # memory that is looked at cannot be closed
-            yield batch
-    finally:
-        batches.close()
-        for memory in memories.values():
-            memory.close()
-
-
-def _look(memory: SharedMemory, place: _Place) -> tuple[np.ndarray, np.ndarray]:
-    """The number of the turn, int64 [], and the images, where they lie."""
-    turn = np.ndarray((), np.int64, memory.buf, place.offset)
-    return turn, np.ndarray(place.shape, np.uint8, memory.buf, place.offset + 8)
+    def __getitem__(self, index: int) -> HostBatch:
+        return read_batch(self.split, self.order, self.steps[index])
 
 
 def _let_grain_read_its_flags() -> None:
-    """Grain asks absl for settings of its own, which answers only where a command line was parsed: not in
-    notebooks and tests. Grain's workers help themselves in the same way."""
+    """Grain reads absl flags of its own, which fails where no command line was parsed, as in notebooks.
+    Grain's own workers do the same."""
     from absl import flags
 
     for name in flags.FLAGS:
@@ -253,56 +196,61 @@ def _let_grain_read_its_flags() -> None:
 
 
 def _start_worker(index: int, num_workers: int) -> None:
-    """Leaves signals to the main process, and ends the worker when that is gone, even by SIGKILL."""
+    """Leaves signals to the main process, and ends the worker with it, even after SIGKILL."""
     del index, num_workers
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
+    parent = multiprocessing.parent_process()
+
     def outlive() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
+        if parent is not None:
+            parent.join()
+            os._exit(1)
 
     threading.Thread(target=outlive, daemon=True).start()
 
 
 def _check_shared_memory(needed: int) -> None:
-    """A process that writes past the end of the shared memory is killed without a word."""
+    """Raises a ValueError if too little is free: a process that exceeds it is killed without a message."""
     if not os.path.isdir(_SHARED_MEMORY):
         return
     free = shutil.disk_usage(_SHARED_MEMORY).free
     if needed > free:
         raise ValueError(
-            f"batches on their way from worker processes take {needed / 1e9:.1f} GB, {_SHARED_MEMORY} has "
-            f"{free / 1e9:.1f} GB free: enlarge it (docker run --shm-size), or lower "
+            f"worker processes take up to {needed / 1e9:.1f} GB of shared memory for batches, and "
+            f"{_SHARED_MEMORY} has {free / 1e9:.1f} GB free: enlarge it (docker run --shm-size), or lower "
             "--config.train.num_workers (0: threads)"
         )
 
 
 class LostWorker(RuntimeError):
-    """A process that decodes images is gone; training can go on from its last checkpoint."""
+    """A process that decodes images has ended; training can be resumed from its last checkpoint."""
 
 
 class DeviceBatches:
-    """Images and labels of a step as `parallel.split` shapes them, on the devices before they are needed.
+    """Images and labels of each step, shaped as by `parallel.split`, on the devices ahead of time.
 
-    Steps are best asked for in turn; another one than the next begins anew there.
+    Steps should be requested in order; any other step restarts the stream there.
     """
 
     def __init__(self, split: StreamedSplit, order: StreamOrder, num_steps: int, *, num_workers: int):
         self._open = functools.partial(iterate, split, order, num_steps=num_steps, num_workers=num_workers)
-        # A copy that is started and not waited for: the next batch travels while the devices compute.
+        # The copy is asynchronous: the next batch is transferred while the devices compute.
         self._put = parallel.map_parallel(lambda images, labels: (images, labels), num_shared=0, num_split=2)
-        self._iterator, self._next, self._ready = None, None, deque()
-        self._last, self._said = num_steps, set()
+        self._iterator: grain.DatasetIterator[HostBatch] | None = None
+        self._next: int | None = None
+        self._ready: deque[tuple[Array, Array]] = deque()
+        self._last, self._said = num_steps, set[str]()
 
-    def __call__(self, step: int) -> tuple[Any, Any]:
-        """Images uint8 [devices, n, H, W, 3] and labels int32 [devices, n].
+    def __call__(self, step: int) -> tuple[UInt8[Array, "devices n h w 3"], Int32[Array, "devices n"]]:
+        """Images and labels.
 
         Raises:
           ValueError: as `iterate`.
-          LostWorker: a worker was ended from outside, for want of memory, say.
+          LostWorker: a worker was killed, for lack of memory, say.
         """
-        if step != self._next:
+        if self._iterator is None or step != self._next:
             self.close()
             self._iterator = self._open(step)
         while len(self._ready) < min(_AHEAD, self._last - step):
@@ -321,8 +269,9 @@ class DeviceBatches:
         """Ends the workers."""
         if self._iterator is not None:
             self._iterator.close()
-        self._iterator, self._next = None, None
-        self._ready.clear()
+            self._iterator = self._next = None
+            self._ready.clear()
+            gc.collect()  # Grain's iterators are reference cycles that hold shared memory
 
     def _say(self, skipped: tuple[str, ...]) -> None:
         for image in skipped:
