@@ -170,7 +170,7 @@ def test_the_pictures_of_saliency_and_what_is_said_of_them(done, parts, networks
             np.testing.assert_allclose(row.images, saliency.to_picture(values), atol=1e-3)
     caption, rows = parts["Saliency"][0].caption, _csv(done / "saliency.csv")
     worst = max(float(row["completeness_error"] or 0) for row in rows)
-    for text in ("others (ℓ2 (ε = 0.25)) of the class read", "from black", f"at most {worst:.1g} of it"):
+    for text in ("label (prediction for ℓ2 (ε = 0.25), which", "from black", f"error at most {worst:.1g}."):
         assert text in caption
     shares, cosines = (
         [_column(_csv(done / "saliency.csv", model=label), name) for label in (OWN, LETTER)]
@@ -182,7 +182,7 @@ def test_the_pictures_of_saliency_and_what_is_said_of_them(done, parts, networks
     assert table.rows == expected
     grid = [min(i, 16 - i) ** 2 + min(j, 16 - j) ** 2 for i in range(16) for j in range(16)]
     white = 100 * np.mean(np.array(grid) <= 2**2)  # a quarter of the Nyquist frequency, 8
-    assert "of 5 images" in table.caption and f"white noise has {white:.1f}" in table.caption
+    assert "of 5 images" in table.caption and f"white noise: {white:.1f} %" in table.caption
 
 
 def _interval(values, digits, sign=""):
@@ -211,9 +211,9 @@ def _case(networks, order, norms, **changes):
 @pytest.mark.parametrize(
     ("order", "norms", "whose"),
     [
-        ((1, 0), ("l2", "none"), "of the label, or where the classes are others (ℓ2 (ε = 0.5)) of the class"),
-        ((0, 0), ("l2", "linf"), "of each image’s own label"),
-        ((1, 1), ("l2", "linf"), "of the class that the network reads"),
+        ((1, 0), ("l2", "none"), "of the label (prediction for ℓ2 (ε = 0.5), which have"),
+        ((0, 0), ("l2", "linf"), "of the loss of the label with"),
+        ((1, 1), ("l2", "linf"), "of the loss of the predicted class with"),
     ],
 )
 def test_saliency_in_brief_is_of_gradients_alone(networks, order, norms, whose):
@@ -226,7 +226,7 @@ def test_saliency_in_brief_is_of_gradients_alone(networks, order, norms, whose):
     ]
     assert whose in pictures.caption and "SmoothGrad" not in pictures.caption
     base = "natural" if "none" in norms else "ℓ2 (ε = 0.5)"  # the natural one, or the first
-    assert f"Differences are to {base}, paired" in table.caption
+    assert f"Differences: to {base}, paired" in table.caption
     assert [row[2] == "–" for row in table.rows] == [row[0] == base for row in table.rows]
 
 
@@ -303,9 +303,9 @@ def test_the_pictures_and_tables_of_influence_and_what_is_said_of_them(done, par
             marks = [f"{'✓' if y == mine else '✗'} {DIGITS[y]}" for y in train.labels[ranked]]
             assert row.head == label and row.labels == [DIGITS[mine], *marks]
     assert f"H with {29 * 0.0005:g} on its diagonal" in pictures.caption
-    assert "the head is for ℓ2 (ε = 0.25) a new one" in pictures.caption
+    assert "a new head, trained on these images, for ℓ2 (ε = 0.25)" in pictures.caption
     chance = np.mean([[a == b for b in train.labels] for a in queries.labels])
-    assert f"{100 * chance:.1f} % have it" in curves.caption
+    assert f"Chance: {100 * chance:.1f} %." in curves.caption
     for kind, panel in zip(("test", "train"), curves.panels, strict=True):
         for label, line in zip((OWN, LETTER), panel.series, strict=True):
             rates = _column(_csv(done / "matches.csv", model=label, queries=kind), "match_rate")
@@ -345,7 +345,7 @@ def test_influence_of_two_training_images_on_one_query(networks, tmp_path):
         rows = _csv(tmp_path / "influence.csv", kind=kind)
         assert [int(row["rank"]) for row in rows] == [1, 2] and len({row["train_index"] for row in rows}) == 2
     text = (tmp_path / "report.html").read_text()
-    assert "1 images of" in text and "the head is each network’s own" in text
+    assert "which of 2 training images" in text and "(each network’s own head)" in text
     assert re.findall(r">((?:Helpful|Harmful) \d)<", text) == [
         "Helpful 1",
         "Helpful 2",
@@ -375,10 +375,10 @@ def test_the_pictures_of_visualisation_have_the_values_below_them(done, parts, n
     *climbed, inverted = parts["Feature visualisation"]
     image = _drawn("test", 3)[1].images / np.float32(255)
     for kind, part, what in zip(
-        ("class", "unit"), climbed, ("logit of a class", "one component"), strict=True
+        ("class", "unit"), climbed, ("logit of a class", "one unit"), strict=True
     ):
         assert what in part.caption and "in Fourier coordinates" in part.caption
-        assert "from noise, N(0.5, 1/20), and from images of the data" in part.caption
+        assert "from noise, N(0.5, 1/20), and from images: projected" in part.caption
         assert [group[0].head for group in part.groups] == ["Start: noise", "Start: image"]
         np.testing.assert_allclose(part.groups[1][0].images, image, atol=1e-6)
         for start, (begun, *rows) in zip(("noise", "image"), part.groups, strict=True):
@@ -417,7 +417,7 @@ def test_visualisation_in_brief_is_of_classes_from_noise(networks, monkeypatch):
     assert "from noise, N(0.5, 1/20): projected" in part.caption and "in pixels, within" in part.caption
     records = section.files["visualisation"]
     assert [(r["kind"], r["start"], r["what"]) for r in records] == [("class", "noise", d) for d in "012"]
-    assert "would most like to see" in section.finding
+    assert "the logit of a class" in section.finding
 
 
 def test_the_curves_of_shape_bias_and_what_is_said_of_them(done, parts):
@@ -429,8 +429,8 @@ def test_the_curves_of_shape_bias_and_what_is_said_of_them(done, parts):
         *((a, 1.0) for a in amplitudes),
     }
     strengths = {
-        "Letters that fade": ("amplitude", 0.06, "opacity"),
-        "Gratings that grow": ("opacity", 1, "amplitude"),
+        "Fading letters": ("amplitude", 0.06, "opacity"),
+        "Stronger gratings": ("opacity", 1, "amplitude"),
     }
     for panel, (title, (fixed, value, free)) in zip(lines.panels, strengths.items(), strict=True):
         (line,) = panel.series
@@ -442,7 +442,7 @@ def test_the_curves_of_shape_bias_and_what_is_said_of_them(done, parts):
     faded = [r for r in rows if r["amplitude"] == "0.06"]
     faded.sort(key=lambda r: float(r["opacity"]))
     half = cues.half_point(opacities, _column(faded, "shape_bias"))
-    assert f"at an opacity of: ℓ2 (ε = 0.25) {half:.2f}." in (done / "report.html").read_text().replace(
+    assert f"equally often: ℓ2 (ε = 0.25) {half:.2f}." in (done / "report.html").read_text().replace(
         "\xa0", " "
     )
     balanced = min(opacities, key=lambda opacity: (opacity - half) ** 2)
@@ -460,7 +460,7 @@ def test_letters_that_always_outweigh_gratings(networks, monkeypatch):
     case = _case(networks, (1,), ("l2",))
     section = explain.shape.shape_section(case)
     assert section.finding.startswith("Letters outweigh gratings")
-    assert [panel.title for panel in section.parts[0].panels] == ["Letters that fade"]
+    assert [panel.title for panel in section.parts[0].panels] == ["Fading letters"]
     assert {(row["amplitude"], row["opacity"]) for row in section.files["shape"]} == {
         (0.06, opacity) for opacity in explain.shape.OPACITIES
     }
@@ -689,5 +689,5 @@ def test_shape_is_not_measured_on_networks_of_other_classes(networks, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "cat1-dog1.png")
     config = _config(networks[:1], analyses=("shape",), cue_conflict=str(tmp_path))
     tasks.run(config, tmp_path / "out")
-    assert "Not measured: these networks read neither" in (tmp_path / "out/report.html").read_text()
+    assert "Not measured: it takes networks with" in (tmp_path / "out/report.html").read_text()
     assert not (tmp_path / "out/shape.csv").exists()

@@ -1,4 +1,4 @@
-"""What networks look at, as sections of a page: analyses of models on data, side by side."""
+"""Analyses that compare models on a dataset, as sections of a page."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ __all__ = [
 
 
 def explain(analysis: str, case: Case, recipe: Recipe = Recipe()) -> Section:
-    """The section of one of `ANALYSES`; `recipe` is of the head that influence trains where a network has
-    none.
+    """The section of one of `ANALYSES`; with `recipe` influence trains a head where a network has none.
 
     Raises:
       ValueError: the analysis cannot be made of these networks, images and settings.

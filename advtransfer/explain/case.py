@@ -1,4 +1,4 @@
-"""Networks and the images that they are explained with."""
+"""The networks to explain, and the images to explain them with."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32, Int32, Integer, Shaped
 
-from advtransfer.data import Dataset, subset_indices, to_float
+from advtransfer.data import Dataset, Split, subset_indices, to_float
 from advtransfer.explain.options import Interpretation
 from advtransfer.models import Model
 from advtransfer.report.sections import Style
 
 
 class Subject(NamedTuple):
-    """A network that is looked into, and how it is shown."""
+    """A network to explain, and how it is drawn."""
 
     style: Style
     model: Model
@@ -27,27 +28,34 @@ class Subject(NamedTuple):
 
 
 class Case(NamedTuple):
-    """Networks of one image size, and the images that they are shown."""
+    """Networks of one image size, and the images to explain them with."""
 
     subjects: Sequence[Subject]
     dataset: Dataset
     split: str
     settings: Interpretation
     seed: int
-    brief: bool = False  # the most telling pictures alone
+    brief: bool = False  # few pictures, for a study's report
 
     @property
     def image_size(self) -> int:
         return self.subjects[0].model.spec.image_size
 
-    def draw(self, number: int) -> np.ndarray:
-        """int32 [number], images of the split, stratified; a smaller number's come first."""
-        labels = getattr(self.dataset, self.split).labels
+    def draw(self, number: int, split: str = "") -> Integer[np.ndarray, " {number}"]:
+        """Indices of images of a split (default: the case's own); smaller draws are prefixes of larger."""
+        labels = getattr(self.dataset, split or self.split).labels
         return subset_indices(labels, number, dataset=self.dataset.name, seed=self.seed)
 
-    def images(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """float32 [N, H, W, 3] of the networks' size, and labels [N]."""
-        images, labels = (array[indices] for array in getattr(self.dataset, self.split))
+    def recorded(self, split: str, indices: Integer[np.ndarray, " n"]) -> Split:
+        """Images and labels of a split, at the size of the dataset."""
+        images, labels = getattr(self.dataset, split)
+        return Split(images[indices], labels[indices])
+
+    def images(
+        self, indices: Integer[np.ndarray, " n"]
+    ) -> tuple[Float32[np.ndarray, "n h w 3"], Int32[np.ndarray, " n"]]:
+        """Images of the case's split, at the networks' size, and labels."""
+        images, labels = self.recorded(self.split, indices)
         return np.asarray(to_float(jnp.asarray(images), self.image_size)), labels
 
 
@@ -65,12 +73,12 @@ def class_name(model: Model, index: int) -> str:
     return names[index] if names else f"class {index}"
 
 
-def column(records: list[dict], label: str, name: str) -> np.ndarray:
+def column(records: list[dict], label: str, name: str) -> Shaped[np.ndarray, " n"]:
     """A column of the records of one network."""
     return np.array([record[name] for record in records if record["model"] == label])
 
 
-# In a study's report pictures are few, and so are the images behind the numbers.
+# A study's report has few pictures, and statistics of few images.
 _BRIEF = {
     "num_measured": 128,
     "num_steps": 200,
@@ -84,7 +92,7 @@ _BRIEF = {
 def brief(
     subjects: Sequence[Subject], dataset: Dataset, split: str, settings: Interpretation, seed: int
 ) -> Case:
-    """The most telling pictures alone, of as many images as there are."""
+    """The case of a study's report, with no more images than there are."""
     settings = replace(settings, **_BRIEF)
     here, train = getattr(dataset, split).num_images, dataset.train.num_images
     settings = replace(

@@ -1,17 +1,18 @@
-"""Which training images a network's answers come from: a section of a page, side by side."""
+"""Which training images networks owe their answers to: a section that compares them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from advtransfer.analysis import influence, matches
-from advtransfer.data import Split, subset_indices
+from advtransfer.data import Split
 from advtransfer.explain.case import Case, Subject, owns_classes
+from advtransfer.intervals import Share
 from advtransfer.models import Model
 from advtransfer.report.sections import (
     Axis,
@@ -33,20 +34,20 @@ _DRAWN_RANKS = (1, 2, 3, 4, 5, 7, 10, 14, 20, 28, 40, 56, 75, 100)
 
 
 class _Influence(NamedTuple):
-    """Scores of one network's training images, and of whom."""
+    """Scores of the training images, for one network."""
 
     scores: dict[str, np.ndarray]  # by set of queries, "test" and "train": [Q, N]
     queries: dict[str, np.ndarray]  # labels
     labels: np.ndarray  # of the training images
-    own: bool  # the network's own head, or one trained for this
+    own: bool  # of the network's own head; otherwise of one that was trained for this
 
 
 def influence_section(case: Case, recipe: Recipe) -> Section:
-    """Who helps and who harms, how often classes match, and the class-sorted matrix."""
+    """The most helpful and harmful training images, how often classes match, and the influence by class."""
     settings, dataset = case.settings, case.dataset
-    chosen = subset_indices(dataset.train.labels, settings.num_train, dataset=dataset.name, seed=case.seed)
-    train, indices = Split(*(x[chosen] for x in dataset.train)), case.draw(settings.num_queries)
-    queries = Split(*(x[indices] for x in getattr(dataset, case.split)))
+    chosen, indices = case.draw(settings.num_train, "train"), case.draw(settings.num_queries)
+    train = case.recorded("train", chosen)
+    queries = case.recorded(case.split, indices)
     found = {s.label: _influence(case, s, train, queries, recipe) for s in case.subjects}
     names = dataset.class_names
     rates = [
@@ -80,16 +81,16 @@ def influence_section(case: Case, recipe: Recipe) -> Section:
             "influence_classes": _class_records(maps, names),
             "harmful": _harmful(found, names, chosen),
         }
-    told = (f"{s.label} {100 * shares[s.label, 'test']['top1'][0]:.1f} %" for s in case.subjects)
+    matching = (f"{s.label} {100 * shares[s.label, 'test']['top1'][0]:.1f} %" for s in case.subjects)
     finding = (
-        f"How often the training image that helps most has the class of the {case.split} image: "
-        f"{', '.join(told)} of {len(indices):,}."
+        f"{case.split.capitalize()} images whose most helpful training image is of their class: "
+        f"{', '.join(matching)} of {len(indices):,}."
     )
     return Section("Influence of training images", finding, parts, files)
 
 
 def influence_cost(case: Case, subject: Subject) -> influence.Cost:
-    """Of one network's scores."""
+    """What one network's scores take."""
     settings, num_classes = case.settings, len(case.dataset.class_names)
     queries = settings.num_queries + settings.num_train
     width = subject.model.module.num_features
@@ -124,7 +125,7 @@ def _influence(case: Case, subject: Subject, train: Split, queries: Split, recip
 
 
 def _features(model: Model, images: np.ndarray, size: int) -> np.ndarray:
-    """[N, D], what enters the head."""
+    """The inputs of the head, float32 [N, D]."""
     return np.asarray(activations(model.module, model.variables, images, model.module.num_blocks, size))
 
 
@@ -136,7 +137,7 @@ def _rates(result: _Influence, kind: str, scores: np.ndarray) -> np.ndarray:
 def _ranked(
     label: str, result: _Influence, names: Sequence[str], split: str, indices: np.ndarray, chosen: np.ndarray
 ) -> list[dict]:
-    """The most helpful and harmful images of every query that is none of the training images."""
+    """The most helpful and most harmful training images of every query from the split."""
     scores, records = result.scores["test"], []
     for kind, rank_them in (("helpful", matches.most_helpful), ("harmful", matches.most_harmful)):
         for query, ranked in enumerate(rank_them(scores, _LISTED)):
@@ -173,7 +174,7 @@ def _harmful(found: dict[str, _Influence], names: Sequence[str], chosen: np.ndar
 
 
 def _class_records(maps: dict[str, np.ndarray], names: Sequence[str]) -> list[dict]:
-    """Of pairs of classes that both have images."""
+    """Mean scores of pairs of classes; pairs without images are left out."""
     return [
         {"model": label, "query_class": a, "train_class": b, "mean_score": value}
         for label, values in maps.items()
@@ -201,9 +202,8 @@ def _query_pictures(case: Case, found: dict[str, _Influence], train: Split, quer
     num_ranks = min(SHOWN_RANKS, len(train.labels))
     heads = ["Query"] + [f"{kind} {i + 1}" for kind in ("Helpful", "Harmful") for i in range(num_ranks)]
     caption = (
-        f"{len(groups)} images of {case.dataset.name} ({case.split}), and of {len(train.labels):,} training "
-        "images those that lower their loss most (helpful) and raise it most (harmful). "
-        f"{_method(case, found)} ✓: of the query’s class."
+        f"Images of {case.dataset.name} ({case.split}), and which of {len(train.labels):,} training images "
+        f"lower (helpful) and raise their loss most (harmful). {_method(case, found)} ✓: same class."
     )
     return Pictures(caption, groups, "influence", heads)
 
@@ -217,14 +217,12 @@ def _method(case: Case, found: dict[str, _Influence]) -> str:
         "cg": f"H with {damping:g} on its diagonal, conjugate gradients",
     }[settings.solver]
     new = [label for label, result in found.items() if not result.own]
-    trained = "each network’s own"
+    head = "each network’s own head"
     if new:
-        whose = "every network" if len(new) == len(found) else ", ".join(new)
-        trained = f"for {whose} a new one, trained on these images with everything else frozen"
-    return (
-        f"Influence through the head alone: {how}, H the Hessian of the loss summed over the training "
-        f"images; the head is {trained}."
-    )
+        head = (
+            f"a new head, trained on these images, for {'all' if len(new) == len(found) else ', '.join(new)}"
+        )
+    return f"Influence through the head ({head}): {how}, H the Hessian of the summed training loss."
 
 
 def _curves(case: Case, found: dict[str, _Influence], rates: list[dict]) -> Plot:
@@ -240,15 +238,16 @@ def _curves(case: Case, found: dict[str, _Influence], rates: list[dict]) -> Plot
     result = next(iter(found.values()))
     chance = np.mean(result.queries["test"][:, None] == result.labels[None])
     caption = (
-        "Share of the queries whose training image of a rank, the most helpful first, has the query’s "
-        f"class: {len(result.queries['test']):,} {case.split} images, and the {len(result.labels):,} "
-        "training images, none of which is ranked for itself. Of images at random "
-        f"{100 * chance:.1f} % have it."
+        "Share of queries with the class of their training image of this rank, most helpful first: "
+        f"{len(result.queries['test']):,} {case.split} images, and the {len(result.labels):,} training "
+        f"images, without themselves. Chance: {100 * chance:.1f} %."
     )
     return Plot(caption, panels, "matches")
 
 
-def _shares_table(case: Case, found: dict[str, _Influence], shares: dict[tuple[str, str], Any]) -> Table:
+def _shares_table(
+    case: Case, found: dict[str, _Influence], shares: dict[tuple[str, str], dict[str, Share]]
+) -> Table:
     rows = []
     for label in found:
         texts = [label]
@@ -261,15 +260,14 @@ def _shares_table(case: Case, found: dict[str, _Influence], shares: dict[tuple[s
     for kind in (case.split, "training"):
         heads += [f"{kind}: most helpful, %", f"{kind}: three of five, %"]
     caption = (
-        "Queries whose most helpful training image, and three or more of whose five most helpful, have their "
-        "class, with Wilson’s 95 % interval over queries: it says nothing of another head or training set."
+        "Queries with the class of their most helpful training image, and of at least three of the five most "
+        "helpful; 95 % intervals (Wilson) over queries, for this head and training set."
     )
     return Table(caption, heads, rows, "matches")
 
 
 def _heat_caption(case: Case) -> str:
     return (
-        f"Mean influence by the class of the query ({case.split} images, rows) and of the training image "
-        "(columns): blue helps, orange harms, the deeper the more, each network on its own scale, which is "
-        "cut off at the 99th percentile."
+        f"Mean influence by class of the query ({case.split}, rows) and of the training image (columns): "
+        "blue helps, orange harms; one scale per network, cut off at its 99th percentile."
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from advtransfer.analysis import saliency
+from advtransfer.attacks.network import LogitsFn
 from advtransfer.evaluate import predict
 from advtransfer.explain.case import Case, Subject, class_name, column, owns_classes
 from advtransfer.intervals import mean_and_ci95
@@ -16,7 +16,7 @@ from advtransfer.report.sections import PictureRow, Pictures, Section, Table
 
 
 def saliency_section(case: Case) -> Section:
-    """Gradients, SmoothGrad and integrated gradients of a few images; two numbers about more of them."""
+    """Gradients, SmoothGrad and integrated gradients of a few images; two statistics of more of them."""
     settings, shown = case.settings, case.settings.num_images
     indices = case.draw(max(settings.num_measured, shown))
     images, labels = case.images(indices)
@@ -62,12 +62,12 @@ _SALIENCY = (
 
 
 def _read(read: list[str], names: list[str], own: bool) -> list[str]:
-    """What the network reads, with a mark where that can be right or wrong."""
+    """The predictions, marked where they can be right or wrong."""
     return [f"{'✓ ' if a == b else '✗ '}{a}" if own else a for a, b in zip(read, names, strict=False)]
 
 
 def _more(
-    case: Case, network: Any, images: np.ndarray, labels: np.ndarray
+    case: Case, network: LogitsFn, images: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, saliency.IntegratedGradients]:
     """SmoothGrad and integrated gradients."""
     settings, most = case.settings, case.settings.integration_steps
@@ -87,28 +87,27 @@ def _more(
 def _saliency_caption(case: Case, worst: float) -> str:
     settings = case.settings
     foreign = [s.label for s in case.subjects if not owns_classes(s.model, case.dataset)]
-    explained = "of each image’s own label"
+    explained = "label"
     if foreign:
-        explained = f"of the label, or where the classes are others ({', '.join(foreign)}) of the class read"
-        explained = explained if len(foreign) < len(case.subjects) else "of the class that the network reads"
+        explained = f"label (prediction for {', '.join(foreign)}, which have other classes)"
+        explained = explained if len(foreign) < len(case.subjects) else "predicted class"
     more = ""
     if not case.brief:
         baseline = "black" if settings.baseline == 0 else f"grey {settings.baseline:g}"
         more = (
             f" SmoothGrad: mean over {settings.smooth_samples} copies with noise of "
-            f"{settings.smooth_noise:g} of the image’s range. Integrated: along the way from {baseline}, in "
-            f"at most {settings.integration_steps:,} steps; the sums miss the change of the loss by at most "
-            f"{worst:.1g} of it."
+            f"{settings.smooth_noise:g} of the image’s range. Integrated gradients: from {baseline}, at most "
+            f"{settings.integration_steps:,} steps, completeness error at most {worst:.1g}."
         )
     return (
-        f"Gradients of the loss {explained}, with respect to the pixels; images of {case.dataset.name} "
-        f"({case.split}). Grey is zero, and each picture is cut off at three standard deviations. Under "
-        f"a gradient: what the network reads.{more}"
+        f"Gradients of the loss of the {explained} with respect to the pixels, on {case.dataset.name} "
+        f"({case.split}). Grey is zero; cut off at three standard deviations. Below a gradient: the "
+        f"prediction.{more}"
     )
 
 
 def _reference(case: Case) -> Subject:
-    """The network that others are compared with: the first natural one, or the first."""
+    """The network that the others are compared with: the first natural one, or else the first."""
     return next((s for s in case.subjects if s.model.spec.norm == "none"), case.subjects[0])
 
 
@@ -124,23 +123,22 @@ def _saliency_table(case: Case, records: list[dict]) -> Table:
         rows.append(texts)
     number = len(records) // len(case.subjects)
     caption = (
-        f"The plain gradients of {number:,} images of {case.dataset.name} ({case.split}), mean ± 95 % "
-        "interval (Student’s t over images). Low frequencies: share of a gradient’s energy at or below a "
-        f"quarter of the Nyquist frequency, in %; white noise has {white:.1f}. Alignment: |cosine| "
-        f"between image and gradient. Differences are to {base}, paired by image."
+        f"Gradients of {number:,} images of {case.dataset.name} ({case.split}), mean ± 95 % interval over "
+        "images. Low frequencies: share of the energy up to a quarter of the Nyquist frequency (white noise: "
+        f"{white:.1f} %). Alignment: |cosine| of image and gradient. Differences: to {base}, paired by image."
     )
     heads = ["Network", "Low frequencies, %", "difference", "Alignment", "difference"]
     return Table(caption, heads, rows, "saliency")
 
 
-def plus_minus(values: np.ndarray, digits: int, *, sign: str = "") -> str:
+def plus_minus(values: Float[np.ndarray, " n"], digits: int, *, sign: str = "") -> str:
     mean, half = mean_and_ci95(values)
     text = f"{mean:{sign}.{digits}f}".replace("-", "−")
     return text if np.isnan(half) else f"{text} ± {half:.{digits}f}"
 
 
 def _white(size: int) -> float:
-    """The share of low frequencies among all: a single bright pixel has every frequency alike."""
+    """The low-frequency share of white noise: that of a single bright pixel, whose spectrum is flat."""
     pixel = np.zeros((1, size, size, 1))
     pixel[0, 0, 0, 0] = 1
     return float(saliency.low_frequency_share(pixel)[0])
@@ -152,6 +150,6 @@ def _saliency_finding(case: Case, records: list[dict]) -> str:
         for s in case.subjects
     )
     return (
-        f"Share of the gradients’ energy at low frequencies: {', '.join(shares)}; of white noise it is "
+        f"Share of the gradients’ energy at low frequencies: {', '.join(shares)}; white noise: "
         f"{100 * _white(case.image_size):.1f} %."
     )

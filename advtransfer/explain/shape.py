@@ -1,4 +1,4 @@
-"""Whether networks go by shape or by texture: a section of a page, side by side."""
+"""Do networks classify by shape or by texture? A section that compares them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from advtransfer.explain.case import Case, Subject
 from advtransfer.models import logits_fn
 from advtransfer.report.sections import Axis, Entry, Panel, Plot, Section, Series, Table
 
-# What the glyphs' two cues are balanced with; sources are trained at 0.02 to 0.06, opaque.
+# Strengths of the two cues; training images have opaque letters and amplitudes of 0.02 to 0.06.
 AMPLITUDES = (0.02, 0.06, 0.1, 0.15, 0.2, 0.3)
 OPACITIES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
-AMPLITUDE = 0.06  # while the letters fade
+AMPLITUDE = 0.06  # of the gratings below fading letters
 
 
 def shape_section(case: Case) -> Section:
-    """Shape bias on images whose cues disagree, for networks that know the cues' classes."""
+    """Shape bias on images whose shape and texture are of different classes, which the networks must have."""
     letters = [s for s in case.subjects if tuple(s.model.spec.class_names) == tuple(LETTERS)]
     thousand = [s for s in case.subjects if s.model.spec.num_classes == 1000]
     if letters:
@@ -29,8 +29,8 @@ def shape_section(case: Case) -> Section:
     if thousand and case.settings.cue_conflict:
         return _folder_section(case, thousand)
     finding = (
-        "Not measured: these networks read neither the 23 letters of builtin:glyphs nor, with a folder of "
-        "cue-conflict images named by config.interpret.cue_conflict, ImageNet’s 1,000 classes."
+        "Not measured: it takes networks with the 23 letters of builtin:glyphs, or with ImageNet’s 1,000 "
+        "classes and a folder of cue-conflict images (config.interpret.cue_conflict)."
     )
     return Section("Shape against texture", finding)
 
@@ -54,12 +54,13 @@ def _glyph_section(case: Case, subjects: Sequence[Subject]) -> Section:
     def series(points):
         return [_bias_series(s, [(x, found[s.label, *at]) for x, at in points]) for s in subjects]
 
-    axis = Axis("opacity of the letter", log=True)
+    axis = Axis("opacity of the letters", log=True)
     fading = series([(o, (AMPLITUDE, o)) for o in OPACITIES])
-    panels = [Panel("Letters that fade", "Shape bias, %", axis, fading)]
+    panels = [Panel("Fading letters", "Shape bias, %", axis, fading)]
     if not case.brief:
         growing = series([(a, (a, 1.0)) for a in AMPLITUDES])
-        panels.append(Panel("Gratings that grow", "Shape bias, %", Axis("amplitude of the grating"), growing))
+        amplitude = Axis("amplitude of the gratings")
+        panels.append(Panel("Stronger gratings", "Shape bias, %", amplitude, growing))
     halves = {
         s.label: shape.half_point(
             OPACITIES, [float(found[s.label, AMPLITUDE, o].overall.shape_bias.value) for o in OPACITIES]
@@ -67,28 +68,27 @@ def _glyph_section(case: Case, subjects: Sequence[Subject]) -> Section:
         for s in subjects
     }
     known = [x for x in halves.values() if not math.isnan(x)]
-    parts = [Plot(_glyph_caption(case, found), panels, "shape")]
+    parts: list[Plot | Table] = [Plot(_glyph_caption(case, found), panels, "shape")]
     if not case.brief:
         balanced = min(OPACITIES, key=lambda o: abs(o - (np.mean(known) if known else 0)))
         of = {s.label: found[s.label, AMPLITUDE, balanced] for s in subjects}
         where = f"on gratings of amplitude {AMPLITUDE:g} below letters of opacity {balanced:g}"
         parts += _cue_parts(of, where)
-    told = (f"{label} {x:.2f}" for label, x in halves.items() if not math.isnan(x))
     finding = "Letters outweigh gratings at every opacity that was tried."
     if known:
-        finding = f"Fading letters and gratings decide equally often at an opacity of: {', '.join(told)}."
+        listed = ", ".join(f"{label} {x:.2f}" for label, x in halves.items() if not math.isnan(x))
+        finding = f"Opacity at which letters and gratings decide equally often: {listed}."
     return Section("Shape against texture", finding, parts, {"shape": records})
 
 
-def _glyph_caption(case: Case, found: dict[Any, shape.ShapeBias]) -> str:
+def _glyph_caption(case: Case, found: dict[tuple[str, float, float], shape.ShapeBias]) -> str:
     number = int(next(iter(found.values())).overall.shape.total)
-    faded = f"letters fade on gratings of amplitude {AMPLITUDE:g}"
-    both = f"Left: {faded}. Right: opaque letters on gratings of growing amplitude."
+    fading = f"gratings of amplitude {AMPLITUDE:g}"
+    shown = f"All on {fading}." if case.brief else f"Left: {fading}. Right: opaque letters."
     return (
-        f"Shape bias on {number} pictures, every letter on the grating of every other: of the answers that "
-        "are the letter’s or the grating’s class, the share of the letter’s. "
-        f"{f'The {faded}.' if case.brief else both} Trained on opaque letters, amplitudes 0.02 to 0.06. "
-        "Band: half the width of Wilson’s 95 % interval to either side (its ends in the numbers)."
+        f"Share of the letter among answers that are the letter’s or the grating’s class, on {number} "
+        f"images: each letter on the grating of every other class. {shown} Training images: opaque letters, "
+        "amplitudes of 0.02 to 0.06. Bands: 95 % (Wilson)."
     )
 
 
@@ -102,8 +102,8 @@ def _folder_section(case: Case, subjects: Sequence[Subject]) -> Section:
     conflict = cue_conflict.read_cue_conflict(case.settings.cue_conflict, image_size=case.image_size)
     found = {s.label: shape.measure(logits_fn(s.model), conflict) for s in subjects}
     records = [row for label, x in found.items() for row in _shape_records({"model": label}, x)]
-    told = (f"{label} {100 * float(x.overall.shape_bias.value):.1f} %" for label, x in found.items())
-    finding = f"Shape bias where shape and texture point to different classes: {', '.join(told)}."
+    biases = (f"{label} {100 * float(x.overall.shape_bias.value):.1f} %" for label, x in found.items())
+    finding = f"Shape bias where shape and texture are of different classes: {', '.join(biases)}."
     where = f"on {int(next(iter(found.values())).overall.shape.total):,} cue-conflict images"
     return Section("Shape against texture", finding, _cue_parts(found, where), {"shape": records})
 
@@ -116,17 +116,14 @@ def _cue_parts(found: dict[str, shape.ShapeBias], where: str) -> list[Table]:
             [label, *(f"{100 * x.value:.1f} ({100 * x.lower:.1f} … {100 * x.upper:.1f})" for x in shares)]
         )
     heads = ["Network", "Shape bias, %", "Answers by shape, %", "Answers by texture, %"]
-    caption = f"Answers {where}, with Wilson’s 95 % interval; the rest are other classes."
+    caption = f"Answers {where}, with 95 % intervals (Wilson); all others are of other classes."
     of_class = [measured.per_class.shape_bias for measured in found.values()]
     names = next(iter(found.values())).class_names
     bars = [
         [name, *(_bar(*(float(x[i]) for x in share[:3])) for share in of_class)]
         for i, name in enumerate(names)
     ]
-    by_class = (
-        f"Shape bias by the class of the shape, in %, {where}: only answers by shape or texture count. Line: "
-        "Wilson’s 95 % interval."
-    )
+    by_class = f"Shape bias by class of the shape, in %, {where}. Lines: 95 % intervals (Wilson)."
     return [Table(caption, heads, rows, "shape"), Table(by_class, ["Shape", *found], bars, "shape")]
 
 
@@ -135,7 +132,7 @@ def _bar(value: float, low: float, high: float) -> Entry:
 
 
 def _shape_records(head: dict[str, Any], measured: shape.ShapeBias) -> list[dict]:
-    """Over all images first, class "", then class by class."""
+    """Over all images first (class ""), then by class."""
     records = []
     for i, name in enumerate(["", *measured.class_names]):
         record = head | {"class": name}

@@ -1,4 +1,4 @@
-"""What networks make of an image: feature visualisation and inversion."""
+"""Feature visualisation and inversion: a section that compares networks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float32
 
 from advtransfer.analysis import visualise
 from advtransfer.attacks import L2
@@ -18,7 +19,7 @@ from advtransfer.report.sections import PictureRow, Pictures, Section
 
 
 def visualisation_section(case: Case) -> Section:
-    """Images that maximise a class or a unit, from noise and from images, and images read back."""
+    """Images that maximise a class or a unit, from noise and from images, and inverted representations."""
     settings, number = case.settings, case.settings.num_images
     indices = case.draw(number)
     images, _ = case.images(indices)
@@ -73,15 +74,15 @@ _KIND_OBJECTIVES = {
 
 
 class Climbed(NamedTuple):
-    """What `visualise` made of N starts, and the objective there before and after."""
+    """Results of `visualise` from N starts, and the objective before and after."""
 
-    images: np.ndarray  # float32 [N, H, W, 3]
-    before: np.ndarray  # float32 [N]
-    after: np.ndarray
+    images: Float32[np.ndarray, "n h w 3"]
+    before: Float32[np.ndarray, " n"]
+    after: Float32[np.ndarray, " n"]
 
 
 def _chosen(model: Model, kind: str, number: int) -> np.ndarray:
-    """The first classes, or units spread evenly over the representation; repeated where there are fewer."""
+    """The first classes, repeated if there are fewer, or units spread evenly over the representation."""
     if kind == "class":
         return np.arange(number) % model.spec.num_classes
     return np.linspace(0, model.module.num_features - 1, number).round().astype(int)
@@ -120,32 +121,27 @@ def _how(case: Case) -> str:
 
 
 def _climb_caption(case: Case, kind: str) -> str:
-    what = (
-        "the logit of a class"
-        if kind == "class"
-        else "one component of the pooled representation (units spread evenly over it)"
-    )
-    begin = "noise, N(0.5, 1/20)" if case.brief else "noise, N(0.5, 1/20), and from images of the data"
+    what = "the logit of a class" if kind == "class" else "one unit of the pooled representation"
+    begin = "noise, N(0.5, 1/20)" if case.brief else "noise, N(0.5, 1/20), and from images"
     return (
-        f"Images that raise {what}, from {begin}: projected gradient ascent, {_how(case)}; gradients pass "
-        "the last ReLU as if it were the identity. Under a picture: what is raised, its value at the "
-        "start→end; different networks have no common scale."
+        f"Images that raise {what}, from {begin}: projected gradient ascent, {_how(case)}; the last ReLU "
+        "passes all gradients. Below: value before→after, on each network’s own scale."
     )
 
 
 def _inversion_caption(case: Case) -> str:
     return (
-        "Inversion: from noise towards the pooled representation of the image above, "
-        f"{_how(case)}. Under a picture: distance of the representations, in % of the image’s own length."
+        f"Inversion: from noise to the pooled representation of the image above, {_how(case)}. Below: "
+        "distance of the representations, in % of the image’s norm."
     )
 
 
 def _visualisation_finding(case: Case, records: list[dict]) -> str:
     if case.brief:
-        return "What each network would most like to see of a class, drawn by gradient ascent from noise."
+        return "Images that raise the logit of a class, by gradient ascent from noise."
     rows = [record for record in records if record["kind"] == "inversion"]
     distances = (f"{s.label} {100 * column(rows, s.label, 'after').mean():.0f} %" for s in case.subjects)
     return (
-        "Pictures made from noise to have an image’s representation miss it by a mean distance of: "
-        f"{', '.join(distances)}. Whether they look like the image is for the eye."
+        f"Mean distance of inverted representations from the image’s: {', '.join(distances)}. Whether the "
+        "pictures look alike is for the eye."
     )
