@@ -39,7 +39,7 @@ class Apply(Protocol):
     """A network as a pure function; evaluation leaves `batch_stats` as they are."""
 
     def __call__(
-        self, params: PyTree, batch_stats: PyTree, images: Float[Array, "n ..."], train: bool
+        self, params: PyTree, batch_stats: PyTree, images: PyTree[Float[Array, "n ..."]], train: bool
     ) -> tuple[Float[Array, "n classes"], PyTree]: ...
 
 

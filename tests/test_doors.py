@@ -480,9 +480,10 @@ MODULES = [
     "analysis.visualise",
 ]
 ARRAYS = re.compile(
-    r"\b(Array|ndarray|Split|Batch|CueConflict|Examples|DualHead|Objective|TrainState)\b|^Any\b"
+    r"\b(Array|AnyArray|ndarray|PyTree|Variables|Images)\b"
+    r"|\b(Split|Batch|CueConflict|Examples|DualHead|Objective|TrainState)\b|^Any\b"
 )
-NO_ARRAYS = {"module", "dtype", "config"}  # parameters of type Any
+NO_ARRAYS = {"module", "dtype", "config", "options"}  # parameters of type Any
 
 
 def rank(x):

@@ -28,6 +28,8 @@ from advtransfer.attacks import LogitsFn
 from advtransfer.evaluate import predict
 from advtransfer.intervals import Share, share
 
+_Counts = np.ndarray | np.integer
+
 
 class Cues(NamedTuple):
     """How decisions divide; the last three are shares of all images and add up to 1."""
@@ -135,7 +137,7 @@ def half_point(strengths: Sequence[float], biases: Sequence[float]) -> float:
     return float("nan")
 
 
-def _cues(shape: np.ndarray, texture: np.ndarray, total: np.ndarray) -> Cues:
+def _cues(shape: _Counts, texture: _Counts, total: _Counts) -> Cues:
     return Cues(
         share(shape, shape + texture),
         *(share(count, total) for count in (shape, texture, total - shape - texture)),

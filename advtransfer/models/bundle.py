@@ -16,10 +16,10 @@ import numpy as np
 from etils import epath
 from jax.tree_util import Partial
 from jax.typing import DTypeLike
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from advtransfer import foreign, storage
-from advtransfer.arrays import Variables
+from advtransfer.arrays import AnyArray, Variables
 from advtransfer.data import resize
 from advtransfer.models.resnet import ResNet, create_module, init_variables
 
@@ -136,7 +136,7 @@ class _Static:
     image_size: int
 
 
-def _apply(static: _Static, variables: Variables, images: Array) -> Any:
+def _apply(static: _Static, variables: Variables, images: AnyArray) -> Any:
     return static.module.apply(variables, resize(images, static.image_size))
 
 

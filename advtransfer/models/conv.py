@@ -24,10 +24,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from advtransfer.arrays import AnyArray
+
 
 def conv2d(
-    x: Float[Array, "n h w c"],
-    kernel: Float[Array, "k k _ o"],
+    x: Float[AnyArray, "n h w c"],
+    kernel: Float[AnyArray, "k k _ o"],
     *,
     stride: int = 1,
     padding: int = 0,

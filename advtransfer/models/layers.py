@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from advtransfer import parallel
+from advtransfer.arrays import AnyArray
 from advtransfer.models.conv import conv2d
 
 # Of the scale of its output channels.
@@ -35,7 +36,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "n h w c"], scale: Float32[Array, " features"] | None = None
+        self, x: Float[AnyArray, "n h w c"], scale: Float32[Array, " features"] | None = None
     ) -> Float[Array, "n _ _ features"]:
         """Convolves x [N, H, W, C]; `scale` [features] multiplies the output channels."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
@@ -96,7 +97,7 @@ class BatchNorm(nn.Module):
 
 
 def batch_statistics(
-    x: Float[Array, "n h w c"], axis_name: str | None
+    x: Float[AnyArray, "n h w c"], axis_name: str | None
 ) -> tuple[Float32[Array, " c"], Float32[Array, " c"], Float32[Array, ""]]:
     """Mean [C], biased variance [C] and number of x [N, H, W, C] over all but channels, float32."""
     x = x.astype(jnp.float32)
@@ -108,13 +109,15 @@ def batch_statistics(
     return overall, parallel.mean(var + jnp.square(mean - overall), axis_name), count
 
 
-def moments_in_two_passes(x: Float32[Array, "n h w c"]) -> tuple[Float32[Array, " c"], Float32[Array, " c"]]:
+def moments_in_two_passes(
+    x: Float32[AnyArray, "n h w c"],
+) -> tuple[Float32[Array, " c"], Float32[Array, " c"]]:
     """Mean and biased variance of float32 [N, H, W, C]."""
     mean = jnp.mean(x, (0, 1, 2))
     return mean, jnp.mean(jnp.square(x - _per_channel(mean)), (0, 1, 2))
 
 
-def moments_in_one_pass(x: Float32[Array, "n h w c"]) -> tuple[Float32[Array, " c"], Float32[Array, " c"]]:
+def moments_in_one_pass(x: Float32[AnyArray, "n h w c"]) -> tuple[Float32[Array, " c"], Float32[Array, " c"]]:
     """The same, reading x once: memory is what limits an accelerator here.
 
     Both moments are taken around a value of x, so that a mean far from 0 costs no digits (Chan et al., 1983,

@@ -21,7 +21,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from advtransfer.arrays import Variables
+from advtransfer.arrays import AnyArray, Variables
 from advtransfer.models.conv import max_pool
 from advtransfer.models.layers import BatchNorm, Conv
 
@@ -49,7 +49,7 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "n h w c"], train: bool, fake_relu: bool = False
+        self, x: Float[AnyArray, "n h w c"], train: bool, fake_relu: bool = False
     ) -> Float[Array, "n _ _ features"]:
         def conv_bn(x, name, features, kernel_size, **options):
             conv = Conv(features, kernel_size, dtype=self.dtype, name=name.format("conv"), **options)
@@ -110,13 +110,13 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "n ... c"],
+        x: Float[AnyArray, "n ... c"],
         *,
         train: bool = False,
         start: int | None = None,
         stop: int | None = None,
         fake_relu: bool = False,
-    ) -> Float[Array, "n ... _"]:
+    ) -> Float[AnyArray, "n ... _"]:
         """Runs the network, or the part of it between two boundaries.
 
         Boundary b < B is the activation that enters block b, [N, h, w, c] in the compute type; boundary B is
@@ -178,7 +178,7 @@ class ResNet(nn.Module):
             x = self._head(x)
         return x
 
-    def _stem(self, images: Array, train: bool) -> Array:
+    def _stem(self, images: AnyArray, train: bool) -> Array:
         mean, std = (np.asarray(v, np.float32).reshape(1, 1, 1, -1) for v in (self.mean, self.std))
         x = (images.astype(jnp.float32) - mean) / std
         kernel_size, stride = (3, 1) if self.cifar_stem else (7, 2)
@@ -187,7 +187,7 @@ class ResNet(nn.Module):
         x = nn.relu(norm(partial(conv, x), train))
         return x if self.cifar_stem else max_pool(x)
 
-    def _head(self, features: Array) -> Array:
+    def _head(self, features: AnyArray) -> Array:
         bound = features.shape[-1] ** -0.5
         return nn.Dense(
             self.num_classes,
