@@ -16,7 +16,7 @@ from typing import NamedTuple
 import chex
 import numpy as np
 import scipy
-from jaxtyping import Float, Float64, Integer
+from jaxtyping import Float64, Integer, Real
 
 PANEL = 2048  # columns that are factorised at a time
 _BLOCK = 1024  # examples that are projected on at a time
@@ -32,10 +32,10 @@ class Examples(NamedTuple):
 
 
 def make_examples(
-    features: Float[np.ndarray, "n d"],
+    features: Real[np.ndarray, "n d"],
     labels: Integer[np.ndarray, " n"],
-    kernel: Float[np.ndarray, "d c"],
-    bias: Float[np.ndarray, " c"],
+    kernel: Real[np.ndarray, "d c"],
+    bias: Real[np.ndarray, " c"],
     basis: Float64[np.ndarray, "d+1 r"] | None,
 ) -> Examples:
     """Examples of features [N, D] and labels [N] under a head [D, C], [C].
@@ -67,7 +67,7 @@ def make_examples(
     return Examples(features, residuals, probabilities, complements)
 
 
-def basis_of_few(features: Float[np.ndarray, "n d"]) -> Float64[np.ndarray, "d+1 n"] | None:
+def basis_of_few(features: Real[np.ndarray, "n d"]) -> Float64[np.ndarray, "d+1 n"] | None:
     """An orthonormal basis [D + 1, n] of a space that holds the f~ of features [n, D]; None if n > D."""
     chex.assert_rank(features, 2)
     if len(features) > features.shape[1]:

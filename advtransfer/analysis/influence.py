@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import psutil
 import scipy
-from jaxtyping import Float, Float64, Integer
+from jaxtyping import Float64, Integer, Real
 
 from advtransfer.analysis import head_hessian, krylov
 from advtransfer.analysis.head_hessian import Examples
@@ -53,12 +53,12 @@ class _Options(NamedTuple):
 
 
 def last_layer_scores(
-    train_features: Float[AnyArray, "n d"],
+    train_features: Real[AnyArray, "n d"],
     train_labels: Integer[AnyArray, " n"],
-    query_features: Float[AnyArray, "q d"],
+    query_features: Real[AnyArray, "q d"],
     query_labels: Integer[AnyArray, " q"],
-    kernel: Float[AnyArray, "d c"],
-    bias: Float[AnyArray, " c"],
+    kernel: Real[AnyArray, "d c"],
+    bias: Real[AnyArray, " c"],
     *,
     solver: str = "damped",
     damping: float | None = None,

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, Float32, Float64, Integer, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, Float64, Integer, PRNGKeyArray, Real
 
 from advtransfer import parallel
 from advtransfer.arrays import AnyArray
@@ -236,7 +236,7 @@ def to_picture(values: Float[AnyArray, "n h w c"]) -> Float32[np.ndarray, "n h w
 
 
 def low_frequency_share(
-    values: Float[AnyArray, "n h w c"], *, cutoff: float = 0.25
+    values: Real[AnyArray, "n h w c"], *, cutoff: float = 0.25
 ) -> Float64[np.ndarray, " n"]:
     """Share of each image's energy at low spatial frequencies, float64 [N] in [0, 1].
 
@@ -261,7 +261,7 @@ def low_frequency_share(
 
 
 def alignment(
-    values: Float[AnyArray, "n h w c"], images: Float[AnyArray, "n h w c"]
+    values: Float[AnyArray, "n h w c"], images: Real[AnyArray, "n h w c"]
 ) -> Float64[np.ndarray, " n"]:
     """|⟨image, gradient⟩| / (‖image‖ ‖gradient‖), float64 [N] in [0, 1]; 0 where either is all zeros.
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import chex
 import numpy as np
 import scipy
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Real, Shaped
 
 from advtransfer.analysis.cue_conflict import CueConflict
 from advtransfer.analysis.imagenet16 import IMAGENET16
@@ -121,7 +121,9 @@ def measure(
     return shape_bias(decide(np.concatenate(logits), groups), conflict.shapes, conflict.textures)
 
 
-def half_point(strengths: Sequence[float], biases: Sequence[float]) -> float:
+def half_point(
+    strengths: Sequence[float] | Real[np.ndarray, " m"], biases: Sequence[float] | Real[np.ndarray, " m"]
+) -> float:
     """The strength of a cue [M] at which the shape bias [M] first comes to one half, interpolated linearly.
 
     NaN if it does not.

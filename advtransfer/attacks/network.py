@@ -27,7 +27,7 @@ _JIT = type(jax.jit(lambda: None))
 _MOST_PROGRAMS = 8  # that are kept of one callable: for batches of several shapes, say
 
 
-def as_network(logits_fn: LogitsFn, images: Num[AnyArray, "n h w c"] | jax.ShapeDtypeStruct) -> Partial:
+def as_network(logits_fn: LogitsFn, images: Num[AnyArray, "n ..."] | jax.ShapeDtypeStruct) -> Partial:
     """A pytree that computes what `logits_fn` computes now, for images of one shape.
 
     Args:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.tree_util import Partial
-from jaxtyping import Array, Bool, Float, Float32, Integer, Key, Num, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Float32, Integer, Key, Num, PRNGKeyArray, UInt32
 
 from advtransfer.arrays import AnyArray
 from advtransfer.attacks.losses import LossFn, cross_entropy, log_odds
@@ -44,7 +44,7 @@ def pgd(
     *,
     num_steps: int = 20,
     step_size: Size | None = None,
-    key: PRNGKeyArray | Key[Array, " n"] | None = None,
+    key: PRNGKeyArray | Key[Array, " n"] | UInt32[Array, "n _"] | None = None,
     random_start: bool = False,
     num_restarts: int = 1,
     use_best: bool = True,
