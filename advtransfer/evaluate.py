@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -12,10 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jaxtyping import Array, Float, Float32, Integer, Key, PRNGKeyArray, UInt8
 
 from advtransfer import parallel
+from advtransfer.arrays import AnyArray
 from advtransfer.attacks import (
     NORMS,
+    Attack,
     LogitsFn,
     as_network,
     check_images,
@@ -30,7 +33,7 @@ from advtransfer.options import option, options
 from advtransfer.progress import progress_bar
 from advtransfer.train import Metrics, sum_metrics
 
-Attack = Callable[..., jax.Array]
+Number = Float[AnyArray | np.floating, " ..."]
 
 # Folded into the seed, so that evaluation draws nothing that training has drawn.
 _EVALUATION_STREAM = 0xE7A1
@@ -76,7 +79,7 @@ class Evaluation:
 
 def make_evaluate_step(
     attack: Attack | None = None, *, axis_name: str | None = None
-) -> Callable[[LogitsFn, Batch, jax.Array], Metrics]:
+) -> Callable[[LogitsFn, Batch, Float[Array, " n"]], Metrics]:
     """A pure function (logits_fn, batch, mask) -> metrics, as `evaluation_metrics` gives them, and (sum,
     count) of "not_finite", the examples with a logit that is not a finite number.
 
@@ -101,11 +104,13 @@ def make_evaluate_step(
     return evaluate_step
 
 
-def _is_finite(logits: jax.Array) -> jax.Array:
+def _is_finite(logits: AnyArray) -> Array:
     return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
-def evaluation_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Metrics:
+def evaluation_metrics(
+    logits: Float[AnyArray, "n classes"], labels: Integer[AnyArray, " n"], mask: Float[AnyArray, " n"]
+) -> Metrics:
     """(sum, count) of the examples whose mask [N] is 1: of "loss", "accuracy" and, [classes] each, of
     "class_accuracy", the accuracy on the images of each class. Logits that are not finite are no answer."""
     chex.assert_rank(logits, 2)
@@ -118,7 +123,7 @@ def evaluation_metrics(logits: jax.Array, labels: jax.Array, mask: jax.Array) ->
     return metrics | {"class_accuracy": by_class}
 
 
-def evaluation_means(metrics: Metrics) -> dict[str, Any]:
+def evaluation_means(metrics: Mapping[str, tuple[Number, Number]]) -> dict[str, Number]:
     """{"loss", "accuracy", "mean_per_class_accuracy"} of summed metrics, scalars in their type.
 
     The last is the mean over the classes of the accuracy on each (Salman et al., 2020, appendix A); classes
@@ -138,7 +143,7 @@ def evaluate(
     *,
     batch_size: int = 256,
     attack: Attack | None = None,
-    key: jax.Array | None = None,
+    key: PRNGKeyArray | None = None,
     image_size: int | None = None,
     steps: Callable[[range], Iterator[int]] = iter,
 ) -> dict[str, float]:
@@ -183,10 +188,10 @@ def evaluate(
     for i in steps(range(-(-num_images // batch_size))):
         chosen = slice(i * batch_size, (i + 1) * batch_size)
         images = to_float(jnp.asarray(split.images[chosen]), image_size)
-        batch = Batch(images, split.labels[chosen], keys[chosen])
+        batch = Batch(images, jnp.asarray(split.labels[chosen]), keys[chosen])
         batch, mask = parallel.pad(batch, batch_size)
         totals.append(step(network, *parallel.split((batch, mask))))
-    totals = jax.tree.map(lambda *x: np.sum(np.float64(x), axis=0), *jax.device_get(totals))
+    totals = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64), axis=0), *jax.device_get(totals))
     if lost := int(totals["not_finite"][0]):
         raise ValueError(f"the logits of {lost:,} of {num_images:,} images are not finite numbers")
     means = evaluation_means(totals)
@@ -204,8 +209,11 @@ def _evaluate_on_devices(attack: Attack | None) -> Callable[..., Metrics]:
 
 
 def predict(
-    network: Model | LogitsFn, images: np.ndarray | jax.Array, *, batch_size: int = 256
-) -> np.ndarray:
+    network: Model | LogitsFn,
+    images: UInt8[AnyArray, "n h w c"] | Float[AnyArray, "n h w c"],
+    *,
+    batch_size: int = 256,
+) -> Float32[np.ndarray, "n classes"]:
     """Logits, float32 [N, classes], computed in batches on one device.
 
     Args:
@@ -230,7 +238,7 @@ def predict(
     return np.concatenate([np.asarray(batch) for batch in batches])[: len(images)]
 
 
-def _check_pixels(images: np.ndarray | jax.Array, *, of_model: bool) -> None:
+def _check_pixels(images: AnyArray, *, of_model: bool) -> None:
     colour = images.ndim == 4 and images.shape[1] == images.shape[2] and images.shape[3] == 3
     if images.ndim != 4 or not len(images) or (of_model and not colour):
         raise ValueError(
@@ -244,7 +252,7 @@ def _check_pixels(images: np.ndarray | jax.Array, *, of_model: bool) -> None:
         raise ValueError(f"images are {images.dtype}: pass uint8, or floats in [0, 1]")
 
 
-def _apply(network: Partial, images: jax.Array) -> jax.Array:
+def _apply(network: Partial, images: Array) -> Array:
     return network(to_float(images) if images.dtype == jnp.uint8 else images.astype(jnp.float32))
 
 
@@ -282,7 +290,7 @@ def measure(
     return results
 
 
-def evaluation_key(seed: int) -> jax.Array:
+def evaluation_key(seed: int) -> Key[Array, ""]:
     """Of the attack's random starts; apart from every key that training draws from."""
     return jax.random.fold_in(jax.random.key(seed), _EVALUATION_STREAM)
 

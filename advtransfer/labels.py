@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax
 import numpy as np
+from jax.core import Tracer
+from jaxtyping import Integer
+
+from advtransfer.arrays import AnyArray
 
 
-def check_labels(labels: Any, length: int, num_classes: int | None = None, *, name: str = "labels") -> None:
+def check_labels(
+    labels: Integer[AnyArray, " n"], length: int, num_classes: int | None = None, *, name: str = "labels"
+) -> None:
     """Raises a ValueError, of one line, unless labels are integers [length] in 0 ... num_classes - 1.
 
     Their values are looked at where they are known, so not inside of `jit`. Without a number of classes they
@@ -25,7 +28,7 @@ def check_labels(labels: Any, length: int, num_classes: int | None = None, *, na
         raise ValueError(f"{name} have the shape {labels.shape}, not [{length}], one for each image{hint}")
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"{name} are {labels.dtype}, not integers from 0 to C - 1")
-    if isinstance(labels, jax.core.Tracer) or not length:
+    if isinstance(labels, Tracer) or not length:
         return
     values = np.asarray(labels)
     low, high = int(values.min()), int(values.max())

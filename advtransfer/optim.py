@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import chex
 import jax
 import optax
+from jaxtyping import Array, Float, PyTree
 
 SCHEDULES = ("constant", "step", "cosine", "cyclic")
 
 
-def make_schedule(name: str, learning_rate: float | jax.Array, num_steps: int) -> optax.Schedule:
+def make_schedule(name: str, learning_rate: float | Float[Array, ""], num_steps: int) -> optax.Schedule:
     """Learning rate as a function of the step, over `num_steps` steps.
 
     constant: `learning_rate`. step: divided by 10 after every third of the training (the paper's protocol).
@@ -49,7 +49,7 @@ def sgd(
     *,
     momentum: float = 0.9,
     nesterov: bool = False,
-    weight_decay: float | jax.Array = 0.0,
+    weight_decay: float | Float[Array, ""] = 0.0,
 ) -> optax.GradientTransformation:
     """`torch.optim.SGD`: decay is added to the gradient before the momentum, and acts on every parameter."""
     chex.assert_rank(weight_decay, 0)
@@ -59,7 +59,7 @@ def sgd(
     )
 
 
-def freeze_mask(params: Any, *, trainable: Sequence[str], frozen: Sequence[str]) -> Any:
+def freeze_mask(params: PyTree, *, trainable: Sequence[str], frozen: Sequence[str]) -> PyTree[bool]:
     """Booleans in the structure of `params`: True where frozen, for `optax.selective_transform`.
 
     Patterns are regular expressions matched at the start of a parameter's path ("layer4_2/conv3/kernel").
@@ -88,7 +88,7 @@ def freeze_mask(params: Any, *, trainable: Sequence[str], frozen: Sequence[str])
     return mask
 
 
-def apply_updates(params: Any, updates: Any, mask: Any | None) -> Any:
+def apply_updates(params: PyTree, updates: PyTree, mask: PyTree[bool] | None) -> PyTree:
     """`params + updates`; frozen leaves are passed through, so that not even the sign of a zero changes."""
     chex.assert_trees_all_equal_shapes(params, updates)
     if mask is None:

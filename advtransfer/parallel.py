@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 from jax.experimental import multihost_utils
+from jaxtyping import Float32, PyTree
 
 AXIS = "devices"
 
@@ -58,8 +59,11 @@ def initialize(*, heartbeat_seconds: int = 40) -> None:
     by_hand = all(name in os.environ for name in ("JAX_COORDINATOR_ADDRESS", *own.values()))
     try:
         ctypes.CDLL(None).signal(signal.SIGABRT, _on_missing)
+        given: dict[str, Any] = {
+            name: int(os.environ[variable]) for name, variable in own.items() if variable in os.environ
+        }
         jax.distributed.initialize(
-            **{name: int(os.environ[variable]) for name, variable in own.items() if variable in os.environ},
+            **given,
             cluster_detection_method="deactivate" if by_hand else None,
             heartbeat_timeout_seconds=heartbeat_seconds,
             shutdown_timeout_seconds=heartbeat_seconds,
@@ -108,7 +112,7 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def from_main(tree: Any) -> Any:
+def from_main(tree: PyTree) -> PyTree:
     """Process 0's values of a tree of arrays and numbers, on every process; shapes and types are everywhere
     the same."""
     return tree if num_processes() == 1 else multihost_utils.broadcast_one_to_all(tree)
@@ -148,7 +152,7 @@ def cores_per_device() -> int:
 
 def side_by_side(function: Callable[..., Any], calls: Sequence[tuple]) -> list[Any]:
     """`function(*call)` of all calls at the same time, each in a thread, with their arrays computed."""
-    precision = jax.config.jax_default_matmul_precision
+    precision = jax.config.jax_default_matmul_precision  # ty: ignore[missing-attribute] JAX adds it at run time
 
     def run(call):
         # What `with` sets of JAX holds in one thread.
@@ -188,12 +192,12 @@ def is_main_process() -> bool:
     return process() == 0
 
 
-def mean(tree: Any, axis_name: str | None) -> Any:
+def mean(tree: PyTree, axis_name: str | None) -> PyTree:
     """Mean of every leaf over the devices of `axis_name`; the tree itself when `axis_name` is None."""
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
-def total(tree: Any, axis_name: str | None) -> Any:
+def total(tree: PyTree, axis_name: str | None) -> PyTree:
     """Sum of every leaf over the devices of `axis_name`; the tree itself when `axis_name` is None."""
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
@@ -227,14 +231,14 @@ def map_parallel(function: Callable[..., Any], *, num_shared: int, num_split: in
     return jax.pmap(function, in_axes=(None,) * num_shared + (0,) * num_split, devices=jax.local_devices())
 
 
-def replicate(tree: Any) -> Any:
+def replicate(tree: PyTree) -> PyTree:
     """Copies of every array on every local device, as arrays without a device axis."""
     mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.device_put(tree, everywhere)
 
 
-def replicate_globally(tree: Any) -> Any:
+def replicate_globally(tree: PyTree) -> PyTree:
     """Host arrays that are the same on all processes, as arrays on all devices of all processes, which is the
     form that Orbax writes from any process. None waits for another."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()), (AXIS,))
@@ -244,7 +248,7 @@ def replicate_globally(tree: Any) -> Any:
     )
 
 
-def split(tree: Any) -> Any:
+def split(tree: PyTree) -> PyTree:
     """This process's rows of a batch [N, ...], as [num_devices, N / devices of all processes, ...].
 
     Raises:
@@ -260,7 +264,7 @@ def split(tree: Any) -> Any:
     return split_locally(tree if processes == 1 else jax.tree.map(own_rows, tree))
 
 
-def split_locally(tree: Any) -> Any:
+def split_locally(tree: PyTree) -> PyTree:
     """Reshapes [N, ...] to [num_devices, N / num_devices, ...]: independent work for this process's devices.
 
     Raises:
@@ -271,7 +275,7 @@ def split_locally(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), tree)
 
 
-def _check_divisible(tree: Any, devices: int) -> None:
+def _check_divisible(tree: PyTree, devices: int) -> None:
     for x in jax.tree.leaves(tree):
         if x.shape[0] % devices:
             raise ValueError(
@@ -280,12 +284,12 @@ def _check_divisible(tree: Any, devices: int) -> None:
             )
 
 
-def join(tree: Any) -> Any:
+def join(tree: PyTree) -> PyTree:
     """The inverse of `split_locally`: [num_devices, M, ...] to [num_devices * M, ...]."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 
-def pad(tree: Any, size: int) -> tuple[Any, np.ndarray]:
+def pad(tree: PyTree, size: int) -> tuple[PyTree, Float32[np.ndarray, " size"]]:
     """Repeats the last example up to a leading axis of `size`; the mask [size] is 1.0 where one is real."""
     length = jax.tree.leaves(tree)[0].shape[0]
     mask = (np.arange(size) < length).astype(np.float32)

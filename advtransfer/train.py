@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, SupportsFloat, runtime_checkable
 
 import chex
 import jax
@@ -18,17 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import Partial
+from jaxtyping import Array, Float, Float32, Int32, Integer, PyTree
 
 from advtransfer import parallel
-from advtransfer.attacks import cross_entropy
+from advtransfer.arrays import AnyArray, Variables
+from advtransfer.attacks import Attack, cross_entropy
 from advtransfer.checkpoint import Checkpoints
 from advtransfer.data import Batch, check_batch
+from advtransfer.models import ResNet
 from advtransfer.optim import apply_updates
 
 # Folded into each example's key for the attack, so that it draws nothing that augmentation has drawn.
 _ATTACK_STREAM = 0xADF
 
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
+Metrics = dict[str, tuple[Float[Array, " ..."], Float[Array, " ..."]]]  # (sum, count) of each
 
 
 @runtime_checkable
@@ -36,27 +39,29 @@ class Apply(Protocol):
     """A network as a pure function; evaluation leaves `batch_stats` as they are."""
 
     def __call__(
-        self, params: Any, batch_stats: Any, images: jax.Array, train: bool
-    ) -> tuple[jax.Array, Any]: ...
+        self, params: PyTree, batch_stats: PyTree, images: PyTree[Float[Array, "n ..."]], train: bool
+    ) -> tuple[Float[Array, "n classes"], PyTree]: ...
 
 
 class TrainState(NamedTuple):
     """Everything that a step changes."""
 
-    step: jax.Array  # int32 scalar, steps done
-    params: Any
-    batch_stats: Any
-    opt_state: Any
-    average: Any = ()  # moving average of params and batch_stats, if there is one
+    step: Int32[Array, ""]  # done
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
+    average: PyTree = ()  # moving average of params and batch_stats, if there is one
 
     @property
-    def variables(self) -> dict[str, Any]:
+    def variables(self) -> Variables:
         """As `module.apply` takes them: the moving average, if there is one."""
         params, batch_stats = self.average or (self.params, self.batch_stats)
         return {"params": params, "batch_stats": batch_stats}
 
 
-def init_state(variables: Any, tx: optax.GradientTransformation, *, average: bool = False) -> TrainState:
+def init_state(
+    variables: Variables, tx: optax.GradientTransformation, *, average: bool = False
+) -> TrainState:
     """The state before the first step; `variables` holds "params" and "batch_stats"."""
     params, batch_stats = variables["params"], variables["batch_stats"]
     start = jnp.zeros((), jnp.int32)
@@ -64,7 +69,7 @@ def init_state(variables: Any, tx: optax.GradientTransformation, *, average: boo
     return TrainState(start, params, batch_stats, tx.init(params), copies)
 
 
-def module_apply(module: Any, *, start: int | None = None) -> Apply:
+def module_apply(module: ResNet, *, start: int | None = None) -> Apply:
     """A Flax module as an `Apply`: from the images, or from the activations that enter block `start`."""
 
     def apply(params, batch_stats, images, train):
@@ -81,10 +86,10 @@ def make_train_step(
     apply: Apply,
     tx: optax.GradientTransformation,
     *,
-    attack: Callable[..., jax.Array] | None = None,
+    attack: Attack | None = None,
     attack_in_train_mode: bool = False,
     label_smoothing: float = 0.0,
-    freeze_mask: Any | None = None,
+    freeze_mask: PyTree[bool] | None = None,
     num_parts: int = 1,
     average_decay: float = 0.0,
     axis_name: str | None = None,
@@ -163,7 +168,9 @@ def make_train_step(
     return train_step
 
 
-def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+def smoothed_cross_entropy(
+    logits: Float[AnyArray, "n classes"], labels: Integer[AnyArray, " n"], smoothing: float
+) -> Float32[Array, " n"]:
     """Cross-entropy per example [N] to (1 - s)·onehot + s/classes (Szegedy et al., 2016, §7)."""
     if smoothing == 0.0:
         return cross_entropy(logits, labels)
@@ -172,7 +179,10 @@ def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: floa
 
 
 def sum_metrics(
-    losses: jax.Array, logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None
+    losses: Float[AnyArray, " n"],
+    logits: Float[AnyArray, "n classes"],
+    labels: Integer[AnyArray, " n"],
+    mask: Float[AnyArray, " n"] | None = None,
 ) -> Metrics:
     """(sum, count) of loss and accuracy over the examples whose mask [N] is 1."""
     chex.assert_rank(logits, 2)
@@ -183,7 +193,7 @@ def sum_metrics(
     return {"loss": (jnp.sum(losses * mask), count), "accuracy": (jnp.sum(correct * mask), count)}
 
 
-def means(metrics: Metrics) -> dict[str, float]:
+def means(metrics: Mapping[str, tuple[SupportsFloat, SupportsFloat]]) -> dict[str, float]:
     """{"loss": (sum, count)} to {"loss": sum / count} as Python floats."""
     return {name: float(total) / float(count) for name, (total, count) in metrics.items()}
 
@@ -234,14 +244,17 @@ def fit(
     chex.assert_type(state.step, int)
     pending: list[Metrics] = []
 
+    def rate(step: int) -> float:
+        return float(schedule(step))  # ty: ignore[invalid-argument-type] complex in Optax's types alone
+
     def look(step: int, more: dict[str, float]) -> None:
         """Fetches the metrics of the steps up to `step` and logs them, with `more`."""
         fetched = jax.device_get(pending)
         for i, metrics in enumerate(fetched, start=step - len(fetched)):
             if not np.isfinite(metrics["loss"][0]):
-                raise DivergedError(_diverged(i, float(schedule(i)), checkpoints))
+                raise DivergedError(_diverged(i, rate(i), checkpoints))
         totals = jax.tree.map(lambda *x: np.sum(x), *fetched)
-        log(step, {**means(totals), "learning_rate": float(schedule(step - 1)), **more})
+        log(step, {**means(totals), "learning_rate": rate(step - 1), **more})
         pending.clear()
 
     start, terminated = int(state.step), threading.Event()
@@ -255,12 +268,12 @@ def fit(
             done = step + 1
             stop = parallel.preempted(done) if together else terminated.is_set()
             save = done % save_every == 0 or done == num_steps or stop
-            validated = validate(state) if validate_every and done % validate_every == 0 else {}
+            validated = validate(state) if validate and validate_every and done % validate_every == 0 else {}
             if validated or save or done % log_every == 0:
                 look(done, validated)
             if save:
                 if not _all_finite(state.params):
-                    raise DivergedError(_diverged(step, float(schedule(step)), checkpoints))
+                    raise DivergedError(_diverged(step, rate(step), checkpoints))
                 checkpoints.save(done, state)
             if stop:
                 raise Preempted(f"SIGTERM: saved at step {done} of {num_steps}")
@@ -268,7 +281,7 @@ def fit(
 
 
 @jax.jit
-def _all_finite(params: Any) -> jax.Array:
+def _all_finite(params: PyTree) -> Array:
     """The loss is taken before the update, so a finite loss does not yet mean finite weights."""
     return jnp.all(jnp.array([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(params)]))
 
@@ -283,7 +296,7 @@ def _diverged(step: int, learning_rate: float, checkpoints: Checkpoints) -> str:
 
 
 @contextmanager
-def on_sigterm(handle: Callable[[], None]) -> Iterator[None]:
+def on_sigterm(handle: Callable[[], None]) -> Generator[None]:
     """Calls `handle` when SIGTERM comes while the block runs.
 
     Does nothing outside of the main thread, where signals cannot be caught, and in one of several processes,

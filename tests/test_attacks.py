@@ -165,6 +165,9 @@ class _Around(tuple):
     def step(self, images, gradients, step_size):
         return self[1].step(images, gradients, step_size)
 
+    def random_start(self, keys, centers):
+        return self[1].random_start(keys, self[0])
+
 
 jax.tree_util.register_pytree_node(_Around, lambda a: (tuple(a), None), lambda _, a: _Around(*a))
 

@@ -8,6 +8,7 @@ import shutil
 import chex
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -221,7 +222,8 @@ WRONG = {
 @pytest.mark.parametrize(
     ("field", "value"), [(field, value) for field, values in WRONG.items() for value in values]
 )
-def test_a_field_that_cannot_be_is_named(model, folder, field, value):
+def test_a_field_that_cannot_be_is_named(model, folder, field, value, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the description's own check is tested
     _edit(folder, **{field: value})
     name = "eps" if (field, value) == ("norm", "none") else field
     one_line(f"model.json is no model description: {name} is .*; expected ", load_model, folder)

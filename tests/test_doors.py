@@ -432,6 +432,7 @@ EXCEPTIONS = {
     "attacks.network.as_network": "images of any shape that the network takes",
     "attacks.network.jit_for": "a network of `as_network`",
     "attacks.pgd.check_images": "`pgd` checks their shape",
+    "attacks.pgd.make_attack": "names and numbers",
     "data.planned.plan_dataset": "names and numbers",
     "models.bundle.digest": "any tree of weights",
     "models.resnet.init_variables": "jax.random refuses what is no single key",
@@ -480,7 +481,8 @@ MODULES = [
     "analysis.visualise",
 ]
 ARRAYS = re.compile(
-    r"\b(Array|ndarray|Split|Batch|CueConflict|Examples|DualHead|Objective|TrainState)\b|^Any\b"
+    r"\b(Array|AnyArray|ndarray|PRNGKeyArray|PyTree|Variables|Images)\b"
+    r"|\b(Split|Batch|CueConflict|Examples|DualHead|Objective|TrainState)\b|^Any\b"
 )
 NO_ARRAYS = {"module", "dtype", "config"}  # parameters of type Any
 

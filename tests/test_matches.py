@@ -62,7 +62,7 @@ def test_queries_of_their_own_number_and_classes(scores):
     assert shares["three_of_five"].value == np.mean(hits[:, :5].sum(axis=1) >= 3)
     means = [[mine[np.ix_(queries == a, labels == b)].mean() for b in range(3)] for a in range(3)]
     np.testing.assert_allclose(matches.class_heat_map(mine, queries, labels, 3), means)
-    two = matches.most_helpful([[5.0, 1.0], [1.0, 5.0]], 9, exclude_self=True)
+    two = matches.most_helpful(np.array([[5.0, 1.0], [1.0, 5.0]]), 9, exclude_self=True)
     assert two.tolist() == [[1], [0]]
 
 

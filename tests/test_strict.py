@@ -352,9 +352,16 @@ def test_influence_through_the_head(solver):
     train, queries, kernel = (rng.normal(size=size) for size in ((6, 4), (2, 4), (4, 3)))
     with strict():
         scores = influence.last_layer_scores(
-            train, SPLIT.labels, queries, [0, 1], 50 * kernel, np.zeros(3), solver=solver, tell=lambda _: None
+            train,
+            SPLIT.labels,
+            queries,
+            np.array([0, 1]),
+            50 * kernel,
+            np.zeros(3),
+            solver=solver,
+            tell=lambda _: None,
         )
-        rates = matches.match_rates(scores, [0, 1], SPLIT.labels)
+        rates = matches.match_rates(scores, np.array([0, 1]), SPLIT.labels)
     assert _finite((scores, rates))
 
 

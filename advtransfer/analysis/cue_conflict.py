@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Shaped, UInt8
 
 from advtransfer.analysis.imagenet16 import IMAGENET16
 from advtransfer.data.cache import fingerprint
@@ -24,9 +25,9 @@ _STREAM = 1000  # of random numbers, beside those that the glyphs' splits are dr
 class CueConflict(NamedTuple):
     """Images with the shape of one class and the texture of another, or of the same."""
 
-    images: np.ndarray  # uint8 [N, H, W, 3]
-    shapes: np.ndarray  # class names [N]
-    textures: np.ndarray  # class names [N]
+    images: UInt8[np.ndarray, "n h w 3"]
+    shapes: Shaped[np.ndarray, " n"]  # class names
+    textures: Shaped[np.ndarray, " n"]  # class names
     files: tuple[str, ...] = ()  # N paths below the folder; () where there is none
 
 
@@ -63,10 +64,12 @@ def read_cue_conflict(
             f"{root} holds no images; expected airplane1-bicycle2.png or SHAPE/SHAPE1-TEXTURE2.png"
         )
     files = tuple(str(path.relative_to(root)) for path in paths)
-    found = [re.fullmatch(r"(.+?)\d*-(.+?)\d*", path.stem) for path in paths]
-    for path, match in zip(paths, found, strict=True):
+    found = []
+    for path in paths:
+        match = re.fullmatch(r"(.+?)\d*-(.+?)\d*", path.stem)
         if match is None:
             raise ValueError(f"{path} is not named SHAPE1-TEXTURE2, as airplane1-bicycle2.png is")
+        found.append(match.groups())
         for name in match.groups():
             if name not in class_names:
                 raise ValueError(
@@ -81,7 +84,7 @@ def read_cue_conflict(
     identity = {"files": fingerprint(root, paths)}
     recording = Recording(f"cue-conflict:{root}", (), {"test": records}, identity, upright=False)
     images = load_parts(recording, image_size, cache_dir, ["test"], "refuse", "natural")["test"].images
-    shapes, textures = np.array([match.groups() for match in found]).T
+    shapes, textures = np.array(found).T
     return CueConflict(images, shapes, textures, files)
 
 

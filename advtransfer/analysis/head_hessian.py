@@ -16,6 +16,7 @@ from typing import NamedTuple
 import chex
 import numpy as np
 import scipy
+from jaxtyping import Float64, Integer, Real
 
 PANEL = 2048  # columns that are factorised at a time
 _BLOCK = 1024  # examples that are projected on at a time
@@ -24,14 +25,18 @@ _BLOCK = 1024  # examples that are projected on at a time
 class Examples(NamedTuple):
     """What is needed of a set of images, float64."""
 
-    features: np.ndarray  # [N, r], f~ in an orthonormal basis of what the training images' f~ span
-    residuals: np.ndarray  # [N, C], p - onehot
-    probabilities: np.ndarray  # [N, C], p
-    complements: np.ndarray  # [N, C], 1 - p without its cancellation where p is close to 1
+    features: Float64[np.ndarray, "n r"]  # f~ in an orthonormal basis of what the training images' f~ span
+    residuals: Float64[np.ndarray, "n c"]  # p - onehot
+    probabilities: Float64[np.ndarray, "n c"]  # p
+    complements: Float64[np.ndarray, "n c"]  # 1 - p without its cancellation where p is close to 1
 
 
 def make_examples(
-    features: np.ndarray, labels: np.ndarray, kernel: np.ndarray, bias: np.ndarray, basis: np.ndarray | None
+    features: Real[np.ndarray, "n d"],
+    labels: Integer[np.ndarray, " n"],
+    kernel: Real[np.ndarray, "d c"],
+    bias: Real[np.ndarray, " c"],
+    basis: Float64[np.ndarray, "d+1 r"] | None,
 ) -> Examples:
     """Examples of features [N, D] and labels [N] under a head [D, C], [C].
 
@@ -62,7 +67,7 @@ def make_examples(
     return Examples(features, residuals, probabilities, complements)
 
 
-def basis_of_few(features: np.ndarray) -> np.ndarray | None:
+def basis_of_few(features: Real[np.ndarray, "n d"]) -> Float64[np.ndarray, "d+1 n"] | None:
     """An orthonormal basis [D + 1, n] of a space that holds the f~ of features [n, D]; None if n > D."""
     chex.assert_rank(features, 2)
     if len(features) > features.shape[1]:
@@ -71,12 +76,12 @@ def basis_of_few(features: np.ndarray) -> np.ndarray | None:
     return scipy.linalg.qr(extended.T, mode="economic", overwrite_a=True)[0]
 
 
-def gradients(examples: Examples) -> np.ndarray:
+def gradients(examples: Examples) -> Float64[np.ndarray, "n c r"]:
     """Gradients of the examples' losses, [N, C, r]."""
     return examples.residuals[:, :, None] * examples.features[:, None, :]
 
 
-def project(vectors: np.ndarray, examples: Examples) -> np.ndarray:
+def project(vectors: Float64[np.ndarray, "m c r"], examples: Examples) -> Float64[np.ndarray, "m n"]:
     """Inner products [m, N] of vectors [m, C, r] with the examples' gradients, which are not formed.
 
     Vectors of fewer classes meet the gradients in those alone.
@@ -93,7 +98,7 @@ def project(vectors: np.ndarray, examples: Examples) -> np.ndarray:
     return products
 
 
-def hessian_product(vectors: np.ndarray, train: Examples) -> np.ndarray:
+def hessian_product(vectors: Float64[np.ndarray, "m c r"], train: Examples) -> Float64[np.ndarray, "m c r"]:
     """H times vectors [m, C, r], without forming H."""
     chex.assert_shape(vectors, (None, train.residuals.shape[1], train.features.shape[1]))
     m, num_classes, width = vectors.shape
@@ -109,12 +114,12 @@ def hessian_product(vectors: np.ndarray, train: Examples) -> np.ndarray:
     return (logits.reshape(m * num_classes, -1) @ train.features).reshape(vectors.shape)
 
 
-def hessian_diagonal(train: Examples) -> np.ndarray:
+def hessian_diagonal(train: Examples) -> Float64[np.ndarray, "c r"]:
     """The diagonal of H, [C, r]."""
     return (train.probabilities * train.complements).T @ train.features**2
 
 
-def dense_hessian(train: Examples, damping: float) -> np.ndarray:
+def dense_hessian(train: Examples, damping: float) -> Float64[np.ndarray, "q q"]:
     """H + damping in the coordinates of all classes but the last: [q, q] in Fortran order, q = (C - 1) r.
 
     Vectors that sum to zero over the classes are spanned by e_c - 1 / C, c < C. In these coordinates H is its
@@ -137,7 +142,7 @@ def dense_hessian(train: Examples, damping: float) -> np.ndarray:
     return matrix
 
 
-def factorise(matrix: np.ndarray, *, panel: int = PANEL) -> np.ndarray:
+def factorise(matrix: Float64[np.ndarray, "q q"], *, panel: int = PANEL) -> Float64[np.ndarray, "q q"]:
     """The Cholesky factor, in the lower triangle of the same memory.
 
     A panel of columns at a time (Golub and Van Loan, 2013, algorithm 4.2.4, in blocks): OpenBLAS's `dpotrf`
@@ -163,7 +168,9 @@ def factorise(matrix: np.ndarray, *, panel: int = PANEL) -> np.ndarray:
     return matrix
 
 
-def solve(factor: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+def solve(
+    factor: Float64[np.ndarray, "q q"], vectors: Float64[np.ndarray, "m c r"]
+) -> Float64[np.ndarray, "m c r"]:
     """Solves for right sides [m, C - 1, r], which are overwritten."""
     chex.assert_rank(vectors, 3)
     chex.assert_shape(factor, (vectors[0].size,) * 2)

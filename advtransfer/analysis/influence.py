@@ -10,14 +10,16 @@ import difflib
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import psutil
 import scipy
+from jaxtyping import Float64, Integer, Real
 
 from advtransfer.analysis import head_hessian, krylov
 from advtransfer.analysis.head_hessian import Examples
+from advtransfer.arrays import AnyArray
 
 _log = logging.getLogger(__name__)
 
@@ -51,19 +53,19 @@ class _Options(NamedTuple):
 
 
 def last_layer_scores(
-    train_features: Any,
-    train_labels: Any,
-    query_features: Any,
-    query_labels: Any,
-    kernel: Any,
-    bias: Any,
+    train_features: Real[AnyArray, "n d"],
+    train_labels: Integer[AnyArray, " n"],
+    query_features: Real[AnyArray, "q d"],
+    query_labels: Integer[AnyArray, " q"],
+    kernel: Real[AnyArray, "d c"],
+    bias: Real[AnyArray, " c"],
     *,
     solver: str = "damped",
     damping: float | None = None,
     rcond: float = RCOND,
     tolerance: float = 1e-8,
     tell: Callable[[str], None] = _log.info,
-) -> np.ndarray:
+) -> Float64[np.ndarray, "q n"]:
     """How much each training image helps each query: ∇L(query)ᵀ H⁺ ∇L(train).
 
     L is softmax cross-entropy as a function of the head's kernel and bias, H the sum of its Hessians over the
@@ -241,7 +243,7 @@ def _truncated(train: Examples, queries: Examples, options: _Options) -> np.ndar
 SOLVERS = {"damped": _damped, "truncated": _truncated, "cg": _cg}
 
 
-def _checked(*arrays: Any) -> tuple[np.ndarray, ...]:
+def _checked(*arrays: AnyArray) -> tuple[np.ndarray, ...]:
     names = ("train_features", "train_labels", "query_features", "query_labels", "kernel", "bias")
     found = dict(zip(names, map(np.asarray, arrays), strict=True))
     kernel = found["kernel"]

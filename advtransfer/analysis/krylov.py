@@ -10,8 +10,9 @@ from collections.abc import Callable
 import chex
 import numpy as np
 import scipy
+from jaxtyping import Float64
 
-Operator = Callable[[np.ndarray], np.ndarray]
+Operator = Callable[[Float64[np.ndarray, "m size"]], Float64[np.ndarray, "m size"]]
 
 _NEGLIGIBLE = 1e-13  # of the largest eigenvalue, or of a unit vector: what rounding leaves
 # A residual says that some eigenvalue is no farther than this, not that none above is still to show.
@@ -21,12 +22,12 @@ _GROWTH = 1.25  # of the Krylov space between two looks at its Ritz values
 
 def conjugate_gradients(
     operator: Operator,
-    targets: np.ndarray,
+    targets: Float64[np.ndarray, "m size"],
     *,
     precondition: Operator = lambda vectors: vectors,
     tolerance: float,
     max_iterations: int,
-) -> np.ndarray:
+) -> Float64[np.ndarray, "m size"]:
     """Solves a positive definite system for every row of targets [m, size], each by its own recurrence.
 
     (Hestenes and Stiefel, 1952; preconditioned as in Saad, 2003, algorithm 9.1.) Ends when no row's residual
@@ -82,7 +83,7 @@ def leading_eigenpairs(
     block_size: int = 8,
     tolerance: float = 1e-10,
     seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Float64[np.ndarray, " k"], Float64[np.ndarray, "k size"]]:
     """All eigenvalues of a positive semi-definite operator above `rcond` times the largest, and vectors.
 
     Block Lanczos with full reorthogonalisation (Golub and Underwood, 1977; Saad, 2011, section 6.5) from

@@ -7,34 +7,47 @@ order, and no image is ranked for itself. Of equal scores the image that comes f
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from jaxtyping import Bool, Float64, Int, Integer, Real, Shaped
 
+from advtransfer.arrays import AnyArray
 from advtransfer.intervals import Share, share
 
 _BLOCK = 1024  # queries that are sorted at a time
 
 
-def most_helpful(scores: Any, num: int, *, exclude_self: bool = False) -> np.ndarray:
+def most_helpful(
+    scores: Real[AnyArray, "q n"], num: int, *, exclude_self: bool = False
+) -> Int[np.ndarray, "q ranks"]:
     """Indices int [Q, min(num, N)] of each query's training images, the most helpful first."""
     return _ranked(np.asarray(scores), num, -1, exclude_self)
 
 
-def most_harmful(scores: Any, num: int, *, exclude_self: bool = False) -> np.ndarray:
+def most_harmful(
+    scores: Real[AnyArray, "q n"], num: int, *, exclude_self: bool = False
+) -> Int[np.ndarray, "q ranks"]:
     """Indices int [Q, min(num, N)] of each query's training images, the most harmful first."""
     return _ranked(np.asarray(scores), num, 1, exclude_self)
 
 
 def match_rates(
-    scores: Any, query_labels: Any, train_labels: Any, *, num_ranks: int = 100, exclude_self: bool = False
-) -> np.ndarray:
+    scores: Real[AnyArray, "q n"],
+    query_labels: Integer[AnyArray, " q"],
+    train_labels: Integer[AnyArray, " n"],
+    *,
+    num_ranks: int = 100,
+    exclude_self: bool = False,
+) -> Float64[np.ndarray, " ranks"]:
     """Share of the queries whose r-th most helpful training image has their class, [min(num_ranks, N)]."""
     return _matches(scores, query_labels, train_labels, num_ranks, exclude_self).mean(axis=0)
 
 
 def match_shares(
-    scores: Any, query_labels: Any, train_labels: Any, *, exclude_self: bool = False
+    scores: Real[AnyArray, "q n"],
+    query_labels: Integer[AnyArray, " q"],
+    train_labels: Integer[AnyArray, " n"],
+    *,
+    exclude_self: bool = False,
 ) -> dict[str, Share]:
     """Shares of the queries whose most helpful training image, "top1", and three or more of whose five most
     helpful, "three_of_five", have their class.
@@ -47,14 +60,14 @@ def match_shares(
 
 
 def class_heat_map(
-    scores: Any,
-    query_labels: Any,
-    train_labels: Any,
+    scores: Real[AnyArray, "q n"],
+    query_labels: Integer[AnyArray, " q"],
+    train_labels: Integer[AnyArray, " n"],
     num_classes: int,
     *,
     bins_per_class: int = 1,
     exclude_self: bool = False,
-) -> np.ndarray:
+) -> Float64[np.ndarray, "bins bins"]:
     """Mean scores by the class of the query and of the training image, [C, C].
 
     With more bins than one the images of a class are taken in as many runs of equal length, in their order:
@@ -71,13 +84,13 @@ def class_heat_map(
 
 
 def harmful_table(
-    scores: Any,
-    train_labels: Any,
+    scores: Real[AnyArray, "q n"],
+    train_labels: Integer[AnyArray, " n"],
     *,
     by: str = "harm",
-    is_wrong: Any = None,
+    is_wrong: Bool[AnyArray, " n"] | None = None,
     exclude_self: bool = False,
-) -> dict[str, np.ndarray]:
+) -> dict[str, Shaped[np.ndarray, " n"]]:
     """The training images as candidates for a wrong label, the most suspicious first.
 
     Args:
@@ -162,7 +175,9 @@ def _bins(labels: np.ndarray, num_classes: int, bins_per_class: int) -> np.ndarr
     return onehot
 
 
-def _checked(scores: Any, query_labels: Any, train_labels: Any, exclude_self: bool) -> np.ndarray:
+def _checked(
+    scores: AnyArray, query_labels: AnyArray, train_labels: AnyArray, exclude_self: bool
+) -> np.ndarray:
     scores = np.asarray(scores)
     lengths = (np.shape(query_labels), np.shape(train_labels))
     if scores.ndim != 2 or not scores.size or lengths != (scores.shape[:1], scores.shape[1:]):

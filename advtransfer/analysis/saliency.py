@@ -21,13 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jaxtyping import Array, Float, Float32, Float64, Integer, PRNGKeyArray, Real
 
 from advtransfer import parallel
+from advtransfer.arrays import AnyArray
 from advtransfer.attacks import LogitsFn, LossFn, as_network, jit_for, log_odds
 from advtransfer.labels import check_labels
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(
+    logits: Float[AnyArray, "n classes"], labels: Integer[AnyArray, " n"]
+) -> Float32[Array, " n"]:
     """Softmax cross-entropy per example, float32 [N], whose gradient is right however sure the network is.
 
     Through a softmax the gradient is a difference of probabilities, in float32 without a correct digit when
@@ -39,12 +43,12 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 def gradients(
     logits_fn: LogitsFn,
-    images: np.ndarray | jax.Array,
-    labels: np.ndarray | jax.Array,
+    images: Float[AnyArray, "n h w c"],
+    labels: Integer[AnyArray, " n"],
     *,
     loss_fn: LossFn = cross_entropy,
     batch_size: int = 64,
-) -> np.ndarray:
+) -> Float32[np.ndarray, "n h w c"]:
     """Gradient of each image's loss with respect to its pixels, float32 [N, H, W, C], loss per unit of pixel.
 
     Args:
@@ -65,15 +69,15 @@ def gradients(
 
 def smooth_grad(
     logits_fn: LogitsFn,
-    images: np.ndarray | jax.Array,
-    labels: np.ndarray | jax.Array,
+    images: Float[AnyArray, "n h w c"],
+    labels: Integer[AnyArray, " n"],
     *,
-    key: jax.Array,
+    key: PRNGKeyArray,
     num_samples: int = 50,
     noise: float = 0.15,
     loss_fn: LossFn = cross_entropy,
     batch_size: int = 64,
-) -> np.ndarray:
+) -> Float32[np.ndarray, "n h w c"]:
     """SmoothGrad (Smilkov et al., 2017, arXiv:1706.03825): the mean of `gradients` over noisy copies.
 
     Args, Returns and Raises as `gradients`, and
@@ -94,16 +98,16 @@ def smooth_grad(
 class IntegratedGradients(NamedTuple):
     """Attributions, and how far each image's are from adding up as they should."""
 
-    attributions: np.ndarray  # float32 [N, H, W, C], units of the loss
-    errors: np.ndarray  # float32 [N], see `integrated_gradients`
+    attributions: Float32[np.ndarray, "n h w c"]  # units of the loss
+    errors: Float32[np.ndarray, " n"]  # see `integrated_gradients`
 
 
 def integrated_gradients(
     logits_fn: LogitsFn,
-    images: np.ndarray | jax.Array,
-    labels: np.ndarray | jax.Array,
+    images: Float[AnyArray, "n h w c"],
+    labels: Integer[AnyArray, " n"],
     *,
-    baseline: float | np.ndarray = 0.0,
+    baseline: float | Float[AnyArray, "h w c"] = 0.0,
     num_steps: int = 256,
     max_steps: int = 16384,
     tolerance: float = 1e-3,
@@ -179,7 +183,7 @@ def _integrated_gradients(
     while 2 * steps <= max_steps and np.any(unfinished := errors(mean) > tolerance):
         mean[unfinished] = 0.5 * (mean + mean_at(0.5, steps))[unfinished]
         steps *= 2
-    return IntegratedGradients(np.float32(mean * way), np.float32(errors(mean)))
+    return IntegratedGradients((mean * way).astype(np.float32), errors(mean).astype(np.float32))
 
 
 def _losses(logits_fn, images, labels, loss_fn):
@@ -198,7 +202,7 @@ def _mean_gradients(logits_fn, baseline, images, labels, offset, steps, loss_fn)
     return jax.lax.fori_loop(0, steps + (offset == 0), add, jnp.zeros_like(images)) / steps
 
 
-def _network(logits_fn: LogitsFn, images: Any, labels: Any, batch_size: int) -> Partial:
+def _network(logits_fn: LogitsFn, images: AnyArray, labels: AnyArray, batch_size: int) -> Partial:
     """The network as a pytree, for batches of the images, once these and the labels are checked."""
     chex.assert_rank(images, 4)
     if not jnp.issubdtype(images.dtype, jnp.floating):
@@ -209,7 +213,7 @@ def _network(logits_fn: LogitsFn, images: Any, labels: Any, batch_size: int) -> 
     return network
 
 
-def _in_batches(step: Callable[..., Any], batch_size: int, images: Any, *others: Any) -> Any:
+def _in_batches(step: Callable[..., Any], batch_size: int, images: AnyArray, *others: AnyArray) -> Any:
     """`step` of (images, *others), so many examples at a time; a tree of NumPy arrays [N, ...]."""
     arrays = (jnp.asarray(images, jnp.float32), *others)
     size = min(batch_size, len(images))
@@ -220,17 +224,20 @@ def _in_batches(step: Callable[..., Any], batch_size: int, images: Any, *others:
     return jax.tree.map(lambda *x: np.concatenate(x)[: len(images)], *results)
 
 
-def to_picture(values: np.ndarray) -> np.ndarray:
+def to_picture(values: Float[AnyArray, "n h w c"]) -> Float32[np.ndarray, "n h w c"]:
     """Gradients [N, H, W, C] as pictures, float32 in [0, 1]: clipped at ±3 standard deviations of the image's
     own values and scaled from there (Tsipras et al., 2019, arXiv:1805.12152, figure 2). The standard
     deviation is taken about zero, so that a zero is mid-grey."""
     values = np.asarray(values, np.float64)
     chex.assert_rank(values, 4)
     deviation = np.sqrt(np.mean(values**2, axis=(1, 2, 3), keepdims=True))
-    return np.float32(np.clip(0.5 + values / np.where(deviation > 0, 6 * deviation, 1.0), 0.0, 1.0))
+    scaled = 0.5 + values / np.where(deviation > 0, 6 * deviation, 1.0)
+    return np.clip(scaled, 0.0, 1.0).astype(np.float32)
 
 
-def low_frequency_share(values: np.ndarray, *, cutoff: float = 0.25) -> np.ndarray:
+def low_frequency_share(
+    values: Real[AnyArray, "n h w c"], *, cutoff: float = 0.25
+) -> Float64[np.ndarray, " n"]:
     """Share of each image's energy at low spatial frequencies, float64 [N] in [0, 1].
 
     The energy is the sum of the squares, by Parseval over the two-dimensional Fourier transform too, of all
@@ -246,12 +253,16 @@ def low_frequency_share(values: np.ndarray, *, cutoff: float = 0.25) -> np.ndarr
     height, width = values.shape[1:3]
     radius = np.hypot(2 * np.fft.fftfreq(height)[:, None], 2 * np.fft.fftfreq(width)[None])
     low = radius <= cutoff + 1e-12
-    energy = np.stack([np.sum(np.abs(np.fft.fft2(x, axes=(0, 1))) ** 2, axis=-1) for x in np.float64(values)])
+    energy = np.stack(
+        [np.sum(np.abs(np.fft.fft2(x, axes=(0, 1))) ** 2, axis=-1) for x in np.asarray(values, np.float64)]
+    )
     total = energy.sum((1, 2))
     return (energy * low).sum((1, 2)) / np.where(total > 0, total, 1.0)
 
 
-def alignment(values: np.ndarray, images: np.ndarray) -> np.ndarray:
+def alignment(
+    values: Float[AnyArray, "n h w c"], images: Real[AnyArray, "n h w c"]
+) -> Float64[np.ndarray, " n"]:
     """|⟨image, gradient⟩| / (‖image‖ ‖gradient‖), float64 [N] in [0, 1]; 0 where either is all zeros.
 
     The alignment of Etmann et al. (2019, arXiv:1905.04172) divided by ‖image‖, so that it is a

@@ -19,12 +19,16 @@ from typing import NamedTuple
 import chex
 import numpy as np
 import scipy
+from jaxtyping import Float, Real, Shaped
 
 from advtransfer.analysis.cue_conflict import CueConflict
 from advtransfer.analysis.imagenet16 import IMAGENET16
+from advtransfer.arrays import AnyArray
 from advtransfer.attacks import LogitsFn
 from advtransfer.evaluate import predict
 from advtransfer.intervals import Share, share
+
+_Counts = np.ndarray | np.integer
 
 
 class Cues(NamedTuple):
@@ -44,7 +48,9 @@ class ShapeBias(NamedTuple):
     per_class: Cues  # [C]
 
 
-def decide(logits: np.ndarray, groups: Mapping[str, Sequence[int]] = IMAGENET16) -> np.ndarray:
+def decide(
+    logits: Float[AnyArray, "n outputs"], groups: Mapping[str, Sequence[int]] = IMAGENET16
+) -> Shaped[np.ndarray, " n"]:
     """The class of each image, names [N]: the one whose outputs have the highest mean probability.
 
     Probabilities are the softmax over all outputs [N, outputs], those of no class included; the mean is what
@@ -65,7 +71,9 @@ def decide(logits: np.ndarray, groups: Mapping[str, Sequence[int]] = IMAGENET16)
     return np.array(list(groups))[means.argmax(axis=1)]
 
 
-def shape_bias(decisions: np.ndarray, shapes: np.ndarray, textures: np.ndarray) -> ShapeBias:
+def shape_bias(
+    decisions: Shaped[np.ndarray, " n"], shapes: Shaped[np.ndarray, " n"], textures: Shaped[np.ndarray, " n"]
+) -> ShapeBias:
     """Decisions for the shape over those for shape or texture (Geirhos et al., section 2), and other shares.
 
     Images whose shape and texture are of one class do not count. Intervals are those of independent images;
@@ -113,7 +121,9 @@ def measure(
     return shape_bias(decide(np.concatenate(logits), groups), conflict.shapes, conflict.textures)
 
 
-def half_point(strengths: Sequence[float], biases: Sequence[float]) -> float:
+def half_point(
+    strengths: Sequence[float] | Real[np.ndarray, " m"], biases: Sequence[float] | Real[np.ndarray, " m"]
+) -> float:
     """The strength of a cue [M] at which the shape bias [M] first comes to one half, interpolated linearly.
 
     NaN if it does not.
@@ -129,7 +139,7 @@ def half_point(strengths: Sequence[float], biases: Sequence[float]) -> float:
     return float("nan")
 
 
-def _cues(shape: np.ndarray, texture: np.ndarray, total: np.ndarray) -> Cues:
+def _cues(shape: _Counts, texture: _Counts, total: _Counts) -> Cues:
     return Cues(
         share(shape, shape + texture),
         *(share(count, total) for count in (shape, texture, total - shape - texture)),

@@ -12,6 +12,7 @@ the loss.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import chex
@@ -19,8 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jaxtyping import Array, Float, Float32, Integer, Key, PRNGKeyArray, UInt8
 
+from advtransfer.arrays import AnyArray
 from advtransfer.attacks import L2, ThreatModel, pgd
+from advtransfer.attacks.threat_models import Images, Size
 from advtransfer.models import Model, ResNet
 
 
@@ -28,7 +32,7 @@ class Objective(NamedTuple):
     """What to maximise: for image i the score `scores_fn(images)[i, chosen[i]]`."""
 
     scores_fn: Partial  # images [N, H, W, 3] in [0, 1] -> [N, K]
-    chosen: np.ndarray | jax.Array | int  # int [N], or one for all
+    chosen: Integer[AnyArray, " n"] | int  # or one for all
 
 
 @jax.tree_util.register_static
@@ -56,7 +60,9 @@ def features_fn(model: Model, stop: int | None = None, *, fake_relu: bool = True
     return Partial(_features, _Boundary(model.module, stop, fake_relu), model.variables)
 
 
-def unit(model: Model, block: int, channels: int | np.ndarray, *, fake_relu: bool = True) -> Objective:
+def unit(
+    model: Model, block: int, channels: int | Integer[AnyArray, " n"], *, fake_relu: bool = True
+) -> Objective:
     """The mean over positions of a channel of what leaves residual block 0 ... B-1; of the last block that is
     a component of the pooled representation, what the paper maximises.
 
@@ -74,12 +80,12 @@ def unit(model: Model, block: int, channels: int | np.ndarray, *, fake_relu: boo
     return Objective(Partial(_pooled, features_fn(model, block + 1, fake_relu=fake_relu)), channels)
 
 
-def logit(model: Model, classes: int | np.ndarray, *, fake_relu: bool = True) -> Objective:
+def logit(model: Model, classes: int | Integer[AnyArray, " n"], *, fake_relu: bool = True) -> Objective:
     """The logit of a class, one for all images or int [N]; as `unit`."""
     return Objective(features_fn(model, fake_relu=fake_relu), classes)
 
 
-def match(features_fn: Partial, representation: jax.Array) -> Objective:
+def match(features_fn: Partial, representation: Float[AnyArray, "n ..."]) -> Objective:
     """Minus ‖features - representation‖² / ‖representation‖²: inversion (Mahendran & Vedaldi, 2015,
     eq. 2; from noise in robust networks, Engstrom et al., 2019, arXiv:1906.00945).
 
@@ -123,24 +129,24 @@ class Fourier(NamedTuple):
 
     inner: ThreatModel
 
-    def project(self, images, centers):
+    def project(self, images: Images, centers: Images) -> Float[Array, " n *image"]:
         return self.inner.project(images, centers)
 
-    def step(self, images, gradients, step_size):
+    def step(self, images: Images, gradients: Images, step_size: Size) -> Images:
         return self.inner.step(images, scale_spectrum(gradients, 2), step_size)
 
-    def random_start(self, keys, centers):
+    def random_start(self, keys: Key[Array, " n"], centers: Images) -> Float[Array, " n *image"]:
         return self.inner.random_start(keys, centers)
 
 
-def scale_spectrum(images: jax.Array, power: int) -> jax.Array:
+def scale_spectrum(images: Float[AnyArray, "n h w c"], power: int) -> Float[Array, "n h w c"]:
     """Images [N, H, W, C] with every frequency f multiplied by (f_min / max(f, f_min))^power; see `Fourier`.
     Power 1 turns the coordinates into an image, -1 an image into its coordinates."""
     chex.assert_rank(images, 4)
     height, width = images.shape[1:3]
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     lowest = 1.0 / max(height, width)
-    scale = np.float32((lowest / np.maximum(frequency, lowest)) ** power)[None, :, :, None]
+    scale = ((lowest / np.maximum(frequency, lowest)) ** power).astype(np.float32)[None, :, :, None]
     return jnp.fft.irfft2(jnp.fft.rfft2(images, axes=(1, 2)) * scale, (height, width), axes=(1, 2))
 
 
@@ -150,13 +156,13 @@ PARAMETERISATIONS = {"pixels": lambda threat_model: threat_model, "fourier": Fou
 
 def visualise(
     objective: Objective,
-    images: np.ndarray | jax.Array,
+    images: Float[AnyArray, "n h w 3"],
     *,
     threat_model: ThreatModel = WHOLE_BOX,
     step_size: float = 2.0,
     num_steps: int = 1000,
     parameterisation: str = "pixels",
-) -> jax.Array:
+) -> Float32[Array, "n h w 3"]:
     """Climbs the objective from `images` by projected gradient ascent.
 
     The defaults are the paper's (Utrera et al., 2021, on 224² pixels): ℓ2, ε = 1000, where only [0, 1] is a
@@ -198,12 +204,14 @@ def visualise(
     )
 
 
-def noise(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def noise(key: PRNGKeyArray, shape: tuple[int, ...]) -> Float32[Array, " ..."]:
     """The paper's noise to start from: N(0.5, 1/20), the latter the standard deviation, clipped to [0, 1]."""
     return jnp.clip(0.5 + jax.random.normal(key, shape, jnp.float32) / 20.0, 0.0, 1.0)
 
 
-def grid(pictures: np.ndarray | list, *, border: int = 2) -> np.ndarray:
+def grid(
+    pictures: Float[AnyArray, "rows columns h w 3"] | Sequence, *, border: int = 2
+) -> UInt8[np.ndarray, "_ _ 3"]:
     """Rows of pictures as one, uint8 [R·(H + border) + border, C·(W + border) + border, 3], white between.
 
     Args:
@@ -218,4 +226,4 @@ def grid(pictures: np.ndarray | list, *, border: int = 2) -> np.ndarray:
     rows, height, columns, width, colours = framed.shape
     whole = framed.reshape(rows * height, columns * width, colours)
     whole = np.pad(whole, ((0, border), (0, border), (0, 0)), constant_values=1.0)
-    return np.uint8(np.round(255 * np.clip(whole, 0.0, 1.0)))
+    return np.round(255 * np.clip(whole, 0.0, 1.0)).astype(np.uint8)

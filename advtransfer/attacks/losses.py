@@ -7,18 +7,23 @@ from collections.abc import Callable
 import chex
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Integer
 
-LossFn = Callable[[jax.Array, jax.Array], jax.Array]
+from advtransfer.arrays import AnyArray
+
+LossFn = Callable[[Float[Array, "n classes"], Integer[Array, " n"]], Float[Array, " n"]]
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def cross_entropy(
+    logits: Float[AnyArray, "n classes"], labels: Integer[AnyArray, " n"]
+) -> Float32[Array, " n"]:
     """Softmax cross-entropy."""
     _check(logits, labels)
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
     return -jnp.take_along_axis(log_probs, labels[:, None], axis=1)[:, 0]
 
 
-def log_odds(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def log_odds(logits: Float[AnyArray, "n classes"], labels: Integer[AnyArray, " n"]) -> Float32[Array, " n"]:
     """log((1 - p) / p) of the label's probability p: logsumexp of the other logits - the label's logit.
 
     Cross-entropy is softplus of it, and its gradient this one's times 1 - p. So both rank images alike and
@@ -28,7 +33,7 @@ def log_odds(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(others, axis=-1) - own
 
 
-def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def margin(logits: Float[AnyArray, "n classes"], labels: Integer[AnyArray, " n"]) -> Float32[Array, " n"]:
     """The largest other logit - the label's (Carlini and Wagner, 2017, f6 without its bound).
 
     An attack on it moves the same whatever positive number the logits are multiplied with.
@@ -37,7 +42,7 @@ def margin(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.max(others, axis=-1) - own
 
 
-def _split(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _split(logits: AnyArray, labels: AnyArray) -> tuple[Array, Array]:
     """The logits with -inf in the label's place, and the label's logit."""
     _check(logits, labels)
     logits = logits.astype(jnp.float32)
@@ -45,7 +50,7 @@ def _split(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(is_label, -jnp.inf, logits), jnp.sum(jnp.where(is_label, logits, 0.0), axis=-1)
 
 
-def _check(logits: jax.Array, labels: jax.Array) -> None:
+def _check(logits: AnyArray, labels: AnyArray) -> None:
     chex.assert_rank(logits, 2)
     chex.assert_shape(labels, logits.shape[:1])
     chex.assert_type(labels, int)

@@ -18,13 +18,16 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 from jax.tree_util import Partial
+from jaxtyping import Array, Float, Num
 
-LogitsFn = Callable[[jax.Array], jax.Array]
+from advtransfer.arrays import AnyArray
+
+LogitsFn = Callable[[Float[Array, "n h w c"]], Float[Array, "n classes"]]
 _JIT = type(jax.jit(lambda: None))
 _MOST_PROGRAMS = 8  # that are kept of one callable: for batches of several shapes, say
 
 
-def as_network(logits_fn: LogitsFn, images: Any) -> Partial:
+def as_network(logits_fn: LogitsFn, images: Num[AnyArray, "n ..."] | jax.ShapeDtypeStruct) -> Partial:
     """A pytree that computes what `logits_fn` computes now, for images of one shape.
 
     Args:
@@ -40,7 +43,7 @@ def as_network(logits_fn: LogitsFn, images: Any) -> Partial:
         return logits_fn
     # JAX remembers how it traced a function, with the arrays of then: a new one has not been traced, and of
     # a `jax.jit` it is what it wraps.
-    traced = logits_fn.__wrapped__ if isinstance(logits_fn, _JIT) else logits_fn
+    traced = logits_fn.__wrapped__ if isinstance(logits_fn, _JIT) else logits_fn  # ty: ignore[missing-attribute] its stub has none
     closed, found = jax.make_jaxpr(lambda x: traced(x), return_shape=True)(
         jax.ShapeDtypeStruct(images.shape, jnp.float32)
     )
@@ -65,7 +68,7 @@ class _Program:
         self.opened = jax.make_jaxpr(evaluate)(closed.consts, images)
         self.identity, self.place = identity, place
 
-    def __call__(self, *arguments: jax.Array) -> jax.Array:
+    def __call__(self, *arguments: AnyArray) -> Array:
         (logits,) = core.jaxpr_as_fun(self.opened)(*arguments)
         return logits
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.tree_util import Partial
+from jaxtyping import Array, Bool, Float, Float32, Integer, Key, Num, PRNGKeyArray, UInt32
 
+from advtransfer.arrays import AnyArray
 from advtransfer.attacks.losses import LossFn, cross_entropy, log_odds
 from advtransfer.attacks.network import LogitsFn, as_network, jit_for
-from advtransfer.attacks.threat_models import L2, THREAT_MODELS, Linf, ThreatModel
+from advtransfer.attacks.threat_models import L2, THREAT_MODELS, Linf, Size, ThreatModel
 from advtransfer.labels import check_labels
+
+Attack = Callable[..., Float32[Array, "n h w c"]]  # (logits_fn, images, labels, key=keys) to images
 
 _SLACK = 1e-4  # of pixels beyond [0, 1], as resizing leaves them
 _UNROLLED = 3  # steps of an attack that is compiled without a loop, on accelerators
@@ -23,29 +29,29 @@ _UNROLLED = 3  # steps of an attack that is compiled without a loop, on accelera
 class _Search(NamedTuple):
     """State of the search, per example: where it is, and the best that it has seen."""
 
-    images: jax.Array  # [N, H, W, C], the current iterate
-    best_images: jax.Array  # [N, H, W, C]
-    best_objective: jax.Array  # [N], the objective at best_images
-    done: jax.Array  # bool [N], fooled already (only with early_finish)
-    lost: jax.Array  # bool [N], the objective or its gradient was not a number
+    images: Float32[Array, "n h w c"]  # the current iterate
+    best_images: Float32[Array, "n h w c"]
+    best_objective: Float[Array, " n"]  # the objective at best_images
+    done: Bool[Array, " n"]  # fooled already (only with early_finish)
+    lost: Bool[Array, " n"]  # the objective or its gradient was not a number
 
 
 def pgd(
     logits_fn: LogitsFn,
-    images: jax.Array,
-    labels: jax.Array,
+    images: Float[AnyArray, "n h w c"],
+    labels: Integer[AnyArray, " n"],
     threat_model: ThreatModel,
     *,
     num_steps: int = 20,
-    step_size: float | None = None,
-    key: jax.Array | None = None,
+    step_size: Size | None = None,
+    key: PRNGKeyArray | Key[Array, " n"] | UInt32[Array, "n _"] | None = None,
     random_start: bool = False,
     num_restarts: int = 1,
     use_best: bool = True,
     targeted: bool = False,
     loss_fn: LossFn | None = None,
     early_finish: bool = False,
-) -> jax.Array:
+) -> Float32[Array, "n h w c"]:
     """Adversarial images: the largest loss that `num_steps` projected gradient steps find in the threat
     model.
 
@@ -94,11 +100,7 @@ def pgd(
     if num_steps < 0 or num_restarts < 1:
         raise ValueError("num_steps must be >= 0 and num_restarts >= 1")
     if step_size is None:
-        if not hasattr(threat_model, "eps"):
-            raise ValueError(
-                f"{type(threat_model).__name__} has no eps for step_size to follow: give step_size"
-            )
-        step_size = 2.5 * threat_model.eps / max(num_steps, 1)
+        step_size = 2.5 * _eps(threat_model) / max(num_steps, 1)
     check_sizes(threat_model, step_size)
     check_images(images)
     images = jnp.asarray(images, jnp.float32)
@@ -116,10 +118,10 @@ def pgd(
         labels,
         threat_model,
         step_size,
-        _keys(key, len(images)) if random_start else None,
+        _keys(key, len(images)) if random_start and key is not None else None,
         _Options(num_steps, num_restarts, use_best, targeted, loss_fn, early_finish),
     )
-    if not isinstance(lost, jax.core.Tracer) and (number := int(lost.sum())):
+    if not isinstance(lost, Tracer) and (number := int(lost.sum())):
         raise ValueError(
             f"the network's loss, or its gradient, is not a number on {number:,} of {len(images):,} images: "
             "what it does under this attack says nothing"
@@ -127,7 +129,13 @@ def pgd(
     return found
 
 
-def _keys(key: jax.Array, number: int) -> jax.Array:
+def _eps(threat_model: Any) -> float | Array:
+    if not hasattr(threat_model, "eps"):
+        raise ValueError(f"{type(threat_model).__name__} has no eps for step_size to follow: give step_size")
+    return threat_model.eps
+
+
+def _keys(key: Array, number: int) -> Array:
     """A key for each example."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)  # jax.random.PRNGKey's form
@@ -136,7 +144,7 @@ def _keys(key: jax.Array, number: int) -> jax.Array:
     return keys
 
 
-def check_images(images: jax.Array) -> None:
+def check_images(images: Num[AnyArray, " ..."]) -> None:
     """Raises a ValueError unless all pixels are in [0, 1]; where they are known, so not inside of `jit`."""
     low, high = _range(images)
     if not (low >= -_SLACK and high <= 1 + _SLACK):
@@ -144,15 +152,15 @@ def check_images(images: jax.Array) -> None:
         raise ValueError(f"images run from {low:.3g} to {high:.3g}: pass pixels in [0, 1], {hint}")
 
 
-def _range(values: jax.Array) -> tuple[float, float]:
+def _range(values: AnyArray) -> tuple[float, float]:
     """The least and the largest of values that are known; of others 0 and 0."""
-    if isinstance(values, jax.core.Tracer) or not np.size(values):
+    if isinstance(values, Tracer) or not np.size(values):
         return 0.0, 0.0
     with jax.ensure_compile_time_eval():
         return float(values.min()), float(values.max())
 
 
-def check_sizes(threat_model: ThreatModel, step_size: float | jax.Array) -> None:
+def check_sizes(threat_model: ThreatModel, step_size: Size) -> None:
     """Raises a ValueError for an eps or a step size that cannot be meant; where they are known."""
     eps = getattr(threat_model, "eps", 0.0)
     for name, value in (("eps", eps), ("step_size", step_size)):
@@ -184,13 +192,13 @@ class _Options(NamedTuple):
 
 def _pgd(
     logits_fn: Partial,
-    images: jax.Array,
-    labels: jax.Array,
+    images: Array,
+    labels: Array,
     threat_model: ThreatModel,
-    step_size: jax.Array,
-    keys: jax.Array | None,
+    step_size: Array,
+    keys: Array | None,
     options: _Options,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Array, Array]:
     """`pgd` with its arguments checked; `keys` [N] asks for a random start. The second result, bool [N], says
     where the loss or its gradient was not a number."""
 
@@ -261,7 +269,7 @@ def _loop(body, num_iterations: int, search: _Search, *, stop_when_done: bool) -
     return search
 
 
-def _per_example(flags: jax.Array, images: jax.Array) -> jax.Array:
+def _per_example(flags: Array, images: Array) -> Array:
     """bool [N] shaped to broadcast against images [N, ...]."""
     return flags.reshape(-1, *(1,) * (images.ndim - 1))
 
@@ -274,8 +282,8 @@ def make_attack(
     num_steps: int = 20,
     step_size: float | None = None,
     step_ratio: float | None = None,
-    **options,
-):
+    **options: Any,
+) -> Attack | None:
     """`pgd` with everything chosen but (logits_fn, images, labels, key): what training and evaluation call.
 
     The same arguments give the same object, so that what was compiled for it serves again.
@@ -302,7 +310,6 @@ def make_attack(
         threat_model, eps = THREAT_MODELS[threat_model](eps), None
     if eps is not None or None not in (step_size, step_ratio):
         raise ValueError("give eps once, in the threat model, and one of step_size and step_ratio")
-    if step_ratio is not None:
-        step_size = step_ratio * threat_model.eps
-    options |= {"threat_model": threat_model, "num_steps": num_steps, "step_size": step_size}
+    options |= {"threat_model": threat_model, "num_steps": num_steps}
+    options["step_size"] = step_size if step_ratio is None else step_ratio * _eps(threat_model)
     return functools.partial(pgd, **options)

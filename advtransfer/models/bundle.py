@@ -13,9 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.tree_util import Partial
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from advtransfer import foreign, storage
+from advtransfer.arrays import AnyArray, Variables
 from advtransfer.data import resize
 from advtransfer.models.resnet import ResNet, create_module, init_variables
 
@@ -68,7 +72,7 @@ def check_spec(spec: ModelSpec) -> None:
 
     def are_numbers(values: Any) -> bool:
         known = type(values) is tuple and all(type(x) in (int, float) for x in values)
-        return known and len(values) == 3 and all(map(math.isfinite, values))
+        return known and len(values) == 3 and all(math.isfinite(x) for x in values)
 
     names, robust = spec.class_names, spec.norm in _THREAT_MODELS[1:]
     for field, is_good, expected in (
@@ -104,7 +108,7 @@ class Model(NamedTuple):
     """A network with its weights."""
 
     module: ResNet
-    variables: dict[str, Any]  # {"params", "batch_stats"}, float32
+    variables: Variables  # float32
     spec: ModelSpec
 
     def __repr__(self) -> str:
@@ -132,11 +136,11 @@ class _Static:
     image_size: int
 
 
-def _apply(static: _Static, variables: Any, images: jax.Array) -> jax.Array:
+def _apply(static: _Static, variables: Variables, images: AnyArray) -> Any:
     return static.module.apply(variables, resize(images, static.image_size))
 
 
-def compute_dtype(name: str) -> Any:
+def compute_dtype(name: str) -> np.dtype:
     """The type that a network computes in, by its name: "auto" is bfloat16 where accelerators have units for
     it, and float32 on a CPU."""
     if name == "auto":
@@ -144,13 +148,13 @@ def compute_dtype(name: str) -> Any:
     return jnp.dtype(name)
 
 
-def digest(variables: Any) -> str:
+def digest(variables: Variables) -> str:
     """SHA-256 of the weights: of every leaf's path, shape and float32 bytes, in the order of their paths."""
     sha = hashlib.sha256()
     for path, leaf in sorted(_named_leaves(variables).items()):
         array = np.ascontiguousarray(leaf, np.float32)
         sha.update(f"{path}{array.shape}".encode())
-        sha.update(array)
+        sha.update(array.data)
     return sha.hexdigest()
 
 
@@ -173,11 +177,11 @@ def save_model(model: Model, folder: str | Path, *, overwrite: bool = False) -> 
       ValueError: `folder` exists and `overwrite` is not set, or it holds something else than a model; a
         description or weights that `load_model` would refuse.
     """
-    folder = storage.to_path(folder)
-    storage.recover(folder)
+    path = storage.to_path(folder)
+    storage.recover(path)
     check_spec(model.spec)
-    described = storage.is_file(folder / _SPEC_FILE)
-    if folder.exists() and not (described or _is_half_an_upload(folder)):
+    described = storage.is_file(path / _SPEC_FILE)
+    if path.exists() and not (described or _is_half_an_upload(path)):
         raise ValueError(f"{folder} exists, is no model folder and is not overwritten: choose another")
     if described and not overwrite:
         raise ValueError(f"{folder} exists already: choose another folder, or pass overwrite=True")
@@ -187,12 +191,12 @@ def save_model(model: Model, folder: str | Path, *, overwrite: bool = False) -> 
     fields = dataclasses.asdict(dataclasses.replace(model.spec, versions=package_versions()))
     fields = {"format": _FORMAT, **fields, "sha256": digest(variables)}
     text = json.dumps(fields | {"description_sha256": _hash(fields)}, indent=2)
-    with storage.new_folder(folder, last=_SPEC_FILE) as new:
+    with storage.new_folder(path, last=_SPEC_FILE) as new:
         storage.save_tree(new / _VARIABLES, variables)
         (new / _SPEC_FILE).write_text(text + "\n")
 
 
-def load_model(folder: str | Path, *, dtype: Any = None) -> Model:
+def load_model(folder: str | Path, *, dtype: DTypeLike | None = None) -> Model:
     """Reads a model folder.
 
     Args:
@@ -203,8 +207,8 @@ def load_model(folder: str | Path, *, dtype: Any = None) -> Model:
       ValueError: no model folder; an unknown architecture; weights that cannot be read, do not fit the
         architecture (every missing, unexpected and wrongly shaped name is listed) or are not those written.
     """
-    folder = _find(folder)
-    spec, sha256 = _read(folder)
+    path = _find(folder)
+    spec, sha256 = _read(path)
     module = create_module(
         spec.architecture,
         num_classes=spec.num_classes,
@@ -214,9 +218,9 @@ def load_model(folder: str | Path, *, dtype: Any = None) -> Model:
     )
     expected = jax.eval_shape(lambda: init_variables(module, jax.random.key(0), spec.image_size))
     try:
-        stored = storage.tree_shapes(folder / _VARIABLES)
-        _check_fit(stored, expected, folder)  # before as much memory is taken as the files ask for
-        variables = storage.load_tree(folder / _VARIABLES, stored)
+        stored = storage.tree_shapes(path / _VARIABLES)
+        _check_fit(stored, expected, path)  # before as much memory is taken as the files ask for
+        variables = storage.load_tree(path / _VARIABLES, stored)
     except _Misfit as error:
         raise ValueError(str(error)) from None
     except Exception as error:  # Orbax, TensorStore and the file system each raise their own
@@ -228,7 +232,7 @@ def load_model(folder: str | Path, *, dtype: Any = None) -> Model:
     return Model(module, jax.tree.map(jnp.asarray, variables), spec)
 
 
-def _find(folder: str | Path) -> Path:
+def _find(folder: str | Path) -> Path | epath.Path:
     path = storage.to_path(folder)
     for candidate in (path, path / "model"):
         storage.recover(candidate)
@@ -237,12 +241,12 @@ def _find(folder: str | Path) -> Path:
     raise ValueError(f"{str(folder)!r} is no model folder: it has no {_SPEC_FILE}")
 
 
-def _is_half_an_upload(folder: Path) -> bool:
+def _is_half_an_upload(folder: Path | epath.Path) -> bool:
     """Whether all there is are weights that a killed process has sent to an address."""
     return storage.is_address(folder) and {path.name for path in folder.iterdir()} == {_VARIABLES}
 
 
-def _read(folder: Path) -> tuple[ModelSpec, str]:
+def _read(folder: Path | epath.Path) -> tuple[ModelSpec, str]:
     path = folder / _SPEC_FILE
     try:
         fields = foreign.read_json(path)
@@ -274,7 +278,7 @@ def _hash(fields: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def _problem(variables: Any) -> str:
+def _problem(variables: PyTree) -> str:
     """What a network cannot have, "" if there is nothing of the kind."""
     for name, leaf in _named_leaves(variables).items():
         if not np.isfinite(leaf).all():
@@ -288,7 +292,7 @@ class _Misfit(ValueError):
     """Weights of other names, shapes or types than the architecture's."""
 
 
-def _check_fit(stored: Any, expected: Any, folder: Path) -> None:
+def _check_fit(stored: PyTree, expected: PyTree, folder: Path | epath.Path) -> None:
     have, want = _named_leaves(stored), _named_leaves(expected)
     problems = [f"missing {name}" for name in want if name not in have]
     problems += [f"unexpected {name}" for name in have if name not in want]
@@ -301,7 +305,7 @@ def _check_fit(stored: Any, expected: Any, folder: Path) -> None:
         raise _Misfit(f"the weights in {folder} do not fit: {'; '.join(problems)}")
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
+def _named_leaves(tree: PyTree) -> dict[str, Any]:
     return {
         "/".join(str(entry.key) for entry in path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)

@@ -22,11 +22,19 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
+
+from advtransfer.arrays import AnyArray
 
 
 def conv2d(
-    x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: int = 0, groups: int = 1
-) -> jax.Array:
+    x: Float[AnyArray, "n h w c"],
+    kernel: Float[AnyArray, "k k _ o"],
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    groups: int = 1,
+) -> Float[Array, "n _ _ o"]:
     """`lax.conv_general_dilated` for square kernels, NHWC.
 
     Args:
@@ -251,7 +259,7 @@ def _max_pool_value(x):
 
 
 @jax.custom_vjp
-def max_pool(x: jax.Array) -> jax.Array:
+def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n _ _ c"]:
     """Maximum over 3×3 windows, stride 2, one pixel of padding: [N, H, W, C] to half of H and W.
 
     Of equal values the first of the window in row order takes the gradient, as in PyTorch.

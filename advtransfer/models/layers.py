@@ -7,15 +7,21 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32
 
 from advtransfer import parallel
+from advtransfer.arrays import AnyArray
 from advtransfer.models.conv import conv2d
+
+# Of the scale of its output channels.
+Convolve = Callable[[Float32[Array, " features"] | None], Float[Array, "n h w features"]]
 
 # torchvision's: kaiming_normal_(mode="fan_out").
 _conv_init = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def _per_channel(vector: jax.Array) -> jax.Array:
+def _per_channel(vector: Array) -> Array:
     return vector.reshape(1, 1, 1, -1)
 
 
@@ -26,10 +32,12 @@ class Conv(nn.Module):
     kernel_size: int
     stride: int = 1
     groups: int = 1
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: Float[AnyArray, "n h w c"], scale: Float32[Array, " features"] | None = None
+    ) -> Float[Array, "n _ _ features"]:
         """Convolves x [N, H, W, C]; `scale` [features] multiplies the output channels."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", _conv_init, shape, jnp.float32)
@@ -65,7 +73,7 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
 
     @nn.compact
-    def __call__(self, convolve: Callable[[jax.Array | None], jax.Array], train: bool) -> jax.Array:
+    def __call__(self, convolve: Convolve, train: bool) -> Float[Array, "n h w features"]:
         features = (self.features,)
         scale = self.param("scale", nn.initializers.ones, features, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, features, jnp.float32)
@@ -88,7 +96,9 @@ class BatchNorm(nn.Module):
         return (x32 * _per_channel(scale) + _per_channel(bias)).astype(x.dtype)
 
 
-def batch_statistics(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+def batch_statistics(
+    x: Float[AnyArray, "n h w c"], axis_name: str | None
+) -> tuple[Float32[Array, " c"], Float32[Array, " c"], Float32[Array, ""]]:
     """Mean [C], biased variance [C] and number of x [N, H, W, C] over all but channels, float32."""
     x = x.astype(jnp.float32)
     count = parallel.total(jnp.float32(x.size // x.shape[-1]), axis_name)
@@ -99,13 +109,15 @@ def batch_statistics(x: jax.Array, axis_name: str | None) -> tuple[jax.Array, ja
     return overall, parallel.mean(var + jnp.square(mean - overall), axis_name), count
 
 
-def moments_in_two_passes(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def moments_in_two_passes(
+    x: Float32[AnyArray, "n h w c"],
+) -> tuple[Float32[Array, " c"], Float32[Array, " c"]]:
     """Mean and biased variance of float32 [N, H, W, C]."""
     mean = jnp.mean(x, (0, 1, 2))
     return mean, jnp.mean(jnp.square(x - _per_channel(mean)), (0, 1, 2))
 
 
-def moments_in_one_pass(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def moments_in_one_pass(x: Float32[AnyArray, "n h w c"]) -> tuple[Float32[Array, " c"], Float32[Array, " c"]]:
     """The same, reading x once: memory is what limits an accelerator here.
 
     Both moments are taken around a value of x, so that a mean far from 0 costs no digits (Chan et al., 1983,

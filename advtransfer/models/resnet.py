@@ -9,6 +9,7 @@ checkpoint of the other: `layer4.2.conv3.weight` is `layer4_2/conv3/kernel`.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, PRNGKeyArray
 
+from advtransfer.arrays import AnyArray, Variables
 from advtransfer.models.conv import max_pool
 from advtransfer.models.layers import BatchNorm, Conv
 
@@ -39,12 +43,14 @@ class ResidualBlock(nn.Module):
     bottleneck: bool
     groups: int
     base_width: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
     axis_name: str | None
     momentum: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, fake_relu: bool = False) -> jax.Array:
+    def __call__(
+        self, x: Float[AnyArray, "n h w c"], train: bool, fake_relu: bool = False
+    ) -> Float[Array, "n _ _ features"]:
         def conv_bn(x, name, features, kernel_size, **options):
             conv = Conv(features, kernel_size, dtype=self.dtype, name=name.format("conv"), **options)
             norm = BatchNorm(features, self.axis_name, self.momentum, name=name.format("bn"))
@@ -79,7 +85,7 @@ class ResNet(nn.Module):
     base_width: int = 64
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
     momentum: float = 0.9  # of the running statistics; 0: those of the last batch
 
@@ -104,13 +110,13 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: Float[AnyArray, "n ... c"],
         *,
         train: bool = False,
         start: int | None = None,
         stop: int | None = None,
         fake_relu: bool = False,
-    ) -> jax.Array:
+    ) -> Float[AnyArray, "n ... _"]:
         """Runs the network, or the part of it between two boundaries.
 
         Boundary b < B is the activation that enters block b, [N, h, w, c] in the compute type; boundary B is
@@ -172,7 +178,7 @@ class ResNet(nn.Module):
             x = self._head(x)
         return x
 
-    def _stem(self, images: jax.Array, train: bool) -> jax.Array:
+    def _stem(self, images: AnyArray, train: bool) -> Array:
         mean, std = (np.asarray(v, np.float32).reshape(1, 1, 1, -1) for v in (self.mean, self.std))
         x = (images.astype(jnp.float32) - mean) / std
         kernel_size, stride = (3, 1) if self.cifar_stem else (7, 2)
@@ -181,7 +187,7 @@ class ResNet(nn.Module):
         x = nn.relu(norm(partial(conv, x), train))
         return x if self.cifar_stem else max_pool(x)
 
-    def _head(self, features: jax.Array) -> jax.Array:
+    def _head(self, features: AnyArray) -> Array:
         bound = features.shape[-1] ** -0.5
         return nn.Dense(
             self.num_classes,
@@ -231,9 +237,9 @@ def create_module(
     architecture: str,
     *,
     num_classes: int = 1000,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
-    dtype: jnp.dtype = jnp.float32,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    dtype: DTypeLike = jnp.float32,
     axis_name: str | None = None,
 ) -> ResNet:
     """Makes a network of the family, without weights.
@@ -270,7 +276,7 @@ def create_module(
 
 
 @partial(jax.jit, static_argnums=(0, 2))
-def init_variables(module: ResNet, key: jax.Array, image_size: int = 32) -> dict[str, Any]:
+def init_variables(module: ResNet, key: PRNGKeyArray, image_size: int = 32) -> Variables:
     """Draws fresh variables, {"params": ..., "batch_stats": ...}, all float32.
 
     The distributions are `module.init`'s. All convolutions share one draw, because every random
@@ -289,7 +295,7 @@ def init_variables(module: ResNet, key: jax.Array, image_size: int = 32) -> dict
     draws = jax.lax.optimization_barrier(jax.random.normal(key, (sum(sizes),), jnp.float32))
     parts = iter(jnp.split(draws, np.cumsum(sizes)[:-1]))
 
-    def redraw(leaf: jax.Array) -> jax.Array:
+    def redraw(leaf: Array) -> Array:
         if leaf.ndim != 4:
             return leaf
         fan_out = leaf.shape[0] * leaf.shape[1] * leaf.shape[3]
