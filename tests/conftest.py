@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-import annotations  # noqa: F401  (the import hook below calls it by name)
+import annotations
 from compiled import cache_folder
 
 os.environ["XLA_FLAGS"] = (
@@ -21,10 +21,7 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-# Not of torch_reader, whose tests bound the time and the memory that a pickle of a million operations takes.
-_NAMES = [path.stem for path in (Path(__file__).parents[1] / "advtransfer").iterdir()]
-_CHECKED = [f"advtransfer.{name}" for name in _NAMES if name != "torch_reader"]
-install_import_hook(_CHECKED, "annotations.check_after")
+install_import_hook(annotations.CHECKED, "annotations.check_after")
 
 from advtransfer.models import ARCHITECTURES
 
