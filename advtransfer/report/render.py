@@ -5,22 +5,20 @@ from __future__ import annotations
 import base64
 import functools
 import json
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from advtransfer.foreign import printable
+from advtransfer.foreign import AnyPath, printable
 from advtransfer.report import figures
 from advtransfer.report.files import add_files, csv_text, write_files
 from advtransfer.report.sections import Matrix, Page, Plot, Section
 
 
 def write_page(
-    page: Page, folder: str | os.PathLike[str], files: Mapping[str, str | bytes] = MappingProxyType({})
-) -> Path:
+    page: Page, folder: str | AnyPath, files: Mapping[str, str | bytes] = MappingProxyType({})
+) -> AnyPath:
     """Writes `files`, by path, the tables and figures of the page's sections, and report.html.
 
     `folder` is a local or any other path object. Each file appears whole, report.html last; its path is
@@ -86,7 +84,7 @@ def _templates() -> Any:
     import jinja2
 
     templates = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__),
+        loader=jinja2.PackageLoader("advtransfer.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -165,7 +165,7 @@ def all_numbers(material: Material, target: str) -> list[Any]:
     robust = results.robust(target) if len(results.natural(target)) == 1 else []
     summary = results.summary[results.summary["target"] == target]
     found = {((r.num_unfrozen_blocks, r.num_train_images), r.source): r for r in summary.itertuples()}
-    most, fewest = summary["num_seeds"].max(), summary["num_seeds"].min()
+    most, fewest = int(summary["num_seeds"].max()), int(summary["num_seeds"].min())
 
     def accuracy(row: Any) -> Entry:
         if math.isnan(row.mean):
