@@ -21,7 +21,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from advtransfer.data.datasets import load_dataset
 from advtransfer.data.decode import decode_crop
-from advtransfer.data.stream import StreamOrder, iterate
+from advtransfer.data.stream import StreamedSplit, StreamOrder, iterate
 from benchmarks.steps import quartiles
 
 SIZE, MIN_AREA = 224, 0.08
@@ -61,10 +61,11 @@ def decode(path: Path, seed: int) -> np.ndarray:
     return np.asarray(decode_crop(path, SIZE, rng, min_area=MIN_AREA, upright=True))
 
 
-def our_batches(folder: Path, batch_size: int, workers: int) -> Iterator:
+def our_batches(folder: Path, batch_size: int, workers: int) -> Generator:
     """Batches without end."""
     name = f"folder:{folder}"
     train = load_dataset(name, image_size=SIZE, splits=("train",), loading="stream", cache_dir=folder).train
+    assert isinstance(train, StreamedSplit)
     order = StreamOrder(seed=0, batch_size=batch_size, min_area=MIN_AREA)
     return iterate(train, order, 0, 10**9, num_workers=workers)
 
@@ -163,7 +164,7 @@ def main() -> None:
         paths = sorted(folder.glob("train/*/*.jpg"))
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             ours = our_batches(folder, batch, 0 if arguments.threads else workers)
-            sides = {
+            sides: dict[str, Callable[[], float]] = {
                 "ours": functools.partial(take, ours, arguments.batches),
                 "decoding alone": functools.partial(decode_alone, pool, paths, batch, arguments.batches),
             }

@@ -252,7 +252,8 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     """First quartile, median, third quartile."""
     if len(values) == 1:
         return values[0], values[0], values[0]
-    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, median, third
 
 
 def measure(case: Case, sides: dict[str, dict[str, Step]], name: str, turns: int) -> str:
