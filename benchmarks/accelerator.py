@@ -86,7 +86,7 @@ def measure_peaks(tiny: bool) -> Peaks:
 
 def activation_size(architecture: str, image_size: int) -> int:
     """Numbers that the convolutions of a network put out for one image."""
-    found = layers(create_module(architecture), image_size)
+    found = layers(create_module(architecture), image_size)  # ty: ignore[invalid-argument-type] (modules hash)
     return sum(math.prod(layer.output) for layer in found if layer.place != "fc")
 
 

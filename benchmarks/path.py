@@ -141,7 +141,8 @@ def name_of(eps: float) -> str:
 def run(made: Setting, clock: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of the table: sources first, then each (n, k) while `clock()`, the seconds left, allows."""
     models = {}
-    attack = make_attack(L2(EVALUATION_EPS), num_steps=20, step_size=0.125 * EVALUATION_EPS)
+    threat: Any = L2(EVALUATION_EPS)
+    attack = make_attack(threat, num_steps=20, step_size=0.125 * EVALUATION_EPS)
     test = Split(*(x[: made.num_measured] for x in made.source.test))
     for eps, model, steps, compiling in train_sources(made, clock):
         models[eps] = model

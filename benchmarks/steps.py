@@ -84,7 +84,8 @@ def our_steps(
         )
 
     def loss_fn(images, variables, labels):
-        return cross_entropy(module.apply(variables, images), labels).sum()
+        logits: Any = module.apply(variables, images)
+        return cross_entropy(logits, labels).sum()
 
     def build(function, *args, donate=()):
         started = time.perf_counter()

@@ -22,6 +22,7 @@ from advtransfer.report.sections import (
     Matrix,
     Page,
     Panel,
+    Part,
     PictureRow,
     Pictures,
     Plot,
@@ -54,7 +55,7 @@ class ModelPage(NamedTuple):
     """
 
     title: str
-    history: Mapping[str, Sequence[float]]
+    history: Mapping[str, Sequence[float] | np.ndarray]
     facts: Sequence[tuple[str, str]] = ()
     outcome: Outcome | None = None
     pictures: np.ndarray | Sequence = ()
@@ -151,7 +152,7 @@ def _choice(page: ModelPage) -> Section:
             held_out = f"{_percent(mean)} ± {_percent(row['standard_error'])}"
             cells = ["diverged" if math.isnan(mean) else held_out, "chosen" if chosen else ""]
             rows.append([Entry(strong=name) if chosen else name, *cells])
-    parts: list[Any] = [Text(page.choice)] if page.choice else []
+    parts: list[Part] = [Text(page.choice)] if page.choice else []
     if rows:
         caption = "Accuracy on training images held out, in %: mean over the folds ± its standard error."
         parts.append(Table(caption, ["Trained blocks", "Held out, %", ""], rows, "choice.csv"))

@@ -8,12 +8,15 @@ import json
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from advtransfer.foreign import AnyPath, printable
 from advtransfer.report import figures
 from advtransfer.report.files import add_files, csv_text, write_files
 from advtransfer.report.sections import Matrix, Page, Plot, Section
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 def write_page(
@@ -80,7 +83,7 @@ def _views(section: Section, folder: str) -> tuple[list[dict[str, Any]], dict[st
 
 
 @functools.cache
-def _templates() -> Any:
+def _templates() -> Environment:
     import jinja2
 
     templates = jinja2.Environment(

@@ -19,6 +19,7 @@ from advtransfer.report.sections import (
     Dumbbell,
     Entry,
     Page,
+    Part,
     PictureRow,
     Pictures,
     Plot,
@@ -185,7 +186,7 @@ def _source(entry: Mapping[str, Any]) -> SourceInfo:
     return SourceInfo(str(entry.get("name", "unnamed")), norm, math.nan if eps is None else float(eps))
 
 
-def _sources(material: Material, known: Mapping[str, SourceInfo], evidence: Evidence) -> list[Any]:
+def _sources(material: Material, known: Mapping[str, SourceInfo], evidence: Evidence) -> list[Part]:
     import pandas as pd
 
     entries = {str(entry.get("name", "unnamed")): entry for entry in evidence.sources}
@@ -196,7 +197,7 @@ def _sources(material: Material, known: Mapping[str, SourceInfo], evidence: Evid
         for name, (natural, adversarial) in shares.items()
         if not (math.isnan(natural) and math.isnan(adversarial))
     ]
-    parts: list[Any] = [Text("The sources’ own accuracies were not measured in this run.", "muted")]
+    parts: list[Part] = [Text("The sources’ own accuracies were not measured in this run.", "muted")]
     if measured:
         path = material.add("source_accuracy", pd.DataFrame(measured, columns=("source", *kinds)))
         panel = Dumbbell("Natural and adversarial accuracy", measured, "figures/source_accuracy.svg")
@@ -213,9 +214,9 @@ def _sources(material: Material, known: Mapping[str, SourceInfo], evidence: Evid
     return [*parts, Table("The source networks.", heads, rows, words=True)]
 
 
-def _pictures(material: Material, evidence: Evidence) -> list[Any]:
+def _pictures(material: Material, evidence: Evidence) -> list[Part]:
     clean, targets = _images(evidence, "source_images"), _images(evidence, "target_images")
-    parts: list[Any] = []
+    parts: list[Part] = []
     if len(clean):
         parts += [Text("Adversarial examples", "heading"), _adversarial(material, evidence, clean)]
     if len(targets):

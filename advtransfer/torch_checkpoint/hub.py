@@ -219,7 +219,7 @@ def _problem(error: Exception, name: str, page: str, instead: str) -> str:
 
     login = "log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, errors.HFValidationError):
-        return f"is not a valid name on the hub; a valid one is {_EXAMPLE}"
+        return f"is not a valid name on the hub: use one such as {_EXAMPLE}"
     if isinstance(error, errors.GatedRepoError):
         return f"is gated: accept its terms at {page} and {login}, {instead}"
     if isinstance(error, errors.RepositoryNotFoundError):
