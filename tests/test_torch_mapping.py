@@ -114,7 +114,7 @@ def test_other_networks_are_refused_by_name(names):
 
 def test_resnets_outside_the_family_are_described():
     resnet26 = {n: t for n, t in network("resnet50").items() if not re.search(r"\.[2-5]\.", n[6:9])}
-    refused("bottleneck ResNet with stages 2-2-2-2, width 64, .*stem 7×7; supported are", resnet26)
+    refused("bottleneck ResNet with stages 2-2-2-2, width 64, .*stem 7×7; supported: resnet18", resnet26)
     grouped = {"layer1.0.conv1.weight": (256, 64, 1, 1), "layer1.0.conv2.weight": (256, 8, 3, 3)}
     grouped = network("resnet101") | {name: tensor(shape) for name, shape in grouped.items()}
     refused("stages 3-4-23-3, width 64, 3×3 convolutions of 32 × 8 channels", grouped)

@@ -2,8 +2,8 @@
 
 The accuracies are the published ones, from the model card of madrylab/robust-imagenet-models, the README of
 MadryLab/robustness, RobustBench's model_info/imagenet/Linf (on 5,000 images) and torchvision's
-models/resnet.py. The SHA-256 are those of the hub's file pages; torchvision's file names contain the first
-eight digits. The timm/ models are torchvision's weights, converted.
+models/resnet.py. The SHA-256 hashes are from the hub's file pages; torchvision's file names contain the first
+eight digits of theirs. The timm/ models are torchvision's weights, converted.
 """
 
 from __future__ import annotations

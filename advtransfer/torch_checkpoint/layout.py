@@ -142,7 +142,7 @@ def infer_architecture(tensors: Mapping[str, Tensor]) -> str:
     raise CheckpointError(
         f"it is a {'bottleneck' if found.bottleneck else 'basic'} ResNet with stages "
         f"{'-'.join(map(str, found.stage_sizes))}, width {found.width}, {inner if found.bottleneck else ''}"
-        f"stem {found.stem}×{found.stem}; supported are {', '.join(ARCHITECTURES)}"
+        f"stem {found.stem}×{found.stem}; supported: {', '.join(ARCHITECTURES)}"
     )
 
 

@@ -204,9 +204,7 @@ def _choose(candidates: Sequence[_Candidate], weights: str) -> list[_Candidate]:
         found = [c for c in found if "bn1.running_mean" in c.tensors] or found
         averaged = [c for c in found if _AVERAGED.search(c.wrapping)]
         shapes = {frozenset((n, t.shape) for n, t in c.tensors.items() if is_inside(n)) for c in found}
-        if (
-            averaged and len(shapes) == 1
-        ):  # a teacher of another architecture is not an average of the student
+        if averaged and len(shapes) == 1:  # a teacher of another architecture is not an average
             found = averaged
     return sorted(found, key=lambda candidate: len(candidate.wrapping))
 
