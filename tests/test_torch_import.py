@@ -267,7 +267,12 @@ def test_a_network_without_its_head(model, tmp_path, kind, wrapped, caplog):
     again = import_torch_checkpoint(tmp_path / "again.safetensors")
     chex.assert_trees_all_equal(again.variables, found.variables)
     assert not again.spec.has_head
-    refused("with 7 classes: .*fc.weight.*; without a head by leaving out num_classes", path, None, 7)
+    refused(
+        "with 7 classes: .*fc.weight.*; it can be imported without a head by leaving out num_classes",
+        path,
+        None,
+        7,
+    )
 
 
 def test_weights_beside_a_network_are_left_out(model, saved, tmp_path, caplog):
