@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import ChainMap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,8 +55,8 @@ def import_torch_checkpoint(
     path: str | Path,
     architecture: str | None = None,
     num_classes: int | None = None,
-    mean: Sequence[float] | np.ndarray | None = None,
-    std: Sequence[float] | np.ndarray | None = None,
+    mean: Iterable[float] | None = None,
+    std: Iterable[float] | None = None,
     *,
     norm: str | None = None,
     eps: float | None = None,
@@ -265,8 +265,8 @@ def _to_jax(array: np.ndarray) -> jax.Array:
 
 
 def _check_arguments(
-    mean: Sequence[float] | np.ndarray | None,
-    std: Sequence[float] | np.ndarray | None,
+    mean: Iterable[float] | None,
+    std: Iterable[float] | None,
     norm: str | None,
     eps: float | None,
     image_size: int | None,
