@@ -7,7 +7,7 @@ import re
 from collections import ChainMap
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +55,8 @@ def import_torch_checkpoint(
     path: str | Path,
     architecture: str | None = None,
     num_classes: int | None = None,
-    mean: Iterable[float] | None = None,
-    std: Iterable[float] | None = None,
+    mean: Iterable[SupportsFloat] | None = None,
+    std: Iterable[SupportsFloat] | None = None,
     *,
     norm: str | None = None,
     eps: float | None = None,
@@ -265,8 +265,8 @@ def _to_jax(array: np.ndarray) -> jax.Array:
 
 
 def _check_arguments(
-    mean: Iterable[float] | None,
-    std: Iterable[float] | None,
+    mean: Iterable[SupportsFloat] | None,
+    std: Iterable[SupportsFloat] | None,
     norm: str | None,
     eps: float | None,
     image_size: int | None,
