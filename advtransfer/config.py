@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -292,7 +292,7 @@ def explain() -> str:
 
 
 @contextmanager
-def names_key(key: str) -> Iterator[None]:
+def names_key(key: str) -> Generator[None]:
     """Prefixes a ValueError raised inside with the configuration key that caused it."""
     try:
         yield

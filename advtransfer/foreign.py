@@ -8,8 +8,13 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
+from etils import epath
+
+AnyPath = Path | epath.Path
+P = TypeVar("P", bound=AnyPath)
 MAX_BYTES = 1 << 29  # of a file of text
 _MAX_NAME = 200  # bytes: file systems take 255, and a name beside it for the time of writing is longer
 
@@ -33,7 +38,7 @@ def _picture(match: re.Match[str]) -> str:
     return chr(0x2400 + code) if code < 0x20 else "\N{SYMBOL FOR DELETE}" if code == 0x7F else "\ufffd"
 
 
-def inside(folder: Any, name: str) -> Any:
+def inside(folder: P, name: str) -> P:
     """The path of a file in `folder`; "/" in the name separates folders below it.
 
     Raises:
@@ -61,8 +66,8 @@ def file_name(text: str, taken: set[str]) -> str:
     return found
 
 
-def read_bytes(path: Any, limit: int = MAX_BYTES) -> bytes:
-    """What a file holds, whose size is looked at first; `path` is one of pathlib or etils.
+def read_bytes(path: AnyPath, limit: int = MAX_BYTES) -> bytes:
+    """What a file holds, whose size is looked at first.
 
     Raises:
       ValueError: it is no regular file, or larger than `limit` bytes.
@@ -74,10 +79,12 @@ def read_bytes(path: Any, limit: int = MAX_BYTES) -> bytes:
         if error.errno == errno.ELOOP:
             raise ValueError(f"{path} is a link to itself") from None
         raise
-    local = isinstance(found, os.stat_result)
-    if not (stat.S_ISREG(found.st_mode) if local else path.is_file()):
+    if isinstance(found, os.stat_result):
+        is_regular, size = stat.S_ISREG(found.st_mode), found.st_size
+    else:
+        is_regular, size = path.is_file(), found.length
+    if not is_regular:
         raise ValueError(f"{path} is no regular file")
-    size = found.st_size if local else found.length
     if size > limit:
         raise ValueError(f"{path} has {size:,} bytes, more than {limit:,}: it is not read")
     return path.read_bytes()
@@ -95,7 +102,7 @@ def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] 
         raise ValueError("it is nested too deep") from None
 
 
-def read_json(path: Any, limit: int = MAX_BYTES) -> Any:
+def read_json(path: AnyPath, limit: int = MAX_BYTES) -> Any:
     """The value of a file of JSON.
 
     Raises:

@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy  # its submodules are imported when they are used
 
+Numbers = float | np.number | np.ndarray  # one, or an array of them
+
 
 def half_width(deviation: Any, number: Any) -> Any:
     """Of Student's t interval of a mean, t(0.975, m - 1) · s / √m, of numbers or arrays; NaN for m < 2."""
     return scipy.special.stdtrit(number - 1, 0.975) * deviation / np.sqrt(number)
 
 
-def mean_and_ci95(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_ci95(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """Mean and half-width of its 95 % interval; the latter is NaN for one value, both for none."""
     x = np.asarray(values, np.float64)
     if len(x) < 2:
@@ -23,7 +25,7 @@ def mean_and_ci95(values: Sequence[float]) -> tuple[float, float]:
     return float(x.mean()), float(half_width(x.std(ddof=1), len(x)))
 
 
-def wilson(num_correct: Any, num_images: Any) -> tuple[Any, Any]:
+def wilson(num_correct: Numbers, num_images: Numbers) -> tuple[Any, Any]:
     """The 95 % intervals of shares, numbers or arrays (Wilson, JASA 22, 1927); NaN of no images.
 
     Unlike ± 1.96 standard errors they stay within [0, 1], and have a width where all or none are correct.
@@ -47,7 +49,7 @@ class Share(NamedTuple):
     total: Any
 
 
-def share(count: Any, total: Any) -> Share:
+def share(count: Numbers, total: Numbers) -> Share:
     """A share with its interval, which is from 0 to 1 where `total` is 0.
 
     Raises:

@@ -12,7 +12,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -132,7 +132,7 @@ def _fault(error: Exception, workdir: str) -> str:
     return f"a fault of this program, or of what it uses: {type(error).__name__}: {said}; more is in {path}"
 
 
-def _stop(code: int, message: str) -> None:
+def _stop(code: int, message: str) -> NoReturn:
     print(" ".join(message.split()), file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -141,7 +141,7 @@ class _Stream:
     """A stream whose reader may go away: what is written to it then is dropped. A terminal obeys nothing that
     is written but a line anew and a line up, which progress bars write alone or first."""
 
-    def __init__(self, stream: Any):
+    def __init__(self, stream: TextIO):
         self._stream = stream
 
     def write(self, text: str) -> int:

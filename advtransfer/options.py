@@ -44,7 +44,7 @@ def option(default: Any, about: str, **known: Any) -> Any:
 
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option,))
-def options(cls: type) -> type:
+def options(cls: type[Any]) -> type[Any]:
     """Makes a class a frozen, keyword-only dataclass whose values are checked when it is made.
 
     Its own checks, of several fields together, are a method `check`, called after the fields are checked one
@@ -57,16 +57,16 @@ def options(cls: type) -> type:
     return cls
 
 
-def field_names(cls: type) -> list[str]:
+def field_names(cls: type[Any]) -> list[str]:
     return [field.name for field in dataclasses.fields(cls)]
 
 
-def find(cls: type, name: str) -> Option:
+def find(cls: type[Any], name: str) -> Option:
     """What is known of a field."""
     return cls.__dataclass_fields__[name].metadata["option"]
 
 
-def explain(cls: type, name: str) -> str:
+def explain(cls: type[Any], name: str) -> str:
     """A field in a line: its meaning, its values, its default."""
     field = cls.__dataclass_fields__[name]
     if dataclasses.is_dataclass(field.default):
@@ -102,7 +102,7 @@ _WRONG = object()
 
 
 @functools.cache
-def _types(cls: type) -> dict[str, Any]:
+def _types(cls: type[Any]) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
@@ -127,7 +127,7 @@ def _convert(kind: Any, value: Any, known: Option) -> Any:
     return value if type(value) is kind and value in (known.choices or (value,)) else _WRONG
 
 
-def _number(kind: type, value: Any) -> Any:
+def _number(kind: type[int | float], value: Any) -> Any:
     """NumPy's numbers and JAX's scalars become Python's; truth values and text are no numbers."""
     if isinstance(value, bool | str | bytes) or str(getattr(value, "dtype", "")) == "bool":
         return _WRONG

@@ -86,7 +86,7 @@ def measure_peaks(tiny: bool) -> Peaks:
 
 def activation_size(architecture: str, image_size: int) -> int:
     """Numbers that the convolutions of a network put out for one image."""
-    found = layers(create_module(architecture), image_size)
+    found = layers(create_module(architecture), image_size)  # ty: ignore[invalid-argument-type] (modules hash)
     return sum(math.prod(layer.output) for layer in found if layer.place != "fc")
 
 
@@ -196,7 +196,7 @@ def _compare(case: Case, name: str, sides: dict[str, Step], peaks: Peaks, option
     """A step's row: both sides' medians, and the median of the ratios turn by turn [quartiles]."""
     times = alternate(sides, options.turns)
     rates = {side: case.batch_size / statistics.median(t) for side, t in times.items()}
-    row = {"ours, images/s": rates["ours"]}
+    row: dict[str, float | str] = {"ours, images/s": rates["ours"]}
     if "peer" in sides:
         low, middle, high = quartiles([b / a for a, b in zip(times["ours"], times["peer"], strict=True)])
         row |= {"PyTorch, images/s": rates["peer"], "ratio": f"{middle:.2f} [{low:.2f}, {high:.2f}]"}

@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from advtransfer.data.datasets import load_dataset
 from advtransfer.data.decode import decode_crop
-from advtransfer.data.stream import StreamOrder, iterate
+from advtransfer.data.stream import StreamedSplit, StreamOrder, iterate
 from benchmarks.steps import quartiles
 
 SIZE, MIN_AREA = 224, 0.08
@@ -65,6 +65,7 @@ def our_batches(folder: Path, batch_size: int, workers: int) -> Iterator:
     """Batches without end."""
     name = f"folder:{folder}"
     train = load_dataset(name, image_size=SIZE, splits=("train",), loading="stream", cache_dir=folder).train
+    assert isinstance(train, StreamedSplit)
     order = StreamOrder(seed=0, batch_size=batch_size, min_area=MIN_AREA)
     return iterate(train, order, 0, 10**9, num_workers=workers)
 
@@ -163,7 +164,7 @@ def main() -> None:
         paths = sorted(folder.glob("train/*/*.jpg"))
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
             ours = our_batches(folder, batch, 0 if arguments.threads else workers)
-            sides = {
+            sides: dict[str, Callable[[], float]] = {
                 "ours": functools.partial(take, ours, arguments.batches),
                 "decoding alone": functools.partial(decode_alone, pool, paths, batch, arguments.batches),
             }
@@ -173,7 +174,7 @@ def main() -> None:
             for run in sides.values():  # starts the processes and fills the file cache
                 run()
             seconds, busy = measure(sides, arguments.repeats)
-            ours.close()
+            ours.close()  # ty: ignore[missing-attribute] (Grain's iterators have it)
     print("| side | CPU ms an image | images/s | ours / side |")
     print("|---|---|---|---|")
     for side, times in seconds.items():

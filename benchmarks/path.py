@@ -79,7 +79,7 @@ def setting(data: str | None, *, tiny: bool, dtype: Any, seconds: float) -> Sett
 
 def train_sources(made: Setting, clock: Any) -> Iterator[tuple[float, Model, int, float]]:
     """(eps, model, steps, seconds of compiling) of each source; robust ones share a program."""
-    train, num_classes = made.source.train, len(made.source.class_names)
+    train, num_classes = made.source.in_memory("train"), len(made.source.class_names)
     module = create_module(made.architecture, num_classes=num_classes, dtype=made.dtype)
     images, labels = jnp.asarray(train.images), jnp.asarray(train.labels)
     augmentation = Augmentation(crop_padding=4, flip=made.size == 32)
@@ -141,7 +141,8 @@ def name_of(eps: float) -> str:
 def run(made: Setting, clock: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of the table: sources first, then each (n, k) while `clock()`, the seconds left, allows."""
     models = {}
-    attack = make_attack(L2(EVALUATION_EPS), num_steps=20, step_size=0.125 * EVALUATION_EPS)
+    threat: Any = L2(EVALUATION_EPS)
+    attack = make_attack(threat, num_steps=20, step_size=0.125 * EVALUATION_EPS)
     test = Split(*(x[: made.num_measured] for x in made.source.test))
     for eps, model, steps, compiling in train_sources(made, clock):
         models[eps] = model
@@ -163,7 +164,7 @@ def run(made: Setting, clock: Any) -> Iterator[tuple[str, dict[str, Any]]]:
 def transfer(made: Setting, models: dict[float, Model], clock: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """A row for each (n, k): accuracy from the natural source, and the leads of the robust ones."""
     recipe = Recipe(num_epochs=made.num_epochs, evaluate_epochs=(made.num_epochs,), learning_rate=0.05)
-    train, test = made.target.train, Split(*(x[: made.num_measured] for x in made.target.test))
+    train, test = made.target.in_memory("train"), Split(*(x[: made.num_measured] for x in made.target.test))
     keys = jax.random.split(jax.random.key(2), SEEDS)
     started = time.perf_counter()
     prepared = {(eps, k): prepare(models[eps], train, test, recipe, k) for eps in models for k in DEPTHS}
@@ -193,7 +194,7 @@ def transfer(made: Setting, models: dict[float, Model], clock: Any) -> Iterator[
                 threads.shutdown(wait=False, cancel_futures=True)
                 return
             found = found.result()
-            row = {"natural, %": 100 * float(found[0.0].mean())}
+            row: dict[str, Any] = {"natural, %": 100 * float(found[0.0].mean())}
             row |= {f"lead of {name_of(eps)}": lead(x, found[0.0]) for eps, x in found.items() if eps}
             yield f"n = {n}, k = {k}", row | {"since the sources, s": time.perf_counter() - started}
 

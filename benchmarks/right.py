@@ -122,14 +122,14 @@ def check_precision(architecture: str, size: int, batch: int, *, peer: bool) -> 
     exact = ours(*network, "highest")
     default = ours(*network, None)
     half = ours(module.clone(dtype=jnp.bfloat16), *rest, None)
-    half_theirs = theirs(*network, gpu, bfloat16=True) if peer else (None, None)
+    half_theirs = theirs(*network, gpu, bfloat16=True) if peer else None
     for i, what in enumerate(("logits", "input gradients")):
         name = f"{architecture} {size}² with SiLU, {what}"
         yield Check(
             f"{name}: float32 at highest precision, from {reference}", _error(exact[i], truth[i]), 1e-5
         )
         yield Check(f"{name}: float32 as by default, from {reference}", _error(default[i], truth[i]), np.inf)
-        bound = 1.5 * _error(half_theirs[i], truth[i]) if peer else np.inf
+        bound = 1.5 * _error(half_theirs[i], truth[i]) if half_theirs else np.inf
         yield Check(f"{name}: bfloat16, at most 1.5 of PyTorch's", _error(half[i], truth[i]), bound)
 
 
@@ -203,7 +203,7 @@ def check_cache(architecture: str, size: int, n: int) -> Iterator[Check]:
     """A fine-tuning from cached activations, against the same one that computes its frozen blocks."""
     module, variables, images, labels = make_network(architecture, size, n)
     model = Model(module, variables, ModelSpec(architecture, CLASSES, size, module.mean, module.std))
-    data = Split(np.uint8(images * 255), labels)
+    data = Split((images * 255).astype(np.uint8), labels)
     recipe = Recipe(num_epochs=3, evaluate_epochs=(3,), batch_size=n // 2, learning_rate=0.01)
     for k in (0, 1, 3):
         run = functools.partial(

@@ -84,7 +84,8 @@ def our_steps(
         )
 
     def loss_fn(images, variables, labels):
-        return cross_entropy(module.apply(variables, images), labels).sum()
+        logits: Any = module.apply(variables, images)
+        return cross_entropy(logits, labels).sum()
 
     def build(function, *args, donate=()):
         started = time.perf_counter()
@@ -252,7 +253,8 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
     """First quartile, median, third quartile."""
     if len(values) == 1:
         return values[0], values[0], values[0]
-    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, median, third
 
 
 def measure(case: Case, sides: dict[str, dict[str, Step]], name: str, turns: int) -> str:

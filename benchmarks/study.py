@@ -45,9 +45,9 @@ from advtransfer.transfer import (
     Recipe,
     activation_shape,
     dual,
-    fine_tune,
     fine_tune_many,
     prepare,
+    tuning,
 )
 from advtransfer.transfer.cost import block_flops
 from advtransfer.transfer.program import Task, make_fine_tune
@@ -297,14 +297,14 @@ def streams(turns: int, trials: int = 8) -> Iterator[Row]:
         )
 
         def ways(number, run=run):
-            with mock.patch.object(fine_tune, "num_streams", lambda *_, **__: number):
+            with mock.patch.object(tuning, "num_streams", lambda *_, **__: number):
                 return run()
 
         named = [
             Way("one at a time", functools.partial(ways, 1), trials),
             Way("at the same time", functools.partial(ways, parallel.cores_per_device()), trials),
         ]
-        engine = "same time" if fine_tune.num_streams(module, k, size, cached=k >= 0) > 1 else "one"
+        engine = "same time" if tuning.num_streams(module, k, size, cached=k >= 0) > 1 else "one"
         yield from compare(f"{architecture} {size}², k = {k}, n = {n} ({engine})", named, turns)
 
 

@@ -26,7 +26,7 @@ def cut(source: Path, target: Path, counts: dict[str, int]) -> None:
       target: the new folder; must not exist.
       counts: records to take, by split; fewer where there are fewer.
     """
-    from array_record.python import array_record_module as array_record
+    from array_record.python import array_record_module as array_record  # ty: ignore[missing-module-member]
 
     target.mkdir(parents=True)
     info = json.loads((source / "dataset_info.json").read_text())

@@ -1,10 +1,14 @@
 """The package's annotations, shapes and dtypes of arrays among them, checked at every call in the tests."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from beartype import BeartypeConf, beartype
 
+_NAMES = [path.stem for path in (Path(__file__).parents[1] / "advtransfer").iterdir()]
+# Not torch_reader, whose tests bound the time and the memory that a pickle of a million operations takes.
+CHECKED = [f"advtransfer.{name}" for name in _NAMES if name != "torch_reader"]
 _CONF = BeartypeConf(is_pep484_tower=True)  # an int is a float, as PEP 484 has it
 
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-import annotations  # noqa: F401  (the import hook below calls it by name)
+import annotations
 from compiled import cache_folder
 
 os.environ["XLA_FLAGS"] = (
@@ -21,7 +21,7 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook("advtransfer", "annotations.check_after")
+install_import_hook(annotations.CHECKED, "annotations.check_after")
 
 from advtransfer.models import ARCHITECTURES
 

@@ -163,7 +163,7 @@ def test_a_checkpoint_is_a_source_by_its_own_name(study, tmp_path):
             {"verify": "builtin:glyphs", "image_size": 16},
             "config.verify: builtin:glyphs has 23 classes, the model 10",
         ),
-        ({"architecture": "resnet50"}, "config.source: .*do not fit resnet50.*they look like.* resnet_tiny"),
+        ({"architecture": "resnet50"}, "config.source: .*do not fit resnet50.*they match resnet_tiny"),
         ({"num_classes": 7}, "config.source: .*fc.weight"),
         ({"sha256": "0" * 64}, "config.source: .*SHA-256"),
         ({"norm": "l3"}, "config.checkpoint.norm='l3' must be one of"),

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from etils import epath
 
 from advtransfer import config as base
 from advtransfer import tasks
@@ -144,6 +145,8 @@ def test_odd_files_among_rows_are_passed_over(tmp_path):
 
 class Bucket:
     """A folder of an object store: no more than pathlib's and etils' paths share, and no renaming."""
+
+    __class__ = epath.Path
 
     def __init__(self, store, parts=()):
         self.store, self.parts = store, parts

@@ -170,7 +170,7 @@ def by_hand(hub, name):
     rest = name.removeprefix("hf:").removesuffix("/nets/net.ckpt")
     url = f"http://127.0.0.1:{hub.port}/{rest}/resolve/main/nets/net.ckpt"
     path = f"{hub.home}/cache/advtransfer/checkpoints/{rest}/nets/net.ckpt"
-    return f"or fetch {url} by hand, put it at {path}, "
+    return f"or download {url} manually, save it as {path}, "
 
 
 def test_a_file_is_downloaded_once(hub):
@@ -204,7 +204,7 @@ def test_bytes_that_are_not_what_was_announced(hub):
     digest = hashlib.sha256(FILES["other/nets"]["nets/net.ckpt"])
     hub.server.replaced[digest.digest()] = bytes(300_000)
     error = hub.fetch("hf:other/nets/nets/net.ckpt")["error"]
-    assert f"the hub announced {digest.hexdigest()[:16]}; it is not kept: run the same command again" in error
+    assert f"the hub announced {digest.hexdigest()[:16]}; it was deleted: run the same command again" in error
     assert "\n" not in error and not whole_files(hub, "other/nets")
     hub.server.replaced.clear()
     path = Path(hub.fetch("hf:other/nets/nets/net.ckpt")["path"])
@@ -228,7 +228,9 @@ def test_a_small_file_has_a_sha1(tmp_path, name):
     (tmp_path / "net.pt").symlink_to(blob)
     _check_announced(tmp_path / "net.pt", "", "hf:a/b/net.pt")
     blob.write_bytes(data[::-1])
-    with pytest.raises(CheckpointError, match="hf:a/b/net.pt: the file is damaged or another one: its hash"):
+    with pytest.raises(
+        CheckpointError, match="hf:a/b/net.pt: the file is damaged or a different one: its hash"
+    ):
         _check_announced(tmp_path / "net.pt", "", "hf:a/b/net.pt")
     blob.rename(other := blob.with_name("an-etag-of-a-mirror"))
     _check_announced(other, "", "hf:a/b/net.pt")
@@ -255,13 +257,13 @@ def test_a_cache_that_was_carried_to_a_machine_without_a_network(hub):
     path.unlink()
     assert hub.fetch_offline(name)["revision"] == commits[0]
     assert f"in the cache: @{commits[0]}" in hub.fetch_offline(f"{name}@v1")["error"]
-    assert "is in no public repository" in hub.fetch(name)["error"]  # a hub that answers is believed
+    assert "is not in a public repository" in hub.fetch(name)["error"]  # a hub that answers is believed
 
 
 def test_a_torn_download_leaves_nothing_and_the_next_try_completes(hub):
     hub.server.torn = "once"
     error = hub.fetch("hf:torn/nets/nets/net.ckpt")["error"]
-    assert "cannot be fetched (" in error and by_hand(hub, "hf:torn/nets/nets/net.ckpt") in error
+    assert "cannot be downloaded (" in error and by_hand(hub, "hf:torn/nets/nets/net.ckpt") in error
     assert any(path.startswith("/cdn/") for path in hub.server.requests)
     assert not whole_files(hub, "torn/nets")
     hub.server.torn = ""
@@ -273,18 +275,21 @@ def test_a_token_opens_a_gated_repository(hub):
     found = hub.fetch("hf:gated/open/nets/net.ckpt")
     assert Path(found["path"]).read_bytes() == FILES["gated/open"]["nets/net.ckpt"]
     error = hub.fetch("hf:gated/closed/nets/net.ckpt")["error"]
-    assert f"asks for its terms to be accepted: do that at http://127.0.0.1:{hub.port}/gated/closed" in error
+    assert f"is gated: accept its terms at http://127.0.0.1:{hub.port}/gated/closed" in error
     assert "HF_TOKEN" in error and by_hand(hub, "hf:gated/closed/nets/net.ckpt") in error
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (L2_3.replace("models", "model"), f"is in no public repository: .* name; nearest known: {L2_3}"),
-        (L2_3.replace("_l2_", "-l2-"), f"is not in the repository: .*; nearest known: {L2_3}, hf:"),
+        (
+            L2_3.replace("models", "model"),
+            f"is not in a public repository: .* name; similar known names: {L2_3}",
+        ),
+        (L2_3.replace("_l2_", "-l2-"), f"is not in the repository: .*; similar known names: {L2_3}, hf:"),
         ("hf:some/nets/net.ckpt", "is not in the repository: see .*/some/nets/tree/main$"),
-        ("hf:some/nets/nets/net.ckpt@v9", "names a revision that the .* does not have: see .*/commits"),
-        ("hf:so--me/nets/net.ckpt", f"is not a valid name on the hub: write one such as {L2_3}$"),
+        ("hf:some/nets/nets/net.ckpt@v9", "names a revision that does not exist: see .*/commits"),
+        ("hf:so--me/nets/net.ckpt", f"is not a valid name on the hub: use one such as {L2_3}$"),
     ],
 )
 def test_what_the_hub_does_not_have(hub, name, message):
@@ -314,7 +319,7 @@ def test_a_full_disk(monkeypatch, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", full)
-    with pytest.raises(CheckpointError, match="does not fit on the disk: make room or set HF_HOME"):
+    with pytest.raises(CheckpointError, match="does not fit on the disk: free some space or set HF_HOME"):
         fetch(L2_3, tmp_path)
 
 
@@ -328,7 +333,7 @@ def test_without_the_package_a_file_fetched_by_hand_is_enough(monkeypatch, tmp_p
     for name, folder, revision in ((L2_3, SALMAN, "main"), (f"{L2_3}@v1", f"{SALMAN}@v1", "v1")):
         path = tmp_path / "advtransfer/checkpoints" / folder / "resnet50_l2_eps3.ckpt"
         url = f"https://huggingface.co/{SALMAN}/resolve/{revision}/resnet50_l2_eps3.ckpt"
-        instead = f"or fetch {url} by hand, put it at {path}, and run the same command again"
+        instead = f"or download {url} manually, save it as {path}, and run the same command again"
         with pytest.raises(CheckpointError) as caught:  # also of v1, when main is there
             fetch(name)
         assert str(caught.value) == f"{name} needs huggingface_hub: pip install huggingface_hub, {instead}"
@@ -336,7 +341,7 @@ def test_without_the_package_a_file_fetched_by_hand_is_enough(monkeypatch, tmp_p
         path.touch()
         assert fetch(name) == (path, SALMAN, "resnet50_l2_eps3.ckpt", revision.replace("main", ""))
     assert fetch(L2_3, tmp_path / "advtransfer/checkpoints").path.is_file()
-    with pytest.raises(CheckpointError, match=f"put it at {tmp_path}/other/madrylab/"):
+    with pytest.raises(CheckpointError, match=f"save it as {tmp_path}/other/madrylab/"):
         fetch(L2_3, tmp_path / "other")
 
 
@@ -361,7 +366,7 @@ MALFORMED += (
 
 def test_malformed_names(tmp_path):
     for name in MALFORMED:
-        message = r"is not hf:OWNER/NAME/FILE\[@REVISION\], such as hf:madry"
+        message = r"is not of the form hf:OWNER/NAME/FILE\[@REVISION\], such as hf:madry"
         with pytest.raises(CheckpointError, match=message) as caught:
             fetch(f"hf:{name}", tmp_path)
         assert "\n" not in str(caught.value)

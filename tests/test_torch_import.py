@@ -167,10 +167,10 @@ def test_what_the_caller_says_goes_first(mean, std, norm, eps):
 
 def test_files_that_are_no_network(tmp_path):
     refused("there is no such file", tmp_path / "none.pt")
-    refused("holds a pickled .*TorchResNet object, not a state dict", NETWORKS / "whole_module.pth")
+    refused("contains a pickled .*TorchResNet object, not a state dict", NETWORKS / "whole_module.pth")
     message = "module.model.model. and state_dict/module.attacker.model.model., that differ in layer2.0.conv1"
     refused(message, NETWORKS / "attacker_differs.ckpt")
-    message = "does not say how its images are normalised: import it with mean and std"
+    message = "the normalisation of the images is unknown: import it with mean and std"
     assert refused(message, NETWORKS / "data_parallel.pth").count(str(NETWORKS)) == 1
 
 
@@ -180,7 +180,7 @@ def test_a_mismatch_lists_both_sides():
     assert "missing layer2.1.conv1.weight, layer2.1.bn1.weight, " in message
     assert "unexpected layer1.0.conv3.weight, " in message and " and 12 more" in message
     assert "conv1.weight has shape (4, 3, 7, 7), not (64, 3, 7, 7)" in message
-    assert message.endswith("they look like those of small_bottleneck")
+    assert message.endswith("they match small_bottleneck")
     refused(
         r"fit small_bottleneck with 10 classes: fc.weight has shape \(5, 32\), not \(10, 32\), fc.bias has",
         NETWORKS / "torchvision.pth",
@@ -213,12 +213,15 @@ def test_weights_that_are_no_weights(saved):
     assert import_torch_checkpoint(saved(bn1__running_var=variance)).spec.num_classes == 5
     std = r"std is \(0.2, 0.0, 0.2\); expected three numbers in \(0, 1\]"
     for message, changed in (
-        ("fc.bias is int8, not float", {"fc__bias": bias.astype(np.int8)}),
-        ("fc.bias holds NaN", {"fc__bias": bias * np.nan}),
-        ("fc.bias holds infinity", {"fc__bias": bias + np.inf}),
-        ("fc.bias holds infinity", {"fc__bias": bias.astype(np.float64) + 1e300}),
-        ("bn1.running_var holds a negative variance", {"bn1__running_var": variance - np.float32(1e-9)}),
-        ("a normaliser is int64, not float", {"mean": np.zeros(3, np.int64), "std": np.ones(3, np.int64)}),
+        ("fc.bias has type int8, not float", {"fc__bias": bias.astype(np.int8)}),
+        ("fc.bias contains NaN", {"fc__bias": bias * np.nan}),
+        ("fc.bias contains infinity", {"fc__bias": bias + np.inf}),
+        ("fc.bias contains infinity", {"fc__bias": bias.astype(np.float64) + 1e300}),
+        ("bn1.running_var contains a negative variance", {"bn1__running_var": variance - np.float32(1e-9)}),
+        (
+            "the mean or std of the images has type int64, not float",
+            {"mean": np.zeros(3, np.int64), "std": np.ones(3, np.int64)},
+        ),
         ("fit small_bottleneck with 5 classes: missing layer2.0.bn1.bias$", {"layer2__0__bn1__bias": None}),
         ("unexpected layer1.0.more.bias$", {"layer1__0__more__bias": bias}),
         ("unexpected stem.conv.weight$", {"stem__conv__weight": np.zeros((4, 2, 1, 1), np.float32)}),
@@ -255,7 +258,7 @@ def test_a_network_without_its_head(model, tmp_path, kind, wrapped, caplog):
     assert found.spec.num_classes == 1 and not found.spec.has_head and not params["fc"]["kernel"].any()
     left_out = [prefix + name for name in left_out] + ["criterion (1 tensor)"] * wrapped
     assert found.spec.provenance["left_out"] == left_out and found.spec.provenance["head"] == "new"
-    assert "a new head, cannot be evaluated" in caplog.text
+    assert "with its new head the model can be fine-tuned, not evaluated" in caplog.text
     assert all(name in caplog.text for name in left_out)
     save_model(found, tmp_path / "model")
     assert not load_model(tmp_path / "model").spec.has_head
@@ -264,7 +267,12 @@ def test_a_network_without_its_head(model, tmp_path, kind, wrapped, caplog):
     again = import_torch_checkpoint(tmp_path / "again.safetensors")
     chex.assert_trees_all_equal(again.variables, found.variables)
     assert not again.spec.has_head
-    refused("with 7 classes: .*fc.weight.*; without num_classes it is imported without a head", path, None, 7)
+    refused(
+        "with 7 classes: .*fc.weight.*; it can be imported without a head by leaving out num_classes",
+        path,
+        None,
+        7,
+    )
 
 
 def test_weights_beside_a_network_are_left_out(model, saved, tmp_path, caplog):
@@ -283,7 +291,7 @@ def test_weights_beside_a_network_are_left_out(model, saved, tmp_path, caplog):
 
 def test_what_may_normalise_in_an_unknown_way_is_not_left_out(saved):
     path = saved(preprocess__m=np.ones((1, 3, 1, 1), np.float32))
-    message = "preprocess.m has a number for each channel, which may normalise images: import it with mean"
+    message = "preprocess.m has one value per channel and may normalise the images: import it with mean"
     refused(message, path)
     assert import_torch_checkpoint(path, **CIFAR).spec.provenance["left_out"] == ["preprocess (1 tensor)"]
 
@@ -299,8 +307,8 @@ def test_an_average_is_taken_and_the_other_can_be(model, tmp_path):
         other = "model." if bias is averaged else "ema."
         found = import_torch_checkpoint(path, weights=weights)
         np.testing.assert_array_equal(found.variables["params"]["fc"]["bias"], bias["fc.bias"])
-        assert found.spec.provenance["left_out"] == [f"the network under {other}, which weights= can name"]
-    refused("holds no network under student: .* may be ema., model.", path, weights="student")
+        assert found.spec.provenance["left_out"] == [f"the network under {other} (selected by weights=)"]
+    refused("contains no network under student: .* can be ema., model.", path, weights="student")
 
 
 @pytest.mark.parametrize("file", ["torchvision.pth", "timm.safetensors"])
@@ -349,7 +357,7 @@ def test_a_file_is_written_whole_or_not_at_all(model, tmp_path, monkeypatch):
     assert path.read_text() == "years of work"
     assert os.listdir(tmp_path) == ["model.safetensors"]
     for name in (".", "model.pth"):
-        with pytest.raises(ValueError, match="does not end in .safetensors"):
+        with pytest.raises(ValueError, match="must end in .safetensors"):
             export_torch_state_dict(model, tmp_path / name)
 
 
@@ -370,7 +378,7 @@ def metadata(**fields):
 )
 def test_damaged_metadata(saved, text):
     assert import_torch_checkpoint(saved({"advtransfer": metadata()})).spec.image_size == 8192
-    refused("its metadata are damaged", saved({"advtransfer": text}))
+    refused("its metadata is damaged", saved({"advtransfer": text}))
 
 
 # --- which file it is ---------------------------------------------------------------------------------------
@@ -400,7 +408,7 @@ def test_the_file_that_is_hashed_is_the_file_that_is_read(tmp_path, monkeypatch,
     assert done and model.spec.provenance["sha256"] == sha256
     bias = np.asarray(model.variables["params"]["fc"]["bias"])
     np.testing.assert_array_equal(bias, want.variables["params"]["fc"]["bias"])
-    refused("has the SHA-256", path, sha256=sha256)  # now it is the other one
+    refused("its SHA-256 is", path, sha256=sha256)  # now it is the other one
 
 
 @pytest.mark.parametrize("name", ["resnetaa50", "resnetblur50", "resnetaa101d"])
@@ -446,11 +454,11 @@ def test_hashes_that_are_pinned(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(convert, "read_contents", lambda file: pytest.fail("read before it was compared"))
         for wrong in ("0" * 64, sha256[:8] + "0" * 56, sha256[:56] + "0" * 8):
-            refused(f"has the SHA-256 {sha256}, not {wrong} as asked for", path, sha256=wrong)
+            refused(f"its SHA-256 is {sha256}, not {wrong}", path, sha256=wrong)
         patch.setattr(convert, "find_known", lambda *args, **repo: known(sha256="1" * 64, source="the hub"))
-        refused("published is 11111111: download it again from the hub", path)
+        refused("not 11111111: download it again from the hub", path)
         patch.setattr(convert, "find_known", find_known)
-        refused("published is f37072fd", shutil.copy(path, tmp_path / "resnet18-f37072fd.pth"))
+        refused("not f37072fd", shutil.copy(path, tmp_path / "resnet18-f37072fd.pth"))
     for name in ("resnet18-20240315.pth", f"resnet50-{sha256[:8]}.pth"):  # of nobody: a date, any digits
         assert import_torch_checkpoint(shutil.copy(path, tmp_path / name)).spec.num_classes == 5
     assert import_torch_checkpoint(path, sha256=sha256[:8]).spec.num_classes == 5

@@ -93,7 +93,7 @@ OUTSIDE = {
     "conv1.weight layer1.0.conv2.paths.0.conv.weight": "an SK-ResNet",
     "conv1.weight layer1.0.conv1.weight layer2.0.downsample.0.filt": "an anti-aliased ResNet",
     "visual.conv1.weight visual.layer1.0.conv1.weight visual.attnpool.q_proj.weight": "CLIP's ResNet",
-    "module.block1.layer.0.bn1.weight": "a WideResNet of the 28-10 kind",
+    "module.block1.layer.0.bn1.weight": "a WideResNet such as WRN-28-10",
     "stem.conv.weight stages.0.blocks.0.norm3.weight": "a pre-activation ResNetV2",
     "features.0.weight features.10.weight classifier.6.weight": "an AlexNet",
     "module.model.features.0.weight module.model.features.12.weight": "a VGG",
@@ -114,7 +114,7 @@ def test_other_networks_are_refused_by_name(names):
 
 def test_resnets_outside_the_family_are_described():
     resnet26 = {n: t for n, t in network("resnet50").items() if not re.search(r"\.[2-5]\.", n[6:9])}
-    refused("bottleneck ResNet with stages 2-2-2-2, width 64, .*stem 7×7, which is not in", resnet26)
+    refused("bottleneck ResNet with stages 2-2-2-2, width 64, .*stem 7×7; supported: resnet18", resnet26)
     grouped = {"layer1.0.conv1.weight": (256, 64, 1, 1), "layer1.0.conv2.weight": (256, 8, 3, 3)}
     grouped = network("resnet101") | {name: tensor(shape) for name, shape in grouped.items()}
     refused("stages 3-4-23-3, width 64, 3×3 convolutions of 32 × 8 channels", grouped)
@@ -124,10 +124,10 @@ def test_resnets_outside_the_family_are_described():
 
 def test_what_is_no_state_dict():
     resnet = Stub("torchvision.models.resnet.ResNet")
-    message = r"holds a pickled torchvision.models.resnet.ResNet object, not a state dict: .*torch.save\("
+    message = r"contains a pickled torchvision.models.resnet.ResNet object, not a state dict: .*torch.save\("
     refused(message, resnet)
     refused(message, {"model": resnet, "epoch": 3})
-    refused("no state dict but a list", [1, 2])
+    refused("a list, not a state dict", [1, 2])
     refused("no state dict was found: the top-level keys are epoch, student", {"epoch": 3, "student": {}})
     refused("no state dict was found: the top-level keys are none", {})
     for count, rest in ((100, " and 92 more"), (9, " and 1 more"), (8, "")):
@@ -144,7 +144,7 @@ def test_the_tensors_of_a_file_are_bounded(monkeypatch):
     refused("no ResNet was found", dict.fromkeys(("model", "ema"), state) | state)
     assert len(named) == 1  # its patterns take time
     for tree in (state | {"more": tensor((1,))}, {"model": state | {"more": tensor((1,))}}):
-        refused("holds 10,001 tensors; at most 10,000 are looked at", tree)
+        refused("contains 10,001 tensors, more than the supported 10,000", tree)
     assert len(named) == 1
     find({"ema": network(), "model": {"a": tensor((1,))}})
     assert len(named) == 2
@@ -208,7 +208,7 @@ def test_averaged_weights_come_before_plain_ones(plain, averaged):
         found = find(tree, weights)
         assert found.tensors == tensors[want] and found.wrapping == want
     for wrapping in (plain or ".", averaged):
-        message = "no network under other: config.checkpoint.weights, or weights=, may be .*"
+        message = "no network under other: config.checkpoint.weights \\(weights=\\) can be .*"
         refused(message + re.escape(wrapping), tree, "other")
 
 
@@ -219,7 +219,9 @@ def test_what_is_no_average_does_not_come_first():
     assert (found.tensors, found.others) == (ours, ("ema",))
     distilled = {"student": ours, "teacher": network("resnet18")}
     assert list(find(distilled).copies) == ["teacher"]
-    message = "holds two networks, .* choose with config.checkpoint.weights, or weights=: student, teacher"
+    message = (
+        "contains two networks, .* select one with config.checkpoint.weights \\(weights=\\): student, teacher"
+    )
     refused(message, distilled)
     assert find(distilled, "student").tensors == ours
     for name in ("cinema", "schemata", "teachers_pet"):
@@ -234,7 +236,7 @@ def test_one_of_several_is_chosen_by_a_part_of_its_name():
     equal = {n: tensor(np.zeros(t.shape)) for n, t in query.items() if n != "fc.bias"}
     both = prefixed("module.encoder_q.", query | equal) | prefixed("module.encoder_k.", key | equal)
     choices = "state_dict/module.encoder_q., state_dict/module.encoder_k."
-    refused(f"differ in fc.bias: choose with .*: {choices}$", {"state_dict": both})
+    refused(f"differ in fc.bias: select one with .*: {choices}$", {"state_dict": both})
     for weights in ("encoder_q", "module.encoder_q", "state_dict/module.encoder_q."):
         found = find(tree, weights)
         assert found.tensors == query and list(found.strays) == ["module.queue"]
@@ -287,7 +289,7 @@ def test_copies_must_be_equal():
         refused(message, copies | {name: other})
     refused("differ in fc.bias", {n: t for n, t in copies.items() if n != name})
     many = {f"{i}.{name}": t for i in range(9) for name, t in ours.items()}
-    refused("holds more than 8 networks", many)
+    refused("contains more than 8 networks", many)
     eight = find({name: t for name, t in many.items() if not name.startswith("8.")})
     assert list(eight.copies) == [f"{i}." for i in range(1, 8)]
     refused("differ in fc.more", copies | {"module.attacker.model.fc.more": tensor((1,))})
@@ -319,9 +321,9 @@ def test_normalisers_must_agree():
     assert find(state | normaliser("attacker.normalize")).mean == MEAN
     beside = {"state_dict": state, "mean": list(MEAN), "std": STD}
     assert find(beside).mean == MEAN
-    refused("two normalisers differ: mean, normalizer.new_mean", beside | {"std": [1.0, 1.0, 1.0]})
+    refused("two normalisations differ: mean, normalizer.new_mean", beside | {"std": [1.0, 1.0, 1.0]})
     other = normaliser("attacker.normalize", MEAN)
-    refused("two normalisers differ: normalizer.new_mean, attacker.normalize.new_mean", state | other)
+    refused("two normalisations differ: normalizer.new_mean, attacker.normalize.new_mean", state | other)
 
 
 @pytest.mark.parametrize("names", [("mean", "std"), ("new_mean", "new_std"), ("mu", "sigma")])

@@ -76,6 +76,17 @@ class Dataset(NamedTuple):
     digests: Mapping[str, str] = MappingProxyType({})  # `content_digest` by split, as far as it is known
     is_placeholder: bool = False  # sizes as published of a set that is not prepared (see `plan_dataset`)
 
+    def in_memory(self, split: str) -> Split:
+        """The images and labels of a split.
+
+        Raises:
+          ValueError: the split is streamed.
+        """
+        found = getattr(self, split)
+        if isinstance(found, StreamedSplit):
+            raise ValueError(f"the {split} images of {self.name} are streamed, but are needed in memory")
+        return found
+
     def digest(self, *splits: str) -> str:
         """SHA-256 of the class names and of all images and labels of the splits, which are in memory."""
         known = [self.digests.get(split) or content_digest(*getattr(self, split)) for split in splits]

@@ -42,9 +42,10 @@ def _integer(value: Any) -> int:
         number = Decimal("nan" if isinstance(value, bool) or "_" in str(value) else str(value).strip())
     except ArithmeticError:
         number = Decimal("nan")
-    if not number.is_finite():
+    exponent = number.as_tuple().exponent
+    if not isinstance(exponent, int):  # of NaN and infinity
         raise ValueError("is not a whole number")
-    if abs(number.as_tuple().exponent) > _MAX_DIGITS or number.adjusted() > _MAX_DIGITS:
+    if abs(exponent) > _MAX_DIGITS or number.adjusted() > _MAX_DIGITS:
         raise ValueError(f"has more than {_MAX_DIGITS:,} digits")
     numerator, denominator = number.as_integer_ratio()
     if denominator != 1:

@@ -12,9 +12,10 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float, Num, UInt8
 
 from advtransfer.foreign import printable
 from advtransfer.report.sections import Axis, Dumbbell, Panel, Series, SourceInfo, Style
@@ -118,30 +119,31 @@ def describe(panel: Panel | Dumbbell) -> str:
     return f"{panel.title}: {panel.ylabel} against {panel.axis.label}. {'; '.join(lines)}."
 
 
-def png(image: np.ndarray) -> bytes:
+def png(image: Num[np.ndarray, "h w 3"]) -> bytes:
     """An image [H, W, 3], bytes or in [0, 1], as PNG, pixel for pixel."""
     from matplotlib.image import imsave
 
     buffer = io.BytesIO()
-    imsave(buffer, to_bytes(image), format="png", metadata={"Software": None})
+    nothing: dict[str, Any] = {"Software": None}
+    imsave(buffer, to_bytes(image), format="png", metadata=nothing)
     return buffer.getvalue()
 
 
-def to_bytes(images: np.ndarray) -> np.ndarray:
+def to_bytes(images: Num[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
     """Images in [0, 1] as uint8 [0, 255], rounded; NaN is black. Bytes stay."""
     if images.dtype == np.uint8:
         return images
-    return np.round(255 * np.clip(np.nan_to_num(np.asarray(images, float)), 0, 1)).astype(np.uint8)
+    return np.rint(255 * np.clip(np.nan_to_num(np.asarray(images, float)), 0, 1)).astype(np.uint8)
 
 
-def difference_gain(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> int:
+def difference_gain(pairs: Iterable[tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]]) -> int:
     """The whole number that magnifies differences of [0, 1] images until nearly all fill ±0.5."""
     largest = max((np.quantile(np.abs(a - b), 0.99) for a, b in pairs), default=0.0)
     return max(1, int(0.5 / largest)) if largest > 0 else 1
 
 
-def cell_colours(values: np.ndarray, *, confusion: bool) -> np.ndarray:
-    """uint8 [C, C, 3] of a `Matrix`: white at zero and NaN, then deeper with size.
+def cell_colours(values: Num[np.ndarray, "c c"], *, confusion: bool) -> UInt8[np.ndarray, "c c 3"]:
+    """The colours of a `Matrix`: white at zero and NaN, then deeper with size.
 
     In a confusion matrix the deepest is light enough for dark text.
     """
@@ -159,7 +161,7 @@ def _lines(panel: Panel) -> Figure:
     series, axis = panel.series, panel.axis
     figure, axes = _panel(panel, height=3.3)
     longest = max((len(_short(line.style.label)) for line in series), default=0)
-    _place(axes, left=0.45, right=0.4 + 0.072 * max(longest, len(panel.zero)), top=0.62, bottom=0.5)
+    _place(figure, axes, left=0.45, right=0.4 + 0.072 * max(longest, len(panel.zero)), top=0.62, bottom=0.5)
     low, high = (100 * end for end in panel.yrange)
     ends = []
     if panel.zero:
@@ -167,8 +169,8 @@ def _lines(panel: Panel) -> Figure:
         axes.axhline(0, color=style.colour, linestyle=DASHES[style.line], linewidth=1.4, zorder=2)
         ends.append((0.0, style))
     for line in panel.behind:
-        look = {"color": line.style.colour, "alpha": 0.6, "linewidth": 1, "marker": "x", "markersize": 4}
-        axes.plot(line.x, 100 * np.asarray(line.mean), zorder=1.5, **look)
+        look: dict[str, Any] = {"alpha": 0.6, "linewidth": 1, "marker": "x", "markersize": 4}
+        axes.plot(line.x, 100 * np.asarray(line.mean), color=line.style.colour, zorder=1.5, **look)
     apart = min(0.07 if axis.joined else 0.11, 0.6 / max(len(series), 1)) if axis.ticks else 0.0
     for position, line in enumerate(series):
         _line(axes, line, axis, apart * (position - (len(series) - 1) / 2))
@@ -196,7 +198,7 @@ def _dumbbell(panel: Dumbbell) -> Figure:
     rows = panel.rows
     figure, axes = _panel(panel, height=1.35 + 0.4 * len(rows))
     longest = max(len(_short(label)) for label, _, _ in rows)
-    _place(axes, left=0.15 + 0.075 * longest, right=0.6, top=0.85, bottom=0.4)
+    _place(figure, axes, left=0.15 + 0.075 * longest, right=0.6, top=0.85, bottom=0.4)
     for place, (_, natural, adversarial) in enumerate(rows):
         axes.plot([100 * natural, 100 * adversarial], [place] * 2, color="#b6bfca", linewidth=3, zorder=1)
         for share, other, word, marker, colour, face in (
@@ -205,11 +207,11 @@ def _dumbbell(panel: Dumbbell) -> Figure:
         ):
             if math.isnan(share):
                 continue
-            look = {"markersize": 7, "markeredgewidth": 1.6, "markeredgecolor": colour}
+            look: dict[str, Any] = {"markersize": 7, "markeredgewidth": 1.6, "markeredgecolor": colour}
             axes.plot(100 * share, place, marker, markerfacecolor=face, zorder=3, **look)
             side = -1 if share < other else 1
-            near = {"xy": (100 * share, place), "textcoords": "offset points", "va": "center_baseline"}
-            near["ha"] = "left" if side > 0 else "right"
+            near: dict[str, Any] = {"xy": (100 * share, place), "ha": "left" if side > 0 else "right"}
+            near |= {"textcoords": "offset points", "va": "center_baseline"}
             axes.annotate(f"{100 * share:.1f}", xytext=(8 * side, 0), **near)
             if place == 0:
                 axes.annotate(word, xytext=(-4 * side, 15), color=MUTED, **near)
@@ -224,9 +226,11 @@ def _defaults() -> AbstractContextManager[None]:
     """Matplotlib's own defaults, whatever a matplotlibrc says, and ids that do not change."""
     import matplotlib
 
-    defaults = {k: v for k, v in matplotlib.rcParamsDefault.items() if not k.startswith("backend")}
+    defaults: dict[Any, Any] = {
+        k: v for k, v in matplotlib.rcParamsDefault.items() if not k.startswith("backend")
+    }
     edges, texts = ("axes.edgecolor", "xtick.color", "ytick.color"), ("axes", "xtick", "ytick")
-    ours = {
+    ours: dict[Any, Any] = {
         "svg.hashsalt": "advtransfer",
         "svg.fonttype": "none",
         "font.family": ["sans-serif"],
@@ -252,7 +256,7 @@ def _panel(panel: Panel | Dumbbell, *, height: float) -> tuple[Figure, Axes]:
     axes = figure.add_axes((0, 0, 1, 1))
     axes.grid(visible=False, axis="x" if isinstance(panel, Panel) else "y")
     ylabel = panel.ylabel if isinstance(panel, Panel) else "Test accuracy, %"
-    heading = {"xycoords": ("figure points", "axes fraction"), "textcoords": "offset points"}
+    heading: dict[str, Any] = {"xycoords": ("figure points", "axes fraction"), "textcoords": "offset points"}
     axes.annotate(panel.title, (1, 1), xytext=(0, 27), **heading, fontsize=11, fontweight="bold")
     axes.annotate(ylabel, (1, 1), xytext=(0, 12), **heading, color=MUTED)
     for text in axes.texts:
@@ -260,9 +264,9 @@ def _panel(panel: Panel | Dumbbell, *, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _place(axes: Axes, *, left: float, right: float, top: float, bottom: float) -> None:
+def _place(figure: Figure, axes: Axes, *, left: float, right: float, top: float, bottom: float) -> None:
     """Margins in inches: the same space for text whatever the panel's size."""
-    width, height = axes.figure.get_size_inches()
+    width, height = figure.get_size_inches()
     box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
     axes.set_position(box)
 
@@ -304,13 +308,13 @@ def _label_ends(axes: Axes, ends: list[tuple[float, Style]]) -> None:
         overlap = np.maximum(0, gap - np.diff(heights)) / 2
         heights[:-1] -= overlap
         heights[1:] += overlap
-    beside = {"transform": axes.get_yaxis_transform(), "clip_on": False}
+    beside: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "clip_on": False}
     for height, (_, style) in zip(heights, ends, strict=True):
         axes.plot([1.035], [height], linestyle="", **_mark(style), **beside)
         axes.text(1.07, height, _short(style.label), va="center_baseline", parse_math=False, **beside)
 
 
-def _mark(style: Style) -> dict[str, object]:
+def _mark(style: Style) -> dict[str, Any]:
     return {
         "marker": style.marker,
         "markersize": 5.5,

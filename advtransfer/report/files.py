@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from advtransfer.foreign import inside
+from advtransfer.foreign import AnyPath, inside
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -20,7 +19,9 @@ if TYPE_CHECKING:
 def csv_text(rows: DataFrame | Iterable[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
     """A table, or rows by column, as CSV with these columns; None and NaN are empty cells, floats keep every
     digit."""
-    if hasattr(rows, "itertuples"):
+    import pandas as pd
+
+    if isinstance(rows, pd.DataFrame):
         return csv_lines(
             [columns or list(rows), *rows[list(columns or rows)].itertuples(index=False, name=None)]
         )
@@ -69,7 +70,7 @@ def add_files(files: dict[str, str | bytes], more: Mapping[str, str | bytes]) ->
         files[name] = content
 
 
-def write_files(folder: str | os.PathLike[str], files: Mapping[str, str | bytes]) -> Path:
+def write_files(folder: str | AnyPath, files: Mapping[str, str | bytes]) -> AnyPath:
     """Writes files into a folder, each whole, the last one last; returns the path of that.
 
     Raises:
@@ -85,7 +86,7 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, str | bytes]
     return paths[-1]
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: AnyPath, content: str | bytes) -> None:
     """Writes a whole file or none: a local one beside `path` and renamed, one in a bucket as one object."""
     content = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ def to_data(section: Section) -> dict[str, Any]:
         for name, rows in section.files.items()
         if rows
     }
-    return _encode(section._replace(files=None)) | {"files": files}
+    return _encode(section._replace(files={})) | {"files": files}
 
 
 def from_data(data: Mapping[str, Any]) -> Section:

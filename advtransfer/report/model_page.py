@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from advtransfer.foreign import AnyPath
 from advtransfer.intervals import wilson
 from advtransfer.report import figures
 from advtransfer.report.files import csv_lines, csv_text
@@ -22,6 +22,7 @@ from advtransfer.report.sections import (
     Matrix,
     Page,
     Panel,
+    Part,
     PictureRow,
     Pictures,
     Plot,
@@ -54,7 +55,7 @@ class ModelPage(NamedTuple):
     """
 
     title: str
-    history: Mapping[str, Sequence[float]]
+    history: Mapping[str, Sequence[float] | np.ndarray]
     facts: Sequence[tuple[str, str]] = ()
     outcome: Outcome | None = None
     pictures: np.ndarray | Sequence = ()
@@ -65,7 +66,7 @@ class ModelPage(NamedTuple):
     config: Mapping[str, Any] = _EMPTY
 
 
-def write_model_page(page: ModelPage, folder: str | os.PathLike[str]) -> Path:
+def write_model_page(page: ModelPage, folder: str | AnyPath) -> AnyPath:
     """Writes the page and its tables into `folder`, a local or any other path; returns that of report.html.
 
     The tables: `epochs.csv`; `choice.csv` of a chosen number of blocks; of test images `confusion.csv`,
@@ -86,7 +87,7 @@ def write_model_page(page: ModelPage, folder: str | os.PathLike[str]) -> Path:
         files["confusion.csv"] = csv_lines([("label", *names), *counts])
         files["classes.csv"] = csv_text(class_table(outcome))
         files["mistakes.csv"] = csv_text(mistake_table(outcome))
-        sections += [_confusion(outcome), _classes(outcome), _mistakes(page)]
+        sections += [_confusion(outcome), _classes(outcome), _mistakes(outcome, page.pictures)]
         correct, total = int(np.trace(outcome.confusion)), len(outcome.labels)
         share, low, high = map(_percent, (correct / total, *wilson(correct, total)))
         images = "1 test image is" if total == 1 else f"{total:,} test images are"
@@ -151,7 +152,7 @@ def _choice(page: ModelPage) -> Section:
             held_out = f"{_percent(mean)} ± {_percent(row['standard_error'])}"
             cells = ["diverged" if math.isnan(mean) else held_out, "chosen" if chosen else ""]
             rows.append([Entry(strong=name) if chosen else name, *cells])
-    parts: list[Any] = [Text(page.choice)] if page.choice else []
+    parts: list[Part] = [Text(page.choice)] if page.choice else []
     if rows:
         caption = "Accuracy on training images held out, in %: mean over the folds ± its standard error."
         parts.append(Table(caption, ["Trained blocks", "Held out, %", ""], rows, "choice.csv"))
@@ -191,18 +192,18 @@ def _classes(outcome: Outcome) -> Section:
     return Section("Class by class", parts=parts)
 
 
-def _mistakes(page: ModelPage) -> Section:
-    title, wrong = "The most confident mistakes", mistake_table(page.outcome)
+def _mistakes(outcome: Outcome, pictures: np.ndarray | Sequence) -> Section:
+    title, wrong = "The most confident mistakes", mistake_table(outcome)
     if wrong.empty:
         return Section(title, parts=[Text("There are none: every test image is classified correctly.")])
-    images = np.asarray(page.pictures)[: min(MAX_MISTAKES, len(wrong))]
+    images = np.asarray(pictures)[: min(MAX_MISTAKES, len(wrong))]
     labels, alts = [], []
     for i, label, predicted, probability in wrong[: len(images)].itertuples(index=False):
         certain = f"{_percent(probability)} %"
         labels.append(Entry(f"{label} → ", predicted, certain))
         alts.append(f"Test image {i}: {label}, classified as {predicted} ({certain})")
     caption = (
-        f"Wrong predictions: {len(wrong):,} of {len(page.outcome.labels):,}. Shown: {len(labels)}, "
+        f"Wrong predictions: {len(wrong):,} of {len(outcome.labels):,}. Shown: {len(labels)}, "
         "the most confident first: label → prediction, and its probability."
     )
     return Section(title, parts=[Pictures(caption, [[PictureRow("", images, labels, alts)]], "mistakes.csv")])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Float64, Int64, Integer
 
 from advtransfer.intervals import wilson
 
@@ -17,19 +18,21 @@ class Outcome(NamedTuple):
     """Labels and predictions of N test images of C classes."""
 
     class_names: tuple[str, ...]
-    labels: np.ndarray  # int64 [N]
-    predictions: np.ndarray  # int64 [N]
-    probabilities: np.ndarray  # float64 [N], that the network gives its prediction
-    confusion: np.ndarray  # int64 [C, C], images by label (row) and prediction (column)
-    class_accuracy: np.ndarray  # float64 [C]; NaN for a class without an image
-    mistakes: np.ndarray  # int64 [M], images classified wrongly, the most confident mistake first
+    labels: Int64[np.ndarray, " n"]
+    predictions: Int64[np.ndarray, " n"]
+    probabilities: Float64[np.ndarray, " n"]  # that the network gives its prediction
+    confusion: Int64[np.ndarray, "c c"]  # images by label (row) and prediction (column)
+    class_accuracy: Float64[np.ndarray, " c"]  # NaN for a class without an image
+    mistakes: Int64[np.ndarray, " m"]  # images classified wrongly, the most confident mistake first
 
     @property
     def accuracy(self) -> float:
         return float(np.trace(self.confusion) / len(self.labels))
 
 
-def make_outcome(labels: np.ndarray, logits: np.ndarray, class_names: Sequence[str]) -> Outcome:
+def make_outcome(
+    labels: Integer[np.ndarray, " n"], logits: Float[np.ndarray, "n c"], class_names: Sequence[str]
+) -> Outcome:
     """Outcome of logits [N, C] against labels, integers [N] from 0 to C - 1.
 
     Raises:

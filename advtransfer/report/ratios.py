@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import scipy
+from jaxtyping import Float64
 
 from advtransfer.report.statistics import Results, SeedTable, seed_tables
 
@@ -51,8 +52,8 @@ class Factor(NamedTuple):
 class Comparison(NamedTuple):
     """One robust curve against the natural one: at the natural one's points, and over the whole curve."""
 
-    places: np.ndarray  # the natural source's n, or epochs
-    accuracies: np.ndarray
+    places: Float64[np.ndarray, " m"]  # the natural source's n, or epochs
+    accuracies: Float64[np.ndarray, " m"]
     factors: list[Factor]
     whole: Factor
     num_seeds: int  # of the source that has fewer
@@ -150,8 +151,8 @@ def _rising(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Means over the weighted seeds [resamples, m], made non-decreasing by least squares."""
     there = np.isfinite(table)
     counts = there.sum(0)  # the same in every resample, because strata are by what is there
-    totals = np.cumsum(np.pad(weights @ np.where(there, table, 0), ((0, 0), (1, 0))), axis=1)
-    counts = np.cumsum(np.pad(counts, (1, 0)))
+    totals = np.cumsum(np.pad(weights @ np.where(there, table, 0), ((0, 0), (1, 0))), axis=1, dtype=float)
+    counts = np.cumsum(np.pad(counts, (1, 0)), dtype=float)
     best = np.full((len(weights), table.shape[1]), -np.inf)
     for j in range(table.shape[1]):  # max over j <= i of min over l >= i of the mean of points j..l
         means = (totals[:, j + 1 :] - totals[:, j, None]) / (counts[j + 1 :] - counts[j])

@@ -30,7 +30,7 @@ _OTHER = {"lowpass", "grey", "validation"}
 @functools.cache
 def published() -> dict[tuple[str, str], dict[int, float]]:
     """Accuracies in [0, 1] by the table's target and column, and n."""
-    text = resources.files(__package__).joinpath("paper_summary_k3.csv").read_text("utf-8")
+    text = resources.files("advtransfer.report").joinpath("paper_summary_k3.csv").read_text("utf-8")
     table: dict[tuple[str, str], dict[int, float]] = {}
     for row in csv.DictReader(text.splitlines()):
         for column in COLUMNS.values():

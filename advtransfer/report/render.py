@@ -5,22 +5,23 @@ from __future__ import annotations
 import base64
 import functools
 import json
-import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from advtransfer.foreign import printable
+from advtransfer.foreign import AnyPath, printable
 from advtransfer.report import figures
 from advtransfer.report.files import add_files, csv_text, write_files
 from advtransfer.report.sections import Matrix, Page, Plot, Section
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
 
 def write_page(
-    page: Page, folder: str | os.PathLike[str], files: Mapping[str, str | bytes] = MappingProxyType({})
-) -> Path:
+    page: Page, folder: str | AnyPath, files: Mapping[str, str | bytes] = MappingProxyType({})
+) -> AnyPath:
     """Writes `files`, by path, the tables and figures of the page's sections, and report.html.
 
     `folder` is a local or any other path object. Each file appears whole, report.html last; its path is
@@ -82,11 +83,11 @@ def _views(section: Section, folder: str) -> tuple[list[dict[str, Any]], dict[st
 
 
 @functools.cache
-def _templates() -> Any:
+def _templates() -> Environment:
     import jinja2
 
     templates = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__),
+        loader=jinja2.PackageLoader("advtransfer.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from advtransfer.foreign import parse_json, read_bytes
+from advtransfer.foreign import AnyPath, parse_json, read_bytes
 from advtransfer.report.columns import (
     ACCURACIES,
     COLUMNS,
@@ -47,7 +47,7 @@ _MOSTLY = 0.9  # of a file's rows with accuracies above 1: then all of it is in 
 Record = tuple[str, Mapping[str, Any] | str]  # its place, and its cells or why there are none
 
 
-def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+def read_rows(path: str | AnyPath) -> list[dict[str, Any]]:
     """Reads a .jsonl, .csv or .parquet file of rows, or a folder of them.
 
     A folder is searched to the bottom for JSON lines; if it holds none, for CSV; then for
@@ -70,9 +70,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return table.to_dict("records")
 
 
-def read_foreign_rows(
-    path: str | os.PathLike[str], unit: str = "auto"
-) -> tuple[list[dict[str, Any]], list[str]]:
+def read_foreign_rows(path: str | AnyPath, unit: str = "auto") -> tuple[list[dict[str, Any]], list[str]]:
     """As `read_rows`, but what cannot be used is left out: rows, and a sentence on each kind of problem.
 
     Args:
@@ -85,7 +83,7 @@ def read_foreign_rows(
     return table.to_dict("records"), sentences
 
 
-def read_table(path: str | os.PathLike[str], unit: str = "auto") -> tuple[DataFrame, list[str]]:
+def read_table(path: str | AnyPath, unit: str = "auto") -> tuple[DataFrame, list[str]]:
     """As `read_foreign_rows`, the rows as a table."""
     return _usable(*_read(path, unit))
 
@@ -96,11 +94,13 @@ def clean(rows: DataFrame | Iterable[Mapping[str, Any]]) -> tuple[DataFrame, lis
     Raises:
       ValueError: no row can be used.
     """
-    records = rows.to_dict("records") if hasattr(rows, "to_dict") else rows
+    import pandas as pd
+
+    records = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
     return _usable(*_clean([((f"rows[{i}]", row) for i, row in enumerate(records))], "auto"))
 
 
-def write_rows(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> Path:
+def write_rows(rows: Sequence[Mapping[str, Any]], path: str | AnyPath) -> AnyPath:
     """Writes rows to a .csv or .jsonl file, whole or not at all; NaN becomes an empty cell or null.
 
     Raises:
@@ -140,7 +140,7 @@ def _usable(table: DataFrame, problems: list[_Problem], repeats: list[str]) -> t
 # Reading.
 
 
-def _read(path: str | os.PathLike[str], unit: str) -> tuple[DataFrame, list[_Problem], list[str]]:
+def _read(path: str | AnyPath, unit: str) -> tuple[DataFrame, list[_Problem], list[str]]:
     path = Path(path) if isinstance(path, str) else path
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder of rows")
@@ -150,7 +150,7 @@ def _read(path: str | os.PathLike[str], unit: str) -> tuple[DataFrame, list[_Pro
     return table, problems, repeats
 
 
-def _row_files(path: Path) -> list[Path]:
+def _row_files(path: AnyPath) -> list[AnyPath]:
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -163,7 +163,7 @@ def _row_files(path: Path) -> list[Path]:
     raise ValueError(f"{path}: no rows found in this folder ({', '.join(_READERS)})")
 
 
-def _files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+def _files(folder: AnyPath, above: tuple[str, ...] = ()) -> Iterator[AnyPath]:
     """Every regular file below, in order; hidden ones and links back up are passed over."""
     place = os.path.realpath(folder) if isinstance(folder, Path) else str(folder)
     if place in above:
@@ -175,14 +175,14 @@ def _files(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
             yield entry
 
 
-def _looks_like_rows(file: Path) -> bool:
+def _looks_like_rows(file: AnyPath) -> bool:
     """At least half of the required columns in the first record: then it is meant to be rows."""
     _, first = next(_records(file), ("", ""))
     names = set() if isinstance(first, str) else {column_name(name)[0] for name in first}
     return 2 * len(names & {*REQUIRED}) >= len(REQUIRED)
 
 
-def _records(file: Path) -> Iterator[Record]:
+def _records(file: AnyPath) -> Iterator[Record]:
     if file.suffix not in _READERS:
         raise ValueError(f"{file}: rows are read from {', '.join(_READERS)} files")
     try:
@@ -191,7 +191,7 @@ def _records(file: Path) -> Iterator[Record]:
         yield str(file), f"cannot be read ({str(error).splitlines()[0]})"
 
 
-def _text(file: Path) -> str:
+def _text(file: AnyPath) -> str:
     """A file's text: UTF-8, or what its first bytes say. What is not UTF-8 becomes surrogates, and names with
     these are refused."""
     content = read_bytes(file)
@@ -212,7 +212,7 @@ _MARKS = {  # UTF-32's begins with UTF-16's
 }
 
 
-def _read_jsonl(file: Path) -> Iterator[Record]:
+def _read_jsonl(file: AnyPath) -> Iterator[Record]:
     for number, line in enumerate(io.StringIO(_text(file), newline="\n"), start=1):
         if not line.strip():
             continue
@@ -238,7 +238,7 @@ def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _read_csv(file: Path) -> Iterator[Record]:
+def _read_csv(file: AnyPath) -> Iterator[Record]:
     text = _text(file)
     for_excel = re.match(r"sep=([,;\t])\r?\n", text)
     start = for_excel.end() if for_excel else 0
@@ -289,7 +289,7 @@ def _with_points(record: Mapping[str, str]) -> Mapping[str, str] | str:
 _DECIMAL_COMMA = re.compile(r"\s*[+-]?\d*,\d+(e[+-]?\d+)?\s*%?\s*", re.IGNORECASE)
 
 
-def _read_parquet(file: Path) -> Iterator[Record]:
+def _read_parquet(file: AnyPath) -> Iterator[Record]:
     try:
         import pyarrow.parquet
     except ImportError:
@@ -308,7 +308,7 @@ def _read_parquet(file: Path) -> Iterator[Record]:
         raise ValueError(f"not a Parquet file of rows: {error}") from error
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+_READERS: dict[str, Callable[[AnyPath], Iterator[Record]]] = {
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
@@ -421,13 +421,12 @@ def _fractions(
     A column with a % sign has its own unit; the others of a file, which one program wrote, have one.
     """
     marked = np.array([list(map(is_marked, raw[name])) for name in ACCURACIES], bool).T
-    whole = np.array([list(map(is_whole, raw[name])) for name in ACCURACIES], bool).all(axis=0)
+    whole = np.logical_and.reduce([list(map(is_whole, raw[name])) for name in ACCURACIES])
     parts = []
     for rows in files:
-        signed = marked[rows].any(axis=0)
-        for columns in ([0], [1]) if signed.any() else ([0, 1],):
-            at = np.ix_(rows, columns)
-            parts.append((rows, columns, signed[columns].any(), _unit(values[at], marked[at], whole[rows])))
+        for columns in ([0], [1]) if marked[rows].any() else ([0, 1],):
+            y, marks = values[rows][:, columns], marked[rows][:, columns]
+            parts.append((rows, columns, marks.any(), _unit(y, marks, whole[rows])))
     known = {found for _, _, is_signed, found in parts if not is_signed} & {"fraction", "percent"}
 
     def note(rows: np.ndarray, column: int, kind: Any, outcome: str) -> None:

@@ -163,12 +163,15 @@ class Matrix(NamedTuple):
     confusion: bool = False
 
 
+Part = Text | Table | Plot | Pictures | Matrix
+
+
 class Section(NamedTuple):
     """A title, the finding in a sentence or two, its parts, and their tables by name, as equal records."""
 
     title: str
     finding: str = ""
-    parts: Sequence[Text | Table | Plot | Pictures | Matrix] = ()
+    parts: Sequence[Part] = ()
     files: Mapping[str, Sequence[Mapping[str, Any]]] = _EMPTY
 
 

@@ -12,10 +12,11 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float64, Integer
 
 from advtransfer.intervals import half_width, mean_and_ci95
 from advtransfer.report.reference import column_of
@@ -261,10 +262,9 @@ def paper_tables(results: Results) -> dict[int, DataFrame]:
             names[name] = f"source {names[name]}"
         taken.add(names[name])
     tables = {}
-    by_blocks = sorted(
-        results.summary.groupby("num_unfrozen_blocks"), key=lambda group: _blocks_order(group[0])
-    )
-    for blocks, group in by_blocks:
+    summary = results.summary
+    for blocks in sorted(summary["num_unfrozen_blocks"].unique().tolist(), key=_blocks_order):
+        group = summary[summary["num_unfrozen_blocks"] == blocks]
         table = 100 * group.pivot(index=list(place), columns="source", values="mean").reindex(columns=columns)
         tables[blocks] = table.rename(columns=names).rename_axis(index=place, columns=None).reset_index()
     return tables
@@ -273,14 +273,14 @@ def paper_tables(results: Results) -> dict[int, DataFrame]:
 class SeedTable(NamedTuple):
     """Values by seed and n, k or epoch."""
 
-    seeds: np.ndarray = np.zeros(0, int)  # [S], rising
-    places: np.ndarray = np.zeros(0, int)  # [m], rising
-    values: np.ndarray = np.zeros((0, 0))  # [S, m], NaN where missing
+    seeds: Integer[np.ndarray, " s"] = np.zeros(0, int)  # rising
+    places: Integer[np.ndarray, " m"] = np.zeros(0, int)  # rising
+    values: Float64[np.ndarray, "s m"] = np.zeros((0, 0))  # NaN where missing
 
 
 def seed_tables(
     table: DataFrame, by: Sequence[str], places: str, values: str = "accuracy"
-) -> dict[tuple[Any, ...], SeedTable]:
+) -> dict[Any, SeedTable]:
     """Those of every group.
 
     Raises:
@@ -307,7 +307,10 @@ def _finite(values: np.ndarray) -> np.ndarray:
 
 def in_order(table: DataFrame, by: Iterable[str], sources: Mapping[str, SourceInfo]) -> DataFrame:
     """By these columns: sources as they are ranked, all blocks after the numbers of blocks."""
-    orders = {"source": list(sources).index, "num_unfrozen_blocks": _blocks_order}
+    orders: dict[Any, Callable[[Any], float]] = {
+        "source": list(sources).index,
+        "num_unfrozen_blocks": _blocks_order,
+    }
     return table.sort_values(
         list(by), key=lambda column: column.map(orders[column.name]) if column.name in orders else column
     )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from advtransfer.foreign import AnyPath
 from advtransfer.report import figures
 from advtransfer.report.files import csv_text
 from advtransfer.report.ratios import ratios
@@ -20,6 +19,7 @@ from advtransfer.report.sections import (
     Dumbbell,
     Entry,
     Page,
+    Part,
     PictureRow,
     Pictures,
     Plot,
@@ -78,12 +78,12 @@ class Evidence(NamedTuple):
 
 def write_report(
     rows: DataFrame | Iterable[Mapping[str, Any]] | Results,
-    workdir: str | os.PathLike[str],
+    workdir: str | AnyPath,
     *,
     evidence: Evidence = Evidence(),
     title: str = "Robust and natural sources, transferred",
     reference: str = "none",
-) -> Path:
+) -> AnyPath:
     """Writes the report into `workdir`, a local or any other path object; returns that of report.html.
 
     Beside it: `summary.csv`; `ratios.csv`, images and epochs needed; `best_k.csv`; `table_kK.csv`, accuracies
@@ -99,8 +99,9 @@ def write_report(
     """
     import pandas as pd
 
-    results, problems = rows, []
-    if not isinstance(rows, Results):
+    if isinstance(rows, Results):
+        results, problems = rows, []
+    else:
         table, problems = clean(rows)
         results = collect(table)
     known = {info.name: info for info in map(_source, evidence.sources)} | results.sources
@@ -185,18 +186,18 @@ def _source(entry: Mapping[str, Any]) -> SourceInfo:
     return SourceInfo(str(entry.get("name", "unnamed")), norm, math.nan if eps is None else float(eps))
 
 
-def _sources(material: Material, known: Mapping[str, SourceInfo], evidence: Evidence) -> list[Any]:
+def _sources(material: Material, known: Mapping[str, SourceInfo], evidence: Evidence) -> list[Part]:
     import pandas as pd
 
     entries = {str(entry.get("name", "unnamed")): entry for entry in evidence.sources}
     kinds = ("natural_accuracy", "adversarial_accuracy")
     shares = {name: [_number(entries.get(name, {}).get(kind)) for kind in kinds] for name in known}
     measured = [
-        (material.styles[name].label, *both)
-        for name, both in shares.items()
-        if not all(map(math.isnan, both))
+        (material.styles[name].label, natural, adversarial)
+        for name, (natural, adversarial) in shares.items()
+        if not (math.isnan(natural) and math.isnan(adversarial))
     ]
-    parts: list[Any] = [Text("The sources’ own accuracies were not measured in this run.", "muted")]
+    parts: list[Part] = [Text("The sources’ own accuracies were not measured in this run.", "muted")]
     if measured:
         path = material.add("source_accuracy", pd.DataFrame(measured, columns=("source", *kinds)))
         panel = Dumbbell("Natural and adversarial accuracy", measured, "figures/source_accuracy.svg")
@@ -213,9 +214,9 @@ def _sources(material: Material, known: Mapping[str, SourceInfo], evidence: Evid
     return [*parts, Table("The source networks.", heads, rows, words=True)]
 
 
-def _pictures(material: Material, evidence: Evidence) -> list[Any]:
+def _pictures(material: Material, evidence: Evidence) -> list[Part]:
     clean, targets = _images(evidence, "source_images"), _images(evidence, "target_images")
-    parts: list[Any] = []
+    parts: list[Part] = []
     if len(clean):
         parts += [Text("Adversarial examples", "heading"), _adversarial(material, evidence, clean)]
     if len(targets):

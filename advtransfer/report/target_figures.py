@@ -85,9 +85,10 @@ def _figure(
     styles: Mapping[Any, Style] = material.styles
     ordered = in_order(table, (kind.panel, kind.line, kind.x), material.results.sources)
     if kind.line == _K:
-        styles = figures.depth_styles({k: _depth(k) for k in in_order(table, [_K], {})[_K].unique()})
+        styles = figures.depth_styles({k: _depth(k) for k in in_order(table, [_K], {})[_K].unique().tolist()})
     panels: dict[int, list[Series]] = {}
-    for (value, line), part in ordered.groupby([kind.panel, kind.line], sort=False):
+    groups = ordered.groupby([kind.panel, kind.line], sort=False)
+    for (value, line), part in groups:  # ty: ignore[not-iterable] (pandas says Hashable; it is a tuple)
         x = [places.index(at) for at in part[kind.x]] if axis.ticks else part[kind.x].tolist()
         panels.setdefault(value, []).append(Series(styles[line], x, part[y].tolist(), part[half].tolist()))
     behind = []

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from advtransfer.report.sections import Entry, Style, Table, Text
+from advtransfer.report.sections import Entry, Part, Style, Table, Text
 from advtransfer.report.statistics import FEW_IMAGES, PooledLead, Results
 from advtransfer.report.words import blocks_text, count, is_clear, listing, points
 
@@ -132,7 +132,7 @@ def few_images(material: Material, target: str) -> list[Table]:
     return [Table(caption, ["Trained layers", *material.labels(names)], rows, path)]
 
 
-def best_k(material: Material, target: str) -> list[Any]:
+def best_k(material: Material, target: str) -> list[Part]:
     best = material.results.best
     best = best[best["target"] == target]
     found = {(row.num_train_images, row.source): row for row in best.itertuples()}
@@ -159,13 +159,13 @@ def best_k(material: Material, target: str) -> list[Any]:
     return [Text("Which k is best", "heading"), table]
 
 
-def all_numbers(material: Material, target: str) -> list[Any]:
+def all_numbers(material: Material, target: str) -> list[Part]:
     results = material.results
     names = results.by_name(target)
     robust = results.robust(target) if len(results.natural(target)) == 1 else []
     summary = results.summary[results.summary["target"] == target]
     found = {((r.num_unfrozen_blocks, r.num_train_images), r.source): r for r in summary.itertuples()}
-    most, fewest = summary["num_seeds"].max(), summary["num_seeds"].min()
+    most, fewest = int(summary["num_seeds"].max()), int(summary["num_seeds"].min())
 
     def accuracy(row: Any) -> Entry:
         if math.isnan(row.mean):
@@ -177,7 +177,7 @@ def all_numbers(material: Material, target: str) -> list[Any]:
         small = _plus_minus(row.delta_ci95).strip()
         return _marked(points(row.delta), is_clear(row.delta, row.delta_ci95), small)
 
-    rows: list[list[Any]] = []
+    rows: list[list[str | Entry]] = []
     for blocks in results.blocks(target):
         rows.append([blocks_text(blocks).capitalize()])
         for size in results.sizes(target):

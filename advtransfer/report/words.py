@@ -82,7 +82,7 @@ def notes(results: Results, ratios: DataFrame) -> list[str]:
     sentences = []
     points = results.last.groupby(list(POINT), sort=False)
     seeds, targets = points["accuracy"].count(), results.last.drop_duplicates(POINT)["target"]
-    if lost := len(results.last) - int(seeds.sum()):
+    if lost := int(results.last["accuracy"].isna().sum()):
         sentences.append(
             f"{count(lost, 'trial')} without a test accuracy at the last epoch (empty or NaN) "
             f"{'is' if lost == 1 else 'are'} left out of every mean."

@@ -14,6 +14,7 @@ from advtransfer.config import Options, names_key
 from advtransfer.data import Dataset
 from advtransfer.data.cache import fingerprint
 from advtransfer.explain import Case, Subject, brief, explain, influence_cost, owns_classes
+from advtransfer.foreign import AnyPath
 from advtransfer.models import Model, identity
 from advtransfer.options import to_dict
 from advtransfer.report.figures import styles
@@ -81,7 +82,7 @@ def study_sections(
     dataset: Dataset | None,
     starts: dict[str, Model],
     target: Dataset,
-    folder: Path,
+    folder: AnyPath,
 ) -> list[Section]:
     """The most telling pictures of the report's analyses, of the sources that a study trained.
 
@@ -89,7 +90,7 @@ def study_sections(
     the target, from what its trials start from. They are kept in `folder`.
     """
     wanted = options.report.analyses
-    if not wanted or not models:
+    if not wanted or dataset is None:
         return []
     specs = {name: model.spec for name, model in models.items()}
     looks = styles(SourceInfo(name, spec.norm, spec.eps) for name, spec in specs.items())
@@ -109,7 +110,9 @@ def study_sections(
     return _sections(*cases, options.recipe, wanted, folder)
 
 
-def _sections(case: Case, ranked: Case, recipe: Recipe, wanted: Sequence[str], folder: Path) -> list[Section]:
+def _sections(
+    case: Case, ranked: Case, recipe: Recipe, wanted: Sequence[str], folder: AnyPath
+) -> list[Section]:
     """In the order of `wanted`; influence, of `ranked`, can fail and is computed first.
 
     The data of each are kept in `folder` as soon as they are there, for the same command when it is given
@@ -143,14 +146,14 @@ def _sections(case: Case, ranked: Case, recipe: Recipe, wanted: Sequence[str], f
 
 def _subject(case: Case, recipe: Recipe) -> str:
     """SHA-256 of all that decides what a section of a case shows."""
-    cues = case.settings.cue_conflict and Path(case.settings.cue_conflict).expanduser()
+    cues = Path(case.settings.cue_conflict).expanduser() if case.settings.cue_conflict else None
     parts = {
         "networks": [
             (subject.label, identity(subject.model), subject.model.spec.class_names)
             for subject in case.subjects
         ],
         "data": (case.dataset.name, case.dataset.digest("train", case.split), case.split),
-        "cue_conflict": cues and fingerprint(cues, cue_conflict.image_paths(cues)),
+        "cue_conflict": fingerprint(cues, cue_conflict.image_paths(cues)) if cues else "",
         "settings": to_dict(case.settings),
         "recipe": to_dict(recipe),
         "run": (case.seed, case.brief, versions()),

@@ -6,7 +6,6 @@ Leaves in the workdir: `log.jsonl` and TensorBoard events, `checkpoints/` while 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from advtransfer.checkpoint import UnreadableCheckpoints
 from advtransfer.config import ConfigError, Options, names_key
 from advtransfer.data import Dataset, StreamedSplit
 from advtransfer.evaluate import Evaluation, describe, measure
+from advtransfer.foreign import AnyPath
 from advtransfer.models import Model, identity
 from advtransfer.source import SourceRecipe, check_source, num_steps, state_bytes, train_source
 from advtransfer.tasks.inputs import load_data
@@ -71,7 +71,7 @@ def check_evaluation(evaluation: Evaluation) -> None:
         parallel.split(np.empty(evaluation.batch_size))
 
 
-def training_plan(recipe: SourceRecipe, dataset: Dataset, folder: Path) -> str:
+def training_plan(recipe: SourceRecipe, dataset: Dataset, folder: AnyPath) -> str:
     """One line: what training this source in `folder` takes."""
     line = f"source {recipe.name}: "
     if (folder / "model" / "model.json").exists():
@@ -85,7 +85,7 @@ def training_plan(recipe: SourceRecipe, dataset: Dataset, folder: Path) -> str:
 
 
 def train_and_measure(
-    options: Options, recipe: SourceRecipe, dataset: Dataset, folder: Path
+    options: Options, recipe: SourceRecipe, dataset: Dataset, folder: AnyPath
 ) -> tuple[Model, dict[str, Any]]:
     """The source of a recipe, trained in `folder` unless it is there, and what was measured of it."""
     try:
@@ -106,7 +106,7 @@ def train_and_measure(
 
 
 def measure_once(
-    options: Options, model: Model, dataset: Dataset, folder: Path, *, name: str
+    options: Options, model: Model, dataset: Dataset, folder: AnyPath, *, name: str
 ) -> dict[str, Any]:
     """`measure`, kept in `folder`/evaluation.json for as long as the model and the images stay the same."""
     split = options.measured.split

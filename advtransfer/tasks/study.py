@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from advtransfer import parallel, storage
 from advtransfer.config import Options
 from advtransfer.data import Dataset, to_float
 from advtransfer.evaluate import evaluation_key, predict
+from advtransfer.foreign import AnyPath
 from advtransfer.models import Model, logits_fn
 from advtransfer.progress import progress_bar
 from advtransfer.report import Evidence, headline, write_report, write_rows
@@ -39,15 +39,15 @@ _SEARCHED = (
 def run(job: Job) -> None:
     inputs, options, workdir = look_up(job), job.options, job.workdir
     open_workdir(job)
-    models, evaluations = {}, []
+    own: dict[str, Model] = {}
+    evaluations = []
     with _one_at_a_time(workdir / "sources.lock"):
-        for source in inputs.sources:
-            models[source.name] = source.model
-            if source.recipe is not None:
-                place = storage.to_path(source.place)
-                models[source.name], found = train_and_measure(options, source.recipe, inputs.training, place)
-                evaluations.append({"name": source.name, "norm": source.norm, "eps": source.eps} | found)
-    starts = inputs.starts(models)
+        for source, recipe, dataset in inputs.trained_here:
+            own[source.name], found = train_and_measure(
+                options, recipe, dataset, storage.to_path(source.place)
+            )
+            evaluations.append({"name": source.name, "norm": source.norm, "eps": source.eps} | found)
+    starts = inputs.starts({source.name: source.model for source in inputs.sources} | own)
     result = run_cells(
         options.grid,
         options.recipe,
@@ -61,9 +61,9 @@ def run(job: Job) -> None:
     )
     if not parallel.is_main_process():
         return
-    own = {source.name: models[source.name] for source in inputs.sources if source.recipe is not None}
     place = next(p for p in inputs.targets if all((name, p) in starts for name in own))
-    target, begun = inputs.targets[place], {name: starts[name, place].model for name in own}
+    target = inputs.targets[place]
+    begun = {name: model for name in own if (model := starts[name, place].model) is not None}
     pictures, captions = _pictures(options, own, inputs.training, target)
     evidence = Evidence(
         sources=evaluations,
@@ -98,7 +98,7 @@ def _progress(name: str, groups: Iterable, number: int) -> Iterable:
     return progress_bar(groups, {"rows": "fine-tune"}.get(name, name), "groups", total=number)
 
 
-def _one_at_a_time(lock: Path) -> AbstractContextManager:
+def _one_at_a_time(lock: AnyPath) -> AbstractContextManager:
     """For processes that know nothing of each other; those of one run work together, or one does it."""
     return nullcontext() if parallel.num_processes() > 1 else claim(lock, wait=True)
 
@@ -120,10 +120,11 @@ def _pictures(
 ) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
     """Source images with adversarial examples of them, and target images, with their captions."""
     number = options.report.num_pictures
-    pictures = {"target_images": target.train.images[:number] / np.float32(255)}
-    captions = {"target_labels": [target.class_names[i] for i in target.train.labels[:number]]}
+    train = target.in_memory("train")
+    pictures = {"target_images": train.images[:number] / np.float32(255)}
+    captions = {"target_labels": [target.class_names[i] for i in train.labels[:number]]}
     attack = options.evaluation.attack
-    if not models or attack is None or not number:
+    if dataset is None or attack is None or not number:
         return pictures, captions
     names, labels = dataset.class_names, dataset.test.labels[:number]
     images = to_float(np.asarray(dataset.test.images[:number]), options.training.image_size)

@@ -48,6 +48,12 @@ class StudyInputs(NamedTuple):
     targets: dict[Place, Dataset]
     input_norm: str
 
+    @property
+    def trained_here(self) -> list[tuple[StudySource, SourceRecipe, Dataset]]:
+        """The sources that the study trains, each with its recipe and what it is trained on."""
+        data = self.training
+        return [(x, x.recipe, data) for x in self.sources if x.recipe is not None and data is not None]
+
     def place(self, cell: Cell, split: str) -> Place:
         """Where a cell's target is: whole if all images are asked for, and nothing is validated."""
         size = next(source.image_size for source in self.sources if source.name == cell.source)
@@ -72,7 +78,7 @@ class StudyInputs(NamedTuple):
                 normalise = source.norm == "none" and self.input_norm == "target"
                 if normalise and is_here and not target.is_placeholder:
                     with names_key("transfer.input_norm"):
-                        own = normalised_by(model, target.train.images)
+                        own = normalised_by(model, target.in_memory("train").images)
                     own_name = identity(own)
                 start = Start(Source(source.name, source.norm, source.eps, own_name), own, target)
                 found[source.name, place] = start

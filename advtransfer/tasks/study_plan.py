@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 
@@ -30,7 +31,7 @@ from advtransfer.study import (
 )
 from advtransfer.study import num_steps as trial_steps
 from advtransfer.tasks.source import training_plan
-from advtransfer.tasks.study_inputs import StudyInputs, StudySource
+from advtransfer.tasks.study_inputs import StudyInputs
 from advtransfer.tasks.workdir import Job
 
 _STEPS, _SECONDS = 5, 3.0  # of a source's training that are timed at least
@@ -40,19 +41,16 @@ def plan_lines(job: Job, inputs: StudyInputs) -> list[str]:
     """A line for each source, and what the trials take that are not finished."""
     options, training = job.options, inputs.training
     dtype = options.run.dtype
-    models = {
-        source.name: source.model
-        if source.recipe is None
-        else load_source(source.recipe, storage.to_path(source.place), dtype=dtype)
-        for source in inputs.sources
-    }
-    missing = [source for source in inputs.sources if models[source.name] is None]
-    lines = [
-        f"source {source.name}: {source.place}, {source.architecture}"
-        if source.recipe is None
-        else training_plan(source.recipe, training, storage.to_path(source.place))
-        for source in inputs.sources
-    ]
+    models = {source.name: source.model for source in inputs.sources}
+    plans = {x.name: f"source {x.name}: {x.place}, {x.architecture}" for x in inputs.sources}
+    missing = {}
+    for source, recipe, dataset in inputs.trained_here:
+        place = storage.to_path(source.place)
+        models[source.name] = load_source(recipe, place, dtype=dtype)
+        plans[source.name] = training_plan(recipe, dataset, place)
+        if models[source.name] is None:
+            missing[source.name] = recipe, dataset
+    lines = list(plans.values())
     trials, tried = _trials(job, inputs, models)
     rows = finished_rows(job.workdir / "rows")
     left = [trial for trial in trials if trial.identity() not in rows]
@@ -69,10 +67,11 @@ def plan_lines(job: Job, inputs: StudyInputs) -> list[str]:
     is_here = fetched and not any(dataset.is_placeholder for dataset in datasets)
     calibration = options.study.calibration if is_here else 0.0
     if tried or left:
-        models |= {source.name: _untrained(source, dtype) for source in missing}
-        lines += _costs(inputs, [*tried, *left], models, calibration)
+        known = {name: model for name, model in models.items() if model is not None}
+        known |= {name: _untrained(recipe, dtype) for name, (recipe, _) in missing.items()}
+        lines += _costs(inputs, [*tried, *left], known, calibration)
     if missing and calibration:
-        seconds = sum(_training_seconds(source.recipe, training, dtype) for source in missing)
+        seconds = sum(_training_seconds(*each, dtype) for each in missing.values())
         lines.append(f"predicted here before that, training of the sources: {format_seconds(seconds)}")
     if options.study.calibration and not is_here:
         lines.append("nothing is measured here before all of the following is there")
@@ -142,12 +141,11 @@ def _costs(
     return lines
 
 
-def _untrained(source: StudySource, dtype: str) -> Model:
+def _untrained(recipe: SourceRecipe, dtype: str) -> Model:
     """A network in the place of one that is not trained yet: a step takes as long, whatever the weights."""
-    recipe = source.recipe
-    module = create_module(source.architecture, mean=recipe.mean, std=recipe.std, dtype=compute_dtype(dtype))
-    variables = init_variables(module, jax.random.key(0), source.image_size)
-    spec = ModelSpec(source.architecture, module.num_classes, source.image_size, module.mean, module.std)
+    module = create_module(recipe.architecture, mean=recipe.mean, std=recipe.std, dtype=compute_dtype(dtype))
+    variables = init_variables(module, jax.random.key(0), recipe.image_size)
+    spec = ModelSpec(recipe.architecture, module.num_classes, recipe.image_size, module.mean, module.std)
     return Model(module, variables, spec)
 
 
@@ -156,13 +154,14 @@ def _training_seconds(recipe: SourceRecipe, dataset: Dataset, dtype: str) -> flo
     run = start_training(recipe, dataset, dtype=dtype)
     times, state, number = [], run.state, num_steps(recipe, dataset)
     try:
-        deadline = None
+        deadline = math.inf
         while len(times) <= _STEPS or (time.monotonic() < deadline and len(times) < number):
             started = time.monotonic()
             state, metrics = run.run_step(state, len(times))
             jax.block_until_ready(metrics)
             times.append(time.monotonic() - started)
-            deadline = deadline or time.monotonic() + _SECONDS  # the first step compiles
+            if len(times) == 1:  # it compiles
+                deadline = time.monotonic() + _SECONDS
         return times[0] + number * statistics.median(times[1:])
     finally:
         run.close()

@@ -6,6 +6,7 @@ import time
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int32
 
 from advtransfer.config import names_key
 from advtransfer.data import Dataset, Split
@@ -32,7 +33,7 @@ class _Task(NamedTuple):
     model: Model  # the source
     dataset: Dataset
     trial: Trial  # of the k that the config gives
-    subset: np.ndarray  # int32 [n]: its training images
+    subset: Int32[np.ndarray, " n"]  # its training images
 
 
 def run(job: Job) -> None:
@@ -44,7 +45,7 @@ def run(job: Job) -> None:
 
 def _run(job: Job, task: _Task) -> None:
     trial, names, choice = task.trial, task.dataset.class_names, None
-    train = Split(*(array[task.subset] for array in task.dataset.train))
+    train = Split(*(array[task.subset] for array in task.dataset.in_memory("train")))
     if (method := job.options.target.choose_num_unfrozen_blocks) != "given":
         choice = choose_k(
             method,
@@ -100,7 +101,9 @@ def plan(job: Job) -> str:
         blocks = f"{_blocks(rule_of_thumb(trial.num_train_images, num_blocks))} (by {_METHODS[method]})"
     if method == "cross_validation":
         candidates = depths(num_blocks)
-        num_folds = possible_folds(task.dataset.train.labels[task.subset], job.options.target.num_folds)
+        num_folds = possible_folds(
+            task.dataset.in_memory("train").labels[task.subset], job.options.target.num_folds
+        )
         named = ", ".join("all" if k == -1 else str(k) for k in candidates)
         before = (
             f"choose the number of blocks among {named}: {num_folds * len(candidates)} fine-tunings more, "
@@ -137,7 +140,7 @@ def _check(job: Job, *, planned: bool = False) -> _Task:
     )
     if target.input_norm == "target" and model.spec.norm == "none" and not dataset.is_placeholder:
         with names_key("transfer.input_norm"):
-            model = normalised_by(model, dataset.train.images)
+            model = normalised_by(model, dataset.in_memory("train").images)
     name, spec = model_name(options.run.source), model.spec
     with names_key("transfer.num_train_images"):
         trial = make_trial(
@@ -150,9 +153,9 @@ def _check(job: Job, *, planned: bool = False) -> _Task:
             view=target.view,
             stratified=target.stratified,
         )
-        subset = trial.subset(dataset.train.labels)
+        subset = trial.subset(dataset.in_memory("train").labels)
     if target.choose_num_unfrozen_blocks == "cross_validation":
         with names_key("transfer.choose_num_unfrozen_blocks"):
-            possible_folds(dataset.train.labels[subset], target.num_folds)
+            possible_folds(dataset.in_memory("train").labels[subset], target.num_folds)
     check_workdir(job)
     return _Task(model, dataset, trial, subset)

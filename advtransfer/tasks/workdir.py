@@ -6,8 +6,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Generator
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 
 from advtransfer import foreign, parallel, storage
 from advtransfer.config import ConfigError, Options, conflicts
+from advtransfer.foreign import AnyPath
 from advtransfer.models import package_versions
 from advtransfer.study import claim
 
@@ -24,7 +24,7 @@ class Job(NamedTuple):
 
     options: Options
     settings: dict[str, Any]  # the same as a tree of keys, for config.json and reports
-    workdir: Path
+    workdir: AnyPath
     command: str = ""  # that a reader types to get the results again
 
 
@@ -57,7 +57,7 @@ def check_workdir(job: Job) -> None:
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path) -> Iterator[None]:
+def claimed(workdir: AnyPath) -> Generator[None]:
     """Inside, `workdir` is this run's alone; the lock ends with its process, however that ends.
 
     Raises:
@@ -84,7 +84,7 @@ def open_workdir(job: Job) -> None:
     write_json(job.workdir / "config.json", job.settings)
 
 
-def _check_shared(workdir: Path, *, seconds: float = 5.0) -> None:
+def _check_shared(workdir: AnyPath, *, seconds: float = 5.0) -> None:
     """Every process looks for a token of process 0; network file systems may take a moment to show it."""
     if parallel.num_processes() == 1:
         return
@@ -105,14 +105,14 @@ def _check_shared(workdir: Path, *, seconds: float = 5.0) -> None:
         )
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: AnyPath, value: Any) -> None:
     """Writes JSON whole or not at all; process 0 does."""
     if parallel.is_main_process():
         storage.write(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def keep(
-    path: Path,
+    path: AnyPath,
     subject: dict[str, Any],
     make: Callable[[], dict[str, Any]],
     read: Callable[[dict[str, Any]], Any] = dict,

@@ -1,4 +1,4 @@
-"""PyTorch checkpoints without PyTorch: read safely, mapped onto the ResNet family, and written back."""
+"""Safe import of PyTorch ResNet checkpoints, and export to PyTorch's names, without PyTorch."""
 
 from advtransfer.torch_checkpoint.catalogue import (
     KNOWN_MODELS,

@@ -1,9 +1,9 @@
-"""The known robust ResNets, and the natural ones to compare them with: `known_models.csv`, one line a model.
+"""Published robust ResNets and natural ones to compare them with, from `known_models.csv`.
 
-Its numbers are as published: by the model card of madrylab/robust-imagenet-models, the README of
-MadryLab/robustness, RobustBench's model_info/imagenet/Linf (accuracy on 5,000 images) and torchvision's
-models/resnet.py. A SHA-256 is that on the hub's page of the file; torchvision's file names hold the first
-eight digits of theirs. The models of timm/ are torchvision's, converted.
+The accuracies are the published ones, from the model card of madrylab/robust-imagenet-models, the README of
+MadryLab/robustness, RobustBench's model_info/imagenet/Linf (on 5,000 images) and torchvision's
+models/resnet.py. The SHA-256 hashes are from the hub's file pages; torchvision's file names contain the first
+eight digits of theirs. The timm/ models are torchvision's weights, converted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import csv
 import itertools
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from advtransfer.models import IMAGENET_MEAN, IMAGENET_STD, ModelSpec, create_module
 from advtransfer.torch_checkpoint.layout import layout
@@ -24,29 +24,30 @@ class KnownModel(NamedTuple):
     """A published checkpoint."""
 
     file: str
-    repo: str  # on the Hugging Face hub; "": not there
+    repo: str  # on the Hugging Face hub; "": not on the hub
     architecture: str
     norm: str  # threat model of its training: none | l2 | linf
-    eps: float  # its radius, pixel units
+    eps: float  # radius of the threat model, in pixel units
     dataset: str
-    accuracy: float | None  # published, of the clean validation or test images; a fraction
-    sha256: str  # of the file; "": not known
+    accuracy: float | None  # published, on clean validation or test images, in [0, 1]
+    sha256: str  # of the file; "": unknown
     licence: str
-    source: str  # who published it, where
-    mean: tuple[float, ...] | None = None  # where the file does not hold its normalisation
+    source: str  # publisher and place
+    mean: tuple[float, ...] | None = None  # None if the file contains the normalisation
     std: tuple[float, ...] | None = None
-    image_size: int = 224  # pixels; what the accuracy is of
+    image_size: int = 224  # pixels; of the published accuracy
 
 
 def _read_known_models() -> tuple[KnownModel, ...]:
     models = []
     with (Path(__file__).parent / "known_models.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            eps, _, unit = row.pop("eps").partition("/")  # 4/255 of images in [0, 1], or 3
-            percent, normalisation = row.pop("accuracy_percent"), row.pop("normalisation")
-            row |= {"eps": float(eps) / float(unit or 1), "accuracy": float(percent) / 100}
-            row |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if normalisation == "ImageNet" else {}
-            models.append(KnownModel(**row | {"image_size": int(row["image_size"])}))
+            fields: dict[str, Any] = {**row, "image_size": int(row["image_size"])}
+            eps, _, unit = fields.pop("eps").partition("/")  # "4/255" for images in [0, 1], or "3"
+            percent, normalisation = fields.pop("accuracy_percent"), fields.pop("normalisation")
+            fields |= {"eps": float(eps) / float(unit or 1), "accuracy": float(percent) / 100}
+            fields |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if normalisation == "ImageNet" else {}
+            models.append(KnownModel(**fields))
     return tuple(models)
 
 
@@ -54,10 +55,10 @@ KNOWN_MODELS = _read_known_models()
 
 
 def find_known(file_name: str, sha256: str = "", repo: str = "") -> KnownModel | None:
-    """The known model that a file is, or by its name should be.
+    """The known model with this hash or, failing that, this name.
 
-    A hash decides, whatever the file is called; then the repository with the file's name; then the name
-    alone, if only one known model has it. Compare the result's `sha256` before you believe a name.
+    A matching hash takes precedence; then repository and file name together; then the file name alone, if it
+    is unique. A match by name is only a claim: compare the hash with the result's `sha256`.
     """
     for known in KNOWN_MODELS:
         if sha256 and known.sha256 == sha256.lower():
@@ -68,8 +69,10 @@ def find_known(file_name: str, sha256: str = "", repo: str = "") -> KnownModel |
 
 
 def known_spec(known: KnownModel) -> ModelSpec:
-    """What the model of a known file is, as far as that is known without it: the normalisation is ImageNet's
-    where only the file has it."""
+    """The description of a known model without reading its file.
+
+    The normalisation is ImageNet's where only the file contains it.
+    """
     return ModelSpec(
         architecture=known.architecture,
         num_classes=_NUM_CLASSES[known.dataset],
@@ -82,31 +85,30 @@ def known_spec(known: KnownModel) -> ModelSpec:
 
 
 def file_bytes(known: KnownModel) -> int:
-    """Bytes of a known file, nearly: of its float32 weights, and of as many of momentum in those of training
-    runs (.ckpt), whose ResNet-50s have 205 MB."""
+    """Approximate size of a known file: its float32 weights, and as much momentum in .ckpt files."""
     module = create_module(known.architecture, num_classes=_NUM_CLASSES[known.dataset])
     copies = {"params": 2 if known.file.endswith(".ckpt") else 1, "batch_stats": 1}
     return sum(4 * copies[entry.path[0]] * math.prod(entry.shape) for entry in layout(module).values())
 
 
 def known_models_table() -> str:
-    """The known models as text, with what to type for each; no line has more than 110 characters."""
+    """The known models and their names for the command line, as text of at most 110 characters a line."""
     lines = [
-        "To import a model, pass its name, or the path of a file that you have:",
+        "To import a model, pass its name, or the path of a local file:",
         "python launch.py --config=experiments/import_source.py --config.source=NAME --workdir=FOLDER",
     ]
     groups = itertools.groupby(KNOWN_MODELS, lambda known: (known.dataset, known.source, known.licence))
     for (dataset, source, licence), group in groups:
         rows = [(f"hf:{known.repo}/{known.file}" if known.repo else known.file, known) for known in group]
         width = max(len(name) for name, _ in rows)
-        what = "" if rows[0][1].repo else "; pass the path of your copy"
+        what = "" if rows[0][1].repo else "; pass the path of a local copy"
         lines += ["", f"{dataset}, {source} ({licence}){what}"]
         lines += [f"{name:{width}}  {_describe(known)}".rstrip() for name, known in rows]
     lines += [
         "",
-        "Last column: % of the clean validation or test images, as published (RobustBench: of 5,000 images).",
-        "l2 radii are for images in [0, 1]. *: the SHA-256 is pinned, another file of that name is refused.",
-        "hf: names need pip install huggingface_hub. The links of MadryLab/robustness are dead.",
+        "Last column: published accuracy on clean validation or test images, in % (RobustBench: 5,000).",
+        "l2 radii are for images in [0, 1]. *: the SHA-256 is pinned; other files of that name are rejected.",
+        "hf: names need pip install huggingface_hub. The download links of MadryLab/robustness are dead.",
     ]
     return "\n".join(lines)
 

@@ -1,18 +1,20 @@
-"""PyTorch checkpoints to models, without PyTorch."""
+"""Import of PyTorch checkpoints as models, without PyTorch."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsFloat
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
+from advtransfer.arrays import AnyArray, Variables
 from advtransfer.models import IMAGENET_MEAN, IMAGENET_STD, Model, ModelSpec, ResNet, create_module
 from advtransfer.models.bundle import check_spec
 from advtransfer.torch_checkpoint.catalogue import KnownModel, find_known
@@ -31,82 +33,83 @@ from advtransfer.torch_reader import (
 )
 
 _MAX_LEFT_OUT = 20  # entries
-_IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+_IMAGENET: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 _log = logging.getLogger(__name__)
 
 
 class Checkpoint(NamedTuple):
-    """A network read from a file, and what the file says of it."""
+    """A network read from a file, with the information that the file gives about it."""
 
-    variables: dict[str, Any]  # {"params", "batch_stats"} of float32, as a `ResNet` has them
+    variables: Variables  # of `module`, float32
     architecture: str
     module: ResNet
-    has_head: bool  # otherwise its head is of zeros and has one class
-    left_out: tuple[str, ...]  # what else is in the file: modules, and other networks
-    unknown_normaliser: str  # a tensor beside it with one number a channel; "": there is none
+    has_head: bool  # if False, the head is all zeros with one class
+    left_out: tuple[str, ...]  # other modules and networks in the file
+    unknown_normaliser: str  # an unrecognised tensor with one value per channel; "": none
     network: Network
     contents: Contents
-    metadata: dict[str, Any]  # fields of a `ModelSpec`, if `export_torch_state_dict` wrote the file
+    metadata: dict[str, Any]  # fields of the `ModelSpec` in files of `export_torch_state_dict`
 
 
 def import_torch_checkpoint(
     path: str | Path,
     architecture: str | None = None,
     num_classes: int | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
+    mean: Iterable[SupportsFloat] | None = None,
+    std: Iterable[SupportsFloat] | None = None,
     *,
     norm: str | None = None,
     eps: float | None = None,
     image_size: int | None = None,
     sha256: str | None = None,
     weights: str | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> Model:
-    """Makes a model of the ResNet in a PyTorch file. PyTorch is not needed and no code of the file is run.
+    """Imports the ResNet in a PyTorch file. Needs no PyTorch and runs no code from the file.
 
-    What is not given is taken from the file or, for a file of a known name, from the table of known models.
-    `spec.provenance` says where everything came from, and under "left_out" what of the file was not taken. A
-    head that is not torchvision's `fc` is not: the model gets one of zeros with one class, "head" is
-    "new" there, and `spec.has_head` is False. A transfer makes its own head anyway.
+    What is not given is taken from the file or, if the file is a known one, from the table of known models.
+    `spec.provenance` records the origin of each value and, under "left_out", the unused contents of the file.
+    A head other than torchvision's `fc` is not imported: the model then has a head of zeros with one class,
+    `spec.has_head` is False, and "head" is "new" in the provenance. A transfer replaces the head anyway.
 
     Args:
         path: a zip (since 2020), legacy (before) or safetensors file, or hf:REPO/FILE[@revision].
-        architecture: a key of `ARCHITECTURES` that it must be; None: inferred from the names and shapes.
-        num_classes: what its head must have; None: whatever it has, if it has one.
-        mean: per channel, of the normalisation of images in [0, 1]; None: that of the file or the table,
-            otherwise ImageNet's for a network with a 7×7 stem.
-        std: as `mean`; both or neither.
-        norm: threat model of its training, none | l2 | linf; None: the table's, otherwise none.
-        eps: its radius, pixel units (4 / 255 rather than 4).
-        image_size: pixels; None: the table's, otherwise 224, or 32 for a network with a CIFAR stem.
-        sha256: the file's, or at least its first eight digits; None: the table's, or the eight digits
-            that torchvision puts into the file's name.
-        weights: which of several networks in the file, such as "state_dict" or "student", by its key or its
-            names' prefix; None: the only one, or that whose name says that it is an average (EMA).
+        architecture: a key of `ARCHITECTURES`; None: inferred from names and shapes.
+        num_classes: required size of the head; None: that of the file, which may have no head.
+        mean: per channel, for normalising images in [0, 1]; None: from the file or the table, else ImageNet's
+            if the network has a 7×7 stem.
+        std: as `mean`; give both or neither.
+        norm: threat model of its training, none | l2 | linf; None: from the table, else none.
+        eps: radius of the threat model, in pixel units (4 / 255 rather than 4).
+        image_size: pixels; None: from the table, else 224, or 32 with a CIFAR stem.
+        sha256: required hash of the file, or at least its first eight digits; None: that of the table, or the
+            eight digits in the file names of torchvision.
+        weights: which of several networks in the file, by its key or the prefix of its names, such as
+            "state_dict" or "student"; None: the only one, or one that is named as an average (EMA).
         dtype: the type that the network computes in; None: float32.
 
     Returns:
-        A model whose variables are float32, whatever type the file has.
+        A model with float32 variables, whatever the dtype in the file.
 
     Raises:
-        CheckpointError: no such file, a damaged one, one with another hash, or no network of the family, with
-            the missing, unexpected and wrongly shaped names, or several that differ, with their names.
-        ValueError: arguments that contradict each other, or an unknown architecture.
+        CheckpointError: the file does not exist, is damaged or has another hash; it contains no supported
+            network (the message lists missing, unexpected and misshapen tensors); or it contains several
+            networks that differ.
+        ValueError: inconsistent arguments, or an unknown architecture.
     """
     given = _check_arguments(mean, std, norm, eps, image_size, sha256)
     fetched = fetch(str(path)) if str(path).startswith("hf:") else None
     path, repo = (fetched.path, fetched.repo) if fetched else (Path(path), "")
     if blurred := re.search(r"resnet(aa|blur)[0-9]+", f"{repo}/{path.name}"):
-        raise CheckpointError(f"{path}: {blurred[0]} blurs before it subsamples, which no ResNet here does")
+        raise CheckpointError(f"{path}: {blurred[0]} blurs before subsampling, which is not supported")
     with open_file(path) as file:
-        file_format(file)  # before all of it is read
+        file_format(file)  # before the whole file is read for its hash
         actual = file.sha256()
         _check_hash(path.name, actual, sha256, find_known(path.name, repo=repo))
         found = read_network(file, architecture, num_classes, weights or "", put=_to_jax)
         known = find_known(path.name, actual, repo)
         if known and (known.architecture != found.architecture or known.sha256 not in ("", actual)):
-            known = None  # another file that happens to have the name
+            known = None  # an unrelated file of the same name
         provenance = {
             "file": path.name,
             "sha256": actual,
@@ -117,7 +120,7 @@ def import_torch_checkpoint(
             "head": "file" if found.has_head else "new",
             "left_out": list(found.left_out),
             "claims": found.network.claims,
-            # Names and shapes do not tell strides, dilation, blurring or other activations.
+            # Strides, dilation, blurring and activations cannot be inferred from names and shapes.
             "forward_pass": "metadata" if found.metadata else "table" if known else "assumed",
         }
         if known:
@@ -129,7 +132,7 @@ def import_torch_checkpoint(
     remarks = [f"left out: {', '.join(found.left_out)}"] if found.left_out else []
     if not found.has_head:
         remarks.append(
-            "no fc.weight and fc.bias that fit: a new head, cannot be evaluated, can be fine-tuned"
+            "no matching fc.weight and fc.bias: with its new head the model can be fine-tuned, not evaluated"
         )
     if remarks:
         _log.warning("%s: %s", path, "; ".join(remarks))
@@ -142,27 +145,27 @@ def read_network(
     architecture: str | None = None,
     num_classes: int | None = None,
     weights: str = "",
-    put: Callable[[np.ndarray], Any] = np.ascontiguousarray,
+    put: Callable[[np.ndarray], AnyArray] = np.ascontiguousarray,
 ) -> Checkpoint:
     """Reads the ResNet in an open file.
 
-    Arguments and errors are those of `import_torch_checkpoint`. `put` moves each array to its place
-    before the next is read, so that one at most is in memory twice.
+    Arguments and errors are those of `import_torch_checkpoint`. Each array is passed through `put` before
+    the next one is read, so at most one is in memory twice.
     """
     contents = read_contents(file)
     network = find_network(contents, weights)
     architecture, module, has_head = _match(network.tensors, architecture, num_classes)
     check_copies(network)
     head = ("fc.weight", "fc.bias") if has_head else ()
-    behind = {network.prefix + n: t for n, t in network.tensors.items() if not is_inside(n) and n not in head}
-    beside = behind | network.strays
-    per_channel = [brief(n) for n, t in beside.items() if t.shape in ((3, 1, 1), (1, 3, 1, 1))]
+    unused = {network.prefix + n: t for n, t in network.tensors.items() if not is_inside(n) and n not in head}
+    unused |= network.strays
+    per_channel = [brief(n) for n, t in unused.items() if t.shape in ((3, 1, 1), (1, 3, 1, 1))]
     return Checkpoint(
         variables=_read_tensors(network.tensors, module, has_head, put),
         architecture=architecture,
         module=module,
         has_head=has_head,
-        left_out=_left_out(network, beside),
+        left_out=_left_out(network, unused),
         unknown_normaliser=per_channel[0] if per_channel and network.mean is None else "",
         network=network,
         contents=contents,
@@ -173,7 +176,11 @@ def read_network(
 def _match(
     tensors: dict[str, Tensor], architecture: str | None, num_classes: int | None
 ) -> tuple[str, ResNet, bool]:
-    """The architecture that the tensors fit, its module, and whether they have a head; or the difference."""
+    """The architecture of the tensors, its module, and whether they include a head.
+
+    Raises:
+        CheckpointError: the tensors match no architecture, or not the given one.
+    """
     name = architecture or infer_architecture(tensors)
     size = num_classes or _head_size(tensors)
     module = create_module(name, num_classes=size or 1)
@@ -182,10 +189,10 @@ def _match(
     if not problems:
         return name, module if has_head else module.clone(num_classes=1), has_head
     if has_head and not misfits(tensors, module, head=False):
-        problems.append("without num_classes it is imported without a head")
+        problems.append("it can be imported without a head by leaving out num_classes")
     if architecture:
         try:
-            problems.append(f"they look like those of {infer_architecture(tensors)}")
+            problems.append(f"they match {infer_architecture(tensors)}")
         except CheckpointError as error:
             problems.append(str(error))
     classes = f" with {size} classes" if size else ""
@@ -193,32 +200,32 @@ def _match(
 
 
 def _head_size(tensors: dict[str, Tensor]) -> int:
-    """The classes of a head that is one linear layer with a bias; 0: there is none."""
+    """The number of classes of a head that is one linear layer with bias; 0: no such head."""
     weight, bias = tensors.get("fc.weight"), tensors.get("fc.bias")
     is_linear = weight is not None and bias is not None and len(weight.shape) == 2
     return weight.shape[0] if is_linear and bias.shape == weight.shape[:1] else 0
 
 
-def _left_out(network: Network, beside: dict[str, Tensor]) -> tuple[str, ...]:
-    """The modules beside the network, by their first part that is not in its prefix, and other networks."""
+def _left_out(network: Network, unused: dict[str, Tensor]) -> tuple[str, ...]:
+    """The other networks, and the modules of `unused` by the first part of their names outside the prefix."""
     modules: dict[str, int] = {}
     prefix = network.prefix.split(".")[:-1]
-    for name in beside:
+    for name in unused:
         parts = name.split(".")
         shared = next((i for i, part in enumerate(prefix) if parts[i : i + 1] != [part]), len(prefix))
         module = ".".join(parts[: shared + 1])
         modules[module] = modules.get(module, 0) + 1
     tensors = [f"{brief(name)} ({n} tensor{'s' * (n > 1)})" for name, n in modules.items()]
-    others = [f"the network under {wrapping}, which weights= can name" for wrapping in network.others]
+    others = [f"the network under {wrapping} (selected by weights=)" for wrapping in network.others]
     found = others + tensors
     more = [f"{len(found) - _MAX_LEFT_OUT} more"] if len(found) > _MAX_LEFT_OUT else []
     return (*found[:_MAX_LEFT_OUT], *more)
 
 
 def _read_tensors(
-    tensors: dict[str, Tensor], module: ResNet, has_head: bool, put: Callable[[np.ndarray], Any]
-) -> dict[str, Any]:
-    variables: dict[str, Any] = {}
+    tensors: dict[str, Tensor], module: ResNet, has_head: bool, put: Callable[[np.ndarray], AnyArray]
+) -> Variables:
+    variables: Variables = {}
     for name, entry in layout(module).items():
         if has_head or is_inside(name):
             array = _read_tensor(name, tensors[name])
@@ -234,20 +241,22 @@ def _read_tensors(
 
 
 def _read_tensor(name: str, tensor: Tensor) -> np.ndarray:
-    """A tensor as float32, of torch's shape."""
+    """The tensor as float32, in torch's layout."""
     if not tensor.dtype.startswith(("float", "bfloat")):
-        raise CheckpointError(f"{name} is {tensor.dtype}, not float: save the network before it is converted")
+        raise CheckpointError(
+            f"{name} has type {tensor.dtype}, not float: save the network before it is quantised"
+        )
     with np.errstate(over="ignore"):
         array = tensor.read().astype(np.float32, copy=False)
     if not np.isfinite(array).all():
-        raise CheckpointError(f"{name} holds {'NaN' if np.isnan(array).any() else 'infinity'}")
+        raise CheckpointError(f"{name} contains {'NaN' if np.isnan(array).any() else 'infinity'}")
     if name.endswith(".running_var") and array.min(initial=0) < 0:
-        raise CheckpointError(f"{name} holds a negative variance")
+        raise CheckpointError(f"{name} contains a negative variance")
     return array
 
 
 def _to_jax(array: np.ndarray) -> jax.Array:
-    """Copies it to the default device; on a CPU only once, as XLA takes over memory aligned to 64 bytes."""
+    """Copies it to the default device; once on a CPU, where XLA adopts memory that is aligned to 64 bytes."""
     memory = np.empty(array.nbytes + 64, np.uint8)
     start = -memory.ctypes.data % 64
     aligned = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
@@ -256,43 +265,53 @@ def _to_jax(array: np.ndarray) -> jax.Array:
 
 
 def _check_arguments(
-    mean: Any, std: Any, norm: str | None, eps: float | None, image_size: int | None, sha256: str | None
+    mean: Iterable[SupportsFloat] | None,
+    std: Iterable[SupportsFloat] | None,
+    norm: str | None,
+    eps: float | None,
+    image_size: int | None,
+    sha256: str | None,
 ) -> dict[str, Any]:
-    """The fields of a `ModelSpec` that are given."""
+    """The given fields of the `ModelSpec`, checked."""
     if (mean is None) != (std is None):
         raise ValueError("pass both mean= and std=, or neither")
     if norm is None and eps is not None:
         raise ValueError(f"eps={eps:g} needs norm='l2' or norm='linf'")
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{8,64}", sha256):
         raise ValueError(f"sha256={sha256!r} must be 8 to 64 hexadecimal digits")
-    given = {} if mean is None else {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
+    given: dict[str, Any] = {}
+    if mean is not None and std is not None:
+        given |= {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
     given |= {} if norm is None else {"norm": norm, "eps": float(eps or 0)}
     given |= {} if image_size is None else {"image_size": image_size}
-    check_spec(ModelSpec(**{"architecture": "", "num_classes": 1, "image_size": 224, **_IMAGENET, **given}))
+    fields: dict[str, Any] = {"image_size": 224, **_IMAGENET, **given}
+    check_spec(ModelSpec("", 1, **fields))
     return given
 
 
 def _check_hash(name: str, actual: str, asked: str | None, known: KnownModel | None) -> None:
-    """Compares the file with what was asked for or, failing that, with what is published under its name."""
+    """Compares the file's hash with the requested one or, if there is none, with the published one."""
     if asked:
         if not actual.startswith(asked.lower()):
-            raise CheckpointError(f"it has the SHA-256 {actual}, not {asked} as asked for")
+            raise CheckpointError(f"its SHA-256 is {actual}, not {asked}")
+        return
+    if known is None:
         return
     torchvision = re.search(r"-([0-9a-f]{8})\.pth$", name)
-    expected = known and (known.sha256 or (torchvision and torchvision[1]))
+    expected = known.sha256 or (torchvision and torchvision[1])
     if expected and not actual.startswith(expected):
         raise CheckpointError(
-            f"it is not the published file: its SHA-256 starts with {actual[:8]}, published is "
-            f"{expected[:8]}: download it again from {known.source}, or pass sha256= if another file is meant"
+            f"it is not the published file: its SHA-256 starts with {actual[:8]}, not {expected[:8]}: "
+            f"download it again from {known.source}, or pass sha256= to import a different file"
         )
 
 
 def _make_spec(
     given: dict[str, Any], found: Checkpoint, known: KnownModel | None, provenance: dict[str, Any]
 ) -> ModelSpec:
-    """The description of the model, each field from the first that has it; the provenance says from where."""
+    """The description of the model, each field from its first origin, which is added to the provenance."""
     network, table = found.network, ("mean", "std", "norm", "eps", "image_size")
-    origins = {
+    origins: dict[str, dict[str, Any]] = {
         "argument": given,
         "file": {} if network.mean is None else {"mean": network.mean, "std": network.std},
         "metadata": found.metadata,
@@ -305,13 +324,13 @@ def _make_spec(
         return next((name for name, fields in origins.items() if field in fields), "")
 
     if not origin("mean"):
-        problem = "it does not say how its images are normalised"
+        problem = "the normalisation of the images is unknown"
         if found.unknown_normaliser:
-            problem = f"{found.unknown_normaliser} has a number for each channel, which may normalise images"
+            problem = f"{found.unknown_normaliser} has one value per channel and may normalise the images"
         raise CheckpointError(f"{problem}: import it with mean and std")
     provenance |= {"normalisation": origin("mean"), "threat_model": origin("norm")}
-    fields = {"architecture": found.architecture, "num_classes": found.module.num_classes}
-    spec = ModelSpec(**fields, **ChainMap(*origins.values()), provenance=provenance)
+    fields = ChainMap(*origins.values())
+    spec = ModelSpec(found.architecture, found.module.num_classes, **fields, provenance=provenance)
     try:
         check_spec(spec)
     except ValueError as error:

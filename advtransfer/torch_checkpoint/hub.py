@@ -1,4 +1,4 @@
-"""Checkpoints of the Hugging Face hub by name, and what to do where there is no network."""
+"""Checkpoints of the Hugging Face hub: by name, from the cache, and offline."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ _EXAMPLE = "hf:madrylab/robust-imagenet-models/resnet50_l2_eps3.ckpt"
 
 
 class Fetched(NamedTuple):
-    """A file of the hub on this machine."""
+    """A local copy of a file of the hub."""
 
     path: Path
     repo: str  # OWNER/NAME
-    file: str  # its path in the repository
-    revision: str  # the commit; of a file fetched by hand what was asked for, "" if nothing was
+    file: str  # path in the repository
+    revision: str  # the commit; of a manually downloaded file the requested revision, or ""
 
 
 def fetch(name: str, folder: str | Path | None = None) -> Fetched:
-    """Finds a file of the hub on this machine, or downloads it.
+    """Finds a file of the hub locally, or downloads it.
 
-    A file that was fetched by hand comes first, then the hub's cache, then the network; a name without a
-    revision means the newest commit at the time of the download. HF_HOME, HF_ENDPOINT, HF_TOKEN,
-    HF_HUB_OFFLINE and the other variables of huggingface_hub have their effect. A file in the cache is
-    compared with the hash that the hub announced for it, which is the name of its blob there. A cache that
-    was copied without its refs/ is enough without a network, if it holds one commit with the file.
+    Manually downloaded files take precedence, then the hub's cache, then the network. A name without a
+    revision means the newest commit at the time of the download. The environment variables of huggingface_hub
+    apply (HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, ...). A file in the cache is verified against the
+    hash that the hub announced for it, which is the name of its blob. Offline, a cache without refs/ suffices
+    if it contains exactly one commit with the file.
 
     Args:
         name: hf:OWNER/NAME/FILE or hf:OWNER/NAME/FILE@REVISION (a branch, tag or commit).
-        folder: of files fetched by hand, as OWNER/NAME/FILE or OWNER/NAME@REVISION/FILE; None:
+        folder: of manually downloaded files, as OWNER/NAME/FILE or OWNER/NAME@REVISION/FILE; None:
             `$XDG_CACHE_HOME/advtransfer/checkpoints` or `~/.cache/advtransfer/checkpoints`.
 
     Raises:
-        CheckpointError: a malformed name, or a file that cannot be had or is not the one that the hub
-            announced, with what to do about it.
+        CheckpointError: the name is malformed, or the file is unavailable or damaged; the message says what
+            to do.
     """
     repo, file, revision = _parse(name)
     by_hand = _by_hand(repo, file, revision, folder)
@@ -57,9 +57,9 @@ def fetch(name: str, folder: str | Path | None = None) -> Fetched:
         return Fetched(by_hand, repo, file, revision)
     base = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     url = f"{base}/{repo}/resolve/{quote(revision or 'main', safe='')}/{quote(file)}"
-    instead = f"or fetch {url} by hand, put it at {by_hand}, and run the same command again"
+    instead = f"or download {url} manually, save it as {by_hand}, and run the same command again"
     try:
-        import huggingface_hub  # an extra, and slow to import
+        import huggingface_hub  # optional, and slow to import
     except ImportError as error:
         raise CheckpointError(
             f"{name} needs huggingface_hub: pip install huggingface_hub, {instead}"
@@ -67,20 +67,20 @@ def fetch(name: str, folder: str | Path | None = None) -> Fetched:
     try:
         path = _cached(huggingface_hub, repo, file, revision)
         path, announced = (path, "") if path else _download(huggingface_hub, repo, file, revision or "main")
-    except Exception as error:  # the hub's HTTP client, its storage and the file system each raise their own
-        there = _commits(huggingface_hub, repo, file)
-        if revision or len(there) != 1 or not _is_unreachable(error):
+    except Exception as error:  # of the hub's HTTP client, its storage, or the file system
+        commits = _commits(huggingface_hub, repo, file)
+        if revision or len(commits) != 1 or not _is_unreachable(error):
             problem = _problem(error, name, f"{base}/{repo}", instead)
-            cached = f"; in the cache: {', '.join(f'@{commit}' for commit in there)}" if there else ""
+            cached = f"; in the cache: {', '.join(f'@{commit}' for commit in commits)}" if commits else ""
             raise CheckpointError(f"{name} {problem}{cached}") from error
-        (commit, path), announced = there.popitem(), ""
-        _log.warning("%s: the hub cannot be asked, so the commit in the cache is taken: %s", name, commit)
+        (commit, path), announced = commits.popitem(), ""
+        _log.warning("%s: the hub cannot be reached; using the cached commit %s", name, commit)
     _check_announced(path, announced, name)
     return Fetched(path, repo, file, path.parents[file.count("/")].name)  # .../snapshots/COMMIT/FILE
 
 
 def is_on_this_machine(name: str, folder: str | Path | None = None) -> bool:
-    """Whether `fetch` finds a file of the hub without the network.
+    """Whether `fetch` needs no network for this name.
 
     Raises:
         CheckpointError: a malformed name.
@@ -99,7 +99,7 @@ def is_on_this_machine(name: str, folder: str | Path | None = None) -> bool:
 
 
 def known_on_hub(name: str) -> KnownModel | None:
-    """The known model that a name of the hub means, in any revision.
+    """The known model of this name, in any revision; None: it is not a known model.
 
     Raises:
         CheckpointError: a malformed name.
@@ -110,7 +110,7 @@ def known_on_hub(name: str) -> KnownModel | None:
 
 
 def check_hub_name(name: str) -> None:
-    """Raises a CheckpointError if this is not hf:OWNER/NAME/FILE[@REVISION]."""
+    """Raises a CheckpointError unless `name` has the form hf:OWNER/NAME/FILE[@REVISION]."""
     _parse(name)
 
 
@@ -118,10 +118,12 @@ def _parse(name: str) -> tuple[str, str, str]:
     """(repo, file, revision); revision is "" if there is none."""
     match = _NAME.fullmatch(name)
     repo, file, revision = match.group("repo", "file", "revision") if match else ("", "", None)
-    # No part may leave the folder that the file is looked for in.
+    # No part may lead out of the folder of manually downloaded files.
     parts = f"{repo}/{file}/{revision or 'main'}".split("/")
     if not name.isprintable() or any(part in ("", ".", "..") for part in parts):
-        raise CheckpointError(f"{name!r} is not hf:OWNER/NAME/FILE[@REVISION], such as {_EXAMPLE}")
+        raise CheckpointError(
+            f"{name!r} is not of the form hf:OWNER/NAME/FILE[@REVISION], such as {_EXAMPLE}"
+        )
     return repo, file, revision or ""
 
 
@@ -133,12 +135,12 @@ def _by_hand(repo: str, file: str, revision: str, folder: str | Path | None) -> 
 
 
 def _cached(hub: ModuleType, repo: str, file: str, revision: str) -> Path | None:
-    """The file in the hub's cache, of a branch, a tag, or a commit or its first digits; None: not there."""
+    """The file in the hub's cache, at a branch, tag or (abbreviated) commit; None: not in the cache."""
     path = hub.try_to_load_from_cache(repo, file, revision=revision or "main")
-    if isinstance(path, str):  # otherwise None, or a mark that the file was not there
+    if isinstance(path, str):  # otherwise None, or a marker that the file does not exist
         return Path(path)
     reference = _repo_folder(hub, repo) / "refs" / (revision or "main")
-    # Copying can leave an end of line behind the commit.
+    # A copied file may end in a newline.
     digits = reference.read_text().strip() if reference.is_file() else revision
     if not re.fullmatch("[0-9a-f]{7,40}", digits):
         return None
@@ -147,7 +149,7 @@ def _cached(hub: ModuleType, repo: str, file: str, revision: str) -> Path | None
 
 
 def _commits(hub: ModuleType, repo: str, file: str) -> dict[str, Path]:
-    """The file in the hub's cache, by commit."""
+    """The cached copies of the file, by commit."""
     snapshots = _repo_folder(hub, repo) / "snapshots"
     paths = {folder.name: folder / file for folder in sorted(snapshots.glob("*"))}
     return {commit: path for commit, path in paths.items() if path.is_file()}
@@ -158,23 +160,25 @@ def _repo_folder(hub: ModuleType, repo: str) -> Path:
 
 
 def _download(hub: ModuleType, repo: str, file: str, revision: str) -> tuple[Path, str]:
-    """Where the file is in the cache now, and the ETag that the hub announced."""
-    # One request in advance: it fails at once where hf_hub_download tries again for half a minute.
+    """Downloads the file; returns its path in the cache and the ETag that the hub announced."""
+    # This request fails at once where hf_hub_download would retry for half a minute.
     metadata = hub.get_hf_file_metadata(hub.hf_hub_url(repo, file, revision=revision))
     return Path(hub.hf_hub_download(repo, file, revision=revision)), metadata.etag or ""
 
 
 def _check_announced(path: Path, announced: str, name: str) -> None:
-    """Compares a file in the cache with the ETag that the hub announced for it: the name of its blob there.
+    """Verifies a cached file against the ETag that the hub announced for it, which is the name of its blob.
 
-    It is the SHA-256 of a large file and git's SHA-1 of a small one; a mirror's may be the bytes' SHA-1. In a
-    cache without links to blobs, and of a mirror with other ETags, there is nothing to compare with.
+    The ETag is the SHA-256 of a large file and git's SHA-1 of a small one; mirrors may use the plain SHA-1. A
+    cache without links to blobs, or with other ETags of a mirror, cannot be verified.
 
     Args:
         path: of the file.
-        announced: the ETag of a file that has just been downloaded, which is not kept if it differs; "":
-            it was there.
-        name: for the message.
+        announced: the ETag of a new download, which is deleted if it differs; "": not a new download.
+        name: of the file, for the message.
+
+    Raises:
+        CheckpointError: the hash differs.
     """
     blob = path.resolve()
     expected = blob.name if blob.parent.name == "blobs" else announced
@@ -188,19 +192,19 @@ def _check_announced(path: Path, announced: str, name: str) -> None:
             found.append(hashlib.file_digest(file, lambda start=start: kind(start)).hexdigest())
     if expected in found:
         return
-    mend = f"delete {blob} and run the same command again"
+    fix = f"delete {blob} and run the same command again"
     if announced:
         path.unlink()
         blob.unlink(missing_ok=True)
-        mend = "it is not kept: run the same command again, without HF_ENDPOINT if that is set"
+        fix = "it was deleted: run the same command again, without HF_ENDPOINT if that is set"
     raise CheckpointError(
-        f"{name}: the file is damaged or another one: its hash is {found[0][:16]}, the hub announced "
-        f"{expected[:16]}; {mend}"
+        f"{name}: the file is damaged or a different one: its hash is {found[0][:16]}, the hub announced "
+        f"{expected[:16]}; {fix}"
     )
 
 
 def _is_unreachable(error: Exception) -> bool:
-    """Whether no hub has answered."""
+    """Whether the hub did not respond."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
@@ -210,29 +214,31 @@ def _is_unreachable(error: Exception) -> bool:
 
 
 def _problem(error: Exception, name: str, page: str, instead: str) -> str:
-    """What went wrong and how to mend it, as the rest of a sentence that starts with the name."""
+    """The problem and its remedy, as the predicate of a sentence whose subject is the name."""
     from huggingface_hub import errors
 
     login = "log in with `hf auth login` or set HF_TOKEN"
     if isinstance(error, errors.HFValidationError):
-        return f"is not a valid name on the hub: write one such as {_EXAMPLE}"
+        return f"is not a valid name on the hub: use one such as {_EXAMPLE}"
     if isinstance(error, errors.GatedRepoError):
-        return f"asks for its terms to be accepted: do that at {page} and {login}, {instead}"
+        return f"is gated: accept its terms at {page} and {login}, {instead}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"is in no public repository: check the name{_nearest(name)}; if it is private, {login}"
+        return f"is not in a public repository: check the name{_nearest(name)}; if it is private, {login}"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"names a revision that the repository does not have: see {page}/commits/main"
+        return f"names a revision that does not exist: see {page}/commits/main"
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return f"is not in the repository: see {page}/tree/main{_nearest(name)}"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"is not in the cache and HF_HUB_OFFLINE is set: unset it, {instead}"
     if getattr(error, "errno", None) in _FULL:
-        return f"does not fit on the disk: make room or set HF_HOME to a folder on another one, {instead}"
+        return (
+            f"does not fit on the disk: free some space or set HF_HOME to a folder on another disk, {instead}"
+        )
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-    return f"cannot be fetched ({reason}): check the network, {instead}"
+    return f"cannot be downloaded ({reason}): check the network, {instead}"
 
 
 def _nearest(name: str) -> str:
     names = [f"hf:{known.repo}/{known.file}" for known in KNOWN_MODELS if known.repo]
     near = difflib.get_close_matches(name.partition("@")[0], names, n=3)
-    return f"; nearest known: {', '.join(near)}" if near else ""
+    return f"; similar known names: {', '.join(near)}" if near else ""

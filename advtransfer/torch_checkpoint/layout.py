@@ -1,7 +1,7 @@
-"""torchvision's names and shapes of a ResNet, and what a set of names and shapes is a checkpoint of.
+"""The names and shapes of ResNets in torchvision, and the recognition of networks by names and shapes.
 
-The correspondence is that of torchvision's `models/resnet.py`: `layer4.2.conv3.weight` [O, I, H, W] is our
-`params/layer4_2/conv3/kernel` [H, W, I, O], and `fc.weight` [out, in] is `params/fc/kernel` [in, out].
+As in torchvision's `models/resnet.py`: `layer4.2.conv3.weight` [O, I, H, W] corresponds to our
+`params/layer4_2/conv3/kernel` [H, W, I, O], and `fc.weight` [out, in] to `params/fc/kernel` [in, out].
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import NamedTuple
 from advtransfer.models import ARCHITECTURES, ResNet, create_module
 from advtransfer.torch_reader import CheckpointError, Tensor
 
-# Names that only one kind of network has, after the start of a name or a dot. The first match tells.
+# Patterns of names by which other networks are recognised, matched at the start of a name or after a dot. The
+# first match counts.
 _RESNET_VARIANTS = {
     r"layer1\.0\.(conv2|splat)\.bn0\.": "a ResNeSt",
     r"layer1\.0\.convs\.0\.": "a Res2Net",
@@ -28,10 +29,10 @@ _RESNET_VARIANTS = {
     r"\d\.filt$": "an anti-aliased ResNet",
 }
 _OTHERS = {
-    r"block1\.layer\.0\.": "a WideResNet of the 28-10 kind",
-    r"layer\.0\.block\.0\.(batchnorm|conv)_0\.": "a WideResNet of the 28-10 kind",
+    r"block1\.layer\.0\.": "a WideResNet such as WRN-28-10",
+    r"layer\.0\.block\.0\.(batchnorm|conv)_0\.": "a WideResNet such as WRN-28-10",
     r"(stages\.0\.blocks\.0\.norm3|block1\.unit01)\.": "a pre-activation ResNetV2 (BiT)",
-    r"stages\.0\.0\.conv1(_1x1)?\.(gain|conv\.)": "a ResNet-like network in timm's other layout",
+    r"stages\.0\.0\.conv1(_1x1)?\.(gain|conv\.)": "a ResNet-like network in another layout of timm",
     r"denseblock1\.": "a DenseNet",
     r"features\.\d+\.squeeze\.": "a SqueezeNet",
     r"features\.1\.(conv|block)\.0\.0\.|layers\.8\.0\.layers\.": "a MobileNet or MNASNet",
@@ -44,32 +45,32 @@ _OTHERS = {
     r"s1\.b1\.|trunk_output\.block1\.": "a RegNet",
     r"local_mp\.": "an XCiT",
     r"(layers|features)\.\d\.(blocks\.)?0\.attn\.relative_position_bias_table": "a Swin transformer",
-    r"cls_token$|class_token$|patch_embed\.|conv_proj\.": "a vision transformer (ViT, DeiT or kin)",
+    r"cls_token$|class_token$|patch_embed\.|conv_proj\.": "a vision transformer (ViT, DeiT or similar)",
     r"features\.1[1-9]\.weight": "a VGG",
     r"features\.0\.weight": "an AlexNet",
 }
 
 
 class Entry(NamedTuple):
-    """Where a tensor of torchvision's is in our variables."""
+    """The place of a torchvision tensor in our variables."""
 
     path: tuple[str, ...]  # ("params", "layer1_0", "conv1", "kernel")
-    shape: tuple[int, ...]  # torch's: [O, I, H, W] of a convolution, [out, in] of the head
+    shape: tuple[int, ...]  # in torch: [O, I, H, W] of a convolution, [out, in] of the head
 
 
 class _Signature(NamedTuple):
-    """What tells the networks of the family apart."""
+    """The properties that distinguish the architectures."""
 
     bottleneck: bool
     stage_sizes: tuple[int, ...]
     stem: int  # kernel size
     width: int
     inner: int  # channels of the first block's second convolution
-    group: int  # input channels of one of that convolution's groups
+    group: int  # input channels of each group of that convolution
 
 
 def layout(module: ResNet) -> dict[str, Entry]:
-    """A network's tensors by torchvision's names, in torchvision's order, without num_batches_tracked."""
+    """The tensors of a network by torchvision's names, in its order, without num_batches_tracked."""
     entries: dict[str, Entry] = {}
 
     def add_conv(name: str, path: tuple[str, ...], *shape: int) -> None:
@@ -110,16 +111,16 @@ def layout(module: ResNet) -> dict[str, Entry]:
 
 
 def infer_architecture(tensors: Mapping[str, Tensor]) -> str:
-    """The key of `ARCHITECTURES` that has these names and shapes.
+    """The key of `ARCHITECTURES` with these names and shapes.
 
-    They do not tell everything: timm's resnetaa50 and resnetblur50, which blur before they subsample, pass
-    for a ResNet-50, and so does one that strides on the first 1×1.
+    Some other networks have the names and shapes of a ResNet-50: timm's resnetaa50 and resnetblur50, which
+    blur before subsampling, and variants with the stride in the first 1×1 convolution.
 
     Args:
         tensors: by torchvision's names.
 
     Raises:
-        CheckpointError: they are those of a ResNet outside the family, or of no ResNet.
+        CheckpointError: the tensors are not those of a supported ResNet.
     """
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     found = _signature(shapes)
@@ -127,11 +128,11 @@ def infer_architecture(tensors: Mapping[str, Tensor]) -> str:
         raise CheckpointError(f"no ResNet was found: the first names are {brief_list(shapes)}")
     if "bn1.weight" not in shapes and "layer1.0.bn1.weight" in shapes:
         raise CheckpointError(
-            "it is a pre-activation ResNet (no bn1 after its stem): only torchvision's are read"
+            "it is a pre-activation ResNet (no bn1 after its stem): only torchvision's ResNets are supported"
         )
     if not any(name.endswith(".running_mean") for name in shapes):
         raise CheckpointError(
-            "it is a ResNet without BatchNorm (no running_mean): only torchvision's are read"
+            "it is a ResNet without BatchNorm (no running_mean): only torchvision's ResNets are supported"
         )
     for architecture in ARCHITECTURES:
         entries = layout(create_module(architecture))
@@ -141,7 +142,7 @@ def infer_architecture(tensors: Mapping[str, Tensor]) -> str:
     raise CheckpointError(
         f"it is a {'bottleneck' if found.bottleneck else 'basic'} ResNet with stages "
         f"{'-'.join(map(str, found.stage_sizes))}, width {found.width}, {inner if found.bottleneck else ''}"
-        f"stem {found.stem}×{found.stem}, which is not in the family: {', '.join(ARCHITECTURES)}"
+        f"stem {found.stem}×{found.stem}; supported: {', '.join(ARCHITECTURES)}"
     )
 
 
@@ -165,11 +166,11 @@ def _signature(shapes: Mapping[str, tuple[int, ...]]) -> _Signature | None:
 
 
 def name_other(names: Iterable[str], has_resnet: bool) -> str | None:
-    """The kind of network, with its article, that has such names and is not a torchvision ResNet.
+    """The kind of network (with article) that these names belong to if it is not a torchvision ResNet.
 
     Args:
-        names: of all tensors of a state dict, wrappers' prefixes included.
-        has_resnet: the names of a ResNet are among them, so that only its variants are looked for.
+        names: of all tensors of a state dict, including prefixes.
+        has_resnet: whether they include the names of a ResNet; then only variants of it are considered.
     """
     text = "\n".join(name for name in names if len(name) < 200)
     for pattern, kind in (_RESNET_VARIANTS if has_resnet else _RESNET_VARIANTS | _OTHERS).items():
@@ -179,15 +180,20 @@ def name_other(names: Iterable[str], has_resnet: bool) -> str | None:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a tensor has its place before a network's global pooling, by torchvision's names."""
+    """Whether torchvision's name of a tensor is that of a layer before the global pooling."""
     return re.match(r"(conv1|bn1|layer\d+)\.", name) is not None
 
 
 def misfits(tensors: Mapping[str, Tensor], module: ResNet, *, head: bool) -> list[str]:
-    """What keeps tensors by torchvision's names from being the weights of `module`, a phrase for each kind.
+    """The reasons why tensors (by torchvision's names) do not fit `module`, one phrase per kind of problem.
 
-    Further tensors are unexpected if they are inside the network, or are of a convolution beside its own,
-    such as attention on its stem. Others, such as a projection, come behind it. `head`: whether fc counts.
+    Additional tensors are a problem if they belong to a layer before the global pooling or are convolutions,
+    such as attention on the stem. Others, such as a projection head, are not.
+
+    Args:
+        tensors: by torchvision's names.
+        module: the network.
+        head: whether fc is required.
     """
     want = {name: entry for name, entry in layout(module).items() if head or is_inside(name)}
     missing = [name for name in want if name not in tensors]
@@ -211,14 +217,14 @@ def misfits(tensors: Mapping[str, Tensor], module: ResNet, *, head: bool) -> lis
 
 
 def brief_list(names: Iterable[str], *, quote: bool = True) -> str:
-    """The first eight names, quoted and cut where they are strange, and the number of the others."""
+    """The first eight names, escaped by `brief` if `quote`, and the number of the others."""
     names = list(names)
     shown = [brief(name) if quote else name for name in names[:8]]
     return ", ".join(shown) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def brief(name: object) -> str:
-    """A name from a file, on one line and of bounded length."""
+    """A name from a file: unusual characters escaped, at most 100 characters."""
     text = str(name)
     if not re.fullmatch(r"[\w./-]{1,100}", text, re.ASCII):
         text = ascii(text[:100]) + ("..." if len(text) > 100 else "")

@@ -1,4 +1,4 @@
-"""What the user knows of a PyTorch file."""
+"""Options for importing a PyTorch file."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from advtransfer.options import option, options
 
 @options
 class CheckpointOptions:
-    """What the user knows of a PyTorch file; defaults leave it to the file and the table of known models."""
+    """Properties of a PyTorch file; by default they are taken from the file and the table of known models."""
 
-    architecture: str = option("", "'': found by the names and shapes in the file")
+    architecture: str = option("", "'': inferred from the names and shapes in the file")
     weights: str = option(
-        "", "which of several networks in it, by key or prefix; '': an average before others"
+        "", "which of several networks in the file, by key or prefix; '': an averaged one if there is any"
     )
-    num_classes: int = option(0, "0: the size of its head", low=0)
+    num_classes: int = option(0, "0: taken from its head", low=0)
     image_size: int = option(0, "pixels; 0: 224, or 32 for a network with a CIFAR stem", low=0)
     mean: tuple[float, ...] = option(
-        (), "per channel, of images in [0, 1]; (): the file's, or the publisher's", lengths=(0, 3)
+        (), "per channel, of images in [0, 1]; (): the file's, or as published", lengths=(0, 3)
     )
     std: tuple[float, ...] = option((), "as mean", lengths=(0, 3), above=0)
-    norm: str = option("", "threat model of its training; '': the table's", choices=("", *NORMS))
-    eps: float = option(0.0, "its radius, in pixel units", low=0)
-    sha256: str = option("", "the file is refused unless it has this hash; '': the table's, where known")
+    norm: str = option("", "threat model of its training; '': from the table", choices=("", *NORMS))
+    eps: float = option(0.0, "radius of the threat model, in pixel units", low=0)
+    sha256: str = option("", "required hash of the file; '': that of the table, if known")

@@ -1,9 +1,9 @@
-"""The network inside a checkpoint: out of its wrappers, with its normaliser and what the file claims of it.
+"""Finds the network in a checkpoint, its input normalisation, and numbers such as the accuracy.
 
-Training codes wrap a network in others before they save it: `module.` of DataParallel, `model.` of a
-Sequential behind a normaliser, `module.attacker.model.` of MadryLab/robustness, which saves every weight
-twice, `student` and `teacher` of self-distillation. Any dictionary of the file and any prefix of its names
-may hold a network; one is taken, and the others and the weights beside it are listed.
+Training code often wraps a network before saving it: `module.` in DataParallel, `model.` in a Sequential
+after a normalisation layer, `module.attacker.model.` in MadryLab/robustness, which saves every weight twice,
+`student` and `teacher` in self-distillation. Any dictionary in the file and any prefix of its names may
+contain a network; one is chosen, and the other networks and tensors are listed.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 from advtransfer.torch_checkpoint.layout import brief, brief_list, is_inside, name_other
 from advtransfer.torch_reader import CheckpointError, Contents, Stub, Tensor
 
-# Words in the names of networks whose weights are means over the training: codes that keep one evaluate it.
+# Words in the names of networks with averaged weights, which are the ones to be evaluated.
 _AVERAGED = re.compile(r"(?<![a-z])(ema|swa|averaged?|avg|shadow|teacher)(?![a-z])", re.IGNORECASE)
-# The buffers of normalisers, by the last part of their names.
+# The buffers of normalisation layers, by the last part of their names.
 _NORMALISERS = (("new_mean", "new_std"), ("mean", "std"), ("mu", "sigma"))
 _PER_CHANNEL = ((3,), (3, 1, 1), (1, 3, 1, 1))
 _COUNTERS = ("num_batches_tracked", "n_averaged")
@@ -31,24 +31,24 @@ _NUMBERED_BLOCK = re.compile(r"((?:.*\.)?)([0-9]{1,3})\.0\.conv1\.weight")
 
 
 class Network(NamedTuple):
-    """A network's tensors, and what else is in the file."""
+    """The tensors of a network, and the other contents of the file."""
 
     tensors: dict[str, Tensor]  # by torchvision's names, without num_batches_tracked
-    copies: dict[str, dict[str, Tensor]]  # of the network, by their wrappings; not compared with it yet
-    others: tuple[str, ...]  # wrappings of further networks, which were not chosen
-    strays: dict[str, Tensor]  # by their whole names: what is in the state dict and in no network
-    mean: tuple[float, ...] | None  # from the normaliser's buffers
+    copies: dict[str, dict[str, Tensor]]  # of the network, by wrapping; not yet compared with it
+    others: tuple[str, ...]  # wrappings of the networks that were not chosen
+    strays: dict[str, Tensor]  # by full name: tensors of the state dict that belong to no network
+    mean: tuple[float, ...] | None  # from the buffers of a normalisation layer
     std: tuple[float, ...] | None
-    claims: dict[str, int | float]  # the numbers beside the state dict: epoch, accuracies
-    wrapping: str  # where the network was: the state dict's key, "/" and the prefix of the names
+    claims: dict[str, int | float]  # numbers saved with the state dict: epoch, accuracies
+    wrapping: str  # the place of the network: key of the state dict, "/", prefix of the names
     prefix: str
 
 
 class _Candidate(NamedTuple):
-    """A network in one of the file's state dicts."""
+    """A network in one of the state dicts of the file."""
 
-    key: str  # of the state dict, "a/b" for one in another; "": the tree itself
-    prefix: str  # of its names
+    key: str  # of the state dict, "a/b" if nested; "": the top level
+    prefix: str  # of the names
     tensors: dict[str, Tensor]  # by torchvision's names
 
     @property
@@ -61,16 +61,16 @@ class _Candidate(NamedTuple):
 
 
 def find_network(contents: Contents, weights: str = "") -> Network:
-    """Finds the ResNet in what a file holds. No weight is read.
+    """Finds the ResNet in the contents of a file, without reading weights.
 
     Args:
         contents: of the file.
-        weights: which of several networks, by its wrapping ("." for none) or a part of it between dots and
-            slashes; "": an averaged one before others. If several are left, the shortest wrapping's is
-            taken, and the others are its copies.
+        weights: selects one of several networks by its wrapping ("." for none) or by parts of it between dots
+            and slashes; "": averaged networks are preferred. If several match, the one with the shortest
+            wrapping is chosen, and the others must be copies of it (see `check_copies`).
 
     Raises:
-        CheckpointError: no state dict, no ResNet in it, or none that `weights` names.
+        CheckpointError: there is no state dict, no ResNet in it, or none that matches `weights`.
     """
     states = dict(_state_dicts(contents.tree))
     found = itertools.chain.from_iterable(_candidates(key, state) for key, state in states.items())
@@ -78,7 +78,7 @@ def find_network(contents: Contents, weights: str = "") -> Network:
     if not candidates:
         raise CheckpointError(_nothing_found(contents.tree, states))
     if len(candidates) > _MAX_NETWORKS:
-        raise CheckpointError(f"holds more than {_MAX_NETWORKS} networks: save one of them alone")
+        raise CheckpointError(f"contains more than {_MAX_NETWORKS} networks: save only one of them")
     chosen, *copies = _choose(candidates, weights)
     _check_number(chosen.tensors)
     if kind := name_other(chosen.tensors, has_resnet=True):
@@ -100,7 +100,7 @@ def find_network(contents: Contents, weights: str = "") -> Network:
 
 
 def _state_dicts(tree: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """The tensors of every dictionary that has some, by the keys on the way to it."""
+    """The tensors of every (nested) dictionary that contains any, by the path of keys to it."""
     level, seen = [("", tree)], set()
     for _ in range(_MAX_DEPTH):
         deeper = []
@@ -119,8 +119,8 @@ def _state_dicts(tree: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
 
 
 def _candidates(key: str, state: dict[str, Tensor]) -> list[_Candidate]:
-    """The networks of a state dict; a name belongs to that with the longest prefix."""
-    renamings: dict[str, dict[str, str]] = {}  # prefix -> number of a child -> torchvision's name
+    """The networks in a state dict; a tensor belongs to the network with the longest matching prefix."""
+    renamings: dict[str, dict[str, str]] = {}  # prefix -> number of a child module -> torchvision's name
     tried: set[str] = set()
     for name in state:
         if name.endswith(_FIRST_BLOCK):
@@ -131,7 +131,7 @@ def _candidates(key: str, state: dict[str, Tensor]) -> list[_Candidate]:
             tried.add(match[1])
             if children := _numbered_children(state, match[1]):
                 renamings[match[1]] = children
-        if len(renamings) + len(tried) > 2 * _MAX_NETWORKS:  # each takes a pass over the names
+        if len(renamings) + len(tried) > 2 * _MAX_NETWORKS:  # each is a pass over all names
             break
     parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in renamings}
     if parts:
@@ -146,10 +146,10 @@ def _candidates(key: str, state: dict[str, Tensor]) -> list[_Candidate]:
 
 
 def _numbered_children(state: Mapping[str, Tensor], prefix: str) -> dict[str, str]:
-    """Torchvision's names of a ResNet's children where they are in a Sequential; {}: they are not.
+    """Torchvision's names of the numbered children of a ResNet in a Sequential; {}: it is not one.
 
-    `Sequential(*resnet.children())` numbers them, those without weights too: 0 and 1 are the stem's
-    convolution and BatchNorm, 4 to 7 the stages.
+    `Sequential(*resnet.children())` numbers all children, including those without weights: 0 and 1 are the
+    convolution and BatchNorm of the stem, 4 to 7 the stages.
     """
     names = [name[len(prefix) :].split(".") for name in state if name.startswith(prefix)]
     numbers = {int(first) for first, *_ in names if re.fullmatch("[0-9]{1,3}", first)}
@@ -165,7 +165,7 @@ def _numbered_children(state: Mapping[str, Tensor], prefix: str) -> dict[str, st
 
 
 def _weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without counters and normalisers."""
+    """A state dict without counters and normalisation layers."""
     normalisers = {name for pair in _find_normalisers(state) for name in pair}
     return {
         name: tensor
@@ -175,7 +175,7 @@ def _weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _torchvision_names(tensors: Mapping[str, Tensor], children: Mapping[str, str]) -> dict[str, Tensor]:
-    """Renames numbered children, and the shortcuts and the head of MadryLab/robustness' CIFAR networks."""
+    """Renames numbered children, and the shortcuts and head of MadryLab/robustness' CIFAR networks."""
 
     def rename(name: str) -> str:
         first, dot, rest = name.partition(".")
@@ -188,7 +188,7 @@ def _torchvision_names(tensors: Mapping[str, Tensor], children: Mapping[str, str
 
 
 def _choose(candidates: Sequence[_Candidate], weights: str) -> list[_Candidate]:
-    """The network that is meant, and behind it those that must equal it."""
+    """The selected network, followed by those that must be copies of it."""
     found = list(candidates)
     if weights:
         path = weights.strip("./").replace("/", ".")
@@ -196,21 +196,21 @@ def _choose(candidates: Sequence[_Candidate], weights: str) -> list[_Candidate]:
         found = exact or [c for c in found if f".{path}." in f".{c.wrapping.replace('/', '.')}."]
         if not found:
             raise CheckpointError(
-                f"holds no network under {brief(weights)}: config.checkpoint.weights, or weights=, may be "
+                f"contains no network under {brief(weights)}: config.checkpoint.weights (weights=) can be "
                 f"{brief_list((c.shown for c in candidates), quote=False)}"
             )
     else:
-        # Averages of the parameters alone, without BatchNorm's statistics, are not a network.
+        # Averaged parameters without BatchNorm statistics are not a complete network.
         found = [c for c in found if "bn1.running_mean" in c.tensors] or found
         averaged = [c for c in found if _AVERAGED.search(c.wrapping)]
         shapes = {frozenset((n, t.shape) for n, t in c.tensors.items() if is_inside(n)) for c in found}
-        if averaged and len(shapes) == 1:  # a teacher of another architecture is not its student's average
+        if averaged and len(shapes) == 1:  # a teacher of another architecture is not an average
             found = averaged
     return sorted(found, key=lambda candidate: len(candidate.wrapping))
 
 
 def _nothing_found(tree: Any, states: Mapping[str, dict[str, Tensor]]) -> str:
-    """What the file holds instead of a ResNet."""
+    """Describes the contents of a file without a ResNet."""
     for found in states.values():
         if any(tensor.shape for tensor in found.values()):
             _check_number(found)
@@ -220,28 +220,28 @@ def _nothing_found(tree: Any, states: Mapping[str, dict[str, Tensor]]) -> str:
     values = (tree, *tree.values()) if isinstance(tree, dict) else (tree,)
     for stub in (value for value in values if isinstance(value, Stub)):
         return (
-            f"holds a pickled {brief(stub.name)} object, not a state dict: load it in PyTorch and save its "
-            f"weights alone, with torch.save(model.state_dict(), FILE)"
+            f"contains a pickled {brief(stub.name)} object, not a state dict: load it in PyTorch and save "
+            "only its weights, with torch.save(model.state_dict(), FILE)"
         )
     if not isinstance(tree, dict):
-        return f"holds no state dict but a {type(tree).__name__}: save model.state_dict()"
+        return f"contains a {type(tree).__name__}, not a state dict: save model.state_dict()"
     return f"no state dict was found: the top-level keys are {brief_list(map(str, tree)) or 'none'}"
 
 
 def _check_number(tensors: Mapping[str, Tensor]) -> None:
     if len(tensors) > _MAX_TENSORS:
-        raise CheckpointError(f"holds {len(tensors):,} tensors; at most {_MAX_TENSORS:,} are looked at")
+        raise CheckpointError(f"contains {len(tensors):,} tensors, more than the supported {_MAX_TENSORS:,}")
 
 
 def _other_kind(kind: str) -> str:
-    return f"holds {kind}, not a torchvision ResNet: only those can be imported"
+    return f"contains {kind}: only torchvision's ResNets can be imported"
 
 
 def check_copies(network: Network) -> None:
-    """Compares the copies of a network, which MadryLab/robustness saves for its attacker, with it.
+    """Checks that the copies of a network are equal to it, as in files of MadryLab/robustness.
 
     Raises:
-        CheckpointError: one differs; the first differing name is in the message.
+        CheckpointError: a copy differs; the message names the first tensor that does.
     """
     first = network.wrapping or "."
     for wrapping, copy in network.copies.items():
@@ -249,8 +249,9 @@ def check_copies(network: Network) -> None:
             a, b = network.tensors.get(name), copy.get(name)
             if a is None or b is None or not _equal(a, b):
                 raise CheckpointError(
-                    f"holds two networks, under {first} and {wrapping}, that differ in {brief(name)}: choose "
-                    f"with config.checkpoint.weights, or weights=: {', '.join((first, *network.copies))}"
+                    f"contains two networks, under {first} and {wrapping}, that differ in {brief(name)}: "
+                    "select one with config.checkpoint.weights (weights=): "
+                    f"{', '.join((first, *network.copies))}"
                 )
 
 
@@ -263,7 +264,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _find_normalisers(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """Names of means and of the standard deviations beside them."""
+    """The names of the mean and standard deviation of every normalisation layer."""
     pairs = []
     for name in tensors:
         start, dot, last = name.rpartition(".")
@@ -275,23 +276,23 @@ def _find_normalisers(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
 
 
 def _normalisation(
-    state: Mapping[str, Tensor], beside: Mapping[str, Any]
+    state: Mapping[str, Tensor], siblings: Mapping[str, Any]
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """(mean, std) of the state dict's normalisers and of the values beside it, which must agree."""
-    found = {}
-    for names in _NORMALISERS:
-        values = tuple(_values(beside.get(name)) for name in names)
-        if None not in values:
-            found[values] = names[0]
-    for pair in _find_normalisers(state):
-        found[tuple(_channels(state[name]) for name in pair)] = pair[0]
+    """(mean, std) of the normalisation layers in the state dict and among its siblings, which must agree."""
+    found: dict[tuple[tuple[float, ...], tuple[float, ...]], str] = {}
+    for name, other in _NORMALISERS:
+        mean, std = _values(siblings.get(name)), _values(siblings.get(other))
+        if mean is not None and std is not None:
+            found[mean, std] = name
+    for name, other in _find_normalisers(state):
+        found[_channels(state[name]), _channels(state[other])] = name
     if len(found) > 1:
-        raise CheckpointError(f"two normalisers differ: {brief_list(found.values())}")
+        raise CheckpointError(f"two normalisations differ: {brief_list(found.values())}")
     return next(iter(found), (None, None))
 
 
 def _values(value: Any) -> tuple[float, ...] | None:
-    """Those of a tensor, or of a list or tuple, of one number a channel; None: it is something else."""
+    """The values of a tensor, list or tuple of one number per channel; None: it is something else."""
     if isinstance(value, Tensor):
         return _channels(value) if value.shape in _PER_CHANNEL else None
     is_list = type(value) in (list, tuple) and len(value) == 3 and all(map(_is_number, value))
@@ -299,15 +300,15 @@ def _values(value: Any) -> tuple[float, ...] | None:
 
 
 def _channels(tensor: Tensor) -> tuple[float, ...]:
-    """The shortest decimals that round to the values: 0.485, not 0.48500001430511475."""
+    """The shortest decimals that round to the float32 values: 0.485, not 0.48500001430511475."""
     if not tensor.dtype.startswith(("float", "bfloat")):
-        raise CheckpointError(f"a normaliser is {tensor.dtype}, not float")
+        raise CheckpointError(f"the mean or std of the images has type {tensor.dtype}, not float")
     with np.errstate(over="ignore"):
         return tuple(float(str(value)) for value in tensor.read().astype(np.float32).reshape(-1))
 
 
 def _claims(tree: Mapping[Any, Any], state: Mapping[str, Tensor]) -> dict[str, int | float]:
-    """The numbers at the top level, such as epoch and nat_prec1; one that cannot be read is left out."""
+    """The readable numbers at the top level, such as epoch and nat_prec1."""
     candidates = [
         (key, value)
         for key, value in tree.items()
@@ -320,7 +321,7 @@ def _claims(tree: Mapping[Any, Any], state: Mapping[str, Tensor]) -> dict[str, i
                 value = value.read().item()
             except CheckpointError:
                 continue
-        if _is_number(value) and abs(value) < 2**53:  # what JSON holds: no NaN either
+        if _is_number(value) and abs(value) < 2**53:  # exact in JSON, and not NaN
             claims[key[:100]] = value
     return claims
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import html
 import re
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ class Contents(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_checkpoint(path: str | Path) -> Iterator[Contents]:
+def open_checkpoint(path: str | Path) -> Generator[Contents]:
     """Opens a file of torch.save (zip or legacy format) or a safetensors file. None of its code is run.
 
     Its tensors are read one by one, by `Tensor.read`, while it is open. Its pickle may have 32 MiB.

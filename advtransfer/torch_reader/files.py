@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class File:
     """An open file of a known size."""
 
     path: Path
-    raw: BinaryIO  # unbuffered
+    raw: io.FileIO
     size: int  # bytes
 
     def read(self, start: int, size: int) -> np.ndarray:
@@ -44,7 +44,7 @@ class File:
                 f"the file is truncated: it has {self.size:,} bytes, not {start + size:,}: download it again"
             )
         data = np.empty(size, np.uint8)
-        view, done = memoryview(data), 0
+        view, done = data.data, 0
         try:
             self.raw.seek(start)
             while done < size:
@@ -64,12 +64,12 @@ class File:
         """SHA-256 in hexadecimal, read piece by piece."""
         sha = hashlib.sha256()
         for start in range(0, self.size, _CHUNK):
-            sha.update(self.read(start, min(_CHUNK, self.size - start)))
+            sha.update(self.read(start, min(_CHUNK, self.size - start)).data)
         return sha.hexdigest()
 
 
 @contextlib.contextmanager
-def open_file(path: str | Path) -> Iterator[File]:
+def open_file(path: str | Path) -> Generator[File]:
     """Opens a file once for everything that is done with it, so that what is hashed is what is read.
 
     A `CheckpointError` that leaves the block gets the path in front of its message.
@@ -87,7 +87,7 @@ def open_file(path: str | Path) -> Iterator[File]:
         raise
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> io.FileIO:
     try:
         mode = path.stat().st_mode  # before it is opened, which would wait for the other end of a pipe
         if stat.S_ISREG(mode):

@@ -59,7 +59,7 @@ class _Beginning(io.RawIOBase):
     def tell(self) -> int:
         return self.place
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         size = min(len(buffer), self.end - self.place)
         buffer[:size] = self.file.read(self.place, size).tobytes()
         self.place += size
@@ -67,8 +67,9 @@ class _Beginning(io.RawIOBase):
 
 
 class _Pickles(io.BufferedReader):
-    def read(self, size: int) -> bytes:
-        return super().read(min(size, MAX_BYTES))  # which takes as much memory as it is asked for
+    def read(self, size: int | None = None, /) -> bytes:
+        # The reader takes as much memory as it is asked for.
+        return super().read(MAX_BYTES if size is None else min(size, MAX_BYTES))
 
 
 def _locate(file: File, storages: dict[str, Storage], keys: Any, position: int) -> None:

@@ -73,7 +73,7 @@ class Storage:
         """`size` bytes from byte `start` of the storage; the CRC of the whole is checked once."""
         data = self.file.read(self.start + start, size)
         if self.crc and not self.damaged:
-            self.damaged = (zlib.crc32(data) if size == self.size else self._crc()) != self.crc
+            self.damaged = (zlib.crc32(data.data) if size == self.size else self._crc()) != self.crc
             self.crc = 0
         if self.damaged:
             raise CheckpointError(f"storage {self.key} is damaged (its CRC-32 differs): download it again")
@@ -82,7 +82,7 @@ class Storage:
     def _crc(self) -> int:
         crc = 0
         for first in range(0, self.size, _CHUNK):
-            crc = zlib.crc32(self.file.read(self.start + first, min(_CHUNK, self.size - first)), crc)
+            crc = zlib.crc32(self.file.read(self.start + first, min(_CHUNK, self.size - first)).data, crc)
         return crc
 
 

@@ -6,10 +6,11 @@ of plain data, and anything that is not in it becomes a `Stub`, on which no oper
 
 from __future__ import annotations
 
+import io
 import pickletools
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 from .files import CheckpointError, printable
 
@@ -49,7 +50,7 @@ Constructors = Mapping[str, Callable[[tuple], Any]]  # by "module.name"; NotImpl
 
 
 def unpickle(
-    data: BinaryIO,
+    data: io.BufferedReader | io.BytesIO,
     constructors: Constructors,
     persistent_load: Callable[[Any], Any] | None = None,
 ) -> tuple[Any, set[str]]:
@@ -263,7 +264,7 @@ _LITERALS = (
     *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
 )
 # By pickletools' names; the second argument is the operation's own.
-_OPERATIONS: dict[str, Callable[[_Machine, Any], None]] = {
+_OPERATIONS: dict[str, Callable[[_Machine, Any], object]] = {
     **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda m, _: None),
     **dict.fromkeys(_LITERALS, lambda m, value: m.stack.append(_literal(value))),
     "NONE": lambda m, _: m.stack.append(None),

@@ -83,8 +83,11 @@ def _directory(file: File) -> dict[str, zipfile.ZipInfo]:
 class _Directory:
     """A file that gives `zipfile` no more than a directory of a sane size."""
 
-    def __init__(self, raw: Any):
-        self.seek, self.tell, self.seekable, self.raw = raw.seek, raw.tell, raw.seekable, raw
+    def __init__(self, raw: io.FileIO):
+        self.tell, self.seekable, self.raw = raw.tell, raw.seekable, raw
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self.raw.seek(offset, whence)
 
     def read(self, size: int = -1) -> bytes:
         data = self.raw.read(min(size, _MAX_DIRECTORY + 1) if size >= 0 else _MAX_DIRECTORY + 1)
