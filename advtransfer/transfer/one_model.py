@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Key
 
 from advtransfer import storage
 from advtransfer.data import Split
@@ -50,7 +51,7 @@ def fine_tune(
     num_unfrozen_blocks: int | str = 0,
     num_folds: int = 5,
     recipe: Recipe | None = None,
-    key: jax.Array | None = None,
+    key: Key[Array, ""] | None = None,
     folder: str | os.PathLike[str] | None = None,
 ) -> FineTuned:
     """Fine-tunes a source network on all of the labelled images.
@@ -125,7 +126,7 @@ def tune(
     train: Split,
     test: Split | None,
     *,
-    key: jax.Array,
+    key: Key[Array, ""],
     class_names: tuple[str, ...],
     num_unfrozen_blocks: int,
     recipe: Recipe,
@@ -184,7 +185,7 @@ def make_page(
         history=tuned.history,
         facts=facts,
         outcome=tuned.outcome,
-        pictures=() if tuned.outcome is None else _pictures(tuned),
+        pictures=_pictures(tuned.test.images, tuned.outcome) if tuned.test and tuned.outcome else (),
         choice=said,
         choice_rows=rows,
         command=command,
@@ -201,7 +202,7 @@ def _told(choice: Choice | None, num_images: int) -> tuple[str, list[dict[str, A
     chosen = {0: "the head alone", 1: "the last block and the head", -1: "everything"}.get(
         k, f"the last {k} blocks and the head"
     )
-    if choice.method == "rule":
+    if choice.accuracies is None:
         rows = [
             {"below_num_images": below, "num_unfrozen_blocks": blocks}
             for below, blocks in (*RULE, (None, -1))
@@ -235,9 +236,9 @@ def _told(choice: Choice | None, num_images: int) -> tuple[str, list[dict[str, A
     return said, rows
 
 
-def _pictures(tuned: FineTuned) -> np.ndarray:
+def _pictures(images: np.ndarray, outcome: Outcome) -> np.ndarray:
     """The most confident mistakes [M, h, w, 3] in [0, 1]; of large images every second, third, ... pixel."""
-    images = tuned.test.images[tuned.outcome.mistakes[:_NUM_PICTURES]]
+    images = images[outcome.mistakes[:_NUM_PICTURES]]
     step = -(-max(images.shape[1:3]) // _MAX_SIDE)
     return images[:, ::step, ::step] / np.float32(255)
 
