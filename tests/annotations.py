@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from beartype import beartype
+from beartype import BeartypeConf, beartype
+
+_CONF = BeartypeConf(is_pep484_tower=True)  # an int is a float, as PEP 484 has it
 
 
 def check_after(function: Callable) -> Callable:
@@ -13,4 +15,4 @@ def check_after(function: Callable) -> Callable:
     it. Only the second is checked: so a function's own refusal of an argument comes first, and what it takes
     without one must be what it names.
     """
-    return function if function.__annotations__.get("return", Any) is Any else beartype(function)
+    return function if function.__annotations__.get("return", Any) is Any else beartype(function, conf=_CONF)

@@ -38,8 +38,8 @@ def make_batch(
 ) -> Batch:
     """Gathers, resizes and augments the images of one step.
 
-    A pure function: jit it with `augmentation` and `image_size` static. The result for an image depends only on
-    the image and its key, not on the rest of the batch.
+    A pure function: jit it with `augmentation` and `image_size` static. The result for an image depends only
+    on the image and its key, not on the rest of the batch.
 
     Args:
       images: uint8 [M, H, W, 3], the whole dataset.

@@ -1,9 +1,9 @@
 """Datasets by name, as uint8 arrays on the host.
 
 `DATASETS` lists the built-in datasets. To add one, write a function
-`(image_size, seed, cache_dir) -> (class_names, train, validation, test)` and register it there. `OPENERS` maps
-the prefix of a recorded dataset's name (`tfds:cifar10`) to the function that opens it; to add a kind, write a
-function `name -> Recording` and register it there.
+`(image_size, seed, cache_dir) -> (class_names, train, validation, test)` and register it there. `OPENERS`
+maps the prefix of a recorded dataset's name (`tfds:cifar10`) to the function that opens it; to add a kind,
+write a function `name -> Recording` and register it there.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ def load_dataset(
 ) -> Dataset:
     """Loads a dataset by name.
 
-    Recorded images are decoded once, in parallel, and cached until a file of the dataset changes. Labels, class
-    names and splits are the recorded ones as far as there are any (see `load_parts`). If all images of a
-    dataset are squares of one size, they are resized; otherwise they are cropped as in ImageNet evaluation
+    Recorded images are decoded once, in parallel, and cached until a file of the dataset changes. Labels,
+    class names and splits are the recorded ones as far as there are any (see `load_parts`). If all images of
+    a dataset are squares of one size, they are resized; otherwise they are cropped as in ImageNet evaluation
     (see `fit_image`).
 
     Args:
@@ -126,8 +126,8 @@ def load_dataset(
       cache_dir: cache of drawn and decoded images; None is `$XDG_CACHE_HOME/advtransfer` or
         `~/.cache/advtransfer`. If it cannot be written, nothing is cached.
       splits: those of `SPLITS` that the caller needs; the others of a recorded dataset are empty.
-      broken: how to treat images that cannot be decoded: "refuse" raises, "skip" leaves them out and lists them
-        in `Dataset.skipped`.
+      broken: how to treat images that cannot be decoded: "refuse" raises, "skip" leaves them out and lists
+        them in `Dataset.skipped`.
       view: one of `VIEWS`, such as "low_pass" (see module `views`), applied to all splits.
       loading: "memory"; "stream": the training images stay on disk (see module `stream`); or "auto": streamed
         if they would take more than 2 GB. Other splits are always in memory.
@@ -158,7 +158,7 @@ def load_dataset(
             raise ValueError(f"{value!r} is not one of {', '.join(known)}")
     if name in DATASETS:
         if loading == "stream":
-            raise ValueError(f"{name} cannot be streamed: its images are generated in memory")
+            raise ValueError(f"{name} is not streamed: its images are generated in memory")
         class_names, *drawn = DATASETS[name](image_size, seed, cache_dir)
         train, validation, test = (Split(VIEWS[view](part.images), part.labels) for part in drawn)
         made = zip(SPLITS, (train, validation, test), strict=True)

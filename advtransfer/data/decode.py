@@ -10,13 +10,12 @@ import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Integer, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-Encoded = Path | BinaryIO
+Encoded = Path | io.BytesIO | io.BufferedReader
 # Only Pillow's readers of plain image formats: some of the others start programs (EPS) or open further files
 # named in the file.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
@@ -128,10 +127,10 @@ def decode_crop(
 ) -> Image.Image:
     """Decodes one image file and scales a random box of it to size × size pixels (see `random_box`).
 
-    The box is cropped, then scaled, bilinear with antialias, as in torchvision's RandomResizedCrop. A JPEG whose
-    box is at least four times as large as the result on each side is decoded at a half, a quarter or an eighth
-    of its resolution; the box still has at least twice the size of the result, and decoding takes a fraction
-    of the time.
+    The box is cropped, then scaled, bilinear with antialias, as in torchvision's RandomResizedCrop. A JPEG
+    whose box is at least four times as large as the result on each side is decoded at a half, a quarter or an
+    eighth of its resolution; the box still has at least twice the size of the result, and decoding takes a
+    fraction of the time.
 
     Args:
       encoded, upright: see `decode_image`.
@@ -161,9 +160,9 @@ def random_box(
 ) -> tuple[int, int, int, int]:
     """Left, top, width and height of a box, drawn as in torchvision's RandomResizedCrop.
 
-    Its fraction of the area is uniform in [min_area, 1] and the logarithm of its aspect ratio, width / height,
-    uniform between log(3/4) and log(4/3). The first of ten tries that fits is used; if none does, the largest
-    central box of an allowed aspect ratio.
+    Its fraction of the area is uniform in [min_area, 1] and the logarithm of its aspect ratio, width /
+    height, uniform between log(3/4) and log(4/3). The first of ten tries that fits is used; if none does, the
+    largest central box of an allowed aspect ratio.
     """
     for _ in range(10):
         area = width * height * rng.uniform(min_area, 1)
@@ -178,9 +177,9 @@ def random_box(
 def fit_image(image: Image.Image, size: int, *, crop: bool) -> Image.Image:
     """Resizes an image to size × size pixels, bilinear with antialias.
 
-    With `crop`, the shorter side is scaled to 8/7 × size and the centre is cropped: at 224 the Resize(256) and
-    CenterCrop(224) of torchvision's and robustness's evaluation, with their rounding. Otherwise the whole image
-    is scaled.
+    With `crop`, the shorter side is scaled to 8/7 × size and the centre is cropped: at 224 the Resize(256)
+    and CenterCrop(224) of torchvision's and robustness's evaluation, with their rounding. Otherwise the whole
+    image is scaled.
 
     Raises:
       ValueError: the image is so elongated that it would exceed Pillow's MAX_IMAGE_PIXELS when scaled.
@@ -213,8 +212,8 @@ def decode_images(
       upright: see `decode_image`.
 
     Returns:
-      Images uint8 [N, size, size, 3], and by position the reason why an image could not be decoded; its pixels
-      are arbitrary.
+      Images uint8 [N, size, size, 3], and by position the reason why an image could not be decoded; its
+      pixels are arbitrary.
     """
     images = np.empty((len(indices), size, size, 3), np.uint8)
     broken: dict[int, str] = {}

@@ -43,8 +43,8 @@ def make_feed(
 ) -> Feed:
     """Batches that are a function of the step and the arguments.
 
-    Every epoch visits the images in a new order and drops an incomplete last batch. An example's key is derived
-    from the step and its position in the batch, so batches do not depend on the number of devices and
+    Every epoch visits the images in a new order and drops an incomplete last batch. An example's key is
+    derived from the step and its position in the batch, so batches do not depend on the number of devices and
     processes. Streamed images are cropped from the full-size image when they are decoded; the rest of the
     augmentation runs on the device.
 

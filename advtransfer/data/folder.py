@@ -1,14 +1,14 @@
 """Image folders: one subfolder per class.
 
-`folder:/path` contains some of train/CLASS/*, validation/CLASS/* and test/CLASS/*, or is a single tree CLASS/*,
-which is then split (see `load_parts`); module `layout` documents other accepted names. Class folders may have
-subfolders. Classes are numbered in the order of their names, as in torchvision's ImageFolder, but integers
-numerically. Names that differ only in Unicode composition are one class. Files that are left out are counted
-and reported.
+`folder:/path` contains some of train/CLASS/*, validation/CLASS/* and test/CLASS/*, or is a single tree
+CLASS/*, which is then split (see `load_parts`); module `layout` documents other accepted names. Class folders
+may have subfolders. Classes are numbered in the order of their names, as in torchvision's ImageFolder, but
+integers numerically. Names that differ only in Unicode composition are one class. Files that are left out are
+counted and reported.
 
 `folder:/path:TRAIN` selects the training images in TFDS's notation: `train[:10%]`, `train[500:]`,
-`train+validation`. As files have no order of their own, slices are taken from a fixed, stratified order: a tenth
-of the images is a tenth of each class.
+`train+validation`. As files have no order of their own, slices are taken from a fixed, stratified order: a
+tenth of the images is a tenth of each class.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 
@@ -140,8 +141,8 @@ def _list_images(
     unknown = sorted(folders.keys() - set(class_names))
     if unknown:
         raise ValueError(
-            f"{walk.name}: {split} has classes that do not occur in training: {', '.join(unknown)}; the training "
-            f"classes are {', '.join(class_names)}"
+            f"{walk.name}: {split} has classes that do not occur in training: {', '.join(unknown)}; the "
+            f"training classes are {', '.join(class_names)}"
         )
     images: Images = []
     for label, class_name in enumerate(class_names):
@@ -173,6 +174,6 @@ def _records(root: Path, images: Images) -> Records:
 
 
 def _read(
-    root: Path, names: np.ndarray, labels: np.ndarray, indices: Iterable[int]
+    root: Path, names: np.ndarray, labels: np.ndarray, indices: Iterable[SupportsIndex]
 ) -> list[tuple[Path, int]]:
     return [(root / os.fsdecode(names[index]), int(labels[index])) for index in indices]

@@ -1,18 +1,19 @@
 """Letters on textured backgrounds: a source task with a shape cue and a texture cue.
 
 Each image shows one of 23 capital letters in one of 14 typefaces, slightly rotated, scaled, sheared and
-shifted, in a random colour on a background of another random colour. A faint grating covers the background. Its
-orientation and frequency also encode a class, which in nine of ten images is that of the letter. A network can
-therefore read the label from a strong cue (the shape) or a weak one (the texture), and `render_glyphs` can put
-the two in conflict.
+shifted, in a random colour on a background of another random colour. A faint grating covers the background.
+Its orientation and frequency also encode a class, which in nine of ten images is that of the letter. A
+network can therefore read the label from a strong cue (the shape) or a weak one (the texture), and
+`render_glyphs` can put the two in conflict.
 
-A small target task goes with it: lower-case letters whose shapes differ from those of the capitals, on gratings
-that are independent of the class.
+A small target task goes with it: lower-case letters whose shapes differ from those of the capitals, on
+gratings that are independent of the class.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import chex
@@ -83,8 +84,8 @@ def draw_lowercase(
 
 
 def render_glyphs(
-    letters: Integer[AnyArray, " n"],
-    textures: Integer[AnyArray, " n"],
+    letters: Integer[AnyArray, " n"] | Sequence[int],
+    textures: Integer[AnyArray, " n"] | Sequence[int],
     *,
     image_size: int,
     rng: np.random.Generator,
@@ -100,16 +101,16 @@ def render_glyphs(
       image_size: side in pixels, at least 13.
       rng: for typefaces, geometry, colours and phases; the same draws at every size.
       alphabet: the letters.
-      amplitude: smallest and largest amplitude of the gratings, for pixels in [0, 1]. From 0.15 on, colours are
-        clipped.
+      amplitude: smallest and largest amplitude of the gratings, for pixels in [0, 1]. From 0.15 on, colours
+        are clipped.
       opacity: of the letters, in [0, 1]. Like `amplitude`, it does not affect the other random draws.
 
     Returns:
       uint8 [N, image_size, image_size, 3].
 
     Raises:
-      ValueError: the image is too small for the finest grating, a class does not exist, or an invalid amplitude
-        or opacity.
+      ValueError: the image is too small for the finest grating, a class does not exist, or an invalid
+        amplitude or opacity.
     """
     letters, textures = np.asarray(letters), np.asarray(textures)
     chex.assert_rank(letters, 1)

@@ -1,9 +1,9 @@
 """Which folders of an image dataset are splits and which are classes, without guessing.
 
-Folders called train, test or validation, or one of their usual variants (`split_of`) in any case, are splits if
-they contain class folders; if they contain images, next to other classes, they are classes of that name. A
-folder that wraps the whole dataset, or the classes of a split, is entered (archive/train, seg_train/seg_train).
-Any other ambiguous layout is refused.
+Folders called train, test or validation, or one of their usual variants (`split_of`) in any case, are splits
+if they contain class folders; if they contain images, next to other classes, they are classes of that name. A
+folder that wraps the whole dataset, or the classes of a split, is entered (archive/train,
+seg_train/seg_train). Any other ambiguous layout is refused.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Content(NamedTuple):
 class Walk:
     """Lists the folders below `root`, each once: links that lead back into the dataset are left out.
 
-    Hidden files and folders, those created by file systems and viewers (`@eaDir`, `__MACOSX`, ...) and anything
-    that is neither a file nor a folder are left out too.
+    Hidden files and folders, those created by file systems and viewers (`@eaDir`, `__MACOSX`, ...) and
+    anything that is neither a file nor a folder are left out too.
     """
 
     def __init__(self, name: str, root: Path):
@@ -105,7 +105,7 @@ class Walk:
         return Content(tuple(images), tuple(folders), left_out)
 
     def _is_followed(self, link: Path) -> bool:
-        """Whether a link's target is outside of the dataset and does not overlap with that of another link."""
+        """Whether a link's target overlaps neither with the dataset nor with another link's target."""
         target, folders = os.path.realpath(link), {self._real_root}
         if link.is_dir():
             folders |= self._linked_folders
@@ -159,8 +159,9 @@ def read_layout(walk: Walk) -> Layout:
         return Layout({"train": top}, remarks)
     if others:
         raise ValueError(
-            f"{walk.name}: {_names(others)} is next to {_names([*splits])} in {top} but is not a split with class "
-            "folders: name it train, validation or test and sort its images into class folders, or move it away"
+            f"{walk.name}: {_names(others)} is next to {_names([*splits])} in {top} but is not a split with "
+            "class folders: name it train, validation or test and sort its images into class folders, or move "
+            "it away"
         )
     found: dict[str, Path] = {}
     for child, split in splits.items():
@@ -199,8 +200,8 @@ def _check_classes(walk: Walk, folders: Iterable[Path], *, is_split: bool = Fals
     shared = sorted(set.intersection(*inside)) if len(nested) > 1 else []
     if shared and (not is_split or all(_FOLD.fullmatch(f.name) or split_of(f.name) for f in nested)):
         raise ValueError(
-            f"{walk.name}: {_names(nested)} each contain {', '.join(shared[:5])}: are they splits or classes? "
-            "Put the training images into train/CLASS and the test images into test/CLASS"
+            f"{walk.name}: {_names(nested)} each contain {', '.join(shared[:5])}: are they splits or "
+            "classes? Put the training images into train/CLASS and the test images into test/CLASS"
         )
 
 

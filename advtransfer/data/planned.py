@@ -30,8 +30,8 @@ def plan_dataset(
     """Like `load_dataset`, but returns a placeholder for a known dataset that is not prepared.
 
     A placeholder has the published numbers of images and classes, cyclic labels, and a single noise image
-    broadcast to all images, which takes no memory: grey or coloured like the dataset, and of the size that its
-    images would have. A remark says so if the actual images would take too much memory.
+    broadcast to all images, which takes no memory: grey or coloured like the dataset, and of the size that
+    its images would have. A remark says so if the actual images would take too much memory.
 
     Raises:
       ValueError: as `load_dataset`; its subclass NotPrepared if nothing is known about the dataset.
@@ -63,7 +63,7 @@ def known_sizes(name: str) -> Target | None:
 
 
 def _count(train: str, num_train: int) -> int:
-    """Number of images that `train`, in TFDS's notation, selects from `num_train`; 0 if it is not a slice of them."""
+    """Number of images that a slice in TFDS's notation selects from `num_train`; 0 if it is invalid."""
     import tensorflow_datasets as tfds
 
     whole = tfds.core.SplitInfo(name="train", shard_lengths=[num_train], num_bytes=0)

@@ -7,7 +7,7 @@ import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from os import PathLike
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 import PIL
@@ -35,7 +35,7 @@ class Records(NamedTuple):
     count: int
     labels: Callable[[], Int32[np.ndarray, " count"]]  # read when called
     # Images with their labels, by index. Can be pickled, and called from any thread.
-    read: Callable[[Iterable[int]], Sequence[tuple[Encoded, int]]]
+    read: Callable[[Iterable[SupportsIndex]], Sequence[tuple[Encoded, int]]]
     describe: Callable[[int], str]  # name of an image, for messages
 
 
@@ -62,7 +62,7 @@ class Part(NamedTuple):
 
 
 def split_name(name: str) -> tuple[str, str | None]:
-    """Splits /path:train[:10%] into /path and train[:10%], which selects the training images; None: not given."""
+    """Splits /path:train[:10%] into /path and train[:10%], the training images; None if not given."""
     found = _TRAIN.search(name)
     return (name[: found.start()], found[1]) if found else (name, None)
 
@@ -153,7 +153,7 @@ def inspect(parts: Mapping[str, Part]) -> list[str]:
             known.setdefault(pixels, set()).add(label)
         several = sum(len(found) > 1 for found in known.values())
         if several:
-            remarks.append(f"{several:,} of the {split} images occur with more than one label")
+            remarks.append(f"{several:,} images occur in {split} with more than one label")
     for one, other in (("test", "train"), ("validation", "train"), ("test", "validation")):
         shared = labels[one].keys() & labels[other].keys()
         if shared:
@@ -178,7 +178,7 @@ def find_size(
     *,
     enlarge: bool = True,
 ) -> tuple[int, bool]:
-    """The side of the decoded images, and whether they are cropped: they are unless all are squares of one size.
+    """The side of the decoded images, and whether they are cropped, as all but squares of one size are.
 
     Without `enlarge`, squares of one size that are smaller than `image_size` keep their size.
 
@@ -242,8 +242,8 @@ def _assign(
 
 
 def fixed_order(labels: Integer[np.ndarray, " n"], length: int) -> Integer[np.ndarray, " {length}"]:
-    """The first `length` places of a fixed random order of images; stratified by `labels` unless there are more
-    than `MAX_STRATIFIED`, which would take too long."""
+    """The first `length` places of a fixed random order of images; stratified by `labels` unless there are
+    more than `MAX_STRATIFIED`, which would take too long."""
     rng = np.random.default_rng(0)
     if len(labels) > MAX_STRATIFIED:
         return rng.permutation(len(labels))[:length]

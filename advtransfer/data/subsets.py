@@ -31,8 +31,8 @@ def subset_indices(
       dataset: name of the dataset, part of the seed.
       seed: of the draw.
       stratified: whether each class is represented in proportion, to within one image; otherwise images are
-        taken in random order, with the last places reserved for classes that have none yet (the code of Utrera
-        et al., 2021).
+        taken in random order, with the last places reserved for classes that have none yet (the code of
+        Utrera et al., 2021).
 
     Returns:
       int32 [num_images], indices into `labels`, each at most once.
@@ -55,7 +55,7 @@ def _covering(labels: np.ndarray, order: np.ndarray, num_images: int) -> np.ndar
     """The first images of `order`, and the first image of every class missing among them, in this order."""
     _, first = np.unique(labels[order], return_index=True)
     first.sort()  # places at which a new class first occurs
-    # `head`: the most images that can be taken in sequence so that the rest has a place for every missing class.
+    # `head`: the most images that can be taken in sequence and leave a place for every missing class.
     taken = np.arange(num_images + 1)
     head = taken[taken + np.sum(first[None] >= taken[:, None], axis=1) <= num_images].max(initial=0)
     rest = first[first >= head][: num_images - head]
@@ -76,10 +76,10 @@ def stratified_order(
 ) -> Int32[np.ndarray, " {length}"]:
     """First `length` places of a random order in which every prefix is stratified.
 
-    Of the first n places, a class that makes up a fraction p of the labels has n * p to within one, whatever the
-    fractions are. Rounding n * p for each class would not add up to n, so the next class is the one with the
-    earliest deadline (R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32, 1980, section 2).
-    Ties are broken at random.
+    Of the first n places, a class that makes up a fraction p of the labels has n * p to within one, whatever
+    the fractions are. Rounding n * p for each class would not add up to n, so the next class is the one with
+    the earliest deadline (R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32, 1980,
+    section 2). Ties are broken at random.
 
     Args:
       labels: integers [N].

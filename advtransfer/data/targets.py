@@ -2,8 +2,8 @@
 
 Utrera et al., "Adversarially-trained deep nets transfer better" (ICLR 2021), section 3; Salman et al., "Do
 adversarially robust ImageNet models transfer better?" (NeurIPS 2020), appendix A, and the code of both. A
-dataset with `dataset` "" is not in TFDS: put its authors' files into a folder (`folder:/path`). The numbers are
-used to plan with datasets that are not prepared (module `planned`).
+dataset with `dataset` "" is not in TFDS: put its authors' files into a folder (`folder:/path`). The numbers
+are used to plan with datasets that are not prepared (module `planned`).
 
 Numbers of images are as published. CIFAR-10's are verified by a test. Those of SVHN, Fashion-MNIST, KMNIST,
 Caltech-101 (version 3.0.0), cars, DTD, flowers, Food-101, pets and SUN397 are those of the TFDS catalogue

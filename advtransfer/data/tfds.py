@@ -1,8 +1,8 @@
 """Prepared TensorFlow Datasets, read without TensorFlow.
 
 `tfds:NAME[/CONFIG][:VERSION][:TRAIN]` is looked up in `$TFDS_DATA_DIR` or `~/tensorflow_datasets`;
-`tfds:/prepared/dir[:TRAIN]` (a path that begins with /, ~ or .) is the folder of a version, or one that contains
-a single version. TRAIN selects the training images in TFDS's notation, such as `train[:10%]` or
+`tfds:/prepared/dir[:TRAIN]` (a path that begins with /, ~ or .) is the folder of a version, or one that
+contains a single version. TRAIN selects the training images in TFDS's notation, such as `train[:10%]` or
 `train+validation`; the default is `train`.
 """
 
@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -29,7 +29,7 @@ _SPLITS = ("train", "validation", "test")
 _CHUNK = 1024  # records read at a time
 _PREPARE = "pip install tensorflow && tfds"
 
-Examples = Callable[[Iterable[int]], Iterator[Any]]
+Examples = Callable[[Iterable[SupportsIndex]], Iterator[Any]]
 
 
 class NotPrepared(ValueError):
@@ -105,7 +105,7 @@ def _find_folder(name: str, where: str) -> Any:
 
 
 def _check_features(name: str, folder: Path) -> None:
-    """Raises a ValueError for features of classes that are not TFDS's own: TFDS would import their modules."""
+    """Raises a ValueError for feature classes that are not TFDS's own: TFDS would import their modules."""
     path = folder / "features.json"
 
     def check(node: Any) -> None:
@@ -157,7 +157,7 @@ def _check_format(name: str, builder: Any, folder: Path) -> None:
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if "array_record" not in formats:
         raise ValueError(
-            f"{name} is stored as {', '.join(formats)}, but only array_record can be read without TensorFlow: "
+            f"{name} is stored as {', '.join(formats)}, but without TensorFlow only array_record can be read: "
             f"{_PREPARE} convert_format --dataset_version_dir={folder} --out_file_format=array_record"
         )
 
@@ -187,7 +187,7 @@ def _training_on(name: str, known: Sequence[str], train: str) -> dict[str, str]:
 
 @contextmanager
 def _one_line(message: str) -> Generator[None]:
-    """Turns the long errors of TFDS and array_record for missing or damaged files into one-line ValueErrors."""
+    """Makes one-line ValueErrors of TFDS's and array_record's errors for missing or damaged files."""
     try:
         yield
     except Exception as error:
@@ -208,7 +208,7 @@ def _open_split(name: str, builder: Any, split: str) -> tuple[int, Examples]:
         raise ValueError(f"{split} of {name} is empty")
     lock = threading.Lock()
 
-    def examples(indices: Iterable[int]) -> Iterator[Any]:
+    def examples(indices: Iterable[SupportsIndex]) -> Iterator[Any]:
         # The readers are not thread-safe.
         with lock, _one_line(f"cannot read {split} of {name}"):
             serialized = source.__getitems__([int(index) for index in indices])
@@ -266,7 +266,7 @@ class _Reader:
         builder = tfds.builder_from_directory(folder)
         return _open_split(name, builder, split)[1], builder.info.features[label_key].num_classes
 
-    def __call__(self, indices: Iterable[int]) -> list[tuple[io.BytesIO, int]]:
+    def __call__(self, indices: Iterable[SupportsIndex]) -> list[tuple[io.BytesIO, int]]:
         name, _, split, image_key, label_key = self._where
         (examples, num_classes), found = self._opened, []
         for example in examples(indices):

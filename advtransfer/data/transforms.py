@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Integer, Key, UInt8
 
+from advtransfer.arrays import AnyArray
 from advtransfer.options import option, options
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
@@ -102,7 +103,7 @@ def _are_grey(images: np.ndarray) -> bool:
 
 
 def augment(
-    keys: Key[Array, " n"], images: Float[Array, "n h w 3"], augmentation: Augmentation
+    keys: Key[Array, " n"], images: Float[AnyArray, "n h w 3"], augmentation: Augmentation
 ) -> Float[Array, "n h w 3"]:
     """Applies the transforms of an augmentation.
 
@@ -110,6 +111,7 @@ def augment(
     under jit: disabled transforms are not compiled.
     """
     _check(keys, images)
+    images = jnp.asarray(images)
     crop_keys, flip_keys, jitter_keys, rotation_keys, box_keys, light_keys = _split(keys, 6)
     augmentation = choose_augmentation(augmentation)
     if augmentation.resized_crop:
@@ -127,7 +129,7 @@ def augment(
     return images
 
 
-def to_float(images: UInt8[Array, "n h w c"], image_size: int | None = None) -> Float32[Array, "n _ _ c"]:
+def to_float(images: UInt8[AnyArray, "n h w c"], image_size: int | None = None) -> Float32[Array, "n _ _ c"]:
     """Converts uint8 [0, 255] to float32 [0, 1], resized to `image_size` (see `resize`) if given."""
     chex.assert_rank(images, 4)
     chex.assert_type(images, jnp.uint8)
@@ -135,7 +137,7 @@ def to_float(images: UInt8[Array, "n h w c"], image_size: int | None = None) -> 
     return images if image_size is None else resize(images, image_size)
 
 
-def resize(images: Float[Array, "n h w c"], size: int) -> Float[Array, "n {size} {size} c"]:
+def resize(images: Float[AnyArray, "n h w c"], size: int) -> Float[Array, "n {size} {size} c"]:
     """Resizes to [N, size, size, C], bilinear, with antialias when shrinking.
 
     The filter is Pillow's BILINEAR, a triangle as wide as the pixels of the coarser grid, truncated at the
@@ -143,14 +145,14 @@ def resize(images: Float[Array, "n h w c"], size: int) -> Float[Array, "n {size}
     """
     chex.assert_rank(images, 4)
     if images.shape[1:3] == (size, size):
-        return images
+        return jnp.asarray(images)
     shape = (images.shape[0], size, size, images.shape[3])
     # With rounding, the sum of the weights may slightly exceed 1.
     return jnp.clip(jax.image.resize(images, shape, method="linear", antialias=True), 0, 1)
 
 
 def random_crop(
-    keys: Key[Array, " n"], images: Float[Array, "n h w c"], *, padding: int = 4
+    keys: Key[Array, " n"], images: Float[AnyArray, "n h w c"], *, padding: int = 4
 ) -> Float[Array, "n h w c"]:
     """Pads with `padding` black pixels on each side and crops to the original size at a random position."""
     _check(keys, images)
@@ -159,21 +161,21 @@ def random_crop(
 
 
 def crop_at(
-    images: Float[Array, "n h w c"], offsets: Integer[Array, "n 2"], *, padding: int
+    images: Float[AnyArray, "n h w c"], offsets: Integer[AnyArray, "n 2"], *, padding: int
 ) -> Float[Array, "n h w c"]:
     """Crops [H, W] from the padded images at (row, column) = `offsets`, integers [N, 2]."""
     chex.assert_rank(images, 4)
     chex.assert_shape(offsets, (images.shape[0], 2))
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
 
-    def crop(image: jax.Array, offset: jax.Array) -> jax.Array:
+    def crop(image: AnyArray, offset: AnyArray) -> Array:
         return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), images.shape[1:])
 
     return jax.vmap(crop)(padded, offsets)
 
 
 def random_resized_crop(
-    keys: Key[Array, " n"], images: Float[Array, "n h w c"], *, min_area: float
+    keys: Key[Array, " n"], images: Float[AnyArray, "n h w c"], *, min_area: float
 ) -> Float[Array, "n h w c"]:
     """Crops a random box from each image and scales it to the image's size, as in torchvision.
 
@@ -184,7 +186,7 @@ def random_resized_crop(
     _check(keys, images)
     height, width = images.shape[1:3]
 
-    def draw(key: jax.Array) -> jax.Array:
+    def draw(key: Array) -> Array:
         area_key, ratio_key, place_key = jax.random.split(key, 3)
         area = height * width * jax.random.uniform(area_key, (10,), jnp.float32, min_area, 1.0)
         ratio = jnp.exp(jax.random.uniform(ratio_key, (10,), jnp.float32, np.log(3 / 4), np.log(4 / 3)))
@@ -198,7 +200,7 @@ def random_resized_crop(
     return resized_crop_at(images, jax.vmap(draw)(keys))
 
 
-def resized_crop_at(images: Float[Array, "n h w c"], boxes: Float[Array, "n 4"]) -> Float[Array, "n h w c"]:
+def resized_crop_at(images: Float[AnyArray, "n h w c"], boxes: Float[AnyArray, "n 4"]) -> Float[Array, "n h w c"]:
     """Crops boxes and scales them to the images' size, bilinear with antialias, as in Pillow.
 
     Args:
@@ -208,8 +210,8 @@ def resized_crop_at(images: Float[Array, "n h w c"], boxes: Float[Array, "n 4"])
     chex.assert_rank(images, 4)
     chex.assert_shape(boxes, (images.shape[0], 4))
 
-    def weights(first: jax.Array, length: jax.Array, size: int) -> jax.Array:
-        """Weight of each input pixel (column) in each output pixel (row): a triangle, truncated at the box."""
+    def weights(first: Array, length: Array, size: int) -> Array:
+        """Weight of input pixels (columns) in output pixels (rows): a triangle, truncated at the box."""
         scale = length / size
         old = jnp.arange(size, dtype=jnp.float32)[None, :]
         middle = first - 0.5 + (jnp.arange(size, dtype=jnp.float32)[:, None] + 0.5) * scale
@@ -217,7 +219,7 @@ def resized_crop_at(images: Float[Array, "n h w c"], boxes: Float[Array, "n 4"])
         share = jnp.where((old >= first) & (old < first + length), share, 0)
         return share / jnp.sum(share, axis=1, keepdims=True)
 
-    def cut(image: jax.Array, box: jax.Array) -> jax.Array:
+    def cut(image: AnyArray, box: AnyArray) -> Array:
         rows = weights(box[0], box[2], image.shape[0])
         columns = weights(box[1], box[3], image.shape[1])
         return jnp.einsum("ay,bx,yxc->abc", rows, columns, image, precision="highest")
@@ -226,13 +228,13 @@ def resized_crop_at(images: Float[Array, "n h w c"], boxes: Float[Array, "n 4"])
     return jnp.clip(jax.vmap(cut)(images, boxes), 0, 1)
 
 
-def random_flip(keys: Key[Array, " n"], images: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+def random_flip(keys: Key[Array, " n"], images: Float[AnyArray, "n h w c"]) -> Float[Array, "n h w c"]:
     """Mirrors each image left to right with probability 1/2."""
     _check(keys, images)
     return flip_where(images, jax.vmap(jax.random.bernoulli)(keys))
 
 
-def flip_where(images: Float[Array, "n h w c"], flipped: Bool[Array, " n"]) -> Float[Array, "n h w c"]:
+def flip_where(images: Float[AnyArray, "n h w c"], flipped: Bool[AnyArray, " n"]) -> Float[Array, "n h w c"]:
     """Mirrors the images whose entry in `flipped`, bool [N], is true."""
     chex.assert_rank(images, 4)
     chex.assert_shape(flipped, images.shape[:1])
@@ -241,7 +243,7 @@ def flip_where(images: Float[Array, "n h w c"], flipped: Bool[Array, " n"]) -> F
 
 def color_jitter(
     keys: Key[Array, " n"],
-    images: Float[Array, "n h w 3"],
+    images: Float[AnyArray, "n h w 3"],
     *,
     brightness: float = 0.0,
     contrast: float = 0.0,
@@ -261,7 +263,7 @@ def color_jitter(
 
 
 def adjust_colors(
-    images: Float[Array, "n h w 3"], factors: Float[Array, "n 3"], order: Integer[Array, "n 3"]
+    images: Float[AnyArray, "n h w 3"], factors: Float[AnyArray, "n 3"], order: Integer[AnyArray, "n 3"]
 ) -> Float[Array, "n h w 3"]:
     """Changes brightness (0), contrast (1) and saturation (2), in an order given for each image.
 
@@ -276,7 +278,7 @@ def adjust_colors(
     chex.assert_rank(images, 4)
     chex.assert_shape([factors, order], (images.shape[0], 3))
 
-    def change(images: jax.Array, which: jax.Array) -> jax.Array:
+    def change(images: AnyArray, which: AnyArray) -> Array:
         # The three changes differ only in the base.
         grey = _grey(images)
         flat = jnp.mean(grey, axis=(1, 2), keepdims=True)
@@ -291,7 +293,7 @@ def adjust_colors(
 
 
 def random_lighting(
-    keys: Key[Array, " n"], images: Float[Array, "n h w 3"], *, scale: float
+    keys: Key[Array, " n"], images: Float[AnyArray, "n h w 3"], *, scale: float
 ) -> Float[Array, "n h w 3"]:
     """Adds to each image a colour along the principal components of ImageNet's pixels, clipped to [0, 1].
 
@@ -303,7 +305,7 @@ def random_lighting(
     return light_by(images, coefficients)
 
 
-def light_by(images: Float[Array, "n h w 3"], coefficients: Float[Array, "n 3"]) -> Float[Array, "n h w 3"]:
+def light_by(images: Float[AnyArray, "n h w 3"], coefficients: Float[AnyArray, "n 3"]) -> Float[Array, "n h w 3"]:
     """Adds the colour with the `coefficients`, float32 [N, 3], of the three principal components."""
     chex.assert_rank(images, 4)
     chex.assert_shape(coefficients, (images.shape[0], 3))
@@ -312,7 +314,7 @@ def light_by(images: Float[Array, "n h w 3"], coefficients: Float[Array, "n 3"])
 
 
 def random_rotation(
-    keys: Key[Array, " n"], images: Float[Array, "n h w c"], *, degrees: float
+    keys: Key[Array, " n"], images: Float[AnyArray, "n h w c"], *, degrees: float
 ) -> Float[Array, "n h w c"]:
     """Rotates each image by an angle uniform in [-degrees, degrees].
 
@@ -324,7 +326,7 @@ def random_rotation(
     return rotate_by(images, draw(keys))
 
 
-def rotate_by(images: Float[Array, "n h w c"], degrees: Float[Array, " n"]) -> Float[Array, "n h w c"]:
+def rotate_by(images: Float[AnyArray, "n h w c"], degrees: Float[AnyArray, " n"]) -> Float[Array, "n h w c"]:
     """Rotates counter-clockwise about the centre by `degrees`, float32 [N]; uncovered pixels are black."""
     chex.assert_rank(images, 4)
     chex.assert_shape(degrees, images.shape[:1])
@@ -349,24 +351,24 @@ def rotate_by(images: Float[Array, "n h w c"], degrees: Float[Array, " n"]) -> F
     return out
 
 
-def _blend(images: jax.Array, base: jax.Array, factors: jax.Array) -> jax.Array:
+def _blend(images: AnyArray, base: AnyArray, factors: AnyArray) -> Array:
     factor = factors[:, None, None, None]
     return jnp.clip(factor * images + (1 - factor) * base, 0, 1)
 
 
-def _grey(images: jax.Array) -> jax.Array:
+def _grey(images: AnyArray) -> AnyArray:
     """Luma, float32 [N, H, W, 1]."""
     red, green, blue = (images[..., channel, None] for channel in range(3))
     return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
 
 
-def _split(keys: jax.Array, num: int) -> tuple[jax.Array, ...]:
+def _split(keys: Array, num: int) -> tuple[Array, ...]:
     """`num` independent keys for each image: a tuple of key arrays [N]."""
     split = jax.vmap(lambda key: jax.random.split(key, num), out_axes=1)(keys)
     return tuple(split[i] for i in range(num))
 
 
-def _check(keys: jax.Array, images: jax.Array) -> None:
+def _check(keys: Array, images: AnyArray) -> None:
     chex.assert_rank(images, 4)
     chex.assert_type(images, float)
     chex.assert_shape(keys, images.shape[:1])

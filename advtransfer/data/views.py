@@ -1,8 +1,8 @@
 """Views of a target dataset: its images without their detail, colour, layout or texture.
 
-A view is a function of uint8 images [N, H, W, 3] to images of the same shape. It is applied to training and test
-images alike, and gives the same result on every machine. Views that are files, such as stylised images (Geirhos
-et al., 2019) or recorded masks, are datasets `folder:/path` with the same classes and splits.
+A view is a function of uint8 images [N, H, W, 3] to images of the same shape. It is applied to training and
+test images alike, and gives the same result on every machine. Views that are files, such as stylised images
+(Geirhos et al., 2019) or recorded masks, are datasets `folder:/path` with the same classes and splits.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def patch_shuffle(images: Images) -> Images:
     return _each(shuffle, images)
 
 
-def patch_order(image: UInt8[np.ndarray, "h w 3"]) -> Integer[np.ndarray, "16"]:
+def patch_order(image: UInt8[np.ndarray, "h w 3"]) -> Integer[np.ndarray, " 16"]:
     """Which of the 16 patches, by rows, goes to each position: the rank order of the words of its SHA-256."""
     chex.assert_rank(image, 3)
     digest = hashlib.sha256(np.ascontiguousarray(image).data).digest()
@@ -70,9 +70,10 @@ def patch_order(image: UInt8[np.ndarray, "h w 3"]) -> Integer[np.ndarray, "16"]:
 def amplitude_swap(images: Images) -> Images:
     """In another style: each image's Fourier phases with the amplitudes of another image of the split.
 
-    Piotrowski and Campbell (Perception, 1982); used as a network-free style transfer by Xu et al. (CVPR 2021),
-    whose amplitude mix this is at λ = 1. Applied per channel, including the mean colour. The amplitudes are
-    those of the next image in a random cycle through all images of a split, whatever their classes.
+    Piotrowski and Campbell (Perception, 1982); used as a network-free style transfer by Xu et al. (CVPR
+    2021), whose amplitude mix this is at λ = 1. Applied per channel, including the mean colour. The
+    amplitudes are those of the next image in a random cycle through all images of a split, whatever their
+    classes.
     """
     order = np.random.default_rng(0).permutation(len(images))
     partners = np.empty_like(order)
@@ -105,10 +106,10 @@ def edges(images: Images) -> Images:
 
 
 def silhouette(images: Images) -> Images:
-    """Without texture: a black figure on white, separated from the background by Otsu's threshold (1979) on luma.
+    """Without texture: a black figure on white, separated by Otsu's threshold on luma (1979).
 
     The background is the side of the threshold that most of the border is on. A figure on a plain background,
-    such as a digit or letter, becomes its mask; a photograph becomes a two-tone image rather than a silhouette.
+    such as a digit or letter, becomes its mask; a photograph becomes a two-tone image, not a silhouette.
     """
 
     def fill(image: np.ndarray) -> np.ndarray:
@@ -121,8 +122,8 @@ def silhouette(images: Images) -> Images:
     return _each(fill, images)
 
 
-def otsu_threshold(luma: UInt8[np.ndarray, "h w"]) -> int:
-    """The value that splits pixels into <= and > with maximal between-class variance; 0 for a constant image."""
+def otsu_threshold(luma: UInt8[np.ndarray, " ..."]) -> int:
+    """The value that splits pixels into <= and > with maximal between-class variance; 0 if constant."""
     counts = np.bincount(luma.reshape(-1), minlength=256).astype(np.float64)
     below, mass = np.cumsum(counts), np.cumsum(counts * np.arange(256))
     weight = below * (below[-1] - below)

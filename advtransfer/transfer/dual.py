@@ -61,8 +61,8 @@ def dual_inputs(
 def dual_apply(
     params: PyTree, batch_stats: PyTree, images: PyTree, train: bool
 ) -> tuple[Float32[Array, "b classes"], PyTree]:
-    """Logits of what `dual_inputs` returns, in the place of images, as an `Apply`: the gradient in `params` is
-    in the coordinates of (A, r, bias)."""
+    """Logits of what `dual_inputs` returns, in the place of images, as an `Apply`: the gradient in `params`
+    is in the coordinates of (A, r, bias)."""
     del train
     chex.assert_rank(images, [2, 2, 1])
     chex.assert_equal_shape_prefix(images, 1)
