@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Num
 
 from advtransfer import foreign, storage
 from advtransfer.storage import AnyPath
@@ -21,7 +21,7 @@ _METRICS = ("train_accuracy", "train_loss", "test_accuracy", "test_loss", "test_
 Row = dict[str, Any]
 
 
-def history_rows(trial: Trial, history: dict[str, Float[np.ndarray, " epochs"]], seconds: float) -> list[Row]:
+def history_rows(trial: Trial, history: dict[str, Num[np.ndarray, " epochs"]], seconds: float) -> list[Row]:
     """One row per evaluated epoch of a trial; `history` as `fine_tune_one` returns it."""
     return [
         {
@@ -48,7 +48,7 @@ def _row_target(trial: Trial) -> str:
     return ":".join([trial.target, *marks])
 
 
-def _number(x: np.ndarray) -> float | None:
+def _number(x: np.floating | float) -> float | None:
     """JSON knows no NaN: what a diverged trial measured is null."""
     return float(x) if np.isfinite(x) else None
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Integer, Key, Num, UInt8
 
 from advtransfer import storage
+from advtransfer.arrays import AnyArray
 from advtransfer.data import Split
 from advtransfer.evaluate import predict
 from advtransfer.labels import check_labels
@@ -24,6 +25,8 @@ from advtransfer.transfer.choose_k import RULE, Choice, choose_k
 from advtransfer.transfer.recipe import Recipe, resolve_recipe
 from advtransfer.transfer.tuning import fine_tune_one
 
+Images = UInt8[AnyArray, "_ _ _ 3"] | Float[AnyArray, "_ _ _ 3"]
+
 _MARKER = "fine_tune.json"  # of a folder whose files a later call may replace
 _EVALUATE_EPOCHS = (1, 2, 5, 10, 20, 50, 100, 150)
 _MAX_SIDE = 224  # pixels of a picture on the page
@@ -34,7 +37,7 @@ class FineTuned(NamedTuple):
     """A transferred network and everything that was measured of it."""
 
     model: Model
-    history: dict[str, np.ndarray]  # "epoch", int [E], and those of `fine_tune_one`, float32 [E]
+    history: dict[str, Num[np.ndarray, " epochs"]]  # "epoch", and those of `fine_tune_one`
     choice: Choice | None  # of the number of blocks, where it was not given
     outcome: Outcome | None  # on the test images, where there are any
     test: Split | None
@@ -42,11 +45,11 @@ class FineTuned(NamedTuple):
 
 def fine_tune(
     model: Model,
-    images: Any,
-    labels: Any,
+    images: Images,
+    labels: Integer[AnyArray, " n"] | Sequence[int],
     *,
-    test_images: Any = None,
-    test_labels: Any = None,
+    test_images: Images | None = None,
+    test_labels: Integer[AnyArray, " m"] | Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
     num_unfrozen_blocks: int | str = 0,
     num_folds: int = 5,
@@ -164,7 +167,7 @@ def make_page(
     source: str = "",
     target: str = "",
     command: str = "",
-    config: Any = None,
+    config: Mapping[str, Any] | None = None,
     versions: dict[str, str] | None = None,
 ) -> ModelPage:
     """What there is to tell; `source` and `target` in words, and `config` for the recipe of the model."""

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int32, Num, PyTree
 
 from advtransfer import optim, parallel
-from advtransfer.arrays import Variables
+from advtransfer.arrays import AnyArray, Variables
 from advtransfer.data import Batch, augment, to_float
 from advtransfer.evaluate import evaluation_means, evaluation_metrics
 from advtransfer.models import ResNet
@@ -28,9 +28,8 @@ from advtransfer.transfer.recipe import Recipe
 class Task(NamedTuple):
     """What is trained and measured on: images, or their activations at the first trained block."""
 
-    train_inputs: Num[
-        Array, "vn ..."
-    ]  # uint8 [V N, H, W, 3], or float [V N, ...]; view after view of all images
+    # uint8 [V N, H, W, 3], or float [V N, ...]; view after view of all images
+    train_inputs: Num[Array, "vn ..."]
     train_labels: Int32[Array, " n"]
     test_inputs: Num[Array, "m ..."]
     test_labels: Int32[Array, " m"]
@@ -225,7 +224,7 @@ def _measure_both(logits_fn: Callable, task: Task, indices: jax.Array) -> dict[s
     return found
 
 
-def _measure(logits_fn: Callable, inputs: jax.Array, labels: jax.Array, indices: jax.Array) -> Metrics:
+def _measure(logits_fn: Callable, inputs: Array, labels: Array, indices: AnyArray) -> Metrics:
     """`evaluation_metrics` of the inputs at `indices`, a piece at a time to bound the memory."""
     size = min(_EVALUATION_BATCH, len(indices))
     num_pieces = -(-len(indices) // size)
