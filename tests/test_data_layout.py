@@ -229,7 +229,8 @@ def test_images_that_come_twice_are_told(tmp_path):
     dataset = load(tmp_path / "set", set_aside=False)
     assert dataset.remarks == (
         "1 images occur in train with more than one label",
-        "2 of the test images are also among the train images, pixel for pixel, 1 of them with a different label",
+        "2 of the test images are also among the train images, pixel for pixel, "
+        "1 of them with a different label",
     )
 
 

@@ -480,7 +480,8 @@ MODULES = [
     "analysis.visualise",
 ]
 ARRAYS = re.compile(
-    r"\b(Array|ndarray|Split|Batch|CueConflict|Examples|DualHead|Objective|TrainState)\b|^Any\b"
+    r"\b(Array|AnyArray|ndarray|PRNGKeyArray|PyTree|Variables|Images)\b"
+    r"|\b(Split|Batch|CueConflict|Examples|DualHead|Objective|TrainState)\b|^Any\b"
 )
 NO_ARRAYS = {"module", "dtype", "config"}  # parameters of type Any
 

@@ -27,7 +27,7 @@ from advtransfer.arrays import AnyArray
 # digits 1 and 0, and no class of a target task should be a source class.
 LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
 
-# Only letters whose shape differs from every capital's.
+# Letters whose shape differs from that of every capital.
 LOWERCASE = "abdefghmnqrt"
 
 # Only fonts that ship with matplotlib, so that images do not depend on the machine's fonts.

@@ -23,7 +23,7 @@ _USUAL = {
 _SPLITS = {usual: split for split, names in _USUAL.items() for usual in names}
 _JUNK = {"__MACOSX", "lost+found"}
 _FOLD = re.compile(r"(fold|split|part|set|cv|k|run|batch)?[-_ ]*\d+", re.IGNORECASE)
-# Of the formats in `decode.FORMATS`.
+# Suffixes of the formats in `decode.FORMATS`.
 SUFFIXES = frozenset(
     f".{suffix}"
     for suffix in (
@@ -160,8 +160,8 @@ def read_layout(walk: Walk) -> Layout:
     if others:
         raise ValueError(
             f"{walk.name}: {_names(others)} is next to {_names([*splits])} in {top} but is not a split with "
-            "class folders: name it train, validation or test and sort its images into class folders, or move "
-            "it away"
+            "class folders: name it train, validation or test and sort its images into class folders, or "
+            "move it away"
         )
     found: dict[str, Path] = {}
     for child, split in splits.items():

@@ -21,12 +21,10 @@ from advtransfer.data.views import LOW_PASS_SIDE, VIEWS
 
 TEST_SHARE = 0.2  # fraction of the images that are for testing if no test images are recorded
 VALIDATION_SHARE, MAX_VALIDATION = 0.1, 5000  # of the training images, if no validation images are recorded
-MAX_STRATIFIED = (
-    200_000  # larger datasets are split without their labels: reading these may take reading it all
-)
+MAX_STRATIFIED = 200_000  # larger datasets are split without their labels, which may take long to read
 _TRAIN = re.compile(r":([a-z]\w*(?:\[[^\]]*\])?(?:\+.+)?)\Z")  # of names such as /path:train[:10%]
 _CHUNK = 1024  # images whose headers are read at a time
-_DARK = 32  # no photographs, correctly scaled to 8 bits, are all darker than an eighth of the range
+_DARK = 32  # an eighth of the range: correctly scaled images have brighter pixels
 
 
 class Records(NamedTuple):
@@ -234,7 +232,7 @@ def _assign(
         if split in parts or "train" not in parts or not {split, "train", "validation"} & set(splits):
             continue
         records, indices = parts["train"]
-        small = len(indices) <= MAX_STRATIFIED  # reading more labels may take reading the whole dataset
+        small = len(indices) <= MAX_STRATIFIED  # reading more labels may take too long
         drawn = fixed_order(records.labels()[indices] if small else indices, sizes[split])
         parts[split] = records, np.sort(indices[drawn])
         parts["train"] = records, np.delete(indices, drawn)
@@ -251,7 +249,7 @@ def fixed_order(labels: Integer[np.ndarray, " n"], length: int) -> Integer[np.nd
 
 
 def check_training(name: str, used: set[str], recorded: Collection[str]) -> None:
-    """Raises a ValueError if the training splits, `used`, include the split that is for testing."""
+    """Raises a ValueError if the training splits, `used`, include the test split."""
     test = "test" if "test" in recorded else "validation"
     if used & {test, "all"}:
         raise ValueError(

@@ -38,7 +38,7 @@ class NotPrepared(ValueError):
     def __init__(self, name: str, where: str, root: Path):
         self.name, self.root, self.base = name, root, re.split("[/:]", where)[0]
         self.command = f"{_PREPARE} build {where} --file_format=array_record"
-        looked = f"looked in {root} (set by TFDS_DATA_DIR)"
+        looked = f"looked in {root} (set TFDS_DATA_DIR to look elsewhere)"
         super().__init__(f"{name} is not prepared; {looked}. To prepare it: {self.command}")
 
 
@@ -136,7 +136,7 @@ def _find_named(name: str, where: str) -> Any:
     except (ValueError, tfds.core.DatasetNotFoundError):
         pass  # its message has many lines
     base = re.split("[/:]", where)[0]
-    looked = f"looked in {root} (set by TFDS_DATA_DIR)"
+    looked = f"looked in {root} (set TFDS_DATA_DIR to look elsewhere)"
     prepared = sorted(path.parent.relative_to(root) for path in (root / base).rglob("features.json"))
     if prepared:
         raise ValueError(f"{name} is not prepared, only {', '.join(map(str, prepared))}; {looked}")
@@ -157,7 +157,7 @@ def _check_format(name: str, builder: Any, folder: Path) -> None:
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if "array_record" not in formats:
         raise ValueError(
-            f"{name} is stored as {', '.join(formats)}, but without TensorFlow only array_record can be read: "
+            f"{name} is stored as {', '.join(formats)}, but only array_record is read without TensorFlow: "
             f"{_PREPARE} convert_format --dataset_version_dir={folder} --out_file_format=array_record"
         )
 
@@ -245,7 +245,7 @@ def _open_records(name: str, builder: Any, split: str, keys: tuple[str, str]) ->
 
 
 def _beyond(where: str, label: int, num_classes: int) -> str:
-    return f"{where} has the label {label}, but the labels of its {num_classes:,} classes are 0 to {num_classes - 1}"
+    return f"{where} has the label {label}; its {num_classes:,} classes are labelled 0 to {num_classes - 1}"
 
 
 class _Reader:

@@ -55,7 +55,7 @@ class Augmentation:
     def check(self) -> None:
         if self.preset and replace(self, preset="") != Augmentation():
             raise ValueError(
-                f"preset={self.preset} cannot be combined with the other fields: set either it or them"
+                f"preset={self.preset} cannot be combined with other fields: set either the preset or those"
             )
 
 
@@ -200,7 +200,9 @@ def random_resized_crop(
     return resized_crop_at(images, jax.vmap(draw)(keys))
 
 
-def resized_crop_at(images: Float[AnyArray, "n h w c"], boxes: Float[AnyArray, "n 4"]) -> Float[Array, "n h w c"]:
+def resized_crop_at(
+    images: Float[AnyArray, "n h w c"], boxes: Float[AnyArray, "n 4"]
+) -> Float[Array, "n h w c"]:
     """Crops boxes and scales them to the images' size, bilinear with antialias, as in Pillow.
 
     Args:
@@ -301,15 +303,15 @@ def random_lighting(
     section 4.1; components and 0.05 as in MadryLab/robustness, which clips only in the attack).
     """
     _check(keys, images)
-    coefficients = jax.vmap(lambda key: scale * jax.random.normal(key, (3,), jnp.float32))(keys)
-    return light_by(images, coefficients)
+    shares = jax.vmap(lambda key: scale * jax.random.normal(key, (3,), jnp.float32))(keys)
+    return light_by(images, shares)
 
 
-def light_by(images: Float[AnyArray, "n h w 3"], coefficients: Float[AnyArray, "n 3"]) -> Float[Array, "n h w 3"]:
-    """Adds the colour with the `coefficients`, float32 [N, 3], of the three principal components."""
+def light_by(images: Float[AnyArray, "n h w 3"], shares: Float[AnyArray, "n 3"]) -> Float[Array, "n h w 3"]:
+    """Adds the colour with the coefficients `shares`, float32 [N, 3], of the three principal components."""
     chex.assert_rank(images, 4)
-    chex.assert_shape(coefficients, (images.shape[0], 3))
-    colors = jnp.matmul(coefficients, (_PCA_VECTORS * _PCA_VALUES).T, precision="highest")
+    chex.assert_shape(shares, (images.shape[0], 3))
+    colors = jnp.matmul(shares, (_PCA_VECTORS * _PCA_VALUES).T, precision="highest")
     return jnp.clip(images + colors[:, None, None, :], 0, 1)
 
 

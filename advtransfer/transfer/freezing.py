@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer, PyTree, UInt8
 
 from advtransfer import optim
-from advtransfer.arrays import Variables
+from advtransfer.arrays import AnyArray, Variables
 from advtransfer.data import Augmentation, augment, to_float
 from advtransfer.models import ResNet, init_variables
 from advtransfer.transfer.recipe import Recipe
@@ -65,13 +65,13 @@ def activation_shape(module: ResNet, start: int, image_size: int) -> jax.ShapeDt
 def activations(
     module: ResNet,
     variables: Variables,
-    images: UInt8[np.ndarray, "n h w 3"],
+    images: UInt8[AnyArray, "n h w 3"],
     start: int,
     image_size: int | None = None,
     *,
     augmentation: Augmentation = NO_AUGMENTATION,
     num_views: int = 1,
-    numbers: Integer[np.ndarray, " n"] | None = None,
+    numbers: Integer[AnyArray, " n"] | None = None,
     batch_size: int = 256,
 ) -> Float[Array, "vn ..."]:
     """What enters block `start` in evaluation mode, [V N, h, w, c] or [V N, C] for V views of uint8 images
@@ -101,7 +101,7 @@ def activations(
 def target_batch_stats(
     module: ResNet,
     variables: Variables,
-    images: UInt8[np.ndarray, "n h w 3"],
+    images: UInt8[AnyArray, "n h w 3"],
     image_size: int | None = None,
     *,
     batch_size: int = 256,
