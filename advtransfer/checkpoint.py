@@ -9,13 +9,13 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from advtransfer import foreign, parallel, storage
-from advtransfer.storage import SaveError
+from advtransfer.storage import AnyPath, SaveError
 
 _OVERHEAD = 2**20  # bytes that a checkpoint takes beside its arrays, at most
 _WHOLE = "checkpoint.json"  # written last: an address without it is half an upload
@@ -55,7 +55,7 @@ class Checkpoints:
         """The step of the newest checkpoint, None when there is none."""
         return max(self._steps(), default=None)
 
-    def save(self, step: int, state: Any) -> None:
+    def save(self, step: int, state: PyTree) -> None:
         """Writes `state` as the checkpoint of `step`; returns when it is there.
 
         Raises:
@@ -75,7 +75,7 @@ class Checkpoints:
                     f"the checkpoint of step {step} in {self.folder} cannot be written ({said}); {kept}"
                 ) from problem
 
-    def restore(self, template: Any) -> Any | None:
+    def restore(self, template: PyTree) -> PyTree | None:
         """The newest sound state, with the structure, shapes and types of `template`, on every process.
 
         A checkpoint that cannot be read, or is not what was written, is reported, the one before it used, and
@@ -92,7 +92,8 @@ class Checkpoints:
         template = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
         damaged = []
         for step in self._agreed_steps():
-            arrays = problem = None
+            arrays: Arrays = {}
+            problem = None
             try:
                 arrays = self._read(step, _named(template))
             except Exception as error:  # Orbax, TensorStore and the file system each raise their own
@@ -102,7 +103,7 @@ class Checkpoints:
                     f"checkpoint {step} in {self.folder} is of another run, of another configuration: take "
                     "another folder, or delete these checkpoints"
                 )
-            if parallel.everywhere(arrays is not None):
+            if parallel.everywhere(problem is None):
                 if parallel.is_main_process():
                     for other in damaged:
                         self._delete(other)
@@ -128,17 +129,17 @@ class Checkpoints:
         unfinished = {path.name for path in self._unfinished()}
         return [int(p.name) for p in self._entries() if p.name.isdigit() and p.name not in unfinished]
 
-    def _unfinished(self) -> Iterator[Any]:
+    def _unfinished(self) -> Iterator[AnyPath]:
         """What a process that was killed while it saved or deleted has left."""
         remote = storage.is_address(self.folder)
         for path in self._entries():
             if not (path / _WHOLE).exists() if remote else path.name.endswith(".tmp"):
                 yield path
 
-    def _entries(self) -> list[Any]:
+    def _entries(self) -> list[AnyPath]:
         return list(self.folder.iterdir()) if self.folder.exists() else []
 
-    def _place(self, step: int) -> Any:
+    def _place(self, step: int) -> AnyPath:
         """Where a checkpoint is being written."""
         return self.folder / (str(step) if storage.is_address(self.folder) else f"{step}.tmp")
 
@@ -193,7 +194,7 @@ class Checkpoints:
         return arrays
 
 
-def _named(state: Any) -> Arrays:
+def _named(state: PyTree) -> Arrays:
     """The leaves of a state by their paths, in the order of the tree."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
@@ -205,7 +206,7 @@ def _share(arrays: Arrays, process: int, num_processes: int) -> Arrays:
     return {name: arrays[name] for name in by_size[process::num_processes]}
 
 
-def _check_room(folder: Path, arrays: Arrays) -> None:
+def _check_room(folder: AnyPath, arrays: Arrays) -> None:
     """Raises an OSError if disk, quota or limits leave too little space: Orbax's own has many lines."""
     with tempfile.TemporaryFile(dir=folder) as file:
         os.posix_fallocate(file.fileno(), 0, sum(x.nbytes for x in arrays.values()) + _OVERHEAD)
@@ -216,5 +217,5 @@ def _digest(arrays: Arrays) -> str:
     sha = hashlib.sha256()
     for name, array in arrays.items():
         sha.update(f"{name}{array.dtype}{array.shape}".encode())
-        sha.update(np.ascontiguousarray(array))
+        sha.update(np.ascontiguousarray(array).data)
     return sha.hexdigest()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,7 +19,8 @@ def progress_bar(
 ) -> Iterator:
     """Iterates over `items` and draws a bar with an ETA; `done` items were done before. For items without a
     length `total` gives it."""
-    total = done + len(items) if total is None else total
+    if total is None and isinstance(items, Sized):
+        total = done + len(items)
     yield from tqdm(
         items,
         desc=f"{description:<24}",
@@ -39,7 +41,8 @@ class RunLog:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, first_step: int):
-        self._events = self._staged = None
+        self._events: Any = None  # a SummaryWriter
+        self._staged = None
         if not parallel.is_main_process():
             return
         self._folder = storage.to_path(folder)
@@ -91,7 +94,7 @@ class RunLog:
                 self._events.add_scalar(name, value, line["step"])
 
 
-def _read_lines(path: Path) -> list[dict]:
+def _read_lines(path: storage.AnyPath) -> list[dict]:
     """The complete lines of a JSON-lines file; a killed process may have left half a line."""
     if not path.exists():
         return []

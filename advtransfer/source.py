@@ -7,21 +7,24 @@ import functools
 import hashlib
 import json
 import math
+import os
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from advtransfer import parallel, storage
 from advtransfer.attacks import NORMS, cross_entropy, make_attack
 from advtransfer.checkpoint import Checkpoints
-from advtransfer.data import Augmentation, Dataset, Feed, StreamedSplit, choose_augmentation, make_feed
+from advtransfer.data import Augmentation, Batch, Dataset, Feed, StreamedSplit, choose_augmentation, make_feed
 from advtransfer.evaluate import Evaluation, measure
 from advtransfer.models import (
     Model,
     ModelSpec,
+    ResNet,
     compute_dtype,
     create_module,
     init_variables,
@@ -31,7 +34,7 @@ from advtransfer.models import (
 from advtransfer.optim import SCHEDULES, make_schedule, sgd
 from advtransfer.options import deciding, option, options, to_dict
 from advtransfer.progress import RunLog, progress_bar
-from advtransfer.train import TrainState, fit, init_state, make_train_step, module_apply
+from advtransfer.train import Metrics, TrainState, fit, init_state, make_train_step, module_apply
 
 _KEPT = 2  # checkpoints
 
@@ -130,7 +133,7 @@ def check_source(recipe: SourceRecipe, dataset: Dataset) -> None:
     create_source_module(recipe, dataset)
 
 
-def create_source_module(recipe: SourceRecipe, dataset: Dataset, dtype: str = "auto") -> Any:
+def create_source_module(recipe: SourceRecipe, dataset: Dataset, dtype: str = "auto") -> ResNet:
     """The untrained network, computing in `dtype` (see `compute_dtype`)."""
     return create_module(
         recipe.architecture,
@@ -161,14 +164,17 @@ def state_bytes(recipe: SourceRecipe, dataset: Dataset) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
+RunStep = Callable[[TrainState, int], tuple[TrainState, Metrics]]
+
+
 class Run(NamedTuple):
     """A source training, ready to start: its fresh state and what takes it further."""
 
-    module: Any
+    module: ResNet
     state: TrainState
-    run_step: Any  # (state, step) -> (state, metrics)
-    schedule: Any
-    close: Any  # () -> None; ends the workers that decode images
+    run_step: RunStep
+    schedule: optax.Schedule
+    close: Callable[[], None]  # ends the workers that decode images
 
 
 def start_training(recipe: SourceRecipe, dataset: Dataset, *, seed: int = 0, dtype: str = "auto") -> Run:
@@ -218,8 +224,10 @@ def start_training(recipe: SourceRecipe, dataset: Dataset, *, seed: int = 0, dty
     return Run(module, parallel.replicate(state), run_step, schedule, feed.close)
 
 
-def _make_run_step(train_step, feed: Feed):
-    """(state, step) -> (state, metrics) on all devices."""
+def _make_run_step(
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], feed: Feed
+) -> RunStep:
+    """The step on all devices."""
 
     def step_on_device(state, shared, rows):
         return train_step(state, feed.make_batch(shared, rows, state.step))
@@ -232,7 +240,7 @@ def train_source(
     recipe: SourceRecipe,
     dataset: Dataset,
     *,
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     seed: int = 0,
     dtype: str = "auto",
     evaluation: Evaluation | None = None,
@@ -314,7 +322,7 @@ def train_source(
     return model
 
 
-def load_source(recipe: SourceRecipe, folder: str | Path, *, dtype: str = "auto") -> Model | None:
+def load_source(recipe: SourceRecipe, folder: str | os.PathLike[str], *, dtype: str = "auto") -> Model | None:
     """The finished model of an earlier `train_source`; None if there is none.
 
     Raises:

@@ -17,19 +17,21 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import TypeGuard
 
-import fsspec
+import fsspec.config
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jaxtyping import PyTree
 
 from advtransfer import parallel
 from advtransfer.foreign import inside
 
+AnyPath = Path | epath.Path
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # that fsspec needs for each kind of address
 
 
@@ -37,7 +39,7 @@ class SaveError(OSError):
     """A file of a run could not be written, because the disk is full, say."""
 
 
-def to_path(name: str | os.PathLike[str]) -> Path | epath.Path:
+def to_path(name: str | os.PathLike[str]) -> AnyPath:
     """The path that a name means: a local one, or that of an address.
 
     Raises:
@@ -64,7 +66,7 @@ def to_path(name: str | os.PathLike[str]) -> Path | epath.Path:
     return epath.Path(name)
 
 
-def is_address(path: str | os.PathLike[str]) -> bool:
+def is_address(path: AnyPath) -> TypeGuard[epath.Path]:
     """Whether a path lies in an object store."""
     return "://" in os.fspath(path)
 
@@ -76,7 +78,7 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def check_writable(folder: Path | epath.Path) -> None:
+def check_writable(folder: AnyPath) -> None:
     """Writes and deletes a file in `folder`, or in the nearest folder above that exists.
 
     Permissions alone do not tell: root has them all, a mount may be read-only, a disk full, a bucket missing.
@@ -100,7 +102,7 @@ def check_writable(folder: Path | epath.Path) -> None:
         raise ValueError(reason(error)) from error
 
 
-def check_ours(folder: Path | epath.Path, *markers: str) -> None:
+def check_ours(folder: AnyPath, *markers: str) -> None:
     """Raises a ValueError if `folder` holds anything, but none of the files that mark what we may replace."""
     if not folder.exists() or any((folder / marker).exists() for marker in markers):
         return
@@ -112,7 +114,7 @@ def check_ours(folder: Path | epath.Path, *markers: str) -> None:
         )
 
 
-def is_file(path: Path | epath.Path) -> bool:
+def is_file(path: AnyPath) -> bool:
     """Whether there is a file at `path`.
 
     Raises:
@@ -123,7 +125,7 @@ def is_file(path: Path | epath.Path) -> bool:
 
 
 @contextlib.contextmanager
-def reading(path: Path | epath.Path) -> Iterator[None]:
+def reading(path: AnyPath) -> Generator[None]:
     """Makes one ValueError of whatever the client of an object store raises inside."""
     try:
         yield
@@ -135,13 +137,13 @@ def reading(path: Path | epath.Path) -> Iterator[None]:
         raise ValueError(f"{path} cannot be read: {reason(error)}") from error
 
 
-def make_folder(folder: Path | epath.Path) -> None:
+def make_folder(folder: AnyPath) -> None:
     """Makes a folder and those above it; object stores have none, and need none."""
     if not is_address(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def write(path: Path | epath.Path, content: str | bytes) -> None:
+def write(path: AnyPath, content: str | bytes) -> None:
     """Writes a file whole or not at all, in a folder that exists.
 
     Raises:
@@ -161,7 +163,7 @@ def write(path: Path | epath.Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def remove(path: Path | epath.Path) -> None:
+def remove(path: AnyPath) -> None:
     """Deletes a folder and all that is in it, if it is there; of an address, a file too."""
     if is_address(path):
         with _says_what_is_wrong(path), contextlib.suppress(FileNotFoundError):
@@ -171,7 +173,7 @@ def remove(path: Path | epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path | epath.Path, *, last: str) -> Iterator[Path]:
+def new_folder(folder: AnyPath, *, last: str) -> Generator[Path]:
     """A local folder to fill, which at the end takes the place of `folder`; after an exception it does not.
 
     Args:
@@ -189,6 +191,7 @@ def new_folder(folder: Path | epath.Path, *, last: str) -> Iterator[Path]:
             write(folder / last, content)
         return
     recover(folder)
+    folder = Path(folder)
     name = uuid.uuid4().hex
     new, old = (folder.with_name(f".{folder.name}.{name}.{word}") for word in ("new", "old"))
     new.mkdir(parents=True)
@@ -202,7 +205,7 @@ def new_folder(folder: Path | epath.Path, *, last: str) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def recover(folder: Path | epath.Path) -> None:
+def recover(folder: AnyPath) -> None:
     """Puts a folder back that a process put aside and was killed before the new one took its place; where the
     new one is there, what was put aside is deleted."""
     if is_address(folder) or not folder.parent.is_dir():
@@ -216,7 +219,7 @@ def recover(folder: Path | epath.Path) -> None:
         shutil.rmtree(old.with_suffix(".new"), ignore_errors=True)
 
 
-def save_tree(folder: Path | epath.Path, tree: Any) -> None:
+def save_tree(folder: AnyPath, tree: PyTree) -> None:
     """Writes a pytree of arrays by Orbax as `folder`, which must not exist; this process alone does."""
     if is_address(folder):
         with tempfile.TemporaryDirectory() as staged:
@@ -243,7 +246,7 @@ def save_tree(folder: Path | epath.Path, tree: Any) -> None:
         checkpointer.save(place, ocp.args.PyTreeSave(parallel.replicate_globally(tree)))
 
 
-def load_tree(folder: Path | epath.Path, template: Any = None) -> Any:
+def load_tree(folder: AnyPath, template: PyTree = None) -> PyTree:
     """The host arrays that `save_tree` wrote; those of `template`, where one is given."""
     if is_address(folder):
         with tempfile.TemporaryDirectory() as fetched:
@@ -255,7 +258,7 @@ def load_tree(folder: Path | epath.Path, template: Any = None) -> Any:
         return checkpointer.restore(place, template)
 
 
-def tree_shapes(folder: Path | epath.Path) -> Any:
+def tree_shapes(folder: AnyPath) -> PyTree:
     """The arrays that `save_tree` wrote as a tree of `jax.ShapeDtypeStruct`; none of them is read."""
     if is_address(folder):
         with tempfile.TemporaryDirectory() as fetched:
@@ -267,10 +270,10 @@ def tree_shapes(folder: Path | epath.Path) -> Any:
 
 
 @contextlib.contextmanager
-def _plain(folder: Path) -> Iterator[Path]:
+def _plain(folder: AnyPath) -> Generator[Path]:
     """The path under which Orbax is given a local folder: TensorStore cannot read back what it wrote below
     names with brackets and the like, so these are reached by a link."""
-    folder = folder.absolute()
+    folder = Path(folder).absolute()
     if not re.search(r"[^\w/.,=+@~ -]", str(folder)):
         yield folder
         return
@@ -280,7 +283,7 @@ def _plain(folder: Path) -> Iterator[Path]:
         yield link / folder.name
 
 
-def upload(folder: Path, address: epath.Path) -> None:
+def upload(folder: Path, address: AnyPath) -> None:
     """Copies what is in a local folder to an address, file by file."""
     with _says_what_is_wrong(address):
         system, place = fsspec.url_to_fs(str(address))
@@ -305,7 +308,7 @@ def download(address: epath.Path, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _says_what_is_wrong(path: epath.Path) -> Iterator[None]:
+def _says_what_is_wrong(path: AnyPath) -> Generator[None]:
     try:
         yield
     except SaveError:

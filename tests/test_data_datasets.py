@@ -156,13 +156,13 @@ def test_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     [
         ("builtin:digit", {}, "did you mean builtin:digits"),
         ("glyphs", {}, "did you mean builtin:glyphs"),
-        ("nowhere:cifar10", {}, "prefix 'nowhere' is none of builtin, tfds, folder"),
+        ("nowhere:cifar10", {}, "prefix 'nowhere' is not one of builtin, tfds, folder"),
         ("xyz", {}, "known datasets: builtin:digits, builtin:glyphs, builtin:lowercase, tfds:NAME"),
         ("builtin:digits", {"image_size": 0}, "image_size of builtin:digits must be"),
         ("builtin:glyphs", {"image_size": 8}, "got image_size 8"),
-        ("builtin:digits", {"view": "gray"}, "'gray' is none of natural, low_pass, grey"),
-        ("builtin:digits", {"broken": "drop"}, "'drop' is none of refuse, skip"),
-        ("builtin:digits", {"splits": ["tests"]}, "'tests' is none of train, validation, test"),
+        ("builtin:digits", {"view": "gray"}, "'gray' is not one of natural, low_pass, grey"),
+        ("builtin:digits", {"broken": "drop"}, "'drop' is not one of refuse, skip"),
+        ("builtin:digits", {"splits": ["tests"]}, "'tests' is not one of train, validation, test"),
         ("builtin:glyphs", {"seed": -1}, "must not be negative, got -1"),
     ],
 )

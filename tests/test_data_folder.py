@@ -210,7 +210,7 @@ def test_squares_of_one_size_are_resized_whole_and_others_cropped(tmp_path):
     np.testing.assert_array_equal(whole, np.asarray(expected))
     assert load(tmp_path / "mixed", image_size=14).test.images[0].max() == 0
     assert load(tmp_path / "same").test.images.shape == (2, 28, 28, 3)
-    with pytest.raises(ValueError, match="no squares of one size: give image_size"):
+    with pytest.raises(ValueError, match="not squares of one size: set image_size"):
         load(tmp_path / "mixed")
 
 
@@ -290,11 +290,11 @@ def test_slices_hold_their_share_of_every_class(tmp_path):
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        ("test[:5]", "would train on its test images, which are test"),
-        ("train[:x]", "'train[:x]' names no images"),
-        ("trains", "'trains' names no images; write train[:10%] or the like, of train, test"),
-        ("validation", "'validation' names no images"),
-        ("train[3:3]", "there is no image in train[3:3]"),
+        ("test[:5]", "would train on its test images (test)"),
+        ("train[:x]", "'train[:x]' selects no images"),
+        ("trains", "'trains' selects no images; use train, test, or slices such as train[:10%]"),
+        ("validation", "'validation' selects no images"),
+        ("train[3:3]", "train[3:3] contains no images"),
     ],
 )
 def test_slices_that_cannot_be_get_one_clear_line(tmp_path, train, message):
@@ -370,7 +370,8 @@ def test_what_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(recorded.psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
     assert len(load(tmp_path / "set", image_size=8, splits=["test"]).test.labels) == 10
     with pytest.raises(
-        ValueError, match=r"30 images of folder:.* more than half .* or stream what a source is trained on"
+        ValueError,
+        match=r"30 images of folder:.* more than half .* or stream the training images of a source",
     ):
         load(tmp_path / "set", image_size=8)
     monkeypatch.setattr(recorded.psutil, "virtual_memory", lambda: SimpleNamespace(available=48.4e9))
@@ -407,7 +408,7 @@ def test_one_image_of_another_shape_is_found_wherever_it_is(tmp_path, monkeypatc
     write_images(tmp_path / "set", {"test/a": 5})
     if place < 5:
         Image.new("RGB", (7, 7)).save(tmp_path / f"set/test/a/{place:04}.png")
-        with pytest.raises(ValueError, match="no squares of one size"):
+        with pytest.raises(ValueError, match="not squares of one size"):
             load(tmp_path / "set")
     else:
         assert load(tmp_path / "set").test.images.shape == (5, 6, 6, 3)
@@ -419,7 +420,7 @@ def test_oblongs_of_one_size_and_files_that_are_no_images_have_no_common_side(tm
     for path in (tmp_path / "broken").rglob("*.png"):
         damage(path, "text")
     for name in ("oblong", "broken"):
-        with pytest.raises(ValueError, match="no squares of one size: give image_size"):
+        with pytest.raises(ValueError, match="not squares of one size: set image_size"):
             load(tmp_path / name, broken="skip")
 
 
@@ -432,7 +433,7 @@ def test_five_broken_images_are_named(tmp_path, count):
         load(tmp_path / "set", image_size=6)
     named = re.findall(r"test/a/(\d+)\.png \(", str(error.value))
     assert named == ["0000", "0001", "0002", "0003", "0004"]
-    assert ("); …. Mend" in str(error.value)) == (count > 5)
+    assert ("); …. Fix" in str(error.value)) == (count > 5)
 
 
 @pytest.mark.parametrize("count", [64, 65])
@@ -447,8 +448,8 @@ def test_threads_decode_every_image(tmp_path, count):
     [
         ([], "has no class folders"),
         (["x.png"], "has no class folders"),
-        (["train/a/x.png", "train/b/x.txt"], "train/b holds no images"),
-        (["train/a/x.png", "test/b/x.png"], "classes that are not trained on: b"),
+        (["train/a/x.png", "train/b/x.txt"], "train/b contains no images"),
+        (["train/a/x.png", "test/b/x.png"], "classes that do not occur in training: b"),
         (None, "there is no folder"),
     ],
 )

@@ -180,6 +180,7 @@ def test_share_of_agreeing_cues(monkeypatch):
 
     def record(letters, textures, *, image_size, rng):
         asked.update(letters=letters, textures=textures)
+        return np.broadcast_to(np.uint8(0), (len(letters), image_size, image_size, 3))
 
     monkeypatch.setattr(glyphs, "render_glyphs", record)
     glyphs.draw_labelled(50_000, image_size=16, rng=np.random.default_rng(0))
@@ -221,10 +222,10 @@ def test_colours_are_legible():
 @pytest.mark.parametrize(
     ("letters", "textures", "size", "message"),
     [
-        ([0], [0], 12, "13 pixels or more a side"),
+        ([0], [0], 12, "at least 13 pixels per side"),
         ([23], [0], 16, "letters must be"),
         ([0], [-1], 16, "textures must be"),
-        ([0], [23], 16, r"textures must be \[N\] classes from 0 to 22; their shape is \(1,\)"),
+        ([0], [23], 16, r"textures must be \[N\] class indices from 0 to 22; their shape is \(1,\)"),
         ([-1], [0], 16, "letters must be"),
         ([0, 1], [0], 16, "textures must be"),
     ],
@@ -243,10 +244,10 @@ def test_what_glyphs_may_be_asked_for():
     assert np.ptp(render(amplitude=(0, 0), opacity=0), axis=(1, 2)).max() == 0  # paper alone
     assert render(opacity=1).any()
     for amplitude in ((-0.1, 0.1), (0.2, 0.1), (0, np.inf)):
-        with pytest.raises(ValueError, match="amplitude must be two numbers"):
+        with pytest.raises(ValueError, match="amplitude must be two non-negative numbers"):
             render(amplitude=amplitude)
     for opacity in (-0.01, 1.01):
-        with pytest.raises(ValueError, match="opacity must be from 0 to 1"):
+        with pytest.raises(ValueError, match=r"opacity must be in \[0, 1\]"):
             render(opacity=opacity)
 
 
@@ -255,7 +256,7 @@ def test_lowercase_letters_are_balanced_and_their_textures_say_nothing(monkeypat
 
     def spy(letters, textures, **options):
         asked.update(letters=letters, textures=textures, **options)
-        return np.zeros((len(letters), 1, 1, 3), np.uint8)
+        return np.broadcast_to(np.uint8(0), (len(letters), 16, 16, 3))
 
     monkeypatch.setattr(glyphs, "render_glyphs", spy)
     _, labels = glyphs.draw_lowercase(48_000, image_size=16, rng=np.random.default_rng(0))

@@ -58,8 +58,8 @@ def test_splits_under_their_usual_names(tmp_path, train, test):
     assert set(dataset.test.images[..., 0].ravel()) == {BRIGHT}
     assert np.bincount(dataset.test.labels).tolist() == [6, 6]
     (told,) = [remark for remark in dataset.remarks if remark.startswith("left out")]
-    assert told == "left out 1 of the kind .md"
-    assert any(remark.startswith("took") for remark in dataset.remarks) == (
+    assert told == "left out 1 with suffix .md"
+    assert any(remark.startswith("read") for remark in dataset.remarks) == (
         (train, test) != ("train", "test")
     )
 
@@ -86,17 +86,20 @@ def test_classes_may_have_the_names_of_splits_and_folders_of_their_own(tmp_path,
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        (("fold_0/cat", "fold_0/dog", "fold_1/cat", "fold_1/dog"), "fold_0/, fold_1/ each hold cat, dog"),
+        (("fold_0/cat", "fold_0/dog", "fold_1/cat", "fold_1/dog"), "fold_0/, fold_1/ each contain cat, dog"),
         (
             ("north/cat", "north/dog", "south/cat", "south/cow"),
-            "north/, south/ each hold cat: are they parts",
+            "north/, south/ each contain cat: are they splits or classes",
         ),
-        (("train/1/cat", "train/1/dog", "train/2/cat", "train/2/dog"), "1/, 2/ each hold cat, dog"),
-        (("train/cat", "train/dog", "extra/cat", "test/cat"), "extra/ lies beside test/, train/"),
-        (("train/cat", "train/dog", "test"), "test/ lies beside train/"),
-        (("train/cat", "train/dog", "Training/cat"), "Training/, train/ could each be the train images"),
-        (("train", "test"), "test/, train/ hold pictures and no class folders"),
-        (("train/cat", "train/dog", "test/Cat", "test/dog"), "not trained on: Cat; trained on are cat, dog"),
+        (("train/1/cat", "train/1/dog", "train/2/cat", "train/2/dog"), "1/, 2/ each contain cat, dog"),
+        (("train/cat", "train/dog", "extra/cat", "test/cat"), "extra/ is next to test/, train/"),
+        (("train/cat", "train/dog", "test"), "test/ is next to train/"),
+        (("train/cat", "train/dog", "Training/cat"), "Training/, train/ could both be the train images"),
+        (("train", "test"), "test/, train/ contain images but no class folders"),
+        (
+            ("train/cat", "train/dog", "test/Cat", "test/dog"),
+            "not occur in training: Cat; the training classes are cat, dog",
+        ),
     ],
 )
 def test_what_could_be_read_in_two_ways_is_refused(tmp_path, folders, message):
@@ -150,7 +153,7 @@ def test_links_into_the_set_are_left_out(tmp_path, links, number):
         os.symlink(target, tmp_path / "set" / link)
     dataset = load(tmp_path / "set")
     assert sum(sizes(dataset)) == 20 and dataset.class_names == ("cat", "dog")
-    assert dataset.remarks[0] == f"left out {number} links to what is in the set already"
+    assert dataset.remarks[0] == f"left out {number} links to what is already in the dataset"
 
 
 def test_links_out_of_the_set_are_followed_once(tmp_path):
@@ -172,7 +175,7 @@ def test_links_that_lead_nowhere_are_broken_images_or_refused(tmp_path):
     dataset = load(tmp_path / "set", broken="skip")
     assert sum(sizes(dataset)) == 20 and len(dataset.skipped) == 1
     os.symlink("/not/mounted", tmp_path / "set/cow")
-    with pytest.raises(ValueError, match="cow is a link to what is not there"):
+    with pytest.raises(ValueError, match="cow is a broken link: mount its target"):
         load(tmp_path / "set", broken="skip")
 
 
@@ -186,10 +189,10 @@ def test_odd_files_are_counted_and_never_opened(tmp_path):
     draw(tmp_path / "set/beside.png", DARK)
     dataset = load(tmp_path / "set")
     assert sum(sizes(dataset)) == 24
-    counts = ("4 of the kind .png_large", "4 without a suffix", "1 neither files nor folders")
-    assert all(count in dataset.remarks[0] for count in (*counts, "1 pictures outside class folders"))
+    counts = ("4 with suffix .png_large", "4 without a suffix", "1 neither files nor folders")
+    assert all(count in dataset.remarks[0] for count in (*counts, "1 images outside class folders"))
     draw(tmp_path / "set/cow/1.PNG_large", DARK, format="PNG")
-    with pytest.raises(ValueError, match=re.escape("cow holds no images (only 1 of the kind .png_large)")):
+    with pytest.raises(ValueError, match=re.escape("cow contains no images (only 1 with suffix .png_large)")):
         load(tmp_path / "set")
     with pytest.raises(ValueError, match="not a regular file"):
         decode_image(tmp_path / "set/cat/pipe.png")
@@ -225,8 +228,9 @@ def test_images_that_come_twice_are_told(tmp_path):
     draw(tmp_path / "set/train/dog/copy3.png", DARK, 0, 2)  # as train/cat/2.png
     dataset = load(tmp_path / "set", set_aside=False)
     assert dataset.remarks == (
-        "1 images are among the train images with several labels each",
-        "2 of the test images are among the train images too, pixel by pixel, 1 of them with another label",
+        "1 images occur in train with more than one label",
+        "2 of the test images are also among the train images, pixel for pixel, "
+        "1 of them with a different label",
     )
 
 
@@ -280,7 +284,7 @@ def test_pictures_of_impossible_sizes_are_refused_before_they_are_decoded(tmp_pa
     assert fit_image(thin, 5, crop=True).size == (5, 5)
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(1 << 31)
-    with pytest.raises(ValueError, match=r"a file of 2,147,483,648 bytes; at most 1,073,741,824 are read"):
+    with pytest.raises(ValueError, match=r"the file has 2,147,483,648 bytes, the limit is 1,073,741,824"):
         decode_image(tmp_path / "huge.png")
 
 

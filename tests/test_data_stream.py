@@ -399,10 +399,11 @@ def test_where_no_box_fits_the_middle_is_taken():
     assert random_box(rng, 12, 1000, min_area=0.08) == (0, 492, 12, 16)
 
 
-class Script:
+class Script(np.random.Generator):
     """Random numbers that are written down, (area, ratio) of each try; of integers the largest."""
 
     def __init__(self, *tries):
+        super().__init__(np.random.PCG64())
         self.numbers = iter([number for area, ratio in tries for number in (area, np.log(ratio))])
 
     def uniform(self, low, high):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,7 +108,8 @@ def test_random_boxes_have_torchvisions_areas_and_ratios(monkeypatch):
     monkeypatch.setattr(transforms, "resized_crop_at", lambda images, boxes: boxes)
 
     def draw(keys):
-        return transforms.random_resized_crop(keys, jnp.zeros((len(keys), 100, 100, 3)), min_area=0.08)
+        crop = inspect.unwrap(transforms.random_resized_crop)  # without the check that it returns images
+        return crop(keys, jnp.zeros((len(keys), 100, 100, 3)), min_area=0.08)
 
     boxes = jax.jit(draw)(jax.random.split(jax.random.key(0), 4000))
     top, left, height, width = np.asarray(boxes).T
@@ -154,7 +157,7 @@ def test_presets_are_chosen_by_name(stage):
     keys.preset, keys.jitter = "", 0.25
     assert chosen() == Augmentation(jitter=0.25)
     keys.preset = "salman"
-    with pytest.raises(ConfigError, match=rf"{stage}.augmentation.preset=salman and .* exclude each other"):
+    with pytest.raises(ConfigError, match=rf"{stage}.augmentation.preset=salman cannot be combined"):
         chosen()
     keys.preset, keys.jitter = "utrera_grey", 0.0
     with pytest.raises(ConfigError, match="must be one of '', none, utrera, utrera_color"):

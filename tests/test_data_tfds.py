@@ -156,7 +156,7 @@ def test_photographs_that_only_test(data_dir):
             top : top + 28, left : left + 28
         ]
         np.testing.assert_array_equal(found, expected)
-    with pytest.raises(ValueError, match="give image_size"):
+    with pytest.raises(ValueError, match="set image_size"):
         load_dataset(f"tfds:{data_dir / 'v2'}")
 
 
@@ -212,12 +212,12 @@ def test_damaged_shard_gets_one_clear_line(data_dir):
         ("tfds:cifar10", ["is not prepared", "tfds build cifar10 --file_format=array_record", "looked in"]),
         ("tfds:cifar1O", ["did you mean tfds:cifar10", "looked in"]),
         ("tfds:petz", ["did you mean tfds:pets"]),
-        ("tfds:qwrtzp", ["no name near it"]),
+        ("tfds:qwrtzp", ["no similar name"]),
         ("tfds:pets:3.0.0", ["only pets/1.0.0"]),
-        ("tfds:/nowhere", ["/nowhere holds no prepared set"]),
-        ("tfds:.", ["several prepared sets", "pets/1.0.0"]),
+        ("tfds:/nowhere", ["/nowhere contains no prepared dataset"]),
+        ("tfds:.", ["several prepared datasets", "pets/1.0.0"]),
         ("tfds:old", ["stored as tfrecord", "tfds convert_format --dataset_version_dir="]),
-        ("tfds:boxes", ["no set of images with one label each", "box, image"]),
+        ("tfds:boxes", ["not a dataset of images with one label each", "box, image"]),
         ("tfds:pets:test[:5]", ["would train on its test images", "set config.evaluate.num_images"]),
         ("tfds:pets:train[:x]", ["cannot read train[:x] of tfds:pets"]),
         ("tfds:pets:train[5:5]", ["cannot read train[5:5] of tfds:pets"]),

@@ -227,7 +227,7 @@ def test_what_cannot_be_is_refused_in_one_line(k, change, message):
 
 
 def test_the_epochs_and_the_batch_that_a_recipe_may_have():
-    for asked, measured in (((1,), (1, 3)), ((), (3,)), ([3, 1, 1], (1, 3)), ((1, 2, 3), (1, 2, 3))):
+    for asked, measured in (((1,), (1, 3)), ((), (3,)), ((3, 1, 1), (1, 3)), ((1, 2, 3), (1, 2, 3))):
         recipe = resolve_recipe(replace(RECIPE, evaluate_epochs=asked, batch_size=128), 20)
         assert (recipe.evaluate_epochs, recipe.batch_size) == (measured, 20)
         assert resolve_recipe(recipe, 20) == recipe

@@ -346,11 +346,11 @@ def test_a_group_is_halved_between_seeds_down_to_one_and_its_seconds_are_shared(
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
         now[0] += 6.0
         seeds = np.float64(jax.random.key_data(keys))[:, -1:, None]
-        return dict.fromkeys(METRICS, seeds + rates.learning_rate[:, None] + np.arange(2))
+        return dict.fromkeys(METRICS, seeds + np.asarray(rates.learning_rate)[:, None] + np.arange(2))
 
     monkeypatch.setattr(study_run, "fine_tune_many", fitting)
     monkeypatch.setattr(study_run, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    rows = study_run.run_group(members, None, DATASET)
+    rows = study_run.run_group(members, _models()["d0"], DATASET)
     assert sizes == [3, 1, 2, 1, 1]
     assert [row["trial_id"] for row in rows[::2]] == [t.identity() for t in members]
     assert [row["test_loss"] for row in rows] == [
@@ -366,7 +366,7 @@ def test_a_group_is_halved_between_seeds_down_to_one_and_its_seconds_are_shared(
 
         monkeypatch.setattr(study_run, "fine_tune_many", failing)
         with pytest.raises(jax.errors.JaxRuntimeError, match=said):
-            study_run.run_group(some, None, DATASET)
+            study_run.run_group(some, _models()["d0"], DATASET)
         assert len(calls) == 1
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from test_study import METRICS, _trial
 
 from advtransfer.study import finished_rows, history_rows, run_trials
@@ -134,7 +135,7 @@ def test_at_an_address_the_processes_number_decides(monkeypatch):
 
     monkeypatch.setattr("time.sleep", others)
     own = []
-    for name in divide(["a", "b", "c", "d", "e", "f"], "gs://bucket/rows", done.__contains__):
+    for name in divide(["a", "b", "c", "d", "e", "f"], epath.Path("gs://bucket/rows"), done.__contains__):
         own.append(name)
         done.add(name)
     assert own == ["b", "d", "f"] and done == set("abcdef")

@@ -1,4 +1,4 @@
-"""Datasets as host arrays, subsets of them, and batches made from them on the device."""
+"""Datasets as host arrays, subsets of them, and batches assembled on the device."""
 
 from advtransfer.data.batches import Batch, check_batch, make_batch
 from advtransfer.data.datasets import (

@@ -1,4 +1,4 @@
-"""What a network is fed: a batch, made on the device from a set that lies there."""
+"""Batches of images, assembled on the device from a dataset held there."""
 
 from __future__ import annotations
 
@@ -6,47 +6,48 @@ from typing import NamedTuple
 
 import chex
 import jax
+from jaxtyping import Array, Int32, Integer, Key, Num, PyTree, UInt8
 
 from advtransfer.data.transforms import Augmentation, augment, to_float
 
 
 class Batch(NamedTuple):
-    """Images of one step, with a key for each that everything random about it is drawn from."""
+    """Images of one step, each with the key that all of its randomness is drawn from."""
 
-    images: jax.Array  # float32 [N, H, W, 3] in [0, 1]
-    labels: jax.Array  # int32 [N]
-    keys: jax.Array  # typed PRNG keys [N]
+    # float32 [N, H, W, 3] in [0, 1]; in fine-tuning also activations, or the inputs of a head in dual form
+    images: PyTree[Num[Array, "n ..."]]
+    labels: Int32[Array, " n"]
+    keys: Key[Array, " n"]
 
 
 def check_batch(batch: Batch) -> None:
-    """Raises an AssertionError unless labels are integers [N] and all that stands for an image, which is more
-    than one array where a head is trained in dual form, has the leading axis [N] too."""
+    """Raises an AssertionError unless labels are integers [N] and every other array has leading axis [N]."""
     chex.assert_rank(batch.labels, 1)
     chex.assert_type(batch.labels, int)
     chex.assert_equal_shape_prefix(jax.tree.leaves(batch), 1)
 
 
 def make_batch(
-    images: jax.Array,
-    labels: jax.Array,
-    indices: jax.Array,
-    keys: jax.Array,
+    images: UInt8[Array, "m h w 3"],
+    labels: Integer[Array, " m"],
+    indices: Integer[Array, " n"],
+    keys: Key[Array, " n"],
     augmentation: Augmentation,
     *,
     image_size: int | None = None,
 ) -> Batch:
     """Gathers, resizes and augments the images of one step.
 
-    A pure function: jit it with `augmentation` and `image_size` as constants. What becomes of an
-    image depends on the image and its key alone, not on its batch.
+    A pure function: jit it with `augmentation` and `image_size` static. The result for an image depends only
+    on the image and its key, not on the rest of the batch.
 
     Args:
-      images: uint8 [M, H, W, 3], the whole set.
+      images: uint8 [M, H, W, 3], the whole dataset.
       labels: int32 [M].
       indices: integers [N] from 0 to M - 1.
       keys: typed PRNG keys [N], for example `jax.random.split(key, N)`.
-      augmentation: what happens to the images, at their new size.
-      image_size: side of the network's images; None leaves the size as it is.
+      augmentation: applied after resizing.
+      image_size: side of the network's images; None keeps their size.
     """
     chex.assert_rank([images, labels, indices, keys], [4, 1, 1, 1])
     chex.assert_equal_shape_prefix([images, labels], 1)

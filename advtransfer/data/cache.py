@@ -1,4 +1,4 @@
-"""Arrays that are costly to make, kept on disk under the digest of everything they depend on."""
+"""An on-disk cache of expensive arrays, keyed by a digest of everything they depend on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Shaped
 
 _UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
 
@@ -23,16 +24,16 @@ def cached_arrays(
     *,
     cache_dir: str | os.PathLike | None = None,
 ) -> dict[str, np.ndarray]:
-    """Reads the arrays of `identity`, or makes and keeps them.
+    """Reads the arrays of `identity` from the cache, or makes and caches them.
 
-    A file that cannot be read whole (the zip's checksums are verified) is made again, and a folder
-    that cannot be written costs the time of making the arrays, never an error.
+    A damaged file (the zip's checksums are verified) is replaced. If the folder cannot be written, the arrays
+    are made on every call; it is not an error.
 
     Args:
-      kind: first part of the file's name.
-      identity: everything that the arrays depend on, as JSON can write it.
-      make: called without arguments when there is no good file.
-      cache_dir: folder of the files; None is `$XDG_CACHE_HOME/advtransfer` or
+      kind: prefix of the file name.
+      identity: everything that the arrays depend on; JSON-serialisable.
+      make: computes the arrays when there is no usable file.
+      cache_dir: the cache's folder; None is `$XDG_CACHE_HOME/advtransfer` or
         `~/.cache/advtransfer`.
     """
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -47,21 +48,21 @@ def cached_arrays(
 
 
 def fingerprint(root: Path, paths: Iterable[Path]) -> str:
-    """Digest of files below `root` that is another when one of them is written to, moved or replaced.
+    """Digest of files below `root` that changes when one of them is modified, moved or replaced.
 
-    From their names, sizes and times of change; the status time (ctime) cannot be set back by copying
-    or `touch`, so nothing need be read.
+    Computed from names, sizes and times without reading the files: the change time (ctime) cannot be set back
+    by copying or `touch`.
     """
     digest = hashlib.sha256()
     for path in sorted(paths):
-        status = path.stat() if path.exists() else path.lstat()  # a link that leads nowhere
+        status = path.stat() if path.exists() else path.lstat()  # a broken link
         entry = [str(path.relative_to(root)), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         digest.update(json.dumps(entry).encode())
     return digest.hexdigest()
 
 
-def content_digest(*arrays: np.ndarray) -> str:
-    """SHA-256 of the arrays' types, shapes and values."""
+def content_digest(*arrays: Shaped[np.ndarray, " ..."]) -> str:
+    """SHA-256 of the arrays' dtypes, shapes and values."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
@@ -75,12 +76,12 @@ def _default_folder() -> Path:
 
 
 def _write_by_rename(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Another process sees the whole file or none, also when several write it at once."""
+    """Writes atomically: other processes see the whole file or none, even if several write it at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".partial")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # ty: ignore[invalid-argument-type]  # no array is called allow_pickle
         os.replace(partial, path)
     finally:
         with contextlib.suppress(FileNotFoundError):

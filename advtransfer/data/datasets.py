@@ -1,9 +1,9 @@
 """Datasets by name, as uint8 arrays on the host.
 
-`DATASETS` names the sets that the package brings along. One that is new to it needs a function
-`(image_size, seed, cache_dir) -> (class_names, train, validation, test)` and a line there. `OPENERS`
-says what opens the names of recorded sets, such as `tfds:cifar10`; a new kind of them needs a function
-`name -> Recording` and a line there.
+`DATASETS` lists the built-in datasets. To add one, write a function
+`(image_size, seed, cache_dir) -> (class_names, train, validation, test)` and register it there. `OPENERS`
+maps the prefix of a recorded dataset's name (`tfds:cifar10`) to the function that opens it; to add a kind,
+write a function `name -> Recording` and register it there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int32, UInt8
 from PIL import Image
 
 from advtransfer.data import glyphs
@@ -33,14 +34,14 @@ from advtransfer.labels import check_labels
 SPLITS = ("train", "validation", "test")
 BROKEN = ("refuse", "skip")
 LOADING = ("memory", "stream", "auto")
-MAX_IN_MEMORY = 2e9  # bytes of training images that "auto" does not stream: on every machine the same
+MAX_IN_MEMORY = 2e9  # bytes of training images above which "auto" streams, whatever the machine
 
 
 class Split(NamedTuple):
     """Images and labels on the host."""
 
-    images: np.ndarray  # uint8 [N, H, W, 3]
-    labels: np.ndarray  # int32 [N]
+    images: UInt8[np.ndarray, "n h w 3"]
+    labels: Int32[np.ndarray, " n"]
 
     @property
     def num_images(self) -> int:
@@ -48,12 +49,12 @@ class Split(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the images that lie in memory."""
+        """Bytes of the images in memory."""
         return self.images.nbytes
 
 
 def check_split(split: Split) -> None:
-    """Raises a ValueError, of one line, unless images are uint8 [N, H, W, 3] and labels classes [N]."""
+    """Raises a one-line ValueError unless images are uint8 [N, H, W, 3] and labels class indices [N]."""
     shape, dtype = np.shape(split.images), getattr(split.images, "dtype", None)
     if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
         raise ValueError(f"images are {dtype} {shape}, not uint8 [N, H, W, 3]")
@@ -61,20 +62,31 @@ def check_split(split: Split) -> None:
 
 
 class Dataset(NamedTuple):
-    """The three splits of one dataset; no image is in two of them.
+    """The three splits of a dataset; they share no image.
 
-    Images may be smaller than a network's (see `load_dataset`): whoever feeds it resizes them.
+    Images may be smaller than the network's (see `load_dataset`); they are resized when batches are made.
     """
 
     name: str
     class_names: tuple[str, ...]
     train: Split | StreamedSplit
-    validation: Split  # carved out of the training images; hyper-parameters are chosen on it
+    validation: Split  # recorded, or held out from the training images; for choosing hyper-parameters
     test: Split
     skipped: tuple[str, ...] = ()  # images that could not be decoded, with the reason
-    remarks: tuple[str, ...] = ()  # what a reader should know: of folders, what was left out, duplicates
-    digests: Mapping[str, str] = MappingProxyType({})  # `content_digest` by split, as far as it is known
-    is_placeholder: bool = False  # sizes as published of a set that is not prepared (see `plan_dataset`)
+    remarks: tuple[str, ...] = ()  # notes for the user: files left out, duplicates, ...
+    digests: Mapping[str, str] = MappingProxyType({})  # known values of `content_digest`, by split
+    is_placeholder: bool = False  # stands in for a dataset that is not prepared (see `plan_dataset`)
+
+    def in_memory(self, split: str) -> Split:
+        """The images and labels of a split.
+
+        Raises:
+          ValueError: the split is streamed.
+        """
+        found = getattr(self, split)
+        if isinstance(found, StreamedSplit):
+            raise ValueError(f"the {split} images of {self.name} are streamed, but are needed in memory")
+        return found
 
     def in_memory(self, split: str) -> Split:
         """The images and labels of a split.
@@ -88,8 +100,8 @@ class Dataset(NamedTuple):
         return found
 
     def digest(self, *splits: str) -> str:
-        """SHA-256 of the class names and of all images and labels of the splits, which are in memory."""
-        known = [self.digests.get(split) or content_digest(*getattr(self, split)) for split in splits]
+        """SHA-256 of the class names and of the images and labels of the given splits."""
+        known = [self.digests.get(split) or content_digest(*self.in_memory(split)) for split in splits]
         return hashlib.sha256(json.dumps([self.class_names, known]).encode()).hexdigest()
 
 
@@ -111,37 +123,37 @@ def load_dataset(
 ) -> Dataset:
     """Loads a dataset by name.
 
-    Recorded images are decoded once, in parallel, and kept until a file of the set changes. Their labels,
-    class names and splits are the set's own as far as it has them (see `load_parts`). If all images
-    of a set are squares of one size they are resized as a whole; the images of other sets are cropped
-    as in ImageNet's evaluation (see `fit_image`).
+    Recorded images are decoded once, in parallel, and cached until a file of the dataset changes. Labels,
+    class names and splits are the recorded ones as far as there are any (see `load_parts`). If all images of
+    a dataset are squares of one size, they are resized; otherwise they are cropped as in ImageNet evaluation
+    (see `fit_image`).
 
     Args:
-      name: one of `DATASETS`; `tfds:NAME`, a prepared TensorFlow dataset, which needs no TensorFlow (module
-        `tfds` has the whole notation); or `folder:/path`, one subfolder per class (module `folder`).
-      image_size: side of the images in pixels; None is the set's own (glyphs 16, digits 8).
+      name: one of `DATASETS`; `tfds:NAME`, a prepared TensorFlow dataset, read without TensorFlow (see module
+        `tfds`); or `folder:/path`, with one subfolder per class (see module `folder`).
+      image_size: side of the images in pixels; None is the dataset's own (glyphs 16, digits 8).
         Glyphs are drawn at this size, digits are resized to it (bilinear with antialias).
-      seed: which glyphs are drawn. A set of recorded images is the same for every seed.
-      cache_dir: where drawn and decoded images are kept; None is `$XDG_CACHE_HOME/advtransfer` or
-        `~/.cache/advtransfer`. The sets load without a cache when it cannot be written.
-      splits: which of `SPLITS` the caller needs; the others of a recorded set come back empty.
-      broken: what becomes of images that cannot be decoded: "refuse" raises, "skip" leaves them out
-        and lists them in `Dataset.skipped`.
-      view: one of `VIEWS`, such as "low_pass" (module `views`); for all splits.
-      loading: "memory", or "stream": the training images stay on disk (module `stream`), or "auto": they do
-        when they would take more than 2 GB. Other splits are always in memory.
+      seed: of the drawn glyphs. Recorded datasets do not depend on it.
+      cache_dir: cache of drawn and decoded images; None is `$XDG_CACHE_HOME/advtransfer` or
+        `~/.cache/advtransfer`. If it cannot be written, nothing is cached.
+      splits: those of `SPLITS` that the caller needs; the others of a recorded dataset are empty.
+      broken: how to treat images that cannot be decoded: "refuse" raises, "skip" leaves them out and lists
+        them in `Dataset.skipped`.
+      view: one of `VIEWS`, such as "low_pass" (see module `views`), applied to all splits.
+      loading: "memory"; "stream": the training images stay on disk (see module `stream`); or "auto": streamed
+        if they would take more than 2 GB. Other splits are always in memory.
       enlarge: whether recorded squares of one size that are smaller than `image_size` are enlarged to it.
-        Otherwise they keep their size, for the device to enlarge batch by batch (`make_batch`): 60,000 images
-        of 32² take 180 MB, at 224² they would take 9 GB. In the view "low_pass" they are kept at 32².
-      set_aside: whether a tenth of the training images, at most 5,000, validates where a recorded set has no
-        validation images; otherwise all of them train.
+        If not, they keep their size and are enlarged on the device batch by batch (`make_batch`): 60,000
+        images of 32² take 180 MB, at 224² they would take 9 GB. In the view "low_pass" they are kept at 32².
+      set_aside: whether a tenth of the training images, at most 5,000, is held out for validation if a
+        recorded dataset has no validation images.
 
     Returns:
       A `Dataset` of uint8 images [N, image_size, image_size, 3] and int32 labels [N].
 
     Raises:
-      ValueError: unknown name (with the nearest known ones), a set that is not prepared or not well
-        formed, broken images, or an impossible size or seed.
+      ValueError: unknown name (suggesting similar ones), a dataset that is not prepared or malformed, broken
+        images, or an invalid size or seed.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size of {name} must be a positive number of pixels, got {image_size}")
@@ -154,16 +166,15 @@ def load_dataset(
         *((split, SPLITS) for split in splits),
     ):
         if value not in known:
-            raise ValueError(f"{value!r} is none of {', '.join(known)}")
+            raise ValueError(f"{value!r} is not one of {', '.join(known)}")
     if name in DATASETS:
         if loading == "stream":
-            raise ValueError(f"{name} is not streamed: its images are made in memory")
-        class_names, *parts = DATASETS[name](image_size, seed, cache_dir)
-        parts = [Split(VIEWS[view](part.images), part.labels) for part in parts]
-        digests = {
-            split: content_digest(*part) for split, part in zip(SPLITS, parts, strict=True) if split in splits
-        }
-        return Dataset(name, class_names, *parts, digests=digests)
+            raise ValueError(f"{name} is not streamed: its images are generated in memory")
+        class_names, *drawn = DATASETS[name](image_size, seed, cache_dir)
+        train, validation, test = (Split(VIEWS[view](part.images), part.labels) for part in drawn)
+        made = zip(SPLITS, (train, validation, test), strict=True)
+        digests = {split: content_digest(*part) for split, part in made if split in splits}
+        return Dataset(name, class_names, train, validation, test, digests=digests)
     recording = _opener(name)(name)
     size, _ = find_size(recording, image_size, cache_dir, enlarge=enlarge)
     streamed = "train" in splits and is_streamed(name, count_training(recording), size, view, loading)
@@ -172,18 +183,27 @@ def load_dataset(
         recording, image_size, cache_dir, in_memory, broken, view, enlarge=enlarge, set_aside=set_aside
     )
     skipped = tuple(str(image) for part in parts.values() for image in part.skipped)
-    ours = {split: Split(parts[split].images, parts[split].labels) for split in SPLITS}
+    train, validation, test = (Split(parts[split].images, parts[split].labels) for split in SPLITS)
     if streamed:
-        ours["train"] = open_stream(recording, *find_size(recording, image_size, cache_dir), broken)
+        train = open_stream(recording, *find_size(recording, image_size, cache_dir), broken)
     digests = {split: str(part.digest) for split, part in parts.items()}
     remarks = (*recording.remarks, *inspect(parts))
     for remark in remarks:
         logging.warning("%s: %s", name, remark)
-    return Dataset(name, recording.class_names, **ours, skipped=skipped, remarks=remarks, digests=digests)
+    return Dataset(
+        name,
+        recording.class_names,
+        train,
+        validation,
+        test,
+        skipped=skipped,
+        remarks=remarks,
+        digests=digests,
+    )
 
 
 def is_streamed(name: str, num_images: int, size: int, view: str, loading: str) -> bool:
-    """Whether so many training images of `size`² pixels stay on disk (see `load_dataset`)."""
+    """Whether `num_images` training images of `size`² pixels are streamed (see `load_dataset`)."""
     if loading == "memory" or (loading == "auto" and view != "natural"):
         return False
     if view != "natural":
@@ -192,7 +212,7 @@ def is_streamed(name: str, num_images: int, size: int, view: str, loading: str) 
 
 
 def check_dataset_name(name: str) -> None:
-    """Raises the ValueError of a dataset that is not there, without reading its images."""
+    """Raises the ValueError of `load_dataset` for an unknown or missing dataset, without reading images."""
     if name not in DATASETS:
         _opener(name)(name)
 
@@ -202,21 +222,21 @@ def _opener(name: str) -> Callable[[str], Recording]:
     if colon and prefix in OPENERS:
         return OPENERS[prefix]
     if colon and prefix != "builtin":
-        hint = f"prefix {prefix!r} is none of builtin, {', '.join(OPENERS)}"
+        hint = f"prefix {prefix!r} is not one of builtin, {', '.join(OPENERS)}"
     else:
         near = difflib.get_close_matches(name, DATASETS, n=2, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else "no name is near it"
+        hint = f"did you mean {' or '.join(near)}?" if near else "no similar name"
     known = ", ".join([*DATASETS, "tfds:NAME", "folder:/path"])
     raise ValueError(f"unknown dataset {name!r}: {hint}; known datasets: {known}")
 
 
-# Handwritten digits of 13 writers, 8² pixels with values 0 to 16 (Alpaydin and Kaynak, 1998),
-# as scikit-learn ships them. 1,797 images leave 800 + 200 beside a test split of 797.
+# Handwritten digits of 13 writers, 8² pixels with values 0 to 16 (Alpaydin and Kaynak, 1998), as shipped with
+# scikit-learn. Of the 1,797 images 797 are for testing, 800 for training and 200 for validation.
 _DIGITS_TEST, _DIGITS_TRAIN = 797, 800
 
 
 def _load_digits(image_size: int | None, seed: int, cache_dir: str | PathLike | None) -> Parts:
-    """Bright strokes on black, as recorded. The splits are fixed: `seed` moves no image."""
+    """Bright strokes on black, as recorded. The splits do not depend on `seed`."""
     del seed, cache_dir
     from sklearn.datasets import load_digits  # takes a second to import
 
@@ -228,18 +248,23 @@ def _load_digits(image_size: int | None, seed: int, cache_dir: str | PathLike | 
     order = stratified_order(labels, len(labels), np.random.default_rng(1797))
     test, train, validation = np.split(order, [_DIGITS_TEST, _DIGITS_TEST + _DIGITS_TRAIN])
     names = tuple(str(digit) for digit in range(10))
-    return names, *(Split(images[part], labels[part]) for part in (train, validation, test))
+    return (
+        names,
+        Split(images[train], labels[train]),
+        Split(images[validation], labels[validation]),
+        Split(images[test], labels[test]),
+    )
 
 
 def _load_glyphs(image_size: int | None, seed: int, cache_dir: str | PathLike | None) -> Parts:
-    """Letters whose background texture agrees with the letter nine times in ten."""
+    """Letters whose background texture matches the letter nine times in ten."""
     sizes = {"train": 8192, "validation": 1024, "test": 2048}
     arrays = _draw("glyphs", glyphs.draw_labelled, sizes, image_size, seed, cache_dir)
     return tuple(glyphs.LETTERS), *arrays
 
 
 def _load_lowercase(image_size: int | None, seed: int, cache_dir: str | PathLike | None) -> Parts:
-    """Lower-case letters on textures that say nothing of them."""
+    """Lower-case letters on textures that are independent of them."""
     sizes = {"train": 1600, "validation": 400, "test": 1200}
     arrays = _draw("lowercase", glyphs.draw_lowercase, sizes, image_size, seed, cache_dir)
     return tuple(glyphs.LOWERCASE), *arrays
@@ -252,8 +277,8 @@ def _draw(
     image_size: int | None,
     seed: int,
     cache_dir: str | PathLike | None,
-) -> list[Split]:
-    """The splits of a drawn set, from the cache if they are there."""
+) -> tuple[Split, Split, Split]:
+    """The splits of a drawn dataset, from the cache if possible."""
     image_size = glyphs.DEFAULT_SIZE if image_size is None else image_size
 
     def draw() -> dict[str, np.ndarray]:
@@ -266,7 +291,10 @@ def _draw(
 
     identity = {"size": image_size, "seed": seed, "splits": sizes, **glyphs.versions()}
     arrays = cached_arrays(name, identity, draw, cache_dir=cache_dir)
-    return [Split(arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in sizes]
+    train, validation, test = (
+        Split(arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in SPLITS
+    )
+    return train, validation, test
 
 
 def _resize(images: np.ndarray, size: int | None) -> np.ndarray:

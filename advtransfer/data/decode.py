@@ -1,4 +1,4 @@
-"""Encoded images to RGB arrays of one size: what every kind of picture file becomes."""
+"""Decodes image files of any supported format to RGB arrays of one size."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
+from jaxtyping import Integer, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-Encoded = Path | BinaryIO
-# Of Pillow's readers those of photographs and drawings: some of the others start programs (EPS), or follow
-# what a file says into other files.
+Encoded = Path | io.BytesIO | io.BufferedReader
+# Only Pillow's readers of plain image formats: some of the others start programs (EPS) or open further files
+# named in the file.
 FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-MAX_BYTES = 1 << 30  # of a picture file
-_CHUNK = 64  # images that a thread takes at a time
-# EXIF orientation (EXIF 2.3, section 4.6.4) -> what turns the stored pixels upright.
+MAX_BYTES = 1 << 30  # of an image file
+_CHUNK = 64  # images per thread and task
+# EXIF orientation (EXIF 2.3, section 4.6.4) -> the transposition that makes the image upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,26 +34,27 @@ _TURNS = {
 
 
 def decode_image(encoded: Encoded, *, upright: bool = False) -> Image.Image:
-    """Decodes one picture file to RGB, 8 bits a channel.
+    """Decodes one image file to RGB, 8 bits per channel.
 
-    Grey becomes three equal channels, 16-bit grey is divided by 257, transparency is laid over white,
-    and CMYK is converted as Pillow does, without colour profiles. Of an animation the first frame counts.
+    Grey becomes three equal channels, 16-bit grey is divided by 257, transparent images are composited onto
+    white, and CMYK is converted as Pillow does, without colour profiles. Of an animation, the first frame is
+    used.
 
     Args:
       encoded: a path or an open binary file.
-      upright: whether the EXIF orientation is applied, as viewers do; training pipelines leave it out.
+      upright: whether to apply the EXIF orientation, as viewers do; training pipelines ignore it.
 
     Raises:
-      Exception: of many types, whatever Pillow raises for files that are damaged or no pictures;
-        ValueError for pixels whose range is unknown (floating point, more than 16 bits), for more pixels
-        than Pillow's MAX_IMAGE_PIXELS, and for what is no regular file or has more than MAX_BYTES.
+      Exception: of any type that Pillow raises for damaged files or files that are not images; ValueError for
+        pixels of unknown range (floating point, more than 16 bits), more pixels than Pillow's
+        MAX_IMAGE_PIXELS, anything but a regular file, or more than MAX_BYTES.
     """
     with open_image(encoded) as image:
         return _to_rgb(image, upright)
 
 
 def open_image(encoded: Encoded) -> Image.Image:
-    """Reads the header of a picture file whose size can be decoded.
+    """Reads the header of an image file and checks the size of the image.
 
     Raises:
       Exception: as `decode_image`.
@@ -63,8 +64,8 @@ def open_image(encoded: Encoded) -> Image.Image:
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
         if status.st_size > MAX_BYTES:
-            raise ValueError(f"a file of {status.st_size:,} bytes; at most {MAX_BYTES:,} are read")
-        encoded = io.BytesIO(encoded.read_bytes())  # one read: Pillow itself takes dozens of small ones
+            raise ValueError(f"the file has {status.st_size:,} bytes, the limit is {MAX_BYTES:,}")
+        encoded = io.BytesIO(encoded.read_bytes())  # one read; Pillow itself does dozens of small ones
     image = Image.open(encoded, formats=_formats())
     _check_area(*image.size)
     return image
@@ -72,7 +73,7 @@ def open_image(encoded: Encoded) -> Image.Image:
 
 @functools.cache
 def _formats() -> list[str]:
-    """Those of `FORMATS` that this build of Pillow reads."""
+    """Those of `FORMATS` that this build of Pillow supports."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
@@ -99,24 +100,24 @@ def _to_rgb(image: Image.Image, upright: bool) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image.load()  # before its file is closed
+    image.load()  # before the file is closed
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _orientation(image: Image.Image) -> int:
-    """How the camera was held, by EXIF: 1 upright, 5 to 8 on its side; 1 where EXIF cannot be read."""
+    """EXIF orientation: 1 is upright, 5 to 8 are rotated by 90°; 1 if the EXIF data cannot be read."""
     try:
-        held = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # of damaged EXIF data, of many types; the pixels may be whole
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # of any type, for damaged EXIF data; the pixels may be intact
         return 1
-    return held if type(held) is int else 1
+    return orientation if type(orientation) is int else 1
 
 
 def reason(error: Exception) -> str:
-    """Why an image could not be decoded, in one line and always the same."""
-    if isinstance(error, UnidentifiedImageError):  # its message is the address of an object
-        return "no image file that is known"
-    if isinstance(error, OSError) and error.strerror:  # of the system
+    """Why an image could not be decoded: one line, the same in every run."""
+    if isinstance(error, UnidentifiedImageError):  # its message contains a memory address
+        return "not a known image format"
+    if isinstance(error, OSError) and error.strerror:  # raised by the system
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -124,16 +125,17 @@ def reason(error: Exception) -> str:
 def decode_crop(
     encoded: Encoded, size: int, rng: np.random.Generator, *, min_area: float, upright: bool = False
 ) -> Image.Image:
-    """Decodes one picture file and scales a random box of it to size × size pixels (see `random_box`).
+    """Decodes one image file and scales a random box of it to size × size pixels (see `random_box`).
 
-    The box is cut out, then scaled, bilinear with antialias, as torchvision's RandomResizedCrop does. A JPEG
-    whose box has four times the asked pixels or more on each side is decoded at a half, a quarter or an
-    eighth of its resolution, which leaves the box twice the asked pixels and takes a fraction of the time.
+    The box is cropped, then scaled, bilinear with antialias, as in torchvision's RandomResizedCrop. A JPEG
+    whose box is at least four times as large as the result on each side is decoded at a half, a quarter or an
+    eighth of its resolution; the box still has at least twice the size of the result, and decoding takes a
+    fraction of the time.
 
     Args:
       encoded, upright: see `decode_image`.
       size: side of the result in pixels.
-      rng: what the box is drawn from, and nothing else.
+      rng: used for the box only.
       min_area: see `random_box`.
 
     Raises:
@@ -148,18 +150,19 @@ def decode_crop(
             image.draft(None, (image.width // spare, image.height // spare))
         image = _to_rgb(image, upright)
     x, y = image.width / width, image.height / height
-    box = (left * x, top * y, (left + box_width) * x, (top + box_height) * y)
-    return image.crop(tuple(map(round, box))).resize((size, size), Image.Resampling.BILINEAR)
+    right, bottom = left + box_width, top + box_height
+    box = (round(left * x), round(top * y), round(right * x), round(bottom * y))
+    return image.crop(box).resize((size, size), Image.Resampling.BILINEAR)
 
 
 def random_box(
     rng: np.random.Generator, width: int, height: int, *, min_area: float
 ) -> tuple[int, int, int, int]:
-    """Left, top, width and height of a box, drawn as torchvision's RandomResizedCrop draws it.
+    """Left, top, width and height of a box, drawn as in torchvision's RandomResizedCrop.
 
-    Its share of the area is uniform in [min_area, 1], the logarithm of its width / height uniform between
-    those of 3/4 and 4/3. Of ten tries the first that fits is taken; if none does, the largest box in the
-    middle whose ratio is allowed.
+    Its fraction of the area is uniform in [min_area, 1] and the logarithm of its aspect ratio, width /
+    height, uniform between log(3/4) and log(4/3). The first of ten tries that fits is used; if none does, the
+    largest central box of an allowed aspect ratio.
     """
     for _ in range(10):
         area = width * height * rng.uniform(min_area, 1)
@@ -172,14 +175,14 @@ def random_box(
 
 
 def fit_image(image: Image.Image, size: int, *, crop: bool) -> Image.Image:
-    """Brings an image to size × size pixels, bilinear with antialias.
+    """Resizes an image to size × size pixels, bilinear with antialias.
 
-    With `crop` it is scaled until its shorter side is 8/7 × size and its middle is cut out, at 224 the
-    Resize(256) and CenterCrop(224) of torchvision's and robustness' evaluation, with their rounding.
-    Otherwise it is scaled as a whole.
+    With `crop`, the shorter side is scaled to 8/7 × size and the centre is cropped: at 224 the Resize(256)
+    and CenterCrop(224) of torchvision's and robustness's evaluation, with their rounding. Otherwise the whole
+    image is scaled.
 
     Raises:
-      ValueError: so thin that it would have more than Pillow's MAX_IMAGE_PIXELS, scaled.
+      ValueError: the image is so elongated that it would exceed Pillow's MAX_IMAGE_PIXELS when scaled.
     """
     if not crop:
         return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
@@ -192,34 +195,34 @@ def fit_image(image: Image.Image, size: int, *, crop: bool) -> Image.Image:
 
 
 def decode_images(
-    read: Callable[[Sequence[int]], Sequence[Encoded]],
-    indices: np.ndarray,
+    read: Callable[[Integer[np.ndarray, " some"]], Sequence[Encoded]],
+    indices: Integer[np.ndarray, " n"],
     size: int,
     *,
     crop: bool,
     upright: bool = False,
-) -> tuple[np.ndarray, dict[int, str]]:
-    """Decodes and fits images in one thread per core; Pillow works outside Python's lock.
+) -> tuple[UInt8[np.ndarray, "n size size 3"], dict[int, str]]:
+    """Decodes and resizes images in one thread per core; Pillow releases the GIL.
 
     Args:
-      read: encoded images by index, called from several threads at once.
+      read: returns the encoded images of some indices; called from several threads at once.
       indices: integers [N].
       size: side of the results in pixels.
       crop: see `fit_image`.
       upright: see `decode_image`.
 
     Returns:
-      Images uint8 [N, size, size, 3], and the reason for each place that could not be decoded, whose
+      Images uint8 [N, size, size, 3], and by position the reason why an image could not be decoded; its
       pixels are arbitrary.
     """
     images = np.empty((len(indices), size, size, 3), np.uint8)
-    broken = {}
+    broken: dict[int, str] = {}
 
     def work(start: int) -> None:
         for place, encoded in enumerate(read(indices[start : start + _CHUNK]), start):
             try:
                 images[place] = fit_image(decode_image(encoded, upright=upright), size, crop=crop)
-            except Exception as error:  # Pillow's readers raise almost anything for a damaged file
+            except Exception as error:  # Pillow's readers raise almost any type for damaged files
                 broken[place] = reason(error)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:

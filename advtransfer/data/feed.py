@@ -1,15 +1,16 @@
-"""Where the batches of a training come from: a set on the device, or files that are decoded on the way."""
+"""Training batches, from a dataset on the device or from files decoded on the fly."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Integer, Key, PyTree
 
 from advtransfer import parallel
 from advtransfer.data.batches import Batch, make_batch
@@ -19,18 +20,20 @@ from advtransfer.data.transforms import Augmentation, augment, to_float
 
 
 class Feed(NamedTuple):
-    """Batches by step, each half made on the host and half on the devices."""
+    """Batches by step, prepared partly on the host and partly on the devices."""
 
-    shared: Any  # arrays on every device
-    rows: Callable[[int], Any]  # step -> what each device has of the batch, leading axis [devices]
-    make_batch: Callable[[Any, Any, jax.Array], Batch]  # (shared, one device's rows, step), pure
+    shared: PyTree  # arrays on every device
+    rows: Callable[[int], PyTree]  # step -> each device's part of the batch, with leading axis [devices]
+    make_batch: Callable[
+        [PyTree, PyTree, Integer[Array, ""]], Batch
+    ]  # (shared, one device's rows, step), pure
     close: Callable[[], None]
 
 
 def make_feed(
     train: Split | StreamedSplit,
     augmentation: Augmentation,
-    key: jax.Array,
+    key: Key[Array, ""],
     *,
     batch_size: int,
     num_steps: int,
@@ -38,23 +41,23 @@ def make_feed(
     num_workers: int,
     image_size: int | None = None,
 ) -> Feed:
-    """Batches that depend on nothing but the step and what is given here.
+    """Batches that are a function of the step and the arguments.
 
-    Every epoch takes the images in another order and drops those that fill no batch. An example's key comes
-    from the step and its position in the batch, so batches are the same over any number of devices and
-    processes. Streamed images are cropped as they are decoded, out of the whole photograph; the rest of the
-    augmentation is done on the device.
+    Every epoch visits the images in a new order and drops an incomplete last batch. An example's key is
+    derived from the step and its position in the batch, so batches do not depend on the number of devices and
+    processes. Streamed images are cropped from the full-size image when they are decoded; the rest of the
+    augmentation runs on the device.
 
     Args:
       train: the images.
-      augmentation: what happens to them.
-      key: what order and augmentation are drawn from.
+      augmentation: of the images.
+      key: for the order and the augmentation.
       batch_size: over all processes and devices.
       num_steps: of the whole training.
-      seed: what order and crops of streamed images are drawn from, instead of `key`.
+      seed: for the order and crops of streamed images, instead of `key`.
       num_workers: see `iterate`; streamed images only.
-      image_size: side of the network's images, to which a set that lies on the device is resized; None
-        leaves it as it is.
+      image_size: side of the network's images, to which a dataset on the device is resized; None keeps its
+        size.
     """
     order_key, example_key = jax.random.split(key)
     positions = parallel.split(np.arange(batch_size))

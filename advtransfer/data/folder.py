@@ -1,14 +1,14 @@
 """Image folders: one subfolder per class.
 
-`folder:/path` holds train/CLASS/*, test/CLASS/* and perhaps validation/CLASS/*, some of them missing, or is
-one tree CLASS/*, which is then split (see `load_parts`); `layout` says which other names are understood.
-Class folders may have subfolders. Classes are numbered in the order of their names, as torchvision's
-ImageFolder does it, but whole numbers in that of their values. Names that differ in how Unicode composes
-their letters alone are one class. What is left out is counted and said.
+`folder:/path` contains some of train/CLASS/*, validation/CLASS/* and test/CLASS/*, or is a single tree
+CLASS/*, which is then split (see `load_parts`); module `layout` documents other accepted names. Class folders
+may have subfolders. Classes are numbered in the order of their names, as in torchvision's ImageFolder, but
+integers numerically. Names that differ only in Unicode composition are one class. Files that are left out are
+counted and reported.
 
-`folder:/path:TRAIN` says what the training images are, in TFDS's notation: `train[:10%]`, `train[500:]`,
-`train+validation`. Slices are taken of a fixed order in which every class has its share of every beginning,
-since files have no order of their own: a tenth of the images is a tenth of each class.
+`folder:/path:TRAIN` selects the training images in TFDS's notation: `train[:10%]`, `train[500:]`,
+`train+validation`. As files have no order of their own, slices are taken from a fixed, stratified order: a
+tenth of the images is a tenth of each class.
 """
 
 from __future__ import annotations
@@ -18,31 +18,33 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 
 from advtransfer.data.cache import fingerprint
 from advtransfer.data.layout import Walk, read_layout, split_of
-from advtransfer.data.recorded import PLACE_AND_TRAIN, Recording, Records, check_training, fixed_order
+from advtransfer.data.recorded import Recording, Records, check_training, fixed_order, split_name
 
 Images = list[tuple[Path, int]]  # paths and labels
 
 
 def open_folder(name: str) -> Recording:
-    """Lists the images of a folder; they are read later, turned upright by their EXIF orientation.
+    """Lists the images of a folder. They are read later, and made upright by their EXIF orientation.
 
     Raises:
-      ValueError: no such folder, no class folders in it, folders that could mean several things (see
-        `read_layout`), or a class without training images.
+      ValueError: no such folder, no class folders in it, an ambiguous layout (see `read_layout`), or a class
+        without training images.
     """
-    root, train = Path(name.partition(":")[2]).expanduser(), "train"
-    if not root.is_dir():  # a folder's name may hold a colon itself
-        place, train = re.fullmatch(PLACE_AND_TRAIN, str(root)).groups()
+    root, train = Path(name.partition(":")[2]).expanduser(), None
+    if not root.is_dir():  # a folder's name may itself contain a colon
+        place, train = split_name(str(root))
         root = Path(place)
     if not root.is_dir():
         raise ValueError(f"{name}: there is no folder {root}")
+    train = train or "train"
     walk = Walk(name, root)
     layout = read_layout(walk)
     classes = {split: _classes(walk, folder) for split, folder in layout.splits.items()}
@@ -58,7 +60,7 @@ def open_folder(name: str) -> Recording:
     for folder in {root, *layout.splits.values()}:
         content = walk.look(folder)
         left_out += content.left_out
-        left_out["pictures outside class folders"] += len(content.pictures)
+        left_out["images outside class folders"] += len(content.images)
     paths = [path for images in listed.values() for path, _ in images]
     remarks = list(layout.remarks)
     if +left_out:
@@ -77,7 +79,7 @@ def open_folder(name: str) -> Recording:
 
 
 def _classes(walk: Walk, folder: Path) -> dict[str, list[Path]]:
-    """The class folders by class name."""
+    """Class folders by class name."""
     found: dict[str, list[Path]] = {}
     for child in walk.look(folder).folders:
         found.setdefault(_printable(unicodedata.normalize("NFC", child.name)), []).append(child)
@@ -85,7 +87,7 @@ def _classes(walk: Walk, folder: Path) -> dict[str, list[Path]]:
 
 
 def _printable(name: str) -> str:
-    """A file's name as text: bytes that are no UTF-8, and what cannot be printed, are escaped."""
+    """A file name as text, with bytes that are not UTF-8 and unprintable characters escaped."""
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -96,31 +98,32 @@ def _order(class_name: str) -> tuple[bool, int, str]:
 
 
 def _slice(name: str, listed: dict[str, Images], train: str) -> dict[str, Images]:
-    """The images of each split when `train`, a sum of slices, is trained on."""
-    used, chosen = set(), []
+    """The images of each split if `train`, a sum of slices, selects the training images."""
+    used: set[str] = set()
+    chosen: Images = []
     for term in train.split("+"):
         found = re.fullmatch(r"(\w+)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", term)
-        split = found and split_of(found[1])
-        if split not in listed:
+        split = split_of(found[1]) if found else None
+        if not found or split not in listed:
             raise ValueError(
-                f"{name}: {term!r} names no images; write train[:10%] or the like, of {', '.join(listed)}"
+                f"{name}: {term!r} selects no images; use {', '.join(listed)}, or slices such as train[:10%]"
             )
         images = listed[split]
-        order = fixed_order([label for _, label in images], len(images))
-        place = slice(*(_place(bound, len(images)) for bound in found.groups()[1:]))
-        chosen += [images[i] for i in np.sort(order[place])]
+        order = fixed_order(np.array([label for _, label in images], np.int32), len(images))
+        start, stop = (_place(bound, len(images)) for bound in found.groups()[1:])
+        chosen += [images[i] for i in np.sort(order[start:stop])]
         used.add(split)
     check_training(name, used, listed)
     if not chosen:
-        raise ValueError(f"{name}: there is no image in {train}")
+        raise ValueError(f"{name}: {train} contains no images")
     return {split: images for split, images in listed.items() if split not in used} | {"train": chosen}
 
 
 def _place(bound: str | None, count: int) -> int | None:
-    """A slice's bound as a number of images; percent are rounded to the nearest, as TFDS does."""
-    if bound is None or not bound.endswith("%"):
-        return bound and int(bound)
-    return round(int(bound[:-1]) / 100 * count)
+    """A slice's bound as a number of images; percentages are rounded to the nearest, as in TFDS."""
+    if bound is None:
+        return None
+    return round(int(bound[:-1]) / 100 * count) if bound.endswith("%") else int(bound)
 
 
 def _list_images(
@@ -130,35 +133,36 @@ def _list_images(
     class_names: tuple[str, ...],
     left_out: Counter[str],
 ) -> Images:
-    """In the order of classes and names; what is left out of them is added to `left_out`.
+    """The images in the order of classes and names; files that are left out are added to `left_out`.
 
     Raises:
-      ValueError: classes that are not trained on, or of the training images one that has none.
+      ValueError: classes that do not occur in training, or a class without training images.
     """
     unknown = sorted(folders.keys() - set(class_names))
     if unknown:
         raise ValueError(
-            f"{walk.name}: {split} has classes that are not trained on: {', '.join(unknown)}; trained on are "
-            f"{', '.join(class_names)}"
+            f"{walk.name}: {split} has classes that do not occur in training: {', '.join(unknown)}; the "
+            f"training classes are {', '.join(class_names)}"
         )
-    images = []
+    images: Images = []
     for label, class_name in enumerate(class_names):
-        before, missed = len(images), Counter()
+        before, missed = len(images), Counter[str]()
         for folder in folders.get(class_name, ()):
             for _, content in sorted(walk.below(folder)):
-                images += [(path, label) for path in content.pictures]
+                images += [(path, label) for path in content.images]
                 missed += content.left_out
         if split == "train" and len(images) == before:
             seen = ", ".join(f"{count:,} {why}" for why, count in missed.most_common())
             raise ValueError(
-                f"{walk.name}: {folders[class_name][0]} holds no images" + (f" (only {seen})" if seen else "")
+                f"{walk.name}: {folders[class_name][0]} contains no images"
+                + (f" (only {seen})" if seen else "")
             )
         left_out += missed
     return images
 
 
 def _records(root: Path, images: Images) -> Records:
-    # As one array of bytes a million names are small, and quickly handed to another process.
+    # As one array of bytes, a million names take little memory and are quickly sent to another process.
     names = np.array([os.fsencode(path.relative_to(root)) for path, _ in images], np.bytes_)
     labels = np.array([label for _, label in images], np.int32)
     return Records(
@@ -170,6 +174,6 @@ def _records(root: Path, images: Images) -> Records:
 
 
 def _read(
-    root: Path, names: np.ndarray, labels: np.ndarray, indices: Sequence[int]
+    root: Path, names: np.ndarray, labels: np.ndarray, indices: Iterable[SupportsIndex]
 ) -> list[tuple[Path, int]]:
     return [(root / os.fsdecode(names[index]), int(labels[index])) for index in indices]

@@ -1,32 +1,36 @@
 """Letters on textured backgrounds: a source task with a shape cue and a texture cue.
 
-Each image shows one of 23 capital letters in one of 14 typefaces, slightly turned, scaled, sheared
-and moved, in a random colour on a random colour. A faint grating covers the background; its
-orientation and frequency belong to a class as well, and in nine images of ten to the class of the
-letter. A network can therefore read the label from a strong cue (the shape) or from a weak one (the
-texture), and the two can be set against each other by `render_glyphs`.
+Each image shows one of 23 capital letters in one of 14 typefaces, slightly rotated, scaled, sheared and
+shifted, in a random colour on a background of another random colour. A faint grating covers the background.
+Its orientation and frequency also encode a class, which in nine of ten images is that of the letter. A
+network can therefore read the label from a strong cue (the shape) or a weak one (the texture), and
+`render_glyphs` can put the two in conflict.
 
-A small target task goes with it: lower-case letters that are no capitals made small, whose gratings say
-nothing of their class.
+A small target task goes with it: lower-case letters whose shapes differ from those of the capitals, on
+gratings that are independent of the class.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import chex
 import numpy as np
+from jaxtyping import Float32, Int32, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont, features
 
-# I, O and Q are left out: at 16² an I is a bare stroke, and O and Q differ by a pixel. They are
-# also the digits 1 and 0 by another name, and no class of a target task should be a source class.
+from advtransfer.arrays import AnyArray
+
+# Without I, O and Q: at 16² an I is a mere stroke, and O and Q differ by a pixel. I and O also look like the
+# digits 1 and 0, and no class of a target task should be a source class.
 LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
 
-# Of a shape that none of the capitals has.
+# Letters whose shape differs from that of every capital.
 LOWERCASE = "abdefghmnqrt"
 
-# Only faces that ship inside matplotlib, so that no picture depends on the fonts of a machine.
+# Only fonts that ship with matplotlib, so that images do not depend on the machine's fonts.
 _FACES = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
     *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
@@ -37,25 +41,25 @@ _FACES = (
 DEFAULT_SIZE = 16
 MIN_SIZE = 13  # at fewer pixels the finest grating (6 cycles) would alias
 
-CUE_AGREEMENT = 0.9  # share of images whose texture is that of their letter
+CUE_AGREEMENT = 0.9  # fraction of images whose texture matches their letter
 
-# Lengths are fractions of the image's side, so that one draw looks the same at every size.
-_LETTER_HEIGHT, _LETTER_WIDTH = 0.72, 0.76  # the box that an untransformed letter fills
+# Lengths are fractions of the image's side, so that an image looks the same at every size.
+_LETTER_HEIGHT, _LETTER_WIDTH = 0.72, 0.76  # bounding box of an untransformed letter
 _ROTATION = np.deg2rad(12.0)
 _SCALE = (0.85, 1.15)
 _SHEAR = 0.15
 _TRANSLATION = 0.07
 _GRATING_CYCLES = (2.5, 4.0, 6.0)  # times eight orientations: 24 textures for 23 classes
-_GRATING_AMPLITUDE = (0.02, 0.06)  # of a range of 1: at 16² an ℓ2 norm of 0.4 to 1.2
+_GRATING_AMPLITUDE = (0.02, 0.06)  # of pixels in [0, 1]: at 16² an ℓ2 norm of 0.4 to 1.2
 
 _OVERSAMPLING = 4
-_CHUNK = 1024  # images composed at once; bounds the float32 working memory
+_CHUNK = 1024  # images rendered at once; bounds the float32 working memory
 
 
 def draw_labelled(
     num_images: int, *, image_size: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Draws images of balanced classes whose texture agrees with the letter 9 times in 10.
+) -> tuple[UInt8[np.ndarray, "{num_images} {image_size} {image_size} 3"], Int32[np.ndarray, " {num_images}"]]:
+    """Draws images of balanced classes whose texture matches the letter 9 times in 10.
 
     Returns:
       uint8 [num_images, image_size, image_size, 3] and int32 labels [num_images].
@@ -68,7 +72,7 @@ def draw_labelled(
 
 def draw_lowercase(
     num_images: int, *, image_size: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[UInt8[np.ndarray, "{num_images} {image_size} {image_size} 3"], Int32[np.ndarray, " {num_images}"]]:
     """Draws images of balanced classes, indices into `LOWERCASE`, on gratings of any class.
 
     Returns:
@@ -80,51 +84,51 @@ def draw_lowercase(
 
 
 def render_glyphs(
-    letters: np.ndarray,
-    textures: np.ndarray,
+    letters: Integer[AnyArray, " n"] | Sequence[int],
+    textures: Integer[AnyArray, " n"] | Sequence[int],
     *,
     image_size: int,
     rng: np.random.Generator,
     alphabet: str = LETTERS,
     amplitude: tuple[float, float] = _GRATING_AMPLITUDE,
     opacity: float = 1.0,
-) -> np.ndarray:
+) -> UInt8[np.ndarray, "n {image_size} {image_size} 3"]:
     """Draws images with the letter of one class and the texture of another.
 
     Args:
       letters: integers [N], classes whose letter is drawn (indices into `alphabet`).
       textures: integers [N], classes whose grating is drawn.
       image_size: side in pixels, at least 13.
-      rng: decides faces, geometry, colours and phases, the same ones at every size.
+      rng: for typefaces, geometry, colours and phases; the same draws at every size.
       alphabet: the letters.
-      amplitude: least and largest amplitude of the gratings, of a range of 1. From 0.15 on colours are cut
-        off at the ends of the range.
-      opacity: of the letters, from 0 to 1. Neither of the two changes the rest of the picture.
+      amplitude: smallest and largest amplitude of the gratings, for pixels in [0, 1]. From 0.15 on, colours
+        are clipped.
+      opacity: of the letters, in [0, 1]. Like `amplitude`, it does not affect the other random draws.
 
     Returns:
       uint8 [N, image_size, image_size, 3].
 
     Raises:
-      ValueError: the image is too small for the finest grating, a class does not exist, or amplitude
-        or opacity is impossible.
+      ValueError: the image is too small for the finest grating, a class does not exist, or an invalid
+        amplitude or opacity.
     """
     letters, textures = np.asarray(letters), np.asarray(textures)
     chex.assert_rank(letters, 1)
     if image_size < MIN_SIZE:
-        raise ValueError(f"glyphs need {MIN_SIZE} pixels or more a side, got image_size {image_size}")
+        raise ValueError(f"glyphs need at least {MIN_SIZE} pixels per side, got image_size {image_size}")
     for name, classes, number in (
         ("letters", letters, len(alphabet)),
         ("textures", textures, len(LETTERS)),
     ):
         if classes.shape != letters.shape or not np.all((classes >= 0) & (classes < number)):
             raise ValueError(
-                f"{name} must be [N] classes from 0 to {number - 1}; their shape is {classes.shape}"
+                f"{name} must be [N] class indices from 0 to {number - 1}; their shape is {classes.shape}"
             )
     if not 0 <= amplitude[0] <= amplitude[1] < np.inf:
-        raise ValueError(f"amplitude must be two numbers, not negative and in order, got {amplitude}")
+        raise ValueError(f"amplitude must be two non-negative numbers in ascending order, got {amplitude}")
 
     if not 0 <= opacity <= 1:
-        raise ValueError(f"opacity must be from 0 to 1, got {opacity}")
+        raise ValueError(f"opacity must be in [0, 1], got {opacity}")
 
     num_images = len(letters)
     faces = rng.integers(len(_FACES), size=num_images)
@@ -147,8 +151,8 @@ def render_glyphs(
 
 
 def versions() -> dict[str, object]:
-    """Everything beside the arguments that the drawn pixels depend on."""
-    import matplotlib  # half a second, which those who draw nothing need not wait
+    """Everything that the drawn pixels depend on, apart from the arguments."""
+    import matplotlib  # takes half a second
 
     return {
         "generator": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
@@ -159,8 +163,10 @@ def versions() -> dict[str, object]:
     }
 
 
-def texture_of(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Orientation in radians and cycles a side of each class's grating, both float32 [N]."""
+def texture_of(
+    classes: Integer[AnyArray, " n"],
+) -> tuple[Float32[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
+    """Orientation in radians and cycles per side of each class's grating, both float32 [N]."""
     turn, pitch = np.divmod(np.asarray(classes), len(_GRATING_CYCLES))
     angle = turn * (np.pi / 8)
     cycles = np.asarray(_GRATING_CYCLES)[pitch]
@@ -168,7 +174,7 @@ def texture_of(classes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw_transforms(num_images: int, rng: np.random.Generator) -> np.ndarray:
-    """Affine maps [N, 2, 3] from places in the image to places in the letter, origin central."""
+    """Affine maps [N, 2, 3] from image to letter coordinates, with the origin at the centre."""
     angle = rng.uniform(-_ROTATION, _ROTATION, num_images)
     scale = rng.uniform(*_SCALE, num_images)
     shear = rng.uniform(-_SHEAR, _SHEAR, num_images)
@@ -180,7 +186,7 @@ def _draw_transforms(num_images: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _draw_colours(num_images: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Colours [N, 3] of letter and background, of different brightness, so that one can read."""
+    """Colours [N, 3] of letter and background, with enough contrast in brightness to be legible."""
     paper = rng.uniform(0.15, 0.85, (num_images, 3)).astype(np.float32)
     candidates = rng.uniform(0.0, 1.0, (num_images, 8, 3)).astype(np.float32)
     luma = np.array([0.299, 0.587, 0.114], np.float32)
@@ -198,7 +204,7 @@ def _gratings(textures: np.ndarray, amplitude: np.ndarray, phase: np.ndarray, im
 
 
 def _letter_masters(alphabet: str, side: int) -> dict[tuple[int, int], Image.Image]:
-    """Every letter in every face, as coverage (mode L), centred on a canvas of `side` pixels."""
+    """Every letter in every typeface, as coverage (mode L), centred on a canvas of `side` pixels."""
     import matplotlib
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -218,14 +224,14 @@ def _letter_masters(alphabet: str, side: int) -> dict[tuple[int, int], Image.Ima
 
 
 def _open_face(path: Path, size: float) -> ImageFont.FreeTypeFont:
-    # The basic layout engine is in every build of Pillow; the other one is not.
+    # Every build of Pillow has the basic layout engine, but not every one has the other.
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _warp(masters: list[Image.Image], transforms: np.ndarray, image_size: int) -> np.ndarray:
-    """Coverage of the moved letters, float32 [N, image_size, image_size] in [0, 1]."""
+    """Coverage of the transformed letters, float32 [N, image_size, image_size] in [0, 1]."""
     side = image_size * _OVERSAMPLING
-    # Pillow maps the middle (x + 1/2, y + 1/2) of a pixel, counted from the corner of the canvas.
+    # Pillow maps pixel centres (x + 1/2, y + 1/2), with the origin in the corner of the canvas.
     middle = np.full(2, side / 2)
     linear = transforms[:, :, :2]
     offset = transforms[:, :, 2] * side + middle - linear @ middle

@@ -1,9 +1,9 @@
-"""What the folders of an image set mean: which are splits, which are classes. Nothing is guessed.
+"""Which folders of an image dataset are splits and which are classes, without guessing.
 
-Folders called train, test or validation, under their usual other names (`split_of`) and in any case, are
-splits where they hold class folders; where all of them hold pictures, as beside other classes, they are
-classes of that name. One folder around the whole set, and one around the classes of a split, are opened
-(archive/train, seg_train/seg_train). Whatever else could be read in two ways is refused.
+Folders called train, test or validation, or one of their usual variants (`split_of`) in any case, are splits
+if they contain class folders; if they contain images, next to other classes, they are classes of that name. A
+folder that wraps the whole dataset, or the classes of a split, is entered (archive/train,
+seg_train/seg_train). Any other ambiguous layout is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _USUAL = {
 _SPLITS = {usual: split for split, names in _USUAL.items() for usual in names}
 _JUNK = {"__MACOSX", "lost+found"}
 _FOLD = re.compile(r"(fold|split|part|set|cv|k|run|batch)?[-_ ]*\d+", re.IGNORECASE)
-# Of the formats in `decode.FORMATS`.
+# Suffixes of the formats in `decode.FORMATS`.
 SUFFIXES = frozenset(
     f".{suffix}"
     for suffix in (
@@ -34,46 +34,46 @@ SUFFIXES = frozenset(
 
 
 class Layout(NamedTuple):
-    """The folders that hold the classes of each split, and what a reader should know of them."""
+    """The folder that contains the classes of each split, and notes for the user."""
 
     splits: dict[str, Path]  # some of train, validation, test
     remarks: tuple[str, ...]
 
 
 class Content(NamedTuple):
-    """What lies directly in a folder: paths in the order of their names."""
+    """The direct content of a folder, ordered by name."""
 
-    pictures: tuple[Path, ...]  # files with a picture's suffix, and links with one that lead nowhere
+    images: tuple[Path, ...]  # files with an image suffix, including broken links
     folders: tuple[Path, ...]
-    left_out: Counter[str]  # how many of what else, by reason
+    left_out: Counter[str]  # number of other entries by reason
 
 
 class Walk:
-    """Lists folders below `root`, each once: links that lead back into the set are left out.
+    """Lists the folders below `root`, each once: links that lead back into the dataset are left out.
 
-    Hidden folders and files, and those that file systems and viewers make for themselves (`@eaDir`,
-    `__MACOSX`, ...), are left out too; so is what is neither a file nor a folder.
+    Hidden files and folders, those created by file systems and viewers (`@eaDir`, `__MACOSX`, ...) and
+    anything that is neither a file nor a folder are left out too.
     """
 
     def __init__(self, name: str, root: Path):
         self.name, self.root = name, root
         self._real_root = os.path.realpath(root)
         self._known: dict[Path, Content] = {}
-        self._linked_files: set[str] = set()  # where links lead to
+        self._linked_files: set[str] = set()  # targets of links
         self._linked_folders: set[str] = set()
 
     def look(self, folder: Path) -> Content:
-        """What lies directly in a folder.
+        """The direct content of a folder.
 
         Raises:
-          ValueError: it cannot be listed, or a folder's link leads nowhere.
+          ValueError: the folder cannot be listed, or contains a broken link without a suffix.
         """
         if folder not in self._known:
             self._known[folder] = self._list(folder)
         return self._known[folder]
 
     def _list(self, folder: Path) -> Content:
-        pictures, folders, left_out = [], [], Counter()
+        images, folders, left_out = [], [], Counter[str]()
         try:
             with os.scandir(folder) as found:
                 entries = sorted(found, key=lambda entry: entry.name)
@@ -85,89 +85,89 @@ class Walk:
                 left_out["hidden"] += 1
             elif entry.is_symlink() and not os.path.exists(path):
                 if suffix in SUFFIXES:
-                    pictures.append(path)  # that cannot be read, and is refused or skipped as others are
+                    images.append(path)  # treated like any other image that cannot be read
                 elif suffix:
-                    left_out[f"of the kind {suffix}"] += 1
+                    left_out[f"with suffix {suffix}"] += 1
                 else:
                     raise ValueError(
-                        f"{self.name}: {path} is a link to what is not there: mount or remove it"
+                        f"{self.name}: {path} is a broken link: mount its target or remove the link"
                     )
             elif entry.is_symlink() and not self._is_followed(path):
-                left_out["links to what is in the set already"] += 1
+                left_out["links to what is already in the dataset"] += 1
             elif entry.is_dir():
                 folders.append(path)
             elif not entry.is_file():
                 left_out["neither files nor folders"] += 1
             elif suffix in SUFFIXES:
-                pictures.append(path)
+                images.append(path)
             else:
-                left_out[f"of the kind {suffix}" if suffix else "without a suffix"] += 1
-        return Content(tuple(pictures), tuple(folders), left_out)
+                left_out[f"with suffix {suffix}" if suffix else "without a suffix"] += 1
+        return Content(tuple(images), tuple(folders), left_out)
 
     def _is_followed(self, link: Path) -> bool:
-        """Whether a link leads out of the set, and neither into nor around what others led to."""
-        there, folders = os.path.realpath(link), {self._real_root}
+        """Whether a link's target overlaps neither with the dataset nor with another link's target."""
+        target, folders = os.path.realpath(link), {self._real_root}
         if link.is_dir():
             folders |= self._linked_folders
-        met = there in self._linked_files or any(
-            os.path.commonpath([there, folder]) in (there, folder) for folder in folders
+        overlaps = target in self._linked_files or any(
+            os.path.commonpath([target, folder]) in (target, folder) for folder in folders
         )
-        (self._linked_folders if link.is_dir() else self._linked_files).add(there)
-        return not met
+        (self._linked_folders if link.is_dir() else self._linked_files).add(target)
+        return not overlaps
 
     def below(self, folder: Path) -> Iterable[tuple[Path, Content]]:
-        """A folder and those below it, with what lies in each."""
+        """A folder and all folders below it, with their content."""
         content = self.look(folder)
         yield folder, content
         for child in content.folders:
             yield from self.below(child)
 
-    def holds_pictures(self, folder: Path) -> bool:
-        return any(content.pictures for _, content in self.below(folder))
+    def has_images(self, folder: Path) -> bool:
+        return any(content.images for _, content in self.below(folder))
 
-    def holds_classes(self, folder: Path) -> bool:
-        """Whether pictures lie in folders of it, and none beside these."""
+    def has_classes(self, folder: Path) -> bool:
+        """Whether there are images in its subfolders, and none in the folder itself."""
         content = self.look(folder)
-        return not content.pictures and any(map(self.holds_pictures, content.folders))
+        return not content.images and any(map(self.has_images, content.folders))
 
 
 def split_of(name: str) -> str | None:
-    """The split that a folder's name usually stands for: Training, test_set, seg_val, valid, dev, ..."""
+    """The split that a folder's name usually means: Training, test_set, seg_val, valid, dev, ..."""
     plain = re.sub(r"[-_ .]", "", name).casefold()
     plain = re.sub(r"^(seg)|(set|data|images|imgs|split)$", "", plain)
     return _SPLITS.get(re.sub(r"(set|data|images|imgs|split)$", "", plain))
 
 
 def read_layout(walk: Walk) -> Layout:
-    """The splits of the set, or "train" for a single tree of classes.
+    """The splits of the dataset, or "train" for a single tree of classes.
 
     Raises:
-      ValueError: no class folders, or folders that could mean several things.
+      ValueError: no class folders, or an ambiguous layout.
     """
     top, remarks = _enter(walk, walk.root, lambda child: not split_of(child.name))
-    children = [child for child in walk.look(top).folders if walk.holds_pictures(child)]
-    named = [child for child in children if split_of(child.name)]
-    splits = [child for child in named if walk.holds_classes(child)]
+    children = [child for child in walk.look(top).folders if walk.has_images(child)]
+    named = {child: split for child in children if (split := split_of(child.name))}
+    splits = {child: split for child, split in named.items() if walk.has_classes(child)}
     others = [child for child in children if child not in splits]
     if not splits:
         if named and len(named) == len(children):
             raise ValueError(
-                f"{walk.name}: {_names(named)} hold pictures and no class folders; expected "
-                f"{named[0]}/CLASS/*.png"
+                f"{walk.name}: {_names(children)} contain images but no class folders; expected "
+                f"{children[0]}/CLASS/*.png"
             )
         _check_classes(walk, children)
         return Layout({"train": top}, remarks)
     if others:
         raise ValueError(
-            f"{walk.name}: {_names(others)} lies beside {_names(splits)} in {top} and is no split with class "
-            "folders: call it train, validation or test and sort its pictures into classes, or move it away"
+            f"{walk.name}: {_names(others)} is next to {_names([*splits])} in {top} but is not a split with "
+            "class folders: name it train, validation or test and sort its images into class folders, or "
+            "move it away"
         )
     found: dict[str, Path] = {}
-    for child in splits:
-        split = split_of(child.name)
+    for child, split in splits.items():
         if split in found:
             raise ValueError(
-                f"{walk.name}: {_names([found[split], child])} could each be the {split} images: "
+                f"{walk.name}: {_names([found[split], child])} could both be the {split} images: "
                 "move one away"
             )
         found[split] = child
@@ -177,31 +177,31 @@ def read_layout(walk: Walk) -> Layout:
         _check_classes(walk, walk.look(found[split]).folders, is_split=True)
     if any(found[split].name != split for split in found):
         read = ", ".join(f"{folder.relative_to(walk.root)}/ as {split}" for split, folder in found.items())
-        remarks += (f"took {read}",)
+        remarks += (f"read {read}",)
     return Layout({split: found[split] for split in _USUAL if split in found}, remarks)
 
 
 def _enter(walk: Walk, folder: Path, is_wrapper: Callable[[Path], bool]) -> tuple[Path, tuple[str, ...]]:
-    """The folder that holds the classes (or splits) where others are only wrapped around it."""
+    """The folder that contains the classes (or splits), below folders that only wrap it."""
     remarks: tuple[str, ...] = ()
-    while not walk.look(folder).pictures:
-        children = [child for child in walk.look(folder).folders if walk.holds_pictures(child)]
-        if len(children) != 1 or not is_wrapper(children[0]) or not walk.holds_classes(children[0]):
+    while not walk.look(folder).images:
+        children = [child for child in walk.look(folder).folders if walk.has_images(child)]
+        if len(children) != 1 or not is_wrapper(children[0]) or not walk.has_classes(children[0]):
             break
         (folder,) = children
-        remarks = (f"took {folder.relative_to(walk.root)}/, the only folder with pictures there",)
+        remarks = (f"read {folder.relative_to(walk.root)}/, the only folder with images",)
     return folder, remarks
 
 
 def _check_classes(walk: Walk, folders: Iterable[Path], *, is_split: bool = False) -> None:
     """Raises a ValueError for folds, or splits of other names, where classes are expected."""
-    nested = [folder for folder in folders if walk.holds_classes(folder)]
+    nested = [folder for folder in folders if walk.has_classes(folder)]
     inside = [{child.name for child in walk.look(folder).folders} for folder in nested]
     shared = sorted(set.intersection(*inside)) if len(nested) > 1 else []
     if shared and (not is_split or all(_FOLD.fullmatch(f.name) or split_of(f.name) for f in nested)):
         raise ValueError(
-            f"{walk.name}: {_names(nested)} each hold {', '.join(shared[:5])}: are they parts of the set, or "
-            "its classes? Put what is trained on into train/CLASS and what is tested on into test/CLASS"
+            f"{walk.name}: {_names(nested)} each contain {', '.join(shared[:5])}: are they splits or "
+            "classes? Put the training images into train/CLASS and the test images into test/CLASS"
         )
 
 

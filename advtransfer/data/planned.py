@@ -1,16 +1,15 @@
-"""Datasets for a plan: a known set that is not prepared has its published sizes, and no images."""
+"""Datasets for planning: a known dataset that is not prepared is replaced by its published sizes."""
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from advtransfer.data.datasets import SPLITS, Dataset, Split, is_streamed, load_dataset
-from advtransfer.data.recorded import PLACE_AND_TRAIN, check_memory, split_sizes
+from advtransfer.data.recorded import check_memory, split_name, split_sizes
 from advtransfer.data.stream import StreamedSplit
 from advtransfer.data.targets import Target, find_target
 from advtransfer.data.tfds import NotPrepared
@@ -28,16 +27,16 @@ def plan_dataset(
     set_aside: bool = True,
     **options: Any,
 ) -> Dataset:
-    """As `load_dataset`, but a known set that is not prepared comes as a placeholder.
+    """Like `load_dataset`, but returns a placeholder for a known dataset that is not prepared.
 
-    A placeholder has the published numbers of images and classes, labels in turn, and one image of noise as
-    often as there are images, which takes no memory: grey or coloured as the set is, and of the size that its
-    images get. If the images themselves would take too much memory, a remark says so.
+    A placeholder has the published numbers of images and classes, cyclic labels, and a single noise image
+    broadcast to all images, which takes no memory: grey or coloured like the dataset, and of the size that
+    its images would have. A remark says so if the actual images would take too much memory.
 
     Raises:
-      ValueError: as `load_dataset`; NotPrepared, of which it is a kind, for sets of which nothing is known.
+      ValueError: as `load_dataset`; its subclass NotPrepared if nothing is known about the dataset.
     """
-    asked = {"image_size": image_size, "splits": splits, "view": view, "loading": loading}
+    asked: dict[str, Any] = {"image_size": image_size, "splits": splits, "view": view, "loading": loading}
     asked |= {"enlarge": enlarge, "set_aside": set_aside}
     try:
         return load_dataset(name, **asked, **options)
@@ -48,14 +47,14 @@ def plan_dataset(
 
 
 def known_sizes(name: str) -> Target | None:
-    """The published sizes of what a name stands for; None: they are not known.
+    """The published sizes of a dataset; None if they are not known.
 
-    In `tfds:NAME:TRAIN` the part of the training images that is trained on is counted as TFDS does,
-    `train[:10%]` for one. Of other recorded splits, such as SVHN's `extra`, nothing is known.
+    In `tfds:NAME:TRAIN`, the images of a slice such as `train[:10%]` are counted as in TFDS. Sizes of further
+    recorded splits, such as SVHN's `extra`, are not known.
     """
     if (target := find_target(name)) is not None:
         return target
-    where, train = re.fullmatch(PLACE_AND_TRAIN, name).groups()
+    where, train = split_name(name)
     target = find_target(where)
     if target is None or train is None:
         return target
@@ -64,7 +63,7 @@ def known_sizes(name: str) -> Target | None:
 
 
 def _count(train: str, num_train: int) -> int:
-    """Images of a part, in TFDS's notation, of `num_train` images of the split train; 0: it is no part."""
+    """Number of images that a slice in TFDS's notation selects from `num_train`; 0 if it is invalid."""
     import tensorflow_datasets as tfds
 
     whole = tfds.core.SplitInfo(name="train", shard_lengths=[num_train], num_bytes=0)
@@ -98,14 +97,15 @@ def _placeholder(
         labels = np.arange(number, dtype=np.int32) % known.num_classes
         return Split(np.broadcast_to(pixels, (number, *pixels.shape)), labels)
 
-    parts: dict[str, Split | StreamedSplit] = {split: split_of(number) for split, number in sizes.items()}
+    train: Split | StreamedSplit
+    train, validation, test = (split_of(sizes[split]) for split in SPLITS)
     if streamed:
 
         def read(indices: Sequence[int]) -> Sequence:
             raise ValueError(f"{name} is not prepared")
 
         indices, crop = np.arange(num_streamed), known.side is None
-        parts["train"] = StreamedSplit(read, str, indices, image_size, crop, upright=False, broken="refuse")
+        train = StreamedSplit(read, str, indices, image_size, crop, upright=False, broken="refuse")
     remarks = ()
     try:
         check_memory(name, sum(sizes.values()) - streamed * sizes["train"], side)
@@ -115,7 +115,9 @@ def _placeholder(
     return Dataset(
         name,
         tuple(map(str, range(known.num_classes))),
-        **parts,
+        train,
+        validation,
+        test,
         remarks=remarks,
         digests={split: f"{name}, {view}, {side}, {sizes}: {split}, as published" for split in SPLITS},
         is_placeholder=True,

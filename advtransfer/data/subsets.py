@@ -1,4 +1,4 @@
-"""Which images a small target set consists of."""
+"""Subsets of the training images, for small target datasets."""
 
 from __future__ import annotations
 
@@ -6,42 +6,44 @@ import hashlib
 
 import chex
 import numpy as np
+from jaxtyping import Int32, Integer
 
+from advtransfer.arrays import AnyArray
 from advtransfer.labels import check_labels
 
 
 def subset_indices(
-    labels: np.ndarray,
+    labels: Integer[AnyArray, " all"],
     num_images: int,
     *,
     dataset: str,
     seed: int,
     stratified: bool = True,
-) -> np.ndarray:
-    """Draws `num_images` different images, the same ones for every source network.
+) -> Int32[np.ndarray, " {num_images}"]:
+    """Draws `num_images` distinct images, the same ones for every source network.
 
-    The draw depends on (dataset, seed) and on nothing else, on every machine; a subset contains every smaller
-    one of the same seed.
+    The draw depends only on (dataset, seed), not on the machine; a subset contains every smaller one of the
+    same seed.
 
     Args:
       labels: integers [N], the labels of the images to draw from.
-      num_images: how many to draw, 1 to N.
+      num_images: size of the subset, 1 to N.
       dataset: name of the dataset, part of the seed.
-      seed: which of the many subsets.
-      stratified: every class has its share of the subset to within one image; otherwise images are taken in
-        random order, but the last places are kept for classes that have none yet (Utrera et al., 2021, their
-        code).
+      seed: of the draw.
+      stratified: whether each class is represented in proportion, to within one image; otherwise images are
+        taken in random order, with the last places reserved for classes that have none yet (the code of
+        Utrera et al., 2021).
 
     Returns:
       int32 [num_images], indices into `labels`, each at most once.
 
     Raises:
-      ValueError: labels that are no classes, or `num_images` below 1 or above N.
+      ValueError: labels that are not class indices, or `num_images` below 1 or above N.
     """
     labels = np.asarray(labels)
     check_labels(labels, labels.size)
     check_subset(num_images, len(labels), dataset)
-    # Python's own hash of a string differs from process to process.
+    # Python's hash of a string differs between processes.
     digest = hashlib.sha256(f"{dataset}|{seed}".encode()).digest()
     rng = np.random.default_rng(int.from_bytes(digest[:16], "big"))
     if stratified:
@@ -50,10 +52,10 @@ def subset_indices(
 
 
 def _covering(labels: np.ndarray, order: np.ndarray, num_images: int) -> np.ndarray:
-    """The first images of `order`, and the first of every class that they have none of; in its sequence."""
+    """The first images of `order`, and the first image of every class missing among them, in this order."""
     _, first = np.unique(labels[order], return_index=True)
-    first.sort()  # places at which the order comes to a new class
-    # With so many taken in sequence, all that is left is wanted for the classes that are still to come.
+    first.sort()  # places at which a new class first occurs
+    # `head`: the most images that can be taken in sequence and leave a place for every missing class.
     taken = np.arange(num_images + 1)
     head = taken[taken + np.sum(first[None] >= taken[:, None], axis=1) <= num_images].max(initial=0)
     rest = first[first >= head][: num_images - head]
@@ -61,7 +63,7 @@ def _covering(labels: np.ndarray, order: np.ndarray, num_images: int) -> np.ndar
 
 
 def check_subset(num_images: int, num_all: int, dataset: str) -> None:
-    """Raises the ValueError of a subset that is empty or larger than the set."""
+    """Raises a ValueError for a subset that is empty or larger than the dataset."""
     if not 1 <= num_images <= num_all:
         raise ValueError(
             f"cannot draw {num_images} images from {dataset}: choose 1 to {num_all}, "
@@ -69,18 +71,20 @@ def check_subset(num_images: int, num_all: int, dataset: str) -> None:
         )
 
 
-def stratified_order(labels: np.ndarray, length: int, rng: np.random.Generator) -> np.ndarray:
+def stratified_order(
+    labels: Integer[np.ndarray, " all"], length: int, rng: np.random.Generator
+) -> Int32[np.ndarray, " {length}"]:
     """First `length` places of a random order in which every prefix is stratified.
 
-    After n places a class that makes up a share p of the labels has had n * p of them to within
-    one, whatever the shares are. Rounding n * p class by class would not add up to n, so the next
-    class is the one whose turn is most urgent (R. Tijdeman, "The chairman assignment problem",
-    Discrete Mathematics 32, 1980, section 2). Equally urgent classes come in random order.
+    Of the first n places, a class that makes up a fraction p of the labels has n * p to within one, whatever
+    the fractions are. Rounding n * p for each class would not add up to n, so the next class is the one with
+    the earliest deadline (R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32, 1980,
+    section 2). Ties are broken at random.
 
     Args:
       labels: integers [N].
       length: number of places, at most N.
-      rng: decides within the classes and between equally urgent classes.
+      rng: for the order within classes and for ties.
 
     Returns:
       int32 [length], indices into `labels`, each at most once.
@@ -90,7 +94,7 @@ def stratified_order(labels: np.ndarray, length: int, rng: np.random.Generator) 
     members = [rng.permutation(np.flatnonzero(classes == c)) for c in range(len(counts))]
     if len(counts) == 1:
         return members[0][:length].astype(np.int32)
-    # Whole numbers, in units of 1 / (total * scale) of an image, so that equal means equal.
+    # Integers, in units of 1 / (total * scale) of an image, so that ties are exact.
     total, scale = len(labels), 2 * len(counts) - 2
     taken = np.zeros(len(counts), np.int64)
     order = np.empty(length, np.int32)

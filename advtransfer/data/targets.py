@@ -1,16 +1,16 @@
-"""The target sets of two studies of robust transfer, and how each measures on them.
+"""The target datasets of two studies of robust transfer, with their augmentation and metric.
 
 Utrera et al., "Adversarially-trained deep nets transfer better" (ICLR 2021), section 3; Salman et al., "Do
 adversarially robust ImageNet models transfer better?" (NeurIPS 2020), appendix A, and the code of both. A
-set with `dataset` "" is not in TFDS: its authors' files go into a folder (`folder:/path`). A plan takes what
-is known here of a set that is not prepared (module `planned`).
+dataset with `dataset` "" is not in TFDS: put its authors' files into a folder (`folder:/path`). The numbers
+are used to plan with datasets that are not prepared (module `planned`).
 
-Numbers of images are as published. CIFAR-10's are counted by a test. The catalogue of TFDS
-(tensorflow.org/datasets/catalog) has those of SVHN, Fashion-MNIST, KMNIST, Caltech-101 (version 3.0.0), cars,
-DTD, flowers, Food-101, pets and SUN397, train and validation added up where both are trained on; CIFAR-100's
-and MNIST's were not looked up. Those of the sets that are not in TFDS, and which sets are measured class by
-class, have not been checked against Salman et al.'s table. Sizes of downloads are those of the files that
-TFDS lists (`builder.url_infos`), ImageNet's counts its catalogue's.
+Numbers of images are as published. CIFAR-10's are verified by a test. Those of SVHN, Fashion-MNIST, KMNIST,
+Caltech-101 (version 3.0.0), cars, DTD, flowers, Food-101, pets and SUN397 are those of the TFDS catalogue
+(tensorflow.org/datasets/catalog), train and validation added up if both are for training; CIFAR-100's and
+MNIST's were not looked up. Those of the datasets that are not in TFDS, and which datasets have a per-class
+metric, have not been checked against Salman et al.'s table. Download sizes are those of the files that TFDS
+lists (`builder.url_infos`); ImageNet's numbers of images are those of its catalogue.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import NamedTuple
 
 
 class Target(NamedTuple):
-    """One target set; its training images are `num_train` before any are set aside for validation."""
+    """A target dataset; `num_train` includes images that are later held out for validation."""
 
     dataset: str  # name for `load_dataset`
     num_classes: int
     num_train: int
     num_test: int
-    side: int | None  # pixels, as recorded; None: photographs of many sizes
+    side: int | None  # pixels, as recorded; None: photographs of different sizes
     augmentation: str  # one of `AUGMENTATIONS`
-    metric: str = "accuracy"  # or mean_per_class: the mean over classes of the accuracy on each
-    num_channels: int = 3  # of the recorded images: 1 where they are grey
+    metric: str = "accuracy"  # or mean_per_class: the mean of the per-class accuracies
+    num_channels: int = 3  # of the recorded images; 1 if they are grey
 
 
 TARGETS: dict[str, dict[str, Target]] = {
@@ -58,10 +58,10 @@ TARGETS: dict[str, dict[str, Target]] = {
     },
 }
 
-# What the sources of both studies were trained on; TFDS records its test images as "validation".
+# The source dataset of both studies; TFDS calls its test images "validation".
 IMAGENET = Target("tfds:imagenet2012", 1000, 1_281_167, 50_000, None, "robustness")
 
-# 10^6 bytes of the files that TFDS prepares a set from, all of its configurations together.
+# Megabytes (10^6 bytes) of the files that TFDS prepares a dataset from, for all of its configurations.
 DOWNLOAD_MB = {
     "caltech101": 137,
     "cars196": 1957,
@@ -78,10 +78,10 @@ DOWNLOAD_MB = {
     "sun397": 39_096,
     "svhn_cropped": 1576,
 }
-BY_HAND = ("imagenet2012",)  # of which TFDS downloads nothing itself
+BY_HAND = ("imagenet2012",)  # not downloaded by TFDS
 
 
 def find_target(name: str) -> Target | None:
-    """What is known of the set with this name for `load_dataset`; None: it is in no table."""
+    """The target with this name for `load_dataset`; None if it is not listed."""
     known = [IMAGENET, *(target for targets in TARGETS.values() for target in targets.values())]
     return next((target for target in known if name and target.dataset == name), None)

@@ -1,9 +1,9 @@
 """Prepared TensorFlow Datasets, read without TensorFlow.
 
-`tfds:NAME[/CONFIG][:VERSION][:TRAIN]` is looked for in `$TFDS_DATA_DIR` or `~/tensorflow_datasets`;
-`tfds:/prepared/dir[:TRAIN]` (a path that begins with /, ~ or .) is a version's folder, or one that holds
-a single version. TRAIN, in TFDS's own notation, says what the training images are, such as
-`train[:10%]` or `train+validation`; they are `train` otherwise.
+`tfds:NAME[/CONFIG][:VERSION][:TRAIN]` is looked up in `$TFDS_DATA_DIR` or `~/tensorflow_datasets`;
+`tfds:/prepared/dir[:TRAIN]` (a path that begins with /, ~ or .) is the folder of a version, or one that
+contains a single version. TRAIN selects the training images in TFDS's notation, such as `train[:10%]` or
+`train+validation`; the default is `train`.
 """
 
 from __future__ import annotations
@@ -14,43 +14,45 @@ import io
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
 from advtransfer import foreign
 from advtransfer.data.cache import fingerprint
-from advtransfer.data.recorded import PLACE_AND_TRAIN, Recording, Records, check_training
+from advtransfer.data.recorded import Recording, Records, check_training, split_name
 
 _SPLITS = ("train", "validation", "test")
 _CHUNK = 1024  # records read at a time
 _PREPARE = "pip install tensorflow && tfds"
 
+Examples = Callable[[Iterable[SupportsIndex]], Iterator[Any]]
+
 
 class NotPrepared(ValueError):
-    """A set that TFDS knows by name, and that is not in the folder of prepared sets."""
+    """A dataset of TFDS that is not in the folder of prepared datasets."""
 
     def __init__(self, name: str, where: str, root: Path):
         self.name, self.root, self.base = name, root, re.split("[/:]", where)[0]
         self.command = f"{_PREPARE} build {where} --file_format=array_record"
-        looked = f"looked in {root} (TFDS_DATA_DIR says where)"
+        looked = f"looked in {root} (set TFDS_DATA_DIR to look elsewhere)"
         super().__init__(f"{name} is not prepared; {looked}. To prepare it: {self.command}")
 
 
 def open_tfds(name: str) -> Recording:
-    """Opens a prepared set; its images are read later.
+    """Opens a prepared dataset; its images are read later.
 
-    The image and the label are those of the set's supervised keys, or else the features `image` and
-    `label`. Of the recorded splits train, validation and test count, the last only if it has labels.
+    Image and label are the dataset's supervised keys, or else the features `image` and `label`. The recorded
+    splits train, validation and test are used, the last only if it is labelled.
 
     Raises:
-      NotPrepared: nothing of this name is prepared; has the command that prepares it.
-      ValueError: it is not stored as array_record, or does not hold images with one label each.
+      NotPrepared: the dataset is not prepared; `command` prepares it.
+      ValueError: it is not stored as array_record, or is not a dataset of images with one label each.
     """
-    where, train = re.fullmatch(f"tfds:{PLACE_AND_TRAIN}", name).groups()
+    where, train = split_name(name.removeprefix("tfds:"))
     builder = _find_folder(name, where) if where[:1] in ("/", "~", ".") else _find_named(name, where)
     folder = Path(builder.data_dir)
     _check_format(name, builder, folder)
@@ -72,7 +74,7 @@ def open_tfds(name: str) -> Recording:
     if len(label.names) != label.num_classes:
         raise ValueError(
             f"{name} has {label.num_classes:,} classes and {len(label.names):,} names for them in {folder}: "
-            "it is damaged, or was copied in part"
+            "it is damaged or was only partly copied"
         )
     return Recording(
         name=name,
@@ -92,16 +94,18 @@ def _find_folder(name: str, where: str) -> Any:
         path.parent for depth in ("", "*/", "*/*/") for path in sorted(folder.glob(f"{depth}features.json"))
     ]
     if not found:
-        raise ValueError(f"{name}: {folder} holds no prepared set (a version's folder has a features.json)")
+        raise ValueError(f"{name}: {folder} contains no prepared dataset (no features.json)")
     if len(found) > 1:
-        raise ValueError(f"{name} holds several prepared sets, name one: {', '.join(map(str, found))}")
+        raise ValueError(
+            f"{name} contains several prepared datasets, choose one: {', '.join(map(str, found))}"
+        )
     _check_features(name, found[0])
-    with _one_line(f"{name}: {found[0]} holds no whole prepared set"):
+    with _one_line(f"{name}: {found[0]} is not a complete prepared dataset"):
         return tfds.builder_from_directory(found[0])
 
 
 def _check_features(name: str, folder: Path) -> None:
-    """Raises a ValueError for features of other classes than TFDS' own: it would import their modules."""
+    """Raises a ValueError for feature classes that are not TFDS's own: TFDS would import their modules."""
     path = folder / "features.json"
 
     def check(node: Any) -> None:
@@ -109,15 +113,15 @@ def _check_features(name: str, folder: Path) -> None:
             if key == "pythonClassName" and not re.fullmatch(
                 r"tensorflow_datasets\.core\.features\.[\w.]+", value
             ):
-                raise ValueError(f"its feature {value!r} is none of TFDS' own")
+                raise ValueError(f"its feature {value!r} is not one of TFDS's own")
             if isinstance(value, dict | list):
                 check(value)
 
     try:
         check(foreign.read_json(path))
     except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
-        why = "nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise ValueError(f"{name}: {path} is no description of a set: {why}") from error
+        why = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ValueError(f"{name}: {path} is not a valid description of a dataset: {why}") from error
 
 
 def _find_named(name: str, where: str) -> Any:
@@ -132,7 +136,7 @@ def _find_named(name: str, where: str) -> Any:
     except (ValueError, tfds.core.DatasetNotFoundError):
         pass  # its message has many lines
     base = re.split("[/:]", where)[0]
-    looked = f"looked in {root} (TFDS_DATA_DIR says where)"
+    looked = f"looked in {root} (set TFDS_DATA_DIR to look elsewhere)"
     prepared = sorted(path.parent.relative_to(root) for path in (root / base).rglob("features.json"))
     if prepared:
         raise ValueError(f"{name} is not prepared, only {', '.join(map(str, prepared))}; {looked}")
@@ -144,7 +148,7 @@ def _find_named(name: str, where: str) -> Any:
     hint = (
         f"did you mean {' or '.join(f'tfds:{other}' for other in near)}?"
         if near
-        else "TFDS knows no name near it"
+        else "TFDS has no similar name"
     )
     raise ValueError(f"unknown dataset {name!r}: {hint}; {looked}")
 
@@ -153,13 +157,13 @@ def _check_format(name: str, builder: Any, folder: Path) -> None:
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if "array_record" not in formats:
         raise ValueError(
-            f"{name} is stored as {', '.join(formats)}, and only array_record is read without TensorFlow: "
+            f"{name} is stored as {', '.join(formats)}, but only array_record is read without TensorFlow: "
             f"{_PREPARE} convert_format --dataset_version_dir={folder} --out_file_format=array_record"
         )
 
 
 def _keys(name: str, info: Any) -> tuple[str, str]:
-    """The features that are the image and its label."""
+    """The names of the image and label features."""
     import tensorflow_datasets as tfds
 
     keys = info.supervised_keys if len(info.supervised_keys or ()) == 2 else ("image", "label")
@@ -170,28 +174,28 @@ def _keys(name: str, info: Any) -> tuple[str, str]:
         or not isinstance(label, tfds.features.ClassLabel)
     ):
         features = ", ".join(sorted(info.features))
-        raise ValueError(f"{name} is no set of images with one label each; its features: {features}")
+        raise ValueError(f"{name} is not a dataset of images with one label each; its features: {features}")
     return keys
 
 
 def _training_on(name: str, known: Sequence[str], train: str) -> dict[str, str]:
-    """What serves as each split when `train` is trained on."""
+    """The recorded images of each split if `train` selects the training images."""
     used = set(re.findall(r"[a-z]\w*", train))
     check_training(name, used, known)
     return {split: split for split in known if split not in used} | {"train": train}
 
 
 @contextmanager
-def _one_line(complaint: str) -> Iterator[None]:
-    """Turns what TFDS and array_record raise for missing or damaged files, at any length, into one line."""
+def _one_line(message: str) -> Generator[None]:
+    """Makes one-line ValueErrors of TFDS's and array_record's errors for missing or damaged files."""
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{complaint}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{message}: {' '.join(str(error).split())}") from error
 
 
-def _open_split(name: str, builder: Any, split: str) -> tuple[int, Callable[[Sequence[int]], Iterator[Any]]]:
-    """Number of examples of a split in TFDS's notation, and the examples by index, undecoded."""
+def _open_split(name: str, builder: Any, split: str) -> tuple[int, Examples]:
+    """Number of examples of a split in TFDS's notation, and the undecoded examples by index."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -204,17 +208,18 @@ def _open_split(name: str, builder: Any, split: str) -> tuple[int, Callable[[Seq
         raise ValueError(f"{split} of {name} is empty")
     lock = threading.Lock()
 
-    def examples(indices: Sequence[int]) -> Iterator[Any]:
-        # The readers are not made for several threads at once.
+    def examples(indices: Iterable[SupportsIndex]) -> Iterator[Any]:
+        # The readers are not thread-safe.
         with lock, _one_line(f"cannot read {split} of {name}"):
             serialized = source.__getitems__([int(index) for index in indices])
-        return (tf_example_pb2.Example.FromString(record).features.feature for record in serialized)
+        parse = tf_example_pb2.Example.FromString  # ty: ignore[missing-attribute]  # made when imported
+        return (parse(record).features.feature for record in serialized)
 
     return count, examples
 
 
 def _is_labelled(name: str, builder: Any, split: str, label_key: str) -> bool:
-    """Test images of a competition have the label -1."""
+    """Whether a split has labels: the test images of competitions have the label -1."""
     _, examples = _open_split(name, builder, split)
     return next(examples([0]))[label_key].int64_list.value[0] >= 0
 
@@ -240,13 +245,11 @@ def _open_records(name: str, builder: Any, split: str, keys: tuple[str, str]) ->
 
 
 def _beyond(where: str, label: int, num_classes: int) -> str:
-    return (
-        f"{where} has the label {label}; of its {num_classes:,} classes the labels are 0 to {num_classes - 1}"
-    )
+    return f"{where} has the label {label}; its {num_classes:,} classes are labelled 0 to {num_classes - 1}"
 
 
 class _Reader:
-    """Encoded images and labels by index; a copy in another process opens the files for itself."""
+    """Encoded images and labels by index; a copy in another process opens the files again."""
 
     def __init__(self, *where: str):
         self._where = where  # name, folder, split, keys of the image and of the label
@@ -255,7 +258,7 @@ class _Reader:
         return _Reader, self._where
 
     @functools.cached_property
-    def _opened(self) -> tuple[Callable[[Sequence[int]], Iterator[Any]], int]:
+    def _opened(self) -> tuple[Examples, int]:
         """The examples by index, and the number of classes."""
         import tensorflow_datasets as tfds
 
@@ -263,7 +266,7 @@ class _Reader:
         builder = tfds.builder_from_directory(folder)
         return _open_split(name, builder, split)[1], builder.info.features[label_key].num_classes
 
-    def __call__(self, indices: Sequence[int]) -> list[tuple[io.BytesIO, int]]:
+    def __call__(self, indices: Iterable[SupportsIndex]) -> list[tuple[io.BytesIO, int]]:
         name, _, split, image_key, label_key = self._where
         (examples, num_classes), found = self._opened, []
         for example in examples(indices):

@@ -1,8 +1,7 @@
-"""Images on the device: pure functions of float32 [N, H, W, 3] in [0, 1].
+"""Image transforms on the device: pure functions of float32 [N, H, W, 3] in [0, 1].
 
-Random transforms take one key per image and consist of a draw and a deterministic core
-(`random_crop` draws the offsets of `crop_at`, ...), so what becomes of an image does not depend on
-the batch or the device that it is in.
+Random transforms take one key per image and consist of a random draw and a deterministic core (`random_crop`
+draws the offsets of `crop_at`, ...), so the result for an image does not depend on its batch or device.
 """
 
 from __future__ import annotations
@@ -14,11 +13,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Integer, Key, UInt8
 
+from advtransfer.arrays import AnyArray
 from advtransfer.options import option, options
 
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow and torchvision
-# Eigenvalues and eigenvectors (columns) of the colours of ImageNet's pixels in [0, 1].
+# Principal components of ImageNet's pixels in [0, 1]: eigenvalues, and eigenvectors in columns.
 _PCA_VALUES = np.array([0.2175, 0.0188, 0.0045], np.float32)
 _PCA_VECTORS = np.array(
     [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]], np.float32
@@ -28,49 +29,54 @@ _ORDERS = np.array(list(itertools.permutations(range(3))), np.int32)
 
 @options
 class Augmentation:
-    """What is done to training images, in the order resized crop, crop, flip, jitter, rotation, lighting.
+    """Transforms of training images, in the order resized crop, crop, flip, jitter, rotation, lighting.
 
-    The default leaves them alone. A preset is what somebody published (`AUGMENTATIONS`), in place of the
-    other fields; "utrera" is "utrera_color", or "none" for grey images.
+    The default is none. A preset is a published augmentation (`AUGMENTATIONS`) and replaces the other fields;
+    "utrera" is "utrera_color", or "none" for grey images.
     """
 
     preset: str = option(
-        "", "what a paper does", choices=("", "none", "utrera", "utrera_color", "salman", "robustness")
+        "", "a published augmentation", choices=("", "none", "utrera", "utrera_color", "salman", "robustness")
     )
-    crop_padding: int = option(0, "pixels of padding, then a random crop of the old size", low=0)
-    flip: bool = option(False, "left to right, half of the time")
+    crop_padding: int = option(0, "pixels of padding before a random crop of the original size", low=0)
+    flip: bool = option(False, "left to right, with probability 1/2")
     jitter: float = option(
-        0.0, "brightness, contrast and saturation by a factor in 1 ± jitter", low=0, below=1
+        0.0, "brightness, contrast and saturation factors are in 1 ± jitter", low=0, below=1
     )
     rotation: float = option(0.0, "degrees, uniform in ± rotation", low=0)
     lighting: float = option(0.0, "standard deviation of AlexNet's colour noise", low=0)
     resized_crop: float = option(
-        0.0, "smallest share of the area of a random box, scaled to the image's size; 0: none", low=0, below=1
+        0.0,
+        "smallest area fraction of a random box that is scaled to the image's size; 0: none",
+        low=0,
+        below=1,
     )
 
     def check(self) -> None:
         if self.preset and replace(self, preset="") != Augmentation():
             raise ValueError(
-                f"preset={self.preset} and the other fields exclude each other: set one or the others"
+                f"preset={self.preset} cannot be combined with other fields: set either the preset or those"
             )
 
 
-# What is done to training images, by whom. Grey targets of Utrera et al. are left alone.
+# Published augmentations. Utrera et al. do not augment grey targets.
 AUGMENTATIONS = {
     "none": Augmentation(),
-    # ICLR 2021, their code; CIFAR-10 in MadryLab/robustness too.
+    # Utrera et al., ICLR 2021 (code); also CIFAR-10 in MadryLab/robustness.
     "utrera_color": Augmentation(crop_padding=4, flip=True, jitter=0.25, rotation=2.0),
-    "salman": Augmentation(flip=True, resized_crop=0.08),  # NeurIPS 2020, their code: torchvision's defaults
-    # ImageNet in MadryLab/robustness, data_augmentation.py, which Salman et al. train their sources with.
+    "salman": Augmentation(flip=True, resized_crop=0.08),  # NeurIPS 2020 (code): torchvision's defaults
+    # ImageNet in MadryLab/robustness, data_augmentation.py, used by Salman et al. to train their sources.
     "robustness": Augmentation(flip=True, jitter=0.1, lighting=0.05, resized_crop=0.08),
 }
 
 
-def choose_augmentation(augmentation: Augmentation, images: np.ndarray | None = None) -> Augmentation:
-    """The augmentation with its preset spelled out.
+def choose_augmentation(
+    augmentation: Augmentation, images: UInt8[np.ndarray, "n h w 3"] | None = None
+) -> Augmentation:
+    """Replaces a preset by its fields.
 
-    The preset "utrera" looks at `images`, uint8 [N, H, W, 3]: grey ones (all channels alike) are not
-    augmented, others by "utrera_color", as in the paper's code.
+    The preset "utrera" depends on `images`, uint8 [N, H, W, 3]: "none" if they are grey (all channels equal),
+    otherwise "utrera_color", as in the paper's code.
 
     Raises:
       ValueError: the preset "utrera" without images.
@@ -81,14 +87,14 @@ def choose_augmentation(augmentation: Augmentation, images: np.ndarray | None = 
     if preset == "utrera":
         if images is None:
             raise ValueError(
-                "preset=utrera depends on the images, which are not known here: name utrera_color or none"
+                "preset=utrera depends on the images, which are not known here: set utrera_color or none"
             )
         preset = "none" if _are_grey(images) else "utrera_color"
     return AUGMENTATIONS[preset] if preset else augmentation
 
 
 def _are_grey(images: np.ndarray) -> bool:
-    """Whether all channels of [N, H, W, 3] are alike; some images at a time, until some are coloured."""
+    """Whether all channels of [N, H, W, 3] are equal; checked in chunks, up to the first coloured image."""
     return all(
         np.array_equal(some[..., 0], some[..., channel])
         for some in (images[i : i + 256] for i in range(0, len(images), 256))
@@ -96,13 +102,16 @@ def _are_grey(images: np.ndarray) -> bool:
     )
 
 
-def augment(keys: jax.Array, images: jax.Array, augmentation: Augmentation) -> jax.Array:
-    """Crops, flips, jitters and rotates; `AUGMENTATIONS` has what the papers do.
+def augment(
+    keys: Key[Array, " n"], images: Float[AnyArray, "n h w 3"], augmentation: Augmentation
+) -> Float[Array, "n h w 3"]:
+    """Applies the transforms of an augmentation.
 
-    Each transform has its own key, so that switching one off does not change the others.
-    `augmentation` is a constant under jit: what it leaves out is not compiled.
+    Each transform has its own key, so switching one off does not change the others. `augmentation` is static
+    under jit: disabled transforms are not compiled.
     """
     _check(keys, images)
+    images = jnp.asarray(images)
     crop_keys, flip_keys, jitter_keys, rotation_keys, box_keys, light_keys = _split(keys, 6)
     augmentation = choose_augmentation(augmentation)
     if augmentation.resized_crop:
@@ -120,58 +129,64 @@ def augment(keys: jax.Array, images: jax.Array, augmentation: Augmentation) -> j
     return images
 
 
-def to_float(images: jax.Array, image_size: int | None = None) -> jax.Array:
-    """Turns uint8 [0, 255] into float32 [0, 1], resized to `image_size` (see `resize`) if one is given."""
+def to_float(images: UInt8[AnyArray, "n h w c"], image_size: int | None = None) -> Float32[Array, "n _ _ c"]:
+    """Converts uint8 [0, 255] to float32 [0, 1], resized to `image_size` (see `resize`) if given."""
     chex.assert_rank(images, 4)
     chex.assert_type(images, jnp.uint8)
     images = images.astype(jnp.float32) / jnp.float32(255)
     return images if image_size is None else resize(images, image_size)
 
 
-def resize(images: jax.Array, size: int) -> jax.Array:
+def resize(images: Float[AnyArray, "n h w c"], size: int) -> Float[Array, "n {size} {size} c"]:
     """Resizes to [N, size, size, C], bilinear, with antialias when shrinking.
 
-    The filter is Pillow's BILINEAR, a triangle whose width is that of the coarser grid's pixels, cut off at
-    the border. Pillow rounds to 8 bits after each direction; nothing is rounded here.
+    The filter is Pillow's BILINEAR, a triangle as wide as the pixels of the coarser grid, truncated at the
+    border. Unlike Pillow, which rounds to 8 bits after each direction, nothing is rounded.
     """
     chex.assert_rank(images, 4)
     if images.shape[1:3] == (size, size):
-        return images
+        return jnp.asarray(images)
     shape = (images.shape[0], size, size, images.shape[3])
-    # Rounding may leave the weights' sum a little above 1.
+    # With rounding, the sum of the weights may slightly exceed 1.
     return jnp.clip(jax.image.resize(images, shape, method="linear", antialias=True), 0, 1)
 
 
-def random_crop(keys: jax.Array, images: jax.Array, *, padding: int = 4) -> jax.Array:
-    """Pads with `padding` black pixels on each side and cuts the size out at a random place."""
+def random_crop(
+    keys: Key[Array, " n"], images: Float[AnyArray, "n h w c"], *, padding: int = 4
+) -> Float[Array, "n h w c"]:
+    """Pads with `padding` black pixels on each side and crops to the original size at a random position."""
     _check(keys, images)
     draw = jax.vmap(lambda key: jax.random.randint(key, (2,), 0, 2 * padding + 1))
     return crop_at(images, draw(keys), padding=padding)
 
 
-def crop_at(images: jax.Array, offsets: jax.Array, *, padding: int) -> jax.Array:
-    """Cuts [H, W] out of the padded images, from (row, column) = `offsets`, integers [N, 2]."""
+def crop_at(
+    images: Float[AnyArray, "n h w c"], offsets: Integer[AnyArray, "n 2"], *, padding: int
+) -> Float[Array, "n h w c"]:
+    """Crops [H, W] from the padded images at (row, column) = `offsets`, integers [N, 2]."""
     chex.assert_rank(images, 4)
     chex.assert_shape(offsets, (images.shape[0], 2))
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
 
-    def crop(image: jax.Array, offset: jax.Array) -> jax.Array:
+    def crop(image: AnyArray, offset: AnyArray) -> Array:
         return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), images.shape[1:])
 
     return jax.vmap(crop)(padded, offsets)
 
 
-def random_resized_crop(keys: jax.Array, images: jax.Array, *, min_area: float) -> jax.Array:
-    """Cuts a random box out of each image and scales it to the image's size, as torchvision does.
+def random_resized_crop(
+    keys: Key[Array, " n"], images: Float[AnyArray, "n h w c"], *, min_area: float
+) -> Float[Array, "n h w c"]:
+    """Crops a random box from each image and scales it to the image's size, as in torchvision.
 
-    The box has a share of the area uniform in [min_area, 1] and a ratio of width to height whose logarithm
-    is uniform between those of 3/4 and 4/3. Of ten tries the first that fits is taken; if none does,
-    the whole image.
+    The box's fraction of the area is uniform in [min_area, 1] and the logarithm of its aspect ratio, width /
+    height, uniform between log(3/4) and log(4/3). The first of ten tries that fits is used; if none does, the
+    whole image.
     """
     _check(keys, images)
     height, width = images.shape[1:3]
 
-    def draw(key: jax.Array) -> jax.Array:
+    def draw(key: Array) -> Array:
         area_key, ratio_key, place_key = jax.random.split(key, 3)
         area = height * width * jax.random.uniform(area_key, (10,), jnp.float32, min_area, 1.0)
         ratio = jnp.exp(jax.random.uniform(ratio_key, (10,), jnp.float32, np.log(3 / 4), np.log(4 / 3)))
@@ -185,8 +200,10 @@ def random_resized_crop(keys: jax.Array, images: jax.Array, *, min_area: float) 
     return resized_crop_at(images, jax.vmap(draw)(keys))
 
 
-def resized_crop_at(images: jax.Array, boxes: jax.Array) -> jax.Array:
-    """Scales boxes of the images to their size, bilinear with antialias, as Pillow scales a cut-out image.
+def resized_crop_at(
+    images: Float[AnyArray, "n h w c"], boxes: Float[AnyArray, "n 4"]
+) -> Float[Array, "n h w c"]:
+    """Crops boxes and scales them to the images' size, bilinear with antialias, as in Pillow.
 
     Args:
       images: float32 [N, H, W, 3].
@@ -195,8 +212,8 @@ def resized_crop_at(images: jax.Array, boxes: jax.Array) -> jax.Array:
     chex.assert_rank(images, 4)
     chex.assert_shape(boxes, (images.shape[0], 4))
 
-    def weights(first: jax.Array, length: jax.Array, size: int) -> jax.Array:
-        """Share of every old pixel (column) in every new one (row): a triangle, cut off at the box."""
+    def weights(first: Array, length: Array, size: int) -> Array:
+        """Weight of input pixels (columns) in output pixels (rows): a triangle, truncated at the box."""
         scale = length / size
         old = jnp.arange(size, dtype=jnp.float32)[None, :]
         middle = first - 0.5 + (jnp.arange(size, dtype=jnp.float32)[:, None] + 0.5) * scale
@@ -204,22 +221,22 @@ def resized_crop_at(images: jax.Array, boxes: jax.Array) -> jax.Array:
         share = jnp.where((old >= first) & (old < first + length), share, 0)
         return share / jnp.sum(share, axis=1, keepdims=True)
 
-    def cut(image: jax.Array, box: jax.Array) -> jax.Array:
+    def cut(image: AnyArray, box: AnyArray) -> Array:
         rows = weights(box[0], box[2], image.shape[0])
         columns = weights(box[1], box[3], image.shape[1])
         return jnp.einsum("ay,bx,yxc->abc", rows, columns, image, precision="highest")
 
-    # Rounding may leave the weights' sum a little above 1.
+    # With rounding, the sum of the weights may slightly exceed 1.
     return jnp.clip(jax.vmap(cut)(images, boxes), 0, 1)
 
 
-def random_flip(keys: jax.Array, images: jax.Array) -> jax.Array:
+def random_flip(keys: Key[Array, " n"], images: Float[AnyArray, "n h w c"]) -> Float[Array, "n h w c"]:
     """Mirrors each image left to right with probability 1/2."""
     _check(keys, images)
     return flip_where(images, jax.vmap(jax.random.bernoulli)(keys))
 
 
-def flip_where(images: jax.Array, flipped: jax.Array) -> jax.Array:
+def flip_where(images: Float[AnyArray, "n h w c"], flipped: Bool[AnyArray, " n"]) -> Float[Array, "n h w c"]:
     """Mirrors the images whose entry in `flipped`, bool [N], is true."""
     chex.assert_rank(images, 4)
     chex.assert_shape(flipped, images.shape[:1])
@@ -227,14 +244,14 @@ def flip_where(images: jax.Array, flipped: jax.Array) -> jax.Array:
 
 
 def color_jitter(
-    keys: jax.Array,
-    images: jax.Array,
+    keys: Key[Array, " n"],
+    images: Float[AnyArray, "n h w 3"],
     *,
     brightness: float = 0.0,
     contrast: float = 0.0,
     saturation: float = 0.0,
-) -> jax.Array:
-    """Changes brightness, contrast and saturation, in random order, as torchvision does.
+) -> Float[Array, "n h w 3"]:
+    """Changes brightness, contrast and saturation in random order, as in torchvision.
 
     Factors are uniform in [max(0, 1 - x), 1 + x]; values are clipped to [0, 1] after each change.
     """
@@ -247,11 +264,13 @@ def color_jitter(
     return adjust_colors(images, uniform(factor_keys), jnp.asarray(_ORDERS)[which])
 
 
-def adjust_colors(images: jax.Array, factors: jax.Array, order: jax.Array) -> jax.Array:
-    """Changes brightness (0), contrast (1) and saturation (2), in the order given for each image.
+def adjust_colors(
+    images: Float[AnyArray, "n h w 3"], factors: Float[AnyArray, "n 3"], order: Integer[AnyArray, "n 3"]
+) -> Float[Array, "n h w 3"]:
+    """Changes brightness (0), contrast (1) and saturation (2), in an order given for each image.
 
-    A change blends the image with black (brightness), with its mean grey (contrast) or with its
-    grey self (saturation): factor 0 leaves only that, 1 the image, more than 1 exaggerates.
+    Each change blends the image with a base: black (brightness), its mean grey (contrast) or its greyscale
+    version (saturation). Factor 0 is the base, 1 is the image, and more than 1 extrapolates.
 
     Args:
       images: float32 [N, H, W, 3].
@@ -261,8 +280,8 @@ def adjust_colors(images: jax.Array, factors: jax.Array, order: jax.Array) -> ja
     chex.assert_rank(images, 4)
     chex.assert_shape([factors, order], (images.shape[0], 3))
 
-    def change(images: jax.Array, which: jax.Array) -> jax.Array:
-        # The three differ only in the image that they blend with, so one blend serves them all.
+    def change(images: AnyArray, which: AnyArray) -> Array:
+        # The three changes differ only in the base.
         grey = _grey(images)
         flat = jnp.mean(grey, axis=(1, 2), keepdims=True)
         which_one = which[:, None, None, None]
@@ -275,38 +294,42 @@ def adjust_colors(images: jax.Array, factors: jax.Array, order: jax.Array) -> ja
     return images
 
 
-def random_lighting(keys: jax.Array, images: jax.Array, *, scale: float) -> jax.Array:
-    """Adds each image a colour along the principal components of ImageNet's pixels, clipped to [0, 1].
+def random_lighting(
+    keys: Key[Array, " n"], images: Float[AnyArray, "n h w 3"], *, scale: float
+) -> Float[Array, "n h w 3"]:
+    """Adds to each image a colour along the principal components of ImageNet's pixels, clipped to [0, 1].
 
-    The shares of the components are normal with standard deviation `scale` (Krizhevsky et al., 2012, section
-    4.1; components and 0.05 as in MadryLab/robustness, which does not clip before the attack does).
+    The coefficients of the components are normal with standard deviation `scale` (Krizhevsky et al., 2012,
+    section 4.1; components and 0.05 as in MadryLab/robustness, which clips only in the attack).
     """
     _check(keys, images)
     shares = jax.vmap(lambda key: scale * jax.random.normal(key, (3,), jnp.float32))(keys)
     return light_by(images, shares)
 
 
-def light_by(images: jax.Array, shares: jax.Array) -> jax.Array:
-    """Adds the colour with the `shares`, float32 [N, 3], of the three principal components."""
+def light_by(images: Float[AnyArray, "n h w 3"], shares: Float[AnyArray, "n 3"]) -> Float[Array, "n h w 3"]:
+    """Adds the colour with the coefficients `shares`, float32 [N, 3], of the three principal components."""
     chex.assert_rank(images, 4)
     chex.assert_shape(shares, (images.shape[0], 3))
     colors = jnp.matmul(shares, (_PCA_VECTORS * _PCA_VALUES).T, precision="highest")
     return jnp.clip(images + colors[:, None, None, :], 0, 1)
 
 
-def random_rotation(keys: jax.Array, images: jax.Array, *, degrees: float) -> jax.Array:
-    """Turns each image by an angle uniform in [-degrees, degrees].
+def random_rotation(
+    keys: Key[Array, " n"], images: Float[AnyArray, "n h w c"], *, degrees: float
+) -> Float[Array, "n h w c"]:
+    """Rotates each image by an angle uniform in [-degrees, degrees].
 
-    Bilinear, where torchvision's default is nearest: at the ±2° of Utrera et al. (ICLR 2021),
-    nearest leaves most pixels of a small image in place and moves the others by a whole pixel.
+    Interpolation is bilinear; torchvision's default is nearest, which at the ±2° of Utrera et al. (ICLR 2021)
+    leaves most pixels of a small image in place and shifts the others by a whole pixel.
     """
     _check(keys, images)
     draw = jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32, -degrees, degrees))
     return rotate_by(images, draw(keys))
 
 
-def rotate_by(images: jax.Array, degrees: jax.Array) -> jax.Array:
-    """Turns counter-clockwise about the centre by `degrees`, float32 [N]; black comes in."""
+def rotate_by(images: Float[AnyArray, "n h w c"], degrees: Float[AnyArray, " n"]) -> Float[Array, "n h w c"]:
+    """Rotates counter-clockwise about the centre by `degrees`, float32 [N]; uncovered pixels are black."""
     chex.assert_rank(images, 4)
     chex.assert_shape(degrees, images.shape[:1])
     height, width = images.shape[1:3]
@@ -330,24 +353,24 @@ def rotate_by(images: jax.Array, degrees: jax.Array) -> jax.Array:
     return out
 
 
-def _blend(images: jax.Array, base: jax.Array, factors: jax.Array) -> jax.Array:
+def _blend(images: AnyArray, base: AnyArray, factors: AnyArray) -> Array:
     factor = factors[:, None, None, None]
     return jnp.clip(factor * images + (1 - factor) * base, 0, 1)
 
 
-def _grey(images: jax.Array) -> jax.Array:
+def _grey(images: AnyArray) -> AnyArray:
     """Luma, float32 [N, H, W, 1]."""
     red, green, blue = (images[..., channel, None] for channel in range(3))
     return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
 
 
-def _split(keys: jax.Array, num: int) -> tuple[jax.Array, ...]:
+def _split(keys: Array, num: int) -> tuple[Array, ...]:
     """`num` independent keys for each image: a tuple of key arrays [N]."""
     split = jax.vmap(lambda key: jax.random.split(key, num), out_axes=1)(keys)
     return tuple(split[i] for i in range(num))
 
 
-def _check(keys: jax.Array, images: jax.Array) -> None:
+def _check(keys: Array, images: AnyArray) -> None:
     chex.assert_rank(images, 4)
     chex.assert_type(images, float)
     chex.assert_shape(keys, images.shape[:1])

@@ -1,9 +1,8 @@
-"""Views of a target set: what is left of its images without their detail, colour, layout or texture.
+"""Views of a target dataset: its images without their detail, colour, layout or texture.
 
-A view shows all images of a set, for training and testing alike. It is a function of uint8 images
-[N, H, W, 3] to images of the same shape, and the same on every machine. Copies of a set that have a view of
-their own on disk, such as stylised ones (Geirhos et al., 2019) or recorded masks, are a dataset
-`folder:/path` like any other, with the same classes and splits.
+A view is a function of uint8 images [N, H, W, 3] to images of the same shape. It is applied to training and
+test images alike, and gives the same result on every machine. Views that are files, such as stylised images
+(Geirhos et al., 2019) or recorded masks, are datasets `folder:/path` with the same classes and splits.
 """
 
 from __future__ import annotations
@@ -15,17 +14,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import chex
 import numpy as np
+from jaxtyping import Integer, UInt8
 from PIL import Image
+
+Images = UInt8[np.ndarray, "n h w 3"]
 
 LOW_PASS_SIDE = 32  # pixels
 GRID = 4  # patches a side
 
-_CHUNK = 64  # images that a thread takes at a time
-_SILENT = 1e-6  # a Fourier coefficient of pixels from 0 to 255 below this is rounding, and has no phase
+_CHUNK = 64  # images per thread and task
+_SILENT = 1e-6  # smaller Fourier coefficients of pixels from 0 to 255 are rounding errors and have no phase
 
 
-def low_pass(images: np.ndarray) -> np.ndarray:
-    """Without fine detail: by way of 32² pixels (Utrera et al., ICLR 2021)."""
+def low_pass(images: Images) -> Images:
+    """Without fine detail: downscaled to 32² pixels and back (Utrera et al., ICLR 2021)."""
 
     def blur(image: np.ndarray) -> Image.Image:
         natural = Image.fromarray(image)
@@ -35,42 +37,43 @@ def low_pass(images: np.ndarray) -> np.ndarray:
     return _each(blur, images)
 
 
-def grey(images: np.ndarray) -> np.ndarray:
+def grey(images: Images) -> Images:
     """Without colour: ITU-R 601 luma in all three channels."""
     return _each(lambda image: _luma(image).convert("RGB"), images)
 
 
-def patch_shuffle(images: np.ndarray) -> np.ndarray:
-    """Without layout: 4×4 patches in another order for every image (Zhang and Zhu, ICML 2019).
+def patch_shuffle(images: Images) -> Images:
+    """Without layout: 4×4 patches in a different order for every image (Zhang and Zhu, ICML 2019).
 
-    Of sides that 4 does not divide the last pixels stay where they are.
+    If a side is not divisible by 4, its last pixels stay in place.
     """
 
     def shuffle(image: np.ndarray) -> np.ndarray:
         height, width = (side // GRID for side in image.shape[:2])
-        there = image[: GRID * height, : GRID * width]
-        patches = there.reshape(GRID, height, GRID, width, 3).swapaxes(1, 2)
+        whole = image[: GRID * height, : GRID * width]
+        patches = whole.reshape(GRID, height, GRID, width, 3).swapaxes(1, 2)
         mixed = patches.reshape(GRID**2, height, width, 3)[patch_order(image)].reshape(patches.shape)
         shown = image.copy()
-        shown[: GRID * height, : GRID * width] = mixed.swapaxes(1, 2).reshape(there.shape)
+        shown[: GRID * height, : GRID * width] = mixed.swapaxes(1, 2).reshape(whole.shape)
         return shown
 
     return _each(shuffle, images)
 
 
-def patch_order(image: np.ndarray) -> np.ndarray:
-    """Which of the 16 patches, by rows, comes to each place: the order of the words in its SHA-256."""
+def patch_order(image: UInt8[np.ndarray, "h w 3"]) -> Integer[np.ndarray, " 16"]:
+    """Which of the 16 patches, by rows, goes to each position: the rank order of the words of its SHA-256."""
     chex.assert_rank(image, 3)
-    digest = hashlib.sha256(np.ascontiguousarray(image)).digest()
+    digest = hashlib.sha256(np.ascontiguousarray(image).data).digest()
     return np.argsort(np.frombuffer(digest, "<u2"), kind="stable")
 
 
-def amplitude_swap(images: np.ndarray) -> np.ndarray:
-    """In another's style: each image's Fourier phases with the amplitudes of another image of the set.
+def amplitude_swap(images: Images) -> Images:
+    """In another style: each image's Fourier phases with the amplitudes of another image of the split.
 
-    Piotrowski and Campbell (Perception, 1982); as a style without networks Xu et al. (CVPR 2021), whose
-    amplitude mix this is at λ = 1. By channel, the mean colour included. Partners follow each other in one
-    random cycle through the images of a split, whatever their classes.
+    Piotrowski and Campbell (Perception, 1982); used as a network-free style transfer by Xu et al. (CVPR
+    2021), whose amplitude mix this is at λ = 1. Applied per channel, including the mean colour. The
+    amplitudes are those of the next image in a random cycle through all images of a split, whatever their
+    classes.
     """
     order = np.random.default_rng(0).permutation(len(images))
     partners = np.empty_like(order)
@@ -86,12 +89,13 @@ def amplitude_swap(images: np.ndarray) -> np.ndarray:
     return _each(swap, images, partners)
 
 
-def edges(images: np.ndarray) -> np.ndarray:
-    """Without colour and shading: the length of luma's gradient by Sobel's operator, bright on black.
+def edges(images: Images) -> Images:
+    """Without colour and shading: the magnitude of the Sobel gradient of luma, bright on black.
 
-    Scaled so that a step is as bright as it is high, and cut off at 255; the border is repeated outwards.
+    Scaled so that an edge is as bright as the step in luma, and clipped at 255; borders are padded by
+    replication.
     """
-    from scipy import ndimage  # a quarter of a second, and this is its only use
+    from scipy import ndimage  # takes a quarter of a second; only used here
 
     def slope(image: np.ndarray) -> np.ndarray:
         luma = np.asarray(_luma(image), np.float64)
@@ -101,12 +105,11 @@ def edges(images: np.ndarray) -> np.ndarray:
     return _each(slope, images)
 
 
-def silhouette(images: np.ndarray) -> np.ndarray:
-    """Without texture: a black figure on white, separated from the background by Otsu's threshold on luma
-    (1979).
+def silhouette(images: Images) -> Images:
+    """Without texture: a black figure on white, separated by Otsu's threshold on luma (1979).
 
-    The ground is what most of the border shows. A figure on a plain ground, as digits and letters are, comes
-    out as its mask; of a photograph a picture in two tones is left, no silhouette.
+    The background is the side of the threshold that most of the border is on. A figure on a plain background,
+    such as a digit or letter, becomes its mask; a photograph becomes a two-tone image, not a silhouette.
     """
 
     def fill(image: np.ndarray) -> np.ndarray:
@@ -119,8 +122,8 @@ def silhouette(images: np.ndarray) -> np.ndarray:
     return _each(fill, images)
 
 
-def otsu_threshold(luma: np.ndarray) -> int:
-    """The value that parts uint8 pixels, <= and >, with the largest variance between the parts; 0 if flat."""
+def otsu_threshold(luma: UInt8[np.ndarray, " ..."]) -> int:
+    """The value that splits pixels into <= and > with maximal between-class variance; 0 if constant."""
     counts = np.bincount(luma.reshape(-1), minlength=256).astype(np.float64)
     below, mass = np.cumsum(counts), np.cumsum(counts * np.arange(256))
     weight = below * (below[-1] - below)
@@ -135,7 +138,7 @@ def _luma(image: np.ndarray) -> Image.Image:
 def _each(
     show: Callable[..., np.ndarray | Image.Image], images: np.ndarray, partners: np.ndarray | None = None
 ) -> np.ndarray:
-    """Applies `show` to every image, with its partner if there are any, in one thread per core."""
+    """Applies `show` to every image, and its partner if given, in one thread per core."""
     chex.assert_shape(images, (None, None, None, 3))
     chex.assert_type(images, np.uint8)
     shown = np.empty_like(images)
@@ -149,7 +152,7 @@ def _each(
     return shown
 
 
-VIEWS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+VIEWS: dict[str, Callable[[Images], Images]] = {
     "natural": lambda images: images,
     "low_pass": low_pass,
     "grey": grey,

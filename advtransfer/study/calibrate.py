@@ -83,8 +83,8 @@ def _time(piece: Piece, model: Model, target: Dataset, budget: float) -> Speed:
     """Measures a piece, with fewer images and epochs than it has."""
     first, k = piece.first, piece.first.num_unfrozen_blocks
     train, test = (
-        Split(*(array[:number] for array in (split.images, split.labels)))
-        for split, number in ((target.train, _TRAIN_IMAGES), (getattr(target, first.split), _TEST_IMAGES))
+        Split(*(array[:number] for array in target.in_memory(split)))
+        for split, number in (("train", _TRAIN_IMAGES), (first.split, _TEST_IMAGES))
     )
     n = min(first.num_train_images, train.num_images)
     epochs = -(-first.recipe.num_epochs // len(first.recipe.evaluate_epochs))

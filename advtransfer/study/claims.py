@@ -11,11 +11,11 @@ import contextlib
 import fcntl
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Callable, Generator, Sequence
+from typing import IO
 
 from advtransfer import parallel, storage
+from advtransfer.storage import AnyPath
 
 
 class NoLocks(OSError):
@@ -25,7 +25,7 @@ class NoLocks(OSError):
 _LOOK_EVERY = 0.5  # seconds, for what others have finished
 
 
-def divide(names: Sequence[str], folder: Any, is_done: Callable[[str], bool]) -> Iterator[str]:
+def divide(names: Sequence[str], folder: AnyPath, is_done: Callable[[str], bool]) -> Generator[str]:
     """The names that this process is to work on, in their order, each held while its turn of the loop lasts.
 
     Any number of processes, started at any time, iterate over the same names. No name is worked on by two
@@ -60,7 +60,7 @@ def divide(names: Sequence[str], folder: Any, is_done: Callable[[str], bool]) ->
 
 
 @contextlib.contextmanager
-def claim(lock: Path, *, wait: bool = False) -> Iterator[bool]:
+def claim(lock: AnyPath, *, wait: bool = False) -> Generator[bool]:
     """Whether this process holds `lock` inside; with `wait`, it comes in when it does, and says for what it
     waits.
 

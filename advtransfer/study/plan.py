@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from advtransfer.data import Dataset
+from advtransfer.models import ResNet
 from advtransfer.study.run import shared_inputs
 from advtransfer.study.trials import Trial, group, num_steps
 from advtransfer.transfer import (
-    block_flops,
     cache_bytes,
     fine_tune_flops,
-    first_unfrozen_block,
     own_statistics,
+    prefix_flops,
     without_rates,
 )
 
@@ -33,7 +33,7 @@ class Piece(NamedTuple):
 
     first: Trial
     number: int
-    module: Any  # with the target's classes
+    module: ResNet  # with the target's classes
     image_size: int
     num_test: int
 
@@ -45,15 +45,14 @@ class Piece(NamedTuple):
             self.module, self.image_size, recipe, num_unfrozen_blocks=k, num_train=n, num_test=self.num_test
         )
         if own_statistics(recipe, k):
-            flops += (2 * n + self.num_test) * _prefix_flops(self.module, self.image_size, k)
+            flops += (2 * n + self.num_test) * prefix_flops(self.module, self.image_size, k)
         return flops
 
     @property
     def program(self) -> tuple:
         """What a compiled program is for."""
-        shape = self.first._replace(source=None, seed=0)
-        shape = shape._replace(recipe=without_rates(shape.recipe))
-        return shape, self.number, self.module, self.image_size
+        _, *shape = self.first._replace(seed=0, recipe=without_rates(self.first.recipe))
+        return *shape, self.number, self.module, self.image_size
 
 
 class Cache(NamedTuple):
@@ -66,7 +65,7 @@ class Cache(NamedTuple):
 
 
 def pieces_of(
-    trials: Iterable[Trial], networks: Mapping[str, tuple[Any, int]], datasets: Mapping[str, Dataset]
+    trials: Iterable[Trial], networks: Mapping[str, tuple[ResNet, int]], datasets: Mapping[str, Dataset]
 ) -> list[Piece]:
     """The work of some trials.
 
@@ -99,14 +98,9 @@ def caches_of(pieces: Sequence[Piece], datasets: Mapping[str, Dataset]) -> list[
         if num_bytes := cache_bytes(*args):
             num_images = max(1, first.recipe.num_views) * num_train + alike[0].num_test
             own = own_statistics(first.recipe, first.num_unfrozen_blocks)
-            flops = 0.0 if own else num_images * _prefix_flops(module, size, first.num_unfrozen_blocks)
+            flops = 0.0 if own else num_images * prefix_flops(module, size, first.num_unfrozen_blocks)
             caches.append(Cache(num_images, num_bytes, flops, first.num_unfrozen_blocks))
     return caches
-
-
-def _prefix_flops(module: Any, image_size: int, num_unfrozen_blocks: int) -> float:
-    """Of the frozen part, for one image."""
-    return sum(block_flops(module, image_size)[: first_unfrozen_block(module, num_unfrozen_blocks) + 1])
 
 
 def accelerator_hours(pieces: Sequence[Piece], caches: Sequence[Cache]) -> dict[str, float]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Num
 
 from advtransfer import foreign, storage
+from advtransfer.storage import AnyPath
 from advtransfer.study.trials import Trial
 
 _METRICS = ("train_accuracy", "train_loss", "test_accuracy", "test_loss", "test_mean_per_class_accuracy")
@@ -19,7 +21,7 @@ _METRICS = ("train_accuracy", "train_loss", "test_accuracy", "test_loss", "test_
 Row = dict[str, Any]
 
 
-def history_rows(trial: Trial, history: dict[str, np.ndarray], seconds: float) -> list[Row]:
+def history_rows(trial: Trial, history: dict[str, Num[np.ndarray, " epochs"]], seconds: float) -> list[Row]:
     """One row per evaluated epoch of a trial; `history` as `fine_tune_one` returns it."""
     return [
         {
@@ -46,12 +48,12 @@ def _row_target(trial: Trial) -> str:
     return ":".join([trial.target, *marks])
 
 
-def _number(x: np.ndarray) -> float | None:
+def _number(x: np.floating | float) -> float | None:
     """JSON knows no NaN: what a diverged trial measured is null."""
     return float(x) if np.isfinite(x) else None
 
 
-def finished_rows(folder: str | Path, *, set_aside: bool = False) -> dict[str, list[Row]]:
+def finished_rows(folder: str | os.PathLike[str], *, set_aside: bool = False) -> dict[str, list[Row]]:
     """Rows of every finished trial in `folder`, by trial identity.
 
     A damaged file is warned about and counts for nothing, so its trials are run again; with `set_aside` it is
@@ -69,7 +71,7 @@ def finished_rows(folder: str | Path, *, set_aside: bool = False) -> dict[str, l
     return finished
 
 
-def holds(path: Path, trials: Iterable[Trial]) -> bool:
+def holds(path: AnyPath, trials: Iterable[Trial]) -> bool:
     """Whether the file of a group is there, and holds the rows of all of `trials`."""
     try:
         return _read_group(path).keys() >= {trial.identity() for trial in trials}
@@ -77,7 +79,7 @@ def holds(path: Path, trials: Iterable[Trial]) -> bool:
         return False
 
 
-def _read_group(path: Path) -> dict[str, list[Row]]:
+def _read_group(path: AnyPath) -> dict[str, list[Row]]:
     """Rows of one file by trial identity; ValueError, KeyError or TypeError for anything but whole trials."""
     trials: dict[str, list[Row]] = {}
     for line in foreign.read_bytes(path).decode().splitlines():

@@ -7,9 +7,9 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -61,21 +61,21 @@ def run_group(
       model, dataset: their source and target.
       prepared: of `transfer.prepare`, if it is at hand.
     """
-    first = trials[0]
+    first, train = trials[0], dataset.in_memory("train")
     rates = list(dict.fromkeys(rates_of(trials)))
     seeds = trials[:: len(rates)]
     started = time.monotonic()
     try:
         history = fine_tune_many(
             model,
-            dataset.train,
-            getattr(dataset, first.split),
-            subsets=np.stack([trial.subset(dataset.train.labels) for trial in seeds]),
+            train,
+            dataset.in_memory(first.split),
+            subsets=np.stack([trial.subset(train.labels) for trial in seeds]),
             keys=jnp.stack([trial.key() for trial in seeds]),
             num_classes=len(dataset.class_names),
             num_unfrozen_blocks=first.num_unfrozen_blocks,
             recipe=first.recipe,
-            rates=Rates(*np.float32(rates).T),
+            rates=Rates(*jnp.asarray(rates, jnp.float32).T),
             prepared=prepared,
         )
     except jax.errors.JaxRuntimeError as error:
@@ -99,7 +99,7 @@ def run_trials(
     trials: Sequence[Trial],
     models: dict[str, Model],
     datasets: Mapping[str, Dataset],
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     *,
     group_size: int = 0,
     progress: Callable[[Iterable, int], Iterable] = lambda groups, number: groups,
@@ -188,13 +188,13 @@ def shared_inputs(trial: Trial) -> tuple:
 
 def _prepare(trials: Sequence[Trial], model: Model, dataset: Dataset) -> Prepared | None:
     """For all `trials`, which share what `transfer.prepare` depends on."""
-    first, labels = trials[0], dataset.train.labels
+    first, train = trials[0], dataset.in_memory("train")
     if own_statistics(first.recipe, first.num_unfrozen_blocks):
         return None
     one_each = {trial._replace(source=first.source, recipe=first.recipe) for trial in trials}
-    used = np.unique(np.concatenate([trial.subset(labels) for trial in one_each]))
-    splits = dataset.train, getattr(dataset, first.split)
-    prepared = prepare(model, *splits, first.recipe, first.num_unfrozen_blocks, used=used)
+    used = np.unique(np.concatenate([trial.subset(train.labels) for trial in one_each]))
+    test = dataset.in_memory(first.split)
+    prepared = prepare(model, train, test, first.recipe, first.num_unfrozen_blocks, used=used)
     shared = parallel.replicate((prepared.batch_stats, prepared.task))
     return Prepared(*shared, prepared.rows)
 
@@ -211,7 +211,7 @@ def run_cells(
     recipe: Recipe,
     cells: Sequence[Cell],
     start_of: Callable[[Cell, str], Start],
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     *,
     search: Search = Search(),
     stratified: bool = True,
@@ -231,15 +231,15 @@ def run_cells(
     Raises:
       ValueError: as `make_trial`.
     """
-    folder = storage.to_path(folder)
+    workdir = storage.to_path(folder)
 
     def run(name: str, trials: Mapping[Cell, Sequence[Trial]], split: str) -> list[Row]:
         starts = [start_of(cell, split) for cell in trials]
         return run_trials(
             flatten(trials),
-            {start.source.identity: start.model for start in starts},
+            {start.source.identity: start.model for start in starts if start.model is not None},
             {start.dataset.digest("train", split): start.dataset for start in starts},
-            folder / name,
+            workdir / name,
             group_size=group_size,
             progress=functools.partial(progress, name),
         )
@@ -263,7 +263,7 @@ def run_study(
     targets: Mapping[str, Dataset],
     *,
     recipe: Recipe = Recipe(),
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     search: Search = Search(),
     stratified: bool = True,
     input_norm: str = "source",
@@ -301,7 +301,7 @@ def run_study(
     def start(name: str, target: str) -> Start:
         model, dataset = sources[name], targets[target]
         if input_norm == "target" and model.spec.norm == "none":
-            model = normalised_by(model, dataset.train.images)
+            model = normalised_by(model, dataset.in_memory("train").images)
         source = Source(name, model.spec.norm, model.spec.eps, identity(model))
         return Start(source, model, dataset._replace(name=target))
 

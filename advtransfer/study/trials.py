@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Int32, Integer, Key
 
+from advtransfer.arrays import AnyArray
 from advtransfer.data import Dataset, check_subset, subset_indices
 from advtransfer.models import Model
 from advtransfer.options import NOT_EMPTY, option, options, to_dict
@@ -54,8 +56,8 @@ class Trial(NamedTuple):
         del fields["source"]["name"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
-    def subset(self, labels: np.ndarray) -> np.ndarray:
-        """int32 [n]: its training images, which depend on (target, n, seed) and no source."""
+    def subset(self, labels: Integer[AnyArray, " all"]) -> Int32[np.ndarray, " n"]:
+        """Its training images, which depend on (target, n, seed) and no source."""
         return subset_indices(
             labels,
             self.num_train_images,
@@ -64,7 +66,7 @@ class Trial(NamedTuple):
             stratified=self.stratified,
         )
 
-    def key(self) -> jax.Array:
+    def key(self) -> Key[Array, ""]:
         """Of the head, the batch order and the augmentation: the same for every source."""
         return jax.random.fold_in(jax.random.key(_TRIAL_STREAM), self.seed)
 
@@ -169,7 +171,7 @@ def make_trial(
         num_unfrozen_blocks=k,
         seed=seed,
         stratified=stratified,
-        recipe=resolve_recipe(recipe, n, dataset.train.images),
+        recipe=resolve_recipe(recipe, n, dataset.in_memory("train").images),
         view=view,
         data=dataset.digest("train", split),
     )

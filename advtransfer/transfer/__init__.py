@@ -9,7 +9,7 @@ from advtransfer.transfer.choose_k import (
     possible_folds,
     rule_of_thumb,
 )
-from advtransfer.transfer.cost import block_flops, fine_tune_flops
+from advtransfer.transfer.cost import block_flops, fine_tune_flops, prefix_flops
 from advtransfer.transfer.freezing import (
     activation_shape,
     activations,
@@ -52,6 +52,7 @@ __all__ = [
     "num_streams",
     "own_statistics",
     "possible_folds",
+    "prefix_flops",
     "prefix_is_constant",
     "prepare",
     "reset_head",

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import chex
 import jax
 import numpy as np
+from jaxtyping import Array, Float64, Integer, Key
 
+from advtransfer.arrays import AnyArray
 from advtransfer.data import Split, check_split
 from advtransfer.models import Model
 from advtransfer.train import DivergedError
@@ -34,17 +36,23 @@ class Choice(NamedTuple):
     method: str  # one of METHODS
     num_unfrozen_blocks: int  # the one chosen
     candidates: tuple[int, ...]  # from the fewest trained blocks to all (-1)
-    accuracies: np.ndarray | None  # float64 [candidates, folds] on the images held out; None: by the rule
+    accuracies: Float64[np.ndarray, "candidates folds"] | None  # on the images held out; None: by the rule
 
     @property
-    def means(self) -> np.ndarray:
-        """float64 [candidates], over the folds; NaN where a training diverged."""
-        return self.accuracies.mean(axis=1)
+    def means(self) -> Float64[np.ndarray, " candidates"]:
+        """Over the folds; NaN where a training diverged."""
+        return self._measured.mean(axis=1)
 
     @property
-    def standard_errors(self) -> np.ndarray:
-        """float64 [candidates], of `means`."""
-        return self.accuracies.std(axis=1, ddof=1) / self.accuracies.shape[1] ** 0.5
+    def standard_errors(self) -> Float64[np.ndarray, " candidates"]:
+        """Of `means`."""
+        return self._measured.std(axis=1, ddof=1) / self._measured.shape[1] ** 0.5
+
+    @property
+    def _measured(self) -> np.ndarray:
+        if self.accuracies is None:
+            raise ValueError("the rule of thumb measures no accuracies")
+        return self.accuracies
 
 
 def choose_k(
@@ -53,7 +61,7 @@ def choose_k(
     train: Split,
     *,
     num_classes: int,
-    key: jax.Array,
+    key: Key[Array, ""],
     num_folds: int = 5,
     recipe: Recipe = Recipe(),
 ) -> Choice:
@@ -99,7 +107,7 @@ def rule_of_thumb(num_images: int, num_blocks: int) -> int:
     return k if k < num_blocks else -1
 
 
-def possible_folds(labels: np.ndarray, num_folds: int) -> int:
+def possible_folds(labels: Integer[AnyArray, " n"], num_folds: int) -> int:
     """`num_folds`, or as many as the rarest class has images, so that each fold has every class.
 
     Raises:
@@ -117,7 +125,9 @@ def possible_folds(labels: np.ndarray, num_folds: int) -> int:
     return int(min(num_folds, counts.min()))
 
 
-def make_folds(labels: np.ndarray, num_folds: int, key: jax.Array) -> list[np.ndarray]:
+def make_folds(
+    labels: Integer[AnyArray, " n"], num_folds: int, key: Key[Array, ""]
+) -> list[Integer[np.ndarray, " _"]]:
     """Random parts of range(N), ascending; sizes, and counts of a class, differ by one at most."""
     chex.assert_rank(labels, 1)
     shuffled = np.asarray(jax.random.permutation(key, len(labels)))
@@ -130,7 +140,7 @@ def cross_validate(
     train: Split,
     *,
     num_classes: int,
-    key: jax.Array,
+    key: Key[Array, ""],
     num_folds: int = 5,
     recipe: Recipe = Recipe(),
 ) -> Choice:

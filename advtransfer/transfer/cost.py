@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from advtransfer.models import init_variables
+from advtransfer.models import ResNet, init_variables
 from advtransfer.transfer.freezing import first_unfrozen_block, prefix_is_constant
 from advtransfer.transfer.recipe import Recipe, resolve_recipe
 
@@ -24,7 +24,7 @@ class Layer(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def layers(module: Any, image_size: int) -> tuple[Layer, ...]:
+def layers(module: ResNet, image_size: int) -> tuple[Layer, ...]:
     """Every layer with a kernel, in the order in which they run."""
     found = []
 
@@ -42,20 +42,32 @@ def layers(module: Any, image_size: int) -> tuple[Layer, ...]:
     return tuple(found)
 
 
-def block_flops(module: Any, image_size: int) -> tuple[float, ...]:
+def block_flops(module: ResNet, image_size: int) -> tuple[float, ...]:
     """Floating-point operations of the forward pass for one image: [stem, block 0, ..., block B - 1, head].
 
     Of convolutions and the head, two for each product and sum; the rest does not count.
     """
     flops = dict.fromkeys(["conv1", *module.block_names, "fc"], 0.0)
-    for layer in layers(module, image_size):
+    for layer in layers(module, image_size):  # ty: ignore[invalid-argument-type]  # a Flax module is hashable
         # Every output value takes a product with each kernel value of its channel.
         flops[layer.place] += 2.0 * math.prod(layer.output) * math.prod(layer.kernel[:-1])
     return tuple(flops.values())
 
 
+def prefix_flops(module: ResNet, image_size: int, num_unfrozen_blocks: int) -> float:
+    """Those of `block_flops` below the first trained block; 0 where everything is trained."""
+    start = first_unfrozen_block(module, num_unfrozen_blocks)
+    return 0.0 if start is None else sum(block_flops(module, image_size)[: start + 1])
+
+
 def fine_tune_flops(
-    module: Any, image_size: int, recipe: Recipe, *, num_unfrozen_blocks: int, num_train: int, num_test: int
+    module: ResNet,
+    image_size: int,
+    recipe: Recipe,
+    *,
+    num_unfrozen_blocks: int,
+    num_train: int,
+    num_test: int,
 ) -> float:
     """Floating-point operations of one fine-tuning, with its evaluations and without the making of a cache.
 
@@ -63,10 +75,8 @@ def fine_tune_flops(
     head in dual form takes fewer.
     """
     recipe = resolve_recipe(recipe, num_train)
-    flops = block_flops(module, image_size)
-    start = first_unfrozen_block(module, num_unfrozen_blocks)
-    frozen = 0.0 if start is None else sum(flops[: start + 1])
-    trained = sum(flops) - frozen
+    frozen = prefix_flops(module, image_size, num_unfrozen_blocks)
+    trained = sum(block_flops(module, image_size)) - frozen
     if prefix_is_constant(num_unfrozen_blocks, recipe):
         frozen = 0.0
     num_steps = recipe.num_epochs * num_train

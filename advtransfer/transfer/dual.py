@@ -10,18 +10,19 @@ the coordinates (G, 0). So a step takes n products for an image and class, in pl
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Integer, PyTree
 
 
 class DualHead(NamedTuple):
     """What the steps of one head look up, by the image's place in its training set."""
 
-    gram: jax.Array  # float32 [n, n]
-    initial_logits: jax.Array  # float32 [n, C], features times the initial kernel
+    gram: Float32[Array, "n n"]
+    initial_logits: Float32[Array, "n classes"]  # features times the initial kernel
 
 
 def is_cheaper(num_images: int, num_features: int) -> bool:
@@ -29,7 +30,7 @@ def is_cheaper(num_images: int, num_features: int) -> bool:
     return num_images <= num_features
 
 
-def make_dual(features: jax.Array, kernel: jax.Array) -> DualHead:
+def make_dual(features: Float[Array, "n features"], kernel: Float32[Array, "features classes"]) -> DualHead:
     """The dual form for features [n, D] and the initial kernel [D, C]."""
     chex.assert_rank(features, 2)
     chex.assert_shape(kernel, (features.shape[1], None))
@@ -41,30 +42,37 @@ def make_dual(features: jax.Array, kernel: jax.Array) -> DualHead:
     )
 
 
-def dual_params(num_images: int, bias: jax.Array) -> dict[str, jax.Array]:
+def dual_params(num_images: int, bias: Float32[Array, " classes"]) -> dict[str, Array]:
     """The parameters of a head that no step has changed yet; `bias` [C] is as it is."""
     chex.assert_rank(bias, 1)
     coefficients = jnp.zeros((num_images, *bias.shape), jnp.float32)
     return {"coefficients": coefficients, "rest": jnp.ones((), jnp.float32), "bias": bias}
 
 
-def dual_inputs(dual: DualHead, places: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def dual_inputs(
+    dual: DualHead, places: Integer[Array, " b"]
+) -> tuple[Float32[Array, "b n"], Float32[Array, "b classes"], Integer[Array, " b"]]:
     """What `dual_apply` takes for the images at `places`, integers [B] from 0 to n - 1, each at most once."""
     chex.assert_rank(places, 1)
     chex.assert_type(places, int)
     return dual.gram[places], dual.initial_logits[places], places
 
 
-def dual_apply(params: Any, batch_stats: Any, inputs: Any, train: bool) -> tuple[jax.Array, Any]:
-    """Logits [B, C], as an `Apply`: the gradient in `params` is in the coordinates of (A, r, bias)."""
+def dual_apply(
+    params: PyTree, batch_stats: PyTree, images: PyTree, train: bool
+) -> tuple[Float32[Array, "b classes"], PyTree]:
+    """Logits of what `dual_inputs` returns, in the place of images, as an `Apply`: the gradient in `params`
+    is in the coordinates of (A, r, bias)."""
     del train
-    chex.assert_rank(inputs, [2, 2, 1])
-    chex.assert_equal_shape_prefix(inputs, 1)
-    logits = _logits(params["coefficients"], params["rest"], *inputs)
+    chex.assert_rank(images, [2, 2, 1])
+    chex.assert_equal_shape_prefix(images, 1)
+    logits = _logits(params["coefficients"], params["rest"], *images)
     return logits + params["bias"][None], batch_stats
 
 
-def primal_head(params: Any, features: jax.Array, kernel: jax.Array) -> dict[str, jax.Array]:
+def primal_head(
+    params: PyTree, features: Float[Array, "n features"], kernel: Float32[Array, "features classes"]
+) -> dict[str, Array]:
     """The head {"kernel" [D, C], "bias" [C]} that `params` stand for."""
     chex.assert_rank(features, 2)
     chex.assert_shape(kernel, (features.shape[1], None))

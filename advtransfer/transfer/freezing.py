@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Integer, PyTree, UInt8
 
 from advtransfer import optim
+from advtransfer.arrays import AnyArray, Variables
 from advtransfer.data import Augmentation, augment, to_float
-from advtransfer.models import init_variables
+from advtransfer.models import ResNet, init_variables
 from advtransfer.transfer.recipe import Recipe
 
 NO_AUGMENTATION = Augmentation()
@@ -21,7 +22,7 @@ NO_AUGMENTATION = Augmentation()
 _VIEW_STREAM = 0xF1E5
 
 
-def first_unfrozen_block(module: Any, num_unfrozen_blocks: int) -> int | None:
+def first_unfrozen_block(module: ResNet, num_unfrozen_blocks: int) -> int | None:
     """The boundary below which nothing is trained, that of block B - k; None when everything is (k = -1).
 
     Raises:
@@ -37,7 +38,7 @@ def first_unfrozen_block(module: Any, num_unfrozen_blocks: int) -> int | None:
     return module.num_blocks - num_unfrozen_blocks
 
 
-def frozen_mask(module: Any, params: Any, num_unfrozen_blocks: int) -> Any:
+def frozen_mask(module: ResNet, params: PyTree, num_unfrozen_blocks: int) -> PyTree:
     """True for every parameter outside the head and the last k residual blocks (Utrera et al., 2021, §3)."""
     start = first_unfrozen_block(module, num_unfrozen_blocks)
     blocks = [f"{name}/" for name in module.block_names]
@@ -54,7 +55,7 @@ def prefix_is_constant(num_unfrozen_blocks: int, recipe: Recipe) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def activation_shape(module: Any, start: int, image_size: int) -> jax.ShapeDtypeStruct:
+def activation_shape(module: ResNet, start: int, image_size: int) -> jax.ShapeDtypeStruct:
     """What enters block `start` for one image, [1, h, w, c] or [1, C]; computes nothing."""
     images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
     variables = jax.eval_shape(lambda: init_variables(module, jax.random.key(0), image_size))
@@ -62,17 +63,17 @@ def activation_shape(module: Any, start: int, image_size: int) -> jax.ShapeDtype
 
 
 def activations(
-    module: Any,
-    variables: Any,
-    images: np.ndarray,
+    module: ResNet,
+    variables: Variables,
+    images: UInt8[AnyArray, "n h w 3"],
     start: int,
     image_size: int | None = None,
     *,
     augmentation: Augmentation = NO_AUGMENTATION,
     num_views: int = 1,
-    numbers: np.ndarray | None = None,
+    numbers: Integer[AnyArray, " n"] | None = None,
     batch_size: int = 256,
-) -> jax.Array:
+) -> Float[Array, "vn ..."]:
     """What enters block `start` in evaluation mode, [V N, h, w, c] or [V N, C] for V views of uint8 images
     [N, H, W, 3], which are resized to `image_size` on the device (None: left as they are).
 
@@ -84,7 +85,7 @@ def activations(
     chex.assert_shape(numbers, images.shape[:1])
     chex.assert_type([images, numbers], [np.uint8, int])
     batch_size = min(batch_size, len(images))
-    entering = activation_shape(module, start, image_size or images.shape[1])
+    entering = activation_shape(module, start, image_size or images.shape[1])  # ty: ignore[invalid-argument-type]  # hashable
     # Filled in place: there may be memory for the activations once, not twice.
     found = jnp.zeros((num_views * len(images), *entering.shape[1:]), entering.dtype)
     for view in range(num_views):
@@ -98,13 +99,13 @@ def activations(
 
 
 def target_batch_stats(
-    module: Any,
-    variables: Any,
-    images: np.ndarray,
+    module: ResNet,
+    variables: Variables,
+    images: UInt8[AnyArray, "n h w 3"],
     image_size: int | None = None,
     *,
     batch_size: int = 256,
-) -> Any:
+) -> PyTree:
     """BatchNorm statistics re-estimated on a target set, uint8 [N, H, W, 3]: averages of the batches' own.
 
     The set is cut into equal batches of at most `batch_size`, as equal as N allows; each counts by its size.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Key
+
+from advtransfer.arrays import Variables
 
 
 def _torch(key: jax.Array, shape: tuple[int, int], scale: float) -> tuple[jax.Array, jax.Array]:
@@ -36,8 +38,8 @@ HEAD_INITS = {"torch": _torch, "normal": _normal, "zeros": _zeros}
 
 
 def reset_head(
-    variables: Any, key: jax.Array, *, num_classes: int, init: str = "torch", scale: float = 1.0
-) -> Any:
+    variables: Variables, key: Key[Array, ""], *, num_classes: int, init: str = "torch", scale: float = 1.0
+) -> Variables:
     """Variables with a fresh head ("fc") for `num_classes`; everything else is shared with the old ones.
 
     Args:

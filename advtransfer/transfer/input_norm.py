@@ -6,11 +6,12 @@ import dataclasses
 
 import chex
 import numpy as np
+from jaxtyping import UInt8
 
 from advtransfer.models import Model
 
 
-def normalised_by(model: Model, images: np.ndarray) -> Model:
+def normalised_by(model: Model, images: UInt8[np.ndarray, "n h w 3"]) -> Model:
     """The model with the mean and standard deviation of a target's images in the place of its source's.
 
     Utrera et al. (2021) start from a natural network whose loader normalises by the target's statistics, and

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Integer, Key, Num, UInt8
 
 from advtransfer import storage
+from advtransfer.arrays import AnyArray
 from advtransfer.data import Split
 from advtransfer.evaluate import predict
 from advtransfer.labels import check_labels
@@ -23,6 +25,8 @@ from advtransfer.transfer.choose_k import RULE, Choice, choose_k
 from advtransfer.transfer.recipe import Recipe, resolve_recipe
 from advtransfer.transfer.tuning import fine_tune_one
 
+Images = UInt8[AnyArray, "_ _ _ 3"] | Float[AnyArray, "_ _ _ 3"]
+
 _MARKER = "fine_tune.json"  # of a folder whose files a later call may replace
 _EVALUATE_EPOCHS = (1, 2, 5, 10, 20, 50, 100, 150)
 _MAX_SIDE = 224  # pixels of a picture on the page
@@ -33,7 +37,7 @@ class FineTuned(NamedTuple):
     """A transferred network and everything that was measured of it."""
 
     model: Model
-    history: dict[str, np.ndarray]  # "epoch", int [E], and those of `fine_tune_one`, float32 [E]
+    history: dict[str, Num[np.ndarray, " epochs"]]  # "epoch", and those of `fine_tune_one`
     choice: Choice | None  # of the number of blocks, where it was not given
     outcome: Outcome | None  # on the test images, where there are any
     test: Split | None
@@ -41,16 +45,16 @@ class FineTuned(NamedTuple):
 
 def fine_tune(
     model: Model,
-    images: Any,
-    labels: Any,
+    images: Images,
+    labels: Integer[AnyArray, " n"] | Sequence[int],
     *,
-    test_images: Any = None,
-    test_labels: Any = None,
+    test_images: Images | None = None,
+    test_labels: Integer[AnyArray, " m"] | Sequence[int] | None = None,
     class_names: Sequence[str] | None = None,
     num_unfrozen_blocks: int | str = 0,
     num_folds: int = 5,
     recipe: Recipe | None = None,
-    key: jax.Array | None = None,
+    key: Key[Array, ""] | None = None,
     folder: str | os.PathLike[str] | None = None,
 ) -> FineTuned:
     """Fine-tunes a source network on all of the labelled images.
@@ -125,7 +129,7 @@ def tune(
     train: Split,
     test: Split | None,
     *,
-    key: jax.Array,
+    key: Key[Array, ""],
     class_names: tuple[str, ...],
     num_unfrozen_blocks: int,
     recipe: Recipe,
@@ -163,7 +167,7 @@ def make_page(
     source: str = "",
     target: str = "",
     command: str = "",
-    config: Any = None,
+    config: Mapping[str, Any] | None = None,
     versions: dict[str, str] | None = None,
 ) -> ModelPage:
     """What there is to tell; `source` and `target` in words, and `config` for the recipe of the model."""
@@ -184,7 +188,7 @@ def make_page(
         history=tuned.history,
         facts=facts,
         outcome=tuned.outcome,
-        pictures=() if tuned.outcome is None else _pictures(tuned),
+        pictures=_pictures(tuned.test.images, tuned.outcome) if tuned.test and tuned.outcome else (),
         choice=said,
         choice_rows=rows,
         command=command,
@@ -201,7 +205,7 @@ def _told(choice: Choice | None, num_images: int) -> tuple[str, list[dict[str, A
     chosen = {0: "the head alone", 1: "the last block and the head", -1: "everything"}.get(
         k, f"the last {k} blocks and the head"
     )
-    if choice.method == "rule":
+    if choice.accuracies is None:
         rows = [
             {"below_num_images": below, "num_unfrozen_blocks": blocks}
             for below, blocks in (*RULE, (None, -1))
@@ -235,9 +239,9 @@ def _told(choice: Choice | None, num_images: int) -> tuple[str, list[dict[str, A
     return said, rows
 
 
-def _pictures(tuned: FineTuned) -> np.ndarray:
+def _pictures(images: np.ndarray, outcome: Outcome) -> np.ndarray:
     """The most confident mistakes [M, h, w, 3] in [0, 1]; of large images every second, third, ... pixel."""
-    images = tuned.test.images[tuned.outcome.mistakes[:_NUM_PICTURES]]
+    images = images[outcome.mistakes[:_NUM_PICTURES]]
     step = -(-max(images.shape[1:3]) // _MAX_SIDE)
     return images[:, ::step, ::step] / np.float32(255)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int32, Integer, PyTree
 
 from advtransfer import parallel
 from advtransfer.data import Split, check_split
-from advtransfer.models import Model
+from advtransfer.models import Model, ResNet
 from advtransfer.transfer.freezing import (
     activation_shape,
     activations,
@@ -28,9 +29,9 @@ _SHARE = 0.7  # of the free memory that a cache may take; the rest is for the tr
 class Prepared(NamedTuple):
     """What trials start from, on the device."""
 
-    batch_stats: Any
+    batch_stats: PyTree
     task: Task
-    rows: np.ndarray | None = None  # int32 [N], each training image's place in the task; None: its own number
+    rows: Int32[np.ndarray, " n"] | None = None  # place of each training image in the task; None: its number
 
 
 def own_statistics(recipe: Recipe, num_unfrozen_blocks: int) -> bool:
@@ -45,7 +46,7 @@ def prepare(
     recipe: Recipe,
     num_unfrozen_blocks: int,
     *,
-    used: np.ndarray | None = None,
+    used: Integer[np.ndarray, " used"] | None = None,
 ) -> Prepared:
     """Starting BatchNorm statistics, and the task: cached activations where the prefix is constant and they
     fit into memory, otherwise images.
@@ -70,20 +71,24 @@ def prepare(
     images, labels = (
         (train.images, train.labels) if used is None else (train.images[used], train.labels[used])
     )
-    if is_cached(module, recipe, num_unfrozen_blocks, size, len(numbers), test.num_images):
-        start = first_unfrozen_block(module, num_unfrozen_blocks)
-        views = {
-            "augmentation": recipe.augmentation,
-            "num_views": max(1, recipe.num_views),
-            "numbers": numbers,
-        }
-        inputs = [
-            activations(module, variables, images, start, size, **views),
-            activations(module, variables, test.images, start, size),
-        ]
+    start = first_unfrozen_block(module, num_unfrozen_blocks)
+    if start is not None and is_cached(
+        module, recipe, num_unfrozen_blocks, size, len(numbers), test.num_images
+    ):
+        train_inputs = activations(
+            module,
+            variables,
+            images,
+            start,
+            size,
+            augmentation=recipe.augmentation,
+            num_views=max(1, recipe.num_views),
+            numbers=numbers,
+        )
+        test_inputs = activations(module, variables, test.images, start, size)
     else:
-        inputs = [jnp.asarray(images), jnp.asarray(test.images)]
-    task = Task(inputs[0], jnp.asarray(labels), inputs[1], jnp.asarray(test.labels))
+        train_inputs, test_inputs = jnp.asarray(images), jnp.asarray(test.images)
+    task = Task(train_inputs, jnp.asarray(labels), test_inputs, jnp.asarray(test.labels))
     rows = None
     if used is not None:
         rows = np.zeros(train.num_images, np.int32)
@@ -92,7 +97,7 @@ def prepare(
 
 
 def is_cached(
-    module: Any, recipe: Recipe, num_unfrozen_blocks: int, image_size: int, num_train: int, num_test: int
+    module: ResNet, recipe: Recipe, num_unfrozen_blocks: int, image_size: int, num_train: int, num_test: int
 ) -> bool:
     """Whether the frozen prefix is computed once: it is constant, and its activations fit into what is free.
 
@@ -116,10 +121,11 @@ def is_cached(
 
 
 def cache_bytes(
-    module: Any, recipe: Recipe, num_unfrozen_blocks: int, image_size: int, num_train: int, num_test: int
+    module: ResNet, recipe: Recipe, num_unfrozen_blocks: int, image_size: int, num_train: int, num_test: int
 ) -> int:
     """Bytes of the activations that enter the first trained block; 0 if they are no constants."""
-    if not prefix_is_constant(num_unfrozen_blocks, recipe):
+    start = first_unfrozen_block(module, num_unfrozen_blocks)
+    if start is None or not prefix_is_constant(num_unfrozen_blocks, recipe):
         return 0
-    entering = activation_shape(module, first_unfrozen_block(module, num_unfrozen_blocks), image_size)
+    entering = activation_shape(module, start, image_size)  # ty: ignore[invalid-argument-type]  # hashable
     return (max(1, recipe.num_views) * num_train + num_test) * entering.size * entering.dtype.itemsize

@@ -11,10 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float, Int32, Num, PyTree
 
 from advtransfer import optim, parallel
+from advtransfer.arrays import AnyArray, Variables
 from advtransfer.data import Batch, augment, to_float
 from advtransfer.evaluate import evaluation_means, evaluation_metrics
+from advtransfer.models import ResNet
 from advtransfer.train import Apply, Metrics, TrainState, init_state, make_train_step, module_apply
 from advtransfer.transfer import dual
 from advtransfer.transfer.freezing import first_unfrozen_block, frozen_mask
@@ -25,20 +28,21 @@ from advtransfer.transfer.recipe import Recipe
 class Task(NamedTuple):
     """What is trained and measured on: images, or their activations at the first trained block."""
 
-    train_inputs: jax.Array  # uint8 [V N, H, W, 3], or float [V N, ...]; view after view of all images
-    train_labels: jax.Array  # int32 [N]
-    test_inputs: jax.Array
-    test_labels: jax.Array
+    # uint8 [V N, H, W, 3], or float [V N, ...]; view after view of all images
+    train_inputs: Num[Array, "vn ..."]
+    train_labels: Int32[Array, " n"]
+    test_inputs: Num[Array, "m ..."]
+    test_labels: Int32[Array, " m"]
 
 
 class Rates(NamedTuple):
     """The hyper-parameters that trials of one program may differ in."""
 
-    learning_rate: jax.Array  # float32 [...]
-    weight_decay: jax.Array  # float32 [...]
+    learning_rate: Float[Array, " ..."] | float
+    weight_decay: Float[Array, " ..."] | float
 
 
-History = dict[str, jax.Array]  # "train_loss", ... at the recipe's evaluate_epochs, float32 [..., E]
+History = dict[str, Array]  # "train_loss", ... at the recipe's evaluate_epochs, float32 [..., E]
 
 _EVALUATION_BATCH = 256
 
@@ -46,16 +50,16 @@ _EVALUATION_BATCH = 256
 class _Form(NamedTuple):
     """How the trained parameters are held while they are trained."""
 
-    variables: Any  # before the first step
-    mask: Any | None  # True where frozen
+    variables: Variables  # before the first step
+    mask: PyTree | None  # True where frozen
     apply: Apply  # of training steps
     inputs: Callable[[jax.Array], Any]  # what `apply` takes for rows of the subset's inputs, [V n, ...]
-    network: Callable[[TrainState], tuple[Any, Any]]  # the network's own params and batch_stats
+    network: Callable[[TrainState], tuple[PyTree, PyTree]]  # the network's own params and batch_stats
 
 
 def make_fine_tune(
-    module: Any, recipe: Recipe, num_unfrozen_blocks: int, image_size: int | None = None
-) -> Callable[..., tuple[Any, History]]:
+    module: ResNet, recipe: Recipe, num_unfrozen_blocks: int, image_size: int | None = None
+) -> Callable[..., tuple[Variables, History]]:
     """A pure function (params, batch_stats, task, indices, key, rates) -> (variables, history): one training.
 
     `params` is the source's, whose head is replaced; `module` has the target's number of classes;
@@ -136,7 +140,12 @@ def _sizes(task: Task, indices: jax.Array) -> tuple[int, int]:
 
 
 def _choose_form(
-    module: Any, num_unfrozen_blocks: int, variables: Any, apply: Apply, inputs: jax.Array, rows: jax.Array
+    module: ResNet,
+    num_unfrozen_blocks: int,
+    variables: Variables,
+    apply: Apply,
+    inputs: jax.Array,
+    rows: jax.Array,
 ) -> _Form:
     """The dual form for a head on few cached features, otherwise the network as it is."""
     is_head = num_unfrozen_blocks == 0 and inputs.dtype != jnp.uint8
@@ -151,7 +160,7 @@ def _choose_form(
     )
 
 
-def _dual_form(variables: Any, features: jax.Array) -> _Form:
+def _dual_form(variables: Variables, features: jax.Array) -> _Form:
     """The head alone, in the span of its features [V n, D]."""
     params = variables["params"]
     kernel, bias = params["fc"]["kernel"], params["fc"]["bias"]
@@ -165,7 +174,9 @@ def _dual_form(variables: Any, features: jax.Array) -> _Form:
     return _Form(start, None, dual.dual_apply, lambda places: dual.dual_inputs(head, places), network)
 
 
-def _optimizer(recipe: Recipe, rates: Rates, num_steps: int, mask: Any) -> optax.GradientTransformation:
+def _optimizer(
+    recipe: Recipe, rates: Rates, num_steps: int, mask: PyTree | None
+) -> optax.GradientTransformation:
     tx = optim.sgd(
         optim.make_schedule(recipe.schedule, rates.learning_rate, num_steps),
         momentum=recipe.momentum,
@@ -191,7 +202,7 @@ def _apply_from(module: Any, start: int | None, cached: bool, frozen_batch_norm:
 
 
 def _logits(
-    apply: Apply, params: Any, batch_stats: Any, image_size: int | None, inputs: jax.Array
+    apply: Apply, params: PyTree, batch_stats: PyTree, image_size: int | None, inputs: jax.Array
 ) -> jax.Array:
     """In evaluation mode, of images or activations."""
     images = to_float(inputs, image_size) if inputs.dtype == jnp.uint8 else inputs
@@ -213,7 +224,7 @@ def _measure_both(logits_fn: Callable, task: Task, indices: jax.Array) -> dict[s
     return found
 
 
-def _measure(logits_fn: Callable, inputs: jax.Array, labels: jax.Array, indices: jax.Array) -> Metrics:
+def _measure(logits_fn: Callable, inputs: Array, labels: Array, indices: AnyArray) -> Metrics:
     """`evaluation_metrics` of the inputs at `indices`, a piece at a time to bound the memory."""
     size = min(_EVALUATION_BATCH, len(indices))
     num_pieces = -(-len(indices) // size)

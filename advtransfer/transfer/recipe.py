@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from jaxtyping import UInt8
 
 from advtransfer.data import Augmentation, choose_augmentation
 from advtransfer.optim import SCHEDULES
@@ -60,7 +61,9 @@ class Recipe:
             )
 
 
-def resolve_recipe(recipe: Recipe, num_images: int, images: np.ndarray | None = None) -> Recipe:
+def resolve_recipe(
+    recipe: Recipe, num_images: int, images: UInt8[np.ndarray, "n h w 3"] | None = None
+) -> Recipe:
     """The recipe with all decided that depends on the images: batch size, epochs, augmentation.
 
     Args:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Integer, Key
 
 from advtransfer import parallel
 from advtransfer.data import Split, check_split
 from advtransfer.labels import check_labels
-from advtransfer.models import Model
-from advtransfer.transfer.cost import block_flops
-from advtransfer.transfer.freezing import first_unfrozen_block
+from advtransfer.models import Model, ResNet
+from advtransfer.transfer.cost import block_flops, prefix_flops
 from advtransfer.transfer.prepared import Prepared, cache_bytes, own_statistics, prepare
 from advtransfer.transfer.program import Rates, make_fine_tune
 from advtransfer.transfer.recipe import Recipe, resolve_recipe, without_rates
@@ -30,11 +30,11 @@ def fine_tune_one(
     train: Split,
     test: Split | None,
     *,
-    key: jax.Array,
+    key: Key[Array, ""],
     class_names: tuple[str, ...],
     num_unfrozen_blocks: int = 0,
     recipe: Recipe = Recipe(),
-) -> tuple[Model, dict[str, np.ndarray]]:
+) -> tuple[Model, dict[str, Float32[np.ndarray, " epochs"]]]:
     """Fine-tunes a source network on all of `train`.
 
     Args:
@@ -62,7 +62,8 @@ def fine_tune_one(
     _check_classes(train, test, len(class_names))
     recipe = resolve_recipe(recipe, num_images, train.images)
     module = model.module.clone(num_classes=len(class_names))
-    run = _one(module, without_rates(recipe), num_unfrozen_blocks, model.spec.image_size)
+    decided = without_rates(recipe), num_unfrozen_blocks, model.spec.image_size
+    run = _one(module, *decided)  # ty: ignore[invalid-argument-type]  # a Flax module is hashable
     # The program measures on two sets; where there is one, the other is an image that costs nothing.
     measured = Split(*(array[:1] for array in train)) if test is None else test
     inputs = prepare(model, train, measured, recipe, num_unfrozen_blocks)[:2]
@@ -91,14 +92,14 @@ def fine_tune_many(
     train: Split,
     test: Split,
     *,
-    subsets: np.ndarray,
-    keys: jax.Array,
+    subsets: Integer[np.ndarray, "trials n"],
+    keys: Key[Array, " trials"],
     num_classes: int,
     num_unfrozen_blocks: int = 0,
     recipe: Recipe = Recipe(),
     rates: Rates | None = None,
     prepared: Prepared | None = None,
-) -> dict[str, np.ndarray]:
+) -> dict[str, Float32[np.ndarray, "trials ..."]]:
     """Histories of T fine-tunings that differ in their images, keys and rates only, as one compiled program.
 
     Args:
@@ -129,7 +130,8 @@ def fine_tune_many(
     recipe = resolve_recipe(recipe, subsets.shape[1], train.images)
     module = model.module.clone(num_classes=num_classes)
     batch = _trials_per_batch(module, num_unfrozen_blocks, *subsets.shape)
-    programs = _many(module, without_rates(recipe), num_unfrozen_blocks, model.spec.image_size, batch)
+    decided = without_rates(recipe), num_unfrozen_blocks, model.spec.image_size, batch
+    programs = _many(module, *decided)  # ty: ignore[invalid-argument-type]  # a Flax module is hashable
     tried = rates or Rates(recipe.learning_rate, recipe.weight_decay)
     tried = Rates(*(jnp.atleast_1d(jnp.asarray(x, jnp.float32)) for x in tried))
     chex.assert_rank(tried, 1)
@@ -170,19 +172,19 @@ def _check_classes(train: Split, test: Split | None, num_classes: int) -> None:
             check_labels(split.labels, split.num_images, num_classes, name=name)
 
 
-def num_streams(module: Any, num_unfrozen_blocks: int, image_size: int, *, cached: bool) -> int:
+def num_streams(module: ResNet, num_unfrozen_blocks: int, image_size: int, *, cached: bool) -> int:
     """How many trials `fine_tune_many` runs at the same time on a device, each by a program of its own.
 
     On a CPU a small trial leaves cores idle, which others can take (measured: benchmarks/RESULTS.md). With
     `cached` activations a step begins at the first trained block.
     """
-    flops = block_flops(module, image_size)
+    flops = sum(block_flops(module, image_size))
     if cached:
-        flops = flops[1 + first_unfrozen_block(module, num_unfrozen_blocks) :]
-    return parallel.cores_per_device() if sum(flops) < _SMALL else 1
+        flops -= prefix_flops(module, image_size, num_unfrozen_blocks)
+    return parallel.cores_per_device() if flops < _SMALL else 1
 
 
-def _trials_per_batch(module: Any, num_unfrozen_blocks: int, num_trials: int, num_images: int) -> int:
+def _trials_per_batch(module: ResNet, num_unfrozen_blocks: int, num_trials: int, num_images: int) -> int:
     """How many trials one program takes side by side, as measured best, if there is memory for them.
 
     With kernels of their own their convolutions would be grouped ones; and on a CPU heads side by side, each
@@ -228,12 +230,12 @@ class _Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _one(module: Any, recipe: Recipe, num_unfrozen_blocks: int, image_size: int) -> Callable:
+def _one(module: ResNet, recipe: Recipe, num_unfrozen_blocks: int, image_size: int) -> Callable:
     return jax.jit(make_fine_tune(module, recipe, num_unfrozen_blocks, image_size))
 
 
 @functools.lru_cache(maxsize=64)
-def _many(module: Any, recipe: Recipe, num_unfrozen_blocks: int, image_size: int, batch: int) -> _Programs:
+def _many(module: ResNet, recipe: Recipe, num_unfrozen_blocks: int, image_size: int, batch: int) -> _Programs:
     """Compiled once for every (network, recipe, k), whatever the source's weights, rates and images are;
     `batch` trials run as one batched computation."""
     run = make_fine_tune(module, recipe, num_unfrozen_blocks, image_size)
