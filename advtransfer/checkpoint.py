@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from advtransfer import foreign, parallel, storage
-from advtransfer.storage import AnyPath, SaveError
+from advtransfer.foreign import AnyPath
+from advtransfer.storage import SaveError
 
 _OVERHEAD = 2**20  # bytes that a checkpoint takes beside its arrays, at most
 _WHOLE = "checkpoint.json"  # written last: an address without it is half an upload

@@ -94,7 +94,7 @@ class RunLog:
                 self._events.add_scalar(name, value, line["step"])
 
 
-def _read_lines(path: storage.AnyPath) -> list[dict]:
+def _read_lines(path: foreign.AnyPath) -> list[dict]:
     """The complete lines of a JSON-lines file; a killed process may have left half a line."""
     if not path.exists():
         return []

@@ -29,9 +29,8 @@ from etils import epath
 from jaxtyping import PyTree
 
 from advtransfer import parallel
-from advtransfer.foreign import inside
+from advtransfer.foreign import AnyPath, inside
 
-AnyPath = Path | epath.Path
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # that fsspec needs for each kind of address
 
 

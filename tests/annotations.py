@@ -1,8 +1,9 @@
 """The package's annotations, shapes and dtypes of arrays among them, checked at every call in the tests."""
 
+import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from beartype import BeartypeConf, beartype
 
@@ -15,8 +16,11 @@ _CONF = BeartypeConf(is_pep484_tower=True)  # an int is a float, as PEP 484 has 
 def check_after(function: Callable) -> Callable:
     """A type checker for `jaxtyping.install_import_hook` that looks once a function has returned.
 
-    jaxtyping calls it twice: for the arguments before the call (the return is Any there), and for both after
-    it. Only the second is checked: so a function's own refusal of an argument comes first, and what it takes
-    without one must be what it names.
+    jaxtyping calls it twice: with a stand-in that takes the arguments, and with one that takes the result as
+    well, as a keyword "ret0". Only the second is checked: so a function's own refusal of an argument comes
+    first, and what it accepts must be what its annotations name.
     """
-    return function if function.__annotations__.get("return", Any) is Any else beartype(function, conf=_CONF)
+    names = inspect.signature(function).parameters
+    return (
+        beartype(function, conf=_CONF) if any(re.fullmatch(r"ret\d+", name) for name in names) else function
+    )

@@ -23,8 +23,6 @@ from jaxtyping import install_import_hook
 
 install_import_hook(annotations.CHECKED, "annotations.check_after")
 
-from advtransfer.models import ARCHITECTURES
-
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -61,6 +59,8 @@ def unoptimised():
 @pytest.fixture(scope="module")
 def two_blocks():
     """resnet_tiny with two blocks of its four, and of half their width: it compiles in half the time."""
+    from advtransfer.models import ARCHITECTURES
+
     with pytest.MonkeyPatch.context() as patch:
         tiny = {**ARCHITECTURES["resnet_tiny"], "stage_sizes": (1, 1), "width": 8}
         patch.setitem(ARCHITECTURES, "resnet_tiny", tiny)

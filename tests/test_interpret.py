@@ -374,9 +374,7 @@ def test_visualisation_starts_at_what_the_start_gives_and_climbs(done, networks)
 def test_the_pictures_of_visualisation_have_the_values_below_them(done, parts, networks):
     *climbed, inverted = parts["Feature visualisation"]
     image = _drawn("test", 3)[1].images / np.float32(255)
-    for kind, part, what in zip(
-        ("class", "unit"), climbed, ("logit of a class", "one unit"), strict=True
-    ):
+    for kind, part, what in zip(("class", "unit"), climbed, ("logit of a class", "one unit"), strict=True):
         assert what in part.caption and "in Fourier coordinates" in part.caption
         assert "from noise, N(0.5, 1/20), and from images: projected" in part.caption
         assert [group[0].head for group in part.groups] == ["Start: noise", "Start: image"]

@@ -88,17 +88,6 @@ class Dataset(NamedTuple):
             raise ValueError(f"the {split} images of {self.name} are streamed, but are needed in memory")
         return found
 
-    def in_memory(self, split: str) -> Split:
-        """The images and labels of a split.
-
-        Raises:
-          ValueError: the split is streamed.
-        """
-        found = getattr(self, split)
-        if isinstance(found, StreamedSplit):
-            raise ValueError(f"the {split} images of {self.name} are streamed, but are needed in memory")
-        return found
-
     def digest(self, *splits: str) -> str:
         """SHA-256 of the class names and of the images and labels of the given splits."""
         known = [self.digests.get(split) or content_digest(*self.in_memory(split)) for split in splits]

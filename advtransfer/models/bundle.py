@@ -7,13 +7,11 @@ import hashlib
 import json
 import math
 from importlib import metadata
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.tree_util import Partial
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
@@ -21,6 +19,7 @@ from jaxtyping import PyTree
 from advtransfer import foreign, storage
 from advtransfer.arrays import AnyArray, Variables
 from advtransfer.data import resize
+from advtransfer.foreign import AnyPath
 from advtransfer.models.resnet import ResNet, create_module, init_variables
 
 _SPEC_FILE, _VARIABLES = "model.json", "variables"
@@ -166,7 +165,7 @@ def identity(model: Model) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def save_model(model: Model, folder: str | Path, *, overwrite: bool = False) -> None:
+def save_model(model: Model, folder: str | AnyPath, *, overwrite: bool = False) -> None:
     """Writes a model folder, whole or not at all: it is made beside `folder`, then renamed. At an address
     `model.json` goes last, and a folder without it is no model.
 
@@ -196,7 +195,7 @@ def save_model(model: Model, folder: str | Path, *, overwrite: bool = False) -> 
         (new / _SPEC_FILE).write_text(text + "\n")
 
 
-def load_model(folder: str | Path, *, dtype: DTypeLike | None = None) -> Model:
+def load_model(folder: str | AnyPath, *, dtype: DTypeLike | None = None) -> Model:
     """Reads a model folder.
 
     Args:
@@ -232,7 +231,7 @@ def load_model(folder: str | Path, *, dtype: DTypeLike | None = None) -> Model:
     return Model(module, jax.tree.map(jnp.asarray, variables), spec)
 
 
-def _find(folder: str | Path) -> Path | epath.Path:
+def _find(folder: str | AnyPath) -> AnyPath:
     path = storage.to_path(folder)
     for candidate in (path, path / "model"):
         storage.recover(candidate)
@@ -241,12 +240,12 @@ def _find(folder: str | Path) -> Path | epath.Path:
     raise ValueError(f"{str(folder)!r} is no model folder: it has no {_SPEC_FILE}")
 
 
-def _is_half_an_upload(folder: Path | epath.Path) -> bool:
+def _is_half_an_upload(folder: AnyPath) -> bool:
     """Whether all there is are weights that a killed process has sent to an address."""
     return storage.is_address(folder) and {path.name for path in folder.iterdir()} == {_VARIABLES}
 
 
-def _read(folder: Path | epath.Path) -> tuple[ModelSpec, str]:
+def _read(folder: AnyPath) -> tuple[ModelSpec, str]:
     path = folder / _SPEC_FILE
     try:
         fields = foreign.read_json(path)
@@ -292,7 +291,7 @@ class _Misfit(ValueError):
     """Weights of other names, shapes or types than the architecture's."""
 
 
-def _check_fit(stored: PyTree, expected: PyTree, folder: Path | epath.Path) -> None:
+def _check_fit(stored: PyTree, expected: PyTree, folder: AnyPath) -> None:
     have, want = _named_leaves(stored), _named_leaves(expected)
     problems = [f"missing {name}" for name in want if name not in have]
     problems += [f"unexpected {name}" for name in have if name not in want]

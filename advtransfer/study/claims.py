@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import IO
 
 from advtransfer import parallel, storage
-from advtransfer.storage import AnyPath
+from advtransfer.foreign import AnyPath
 
 
 class NoLocks(OSError):

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Num
 
 from advtransfer import foreign, storage
-from advtransfer.storage import AnyPath
+from advtransfer.foreign import AnyPath
 from advtransfer.study.trials import Trial
 
 _METRICS = ("train_accuracy", "train_loss", "test_accuracy", "test_loss", "test_mean_per_class_accuracy")
