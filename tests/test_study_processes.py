@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import inspect
 import os
 import random
 import signal
@@ -39,7 +40,8 @@ def work(folder):
     study_run.run_group = run_group
     study_run._prepare = lambda *_: None
     trials = grid()
-    rows = run_trials(trials, {"d0": None}, {"": None}, folder / "rows")
+    unchecked = inspect.unwrap(run_trials)  # neither models nor images are needed
+    rows = unchecked(trials, {"d0": None}, {"": None}, folder / "rows")
     assert [row["trial_id"] for row in rows[::2]] == [t.identity() for t in trials]
 
 
