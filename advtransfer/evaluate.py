@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, Float32, Integer, Key, PRNGKeyArray, UInt8
 from advtransfer import parallel
 from advtransfer.arrays import AnyArray
 from advtransfer.attacks import (
-    NORMS,
     Attack,
     LogitsFn,
     as_network,
@@ -29,6 +28,7 @@ from advtransfer.attacks import (
 from advtransfer.data import SPLITS, Batch, Dataset, Split, check_batch, check_split, to_float
 from advtransfer.labels import check_labels
 from advtransfer.models import Model, ModelSpec, logits_fn
+from advtransfer.norms import NORMS, SYMBOLS
 from advtransfer.options import option, options
 from advtransfer.progress import progress_bar
 from advtransfer.train import Metrics, sum_metrics
@@ -72,9 +72,8 @@ class Evaluation:
         """In words."""
         if self.norm == "none":
             return "none"
-        norm = {"l2": "ℓ2", "linf": "ℓ∞"}[self.norm]
         restarts = f", {self.num_restarts} restarts" if self.num_restarts > 1 else ""
-        return f"{norm} PGD-{self.num_steps}, ε = {self.eps:.3g}{restarts}"
+        return f"{SYMBOLS[self.norm]} PGD-{self.num_steps}, ε = {self.eps:.3g}{restarts}"
 
 
 def make_evaluate_step(

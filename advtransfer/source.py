@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from advtransfer import parallel, storage
-from advtransfer.attacks import NORMS, cross_entropy, make_attack
+from advtransfer.attacks import cross_entropy, make_attack
 from advtransfer.checkpoint import Checkpoints
 from advtransfer.data import Augmentation, Batch, Dataset, Feed, StreamedSplit, choose_augmentation, make_feed
 from advtransfer.evaluate import Evaluation, measure
@@ -31,6 +31,7 @@ from advtransfer.models import (
     load_model,
     save_model,
 )
+from advtransfer.norms import NORMS
 from advtransfer.optim import SCHEDULES, make_schedule, sgd
 from advtransfer.options import deciding, option, options, to_dict
 from advtransfer.progress import RunLog, progress_bar
@@ -84,8 +85,8 @@ class SourceRecipe:
     def check(self) -> None:
         if (self.norm == "none") != (self.eps == 0):
             raise ValueError(
-                f"eps={self.eps:g} does not go with norm={self.norm}: set a norm (l2, linf) and a positive "
-                "eps, or neither"
+                f"eps={self.eps:g} does not go with norm={self.norm}: set a norm ({', '.join(NORMS[1:])}) "
+                "and a positive eps, or neither"
             )
 
     @property

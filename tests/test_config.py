@@ -3,8 +3,8 @@
 import pytest
 
 from advtransfer import config as base
-from advtransfer.attacks import NORMS
 from advtransfer.config import STAGES, ConfigError, read
+from advtransfer.norms import NORMS
 
 BOUNDS = {
     "stage": (STAGES, ["", "sauce"]),

@@ -407,7 +407,7 @@ def test_visualisation_in_brief_is_of_classes_from_noise(networks, monkeypatch):
     monkeypatch.setattr(
         explain.visualisation,
         "_climb",
-        lambda _, start, __: Climbed(start, 0 * start[:, 0, 0, 0], np.ones(3)),
+        lambda _, start, __: Climbed(start, 0 * start[:, 0, 0, 0], np.ones(3, np.float32)),
     )
     section = visualisation_section(_case(networks, (0,), ("none",), parameterisation="pixels"))
     (part,) = section.parts

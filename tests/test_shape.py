@@ -213,8 +213,8 @@ def test_usual_gratings_and_opacity_are_those_of_the_dataset():
         ({"amplitude": (-0.1, 0.1)}, "amplitude must be"),
         ({"amplitude": (0.2, 0.1)}, "amplitude must be"),
         ({"amplitude": (0.1, np.nan)}, "amplitude must be"),
-        ({"opacity": 1.5}, "opacity must be from 0 to 1"),
-        ({"opacity": np.nan}, "opacity must be from 0 to 1"),
+        ({"opacity": 1.5}, r"opacity must be in \[0, 1\]"),
+        ({"opacity": np.nan}, r"opacity must be in \[0, 1\]"),
     ],
 )
 def test_impossible_cues(options, message):

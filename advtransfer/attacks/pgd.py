@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Integer, Key, Num, PRNGKeyArr
 from advtransfer.arrays import AnyArray
 from advtransfer.attacks.losses import LossFn, cross_entropy, log_odds
 from advtransfer.attacks.network import LogitsFn, as_network, jit_for
-from advtransfer.attacks.threat_models import L2, THREAT_MODELS, Linf, Size, ThreatModel
+from advtransfer.attacks.threat_models import THREAT_MODELS, Linf, Size, ThreatModel
 from advtransfer.labels import check_labels
 
 Attack = Callable[..., Float32[Array, "n h w c"]]  # (logits_fn, images, labels, key=keys) to images
@@ -107,7 +107,7 @@ def pgd(
     network = as_network(logits_fn, images)
     check_labels(labels, len(images), jax.eval_shape(network, images).shape[1])
     if loss_fn is None:
-        loss_fn = log_odds if isinstance(threat_model, L2 | Linf) else cross_entropy
+        loss_fn = log_odds if isinstance(threat_model, tuple(THREAT_MODELS.values())) else cross_entropy
     # Constants: an attack inside of a loss is no part of what is differentiated.
     network, images, threat_model, step_size = jax.lax.stop_gradient(
         (network, images, *jax.tree.map(jnp.float32, (threat_model, step_size)))
@@ -305,7 +305,8 @@ def make_attack(
     if isinstance(threat_model, str):
         if threat_model not in THREAT_MODELS or eps is None:
             raise ValueError(
-                f"make_attack({threat_model!r}, {eps}): give l2 or linf and its eps, or at.L2(eps)"
+                f"make_attack({threat_model!r}, {eps}): give {' or '.join(THREAT_MODELS)} and its eps, or "
+                "at.L2(eps)"
             )
         threat_model, eps = THREAT_MODELS[threat_model](eps), None
     if eps is not None or None not in (step_size, step_ratio):

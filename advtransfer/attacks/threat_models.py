@@ -107,8 +107,8 @@ class Unconstrained(NamedTuple):
         return jax.vmap(lambda key: jax.random.uniform(key, centers.shape[1:], jnp.float32))(keys)
 
 
+# By the names of `norms.NORMS`, in which "none" is no attack.
 THREAT_MODELS = {"l2": L2, "linf": Linf}
-NORMS = ("none", *THREAT_MODELS)  # none: no attack
 
 
 def _norms(x: AnyArray) -> Array:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -101,7 +101,7 @@ def _placeholder(
     train, validation, test = (split_of(sizes[split]) for split in SPLITS)
     if streamed:
 
-        def read(indices: Sequence[int]) -> Sequence:
+        def read(indices: Iterable[SupportsIndex]) -> Sequence:
             raise ValueError(f"{name} is not prepared")
 
         indices, crop = np.arange(num_streamed), known.side is None

@@ -18,8 +18,8 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, SupportsIndex
 
 import numpy as np
 from jaxtyping import Array, Int32, Integer, UInt8
@@ -40,7 +40,7 @@ _SHARED_MEMORY = "/dev/shm"
 class StreamedSplit(NamedTuple):
     """Images that are decoded each time they are trained on."""
 
-    read: Callable[[Sequence[int]], Sequence[tuple[Encoded, int]]]  # as in `Records`
+    read: Callable[[Iterable[SupportsIndex]], Sequence[tuple[Encoded, int]]]  # as in `Records`
     describe: Callable[[int], str]  # as in `Records`
     indices: Integer[np.ndarray, " n"]  # which of the records
     image_size: int  # pixels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +68,7 @@ def owns_classes(model: Model, dataset: Dataset) -> bool:
     return model.spec.num_classes == len(dataset.class_names)
 
 
-def class_name(model: Model, index: int) -> str:
+def class_name(model: Model, index: SupportsIndex) -> str:
     names = model.spec.class_names
     return names[index] if names else f"class {index}"
 

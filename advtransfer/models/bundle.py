@@ -21,11 +21,11 @@ from advtransfer.arrays import AnyArray, Variables
 from advtransfer.data import resize
 from advtransfer.foreign import AnyPath
 from advtransfer.models.resnet import ResNet, create_module, init_variables
+from advtransfer.norms import NORMS
 
 _SPEC_FILE, _VARIABLES = "model.json", "variables"
 _FORMAT = 2  # of 1, the description has no SHA-256 of its own
 _MAX_SIDE, _MAX_CLASSES = 8192, 10**6
-_THREAT_MODELS = ("none", "l2", "linf")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -37,7 +37,7 @@ class ModelSpec:
     image_size: int  # pixels; what it was trained at
     mean: tuple[float, ...]  # of the normalisation inside the network
     std: tuple[float, ...]
-    norm: str = "none"  # threat model of its adversarial training: none | l2 | linf
+    norm: str = "none"  # threat model of its adversarial training, one of `norms.NORMS`
     eps: float = 0.0  # its radius, pixel units
     class_names: tuple[str, ...] = ()
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)  # where it comes from
@@ -73,14 +73,14 @@ def check_spec(spec: ModelSpec) -> None:
         known = type(values) is tuple and all(type(x) in (int, float) for x in values)
         return known and len(values) == 3 and all(math.isfinite(x) for x in values)
 
-    names, robust = spec.class_names, spec.norm in _THREAT_MODELS[1:]
+    names, robust = spec.class_names, spec.norm in NORMS[1:]
     for field, is_good, expected in (
         ("architecture", isinstance(spec.architecture, str), "the name of a network"),
         ("num_classes", is_whole(spec.num_classes, _MAX_CLASSES), "a whole number, 1 or more"),
         ("image_size", is_whole(spec.image_size, _MAX_SIDE), f"a whole number of pixels, 1 to {_MAX_SIDE:,}"),
         ("mean", are_numbers(spec.mean) and all(0 <= x <= 1 for x in spec.mean), "three numbers in [0, 1]"),
         ("std", are_numbers(spec.std) and all(0 < x <= 1 for x in spec.std), "three numbers in (0, 1]"),
-        ("norm", spec.norm in _THREAT_MODELS, f"one of {', '.join(_THREAT_MODELS)}"),
+        ("norm", spec.norm in NORMS, f"one of {', '.join(NORMS)}"),
         (
             "eps",
             type(spec.eps) in (int, float) and (0 < spec.eps < math.inf if robust else spec.eps == 0),

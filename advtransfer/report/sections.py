@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from advtransfer.norms import SYMBOLS
+
 _EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 class SourceInfo(NamedTuple):
-    """A source network: `norm` is none, l2 or linf, `eps` its radius in pixel units."""
+    """A source network: `norm` is one of `norms.NORMS`, `eps` its radius in pixel units."""
 
     name: str
     norm: str
@@ -26,10 +28,9 @@ class SourceInfo(NamedTuple):
     @property
     def constraint(self) -> str:
         """As a reader writes it: "natural", "ℓ2 (ε = 0.5)", "ℓ∞ (ε = 4/255)"."""
-        if self.norm == "none":
-            return "natural"
-        symbol = {"l2": "ℓ2", "linf": "ℓ∞"}.get(self.norm, self.norm)
-        return symbol if math.isnan(self.eps) else f"{symbol} (ε = {format_eps(self.norm, self.eps)})"
+        symbol = SYMBOLS.get(self.norm, self.norm)
+        has_radius = self.norm != "none" and not math.isnan(self.eps)
+        return f"{symbol} (ε = {format_eps(self.norm, self.eps)})" if has_radius else symbol
 
 
 def format_eps(norm: str, eps: float) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float64, Integer
 
 from advtransfer.intervals import half_width, mean_and_ci95
+from advtransfer.norms import NORMS
 from advtransfer.report.reference import column_of
 from advtransfer.report.sections import SourceInfo
 
@@ -159,8 +160,8 @@ def _distinct(networks: Iterable[SourceInfo]) -> list[SourceInfo]:
 
 
 def _rank(info: SourceInfo) -> tuple[Any, ...]:
-    order = {"none": 0, "l2": 1, "linf": 2}
-    return order.get(info.norm, 3), info.norm, math.isnan(info.eps), info.eps, info.name
+    place = NORMS.index(info.norm) if info.norm in NORMS else len(NORMS)
+    return place, info.norm, math.isnan(info.eps), info.eps, info.name
 
 
 def _with_leads(table: DataFrame, sources: Mapping[str, SourceInfo], on: list[str]) -> DataFrame:

@@ -9,6 +9,7 @@ from typing import Any
 from advtransfer.config import Run, names_key
 from advtransfer.data import Dataset, load_dataset, plan_dataset
 from advtransfer.models import Model, compute_dtype, create_module, load_model
+from advtransfer.norms import NORMS
 from advtransfer.torch_checkpoint import (
     import_torch_checkpoint,
     is_on_this_machine,
@@ -78,7 +79,7 @@ def find_model(name: str, dtype: str, *, planned: bool = False) -> Model:
 
 def is_trained_here(source: str) -> bool:
     """Whether a name in config.study.sources, natural or NORM:EPS, is of a network that the study trains."""
-    return source == "natural" or source.startswith(("l2:", "linf:"))
+    return source == "natural" or source.partition(":")[0] in NORMS[1:]
 
 
 def is_missing(name: str) -> bool:

@@ -26,7 +26,7 @@ class KnownModel(NamedTuple):
     file: str
     repo: str  # on the Hugging Face hub; "": not on the hub
     architecture: str
-    norm: str  # threat model of its training: none | l2 | linf
+    norm: str  # threat model of its training, one of `norms.NORMS`
     eps: float  # radius of the threat model, in pixel units
     dataset: str
     accuracy: float | None  # published, on clean validation or test images, in [0, 1]

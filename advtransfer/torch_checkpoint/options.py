@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from advtransfer.attacks import NORMS
+from advtransfer.norms import NORMS
 from advtransfer.options import option, options
 
 
