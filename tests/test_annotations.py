@@ -23,5 +23,5 @@ def test_a_call_that_no_annotation_allows_fails(call):
 
 
 def test_a_functions_own_refusal_comes_first():
-    with pytest.raises(ValueError, match=r"pass \\[Q, N\\]"):
+    with pytest.raises(ValueError, match="pass .Q, N."):
         most_helpful(np.ones(3), 1)
