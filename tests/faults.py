@@ -224,13 +224,13 @@ def disturb(
         if victim.poll() is None:
             stops.append(f"{number.name} {when}")
         victim.send_signal(number)
-        said = {victim: victim.communicate(timeout=300)[1]}
+        output = {victim: victim.communicate(timeout=300)[1]}
         for process in processes:
             if process is not victim:
                 if when == "starting" and victim.returncode:
                     process.kill()  # as launchers do; it would wait five minutes for the one that never came
-                said[process] = process.communicate(timeout=300)[1]
-        for process, stderr in said.items():
+                output[process] = process.communicate(timeout=300)[1]
+        for process, stderr in output.items():
             expected = (-number, 0) if process is victim else (-signal.SIGKILL, 3, 0)
             if process.returncode not in expected:
                 raise AssertionError(f"exit code {process.returncode} after {number.name}: {stderr[-1000:]}")

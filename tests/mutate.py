@@ -85,7 +85,7 @@ class Run(NamedTuple):
     failure: str
     test: str
     seconds: float
-    said: str
+    output: str
 
 
 def run(place: Place, command: list[str], limit: float) -> Run:
@@ -116,11 +116,11 @@ def run(place: Place, command: list[str], limit: float) -> Run:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         output.seek(0)
-        said = output.read()
+        printed = output.read()
     code = process.returncode
     failure = failure or ("" if code in (0, 5) else f"crash ({-code})" if code < 0 else "test")  # 5: no tests
-    named = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", said, re.MULTILINE)
-    return Run(failure, named[1] if named else "", time.monotonic() - started, said)
+    named = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", printed, re.MULTILINE)
+    return Run(failure, named[1] if named else "", time.monotonic() - started, printed)
 
 
 def _memory(pid: int) -> int:
@@ -176,13 +176,13 @@ def _reach(place: Place, tier: str, file: str) -> dict:
     recorded = ["-m", "coverage", "run", f"--data-file={data}", "--source=advtransfer", *command]
     measured = run(place, recorded, float("inf"))
     if measured.failure:
-        raise SystemExit(f"{measured.said[-3000:]}\n{file} fails without a mutant")
+        raise SystemExit(f"{measured.output[-3000:]}\n{file} fails without a mutant")
     lines = coverage.CoverageData(str(data))
     lines.read()
     found = {str(Path(f).relative_to(place.tree)): sorted(lines.lines(f)) for f in lines.measured_files()}
     if file == "import" and not found:
         raise SystemExit(f"the package is not imported from {place.tree}")
-    marked = re.search(r"\d deselected", measured.said) is not None
+    marked = re.search(r"\d deselected", measured.output) is not None
     return {"seconds": measured.seconds, "marked": marked, "lines": found}
 
 
@@ -253,7 +253,7 @@ def judge(mutation: Mutation, root: Path, place: Place, tier: str, measured: dic
     return Result("", "", "", round(seconds, 1))
 
 
-def told(mutation: Mutation, tier: str, result: Result) -> str:
+def describe(mutation: Mutation, tier: str, result: Result) -> str:
     caught = f"caught {tier} {result.test or result.failure}" if result.tier else f"NOT CAUGHT {tier}"
     short = [" ".join(text.split())[:60] for text in (mutation.original, mutation.replacement)]
     what = f"{mutation.kind}: {short[0]!r} -> {short[1]!r}"
@@ -343,7 +343,7 @@ def campaign(
                 results[mutation] = result
                 kept.write(json.dumps([*mutation[:-1], [version, tests], tier, result]) + "\n")
                 kept.flush()
-                print(told(mutation, tier, result), flush=True)
+                print(describe(mutation, tier, result), flush=True)
     print(table(results))
     survivors = [mutation for mutation, result in results.items() if not result.tier]
     print(*(difference(root, mutation) for mutation in survivors), sep="\n\n")

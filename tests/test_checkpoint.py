@@ -32,7 +32,7 @@ from advtransfer.tasks import workdir
 from test_checkpoint import state
 
 def at_process_1(name, *errors):
-    # The other process goes on, and is to be told.
+    # The other process goes on, and must be notified.
     working = getattr(storage, name)
     broken = mock.Mock(side_effect=[*errors, *[mock.DEFAULT] * 9], wraps=working)
     return mock.patch.object(storage, name, broken if parallel.process() == 1 else working)
@@ -100,9 +100,9 @@ def written(tmp_path_factory):
         )
         for i in range(2)
     ]
-    said = [process.communicate(timeout=240) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    return folder, [stdout.splitlines() for stdout, _ in said]
+    output = [process.communicate(timeout=240) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], output
+    return folder, [stdout.splitlines() for stdout, _ in output]
 
 
 @pytest.mark.process
@@ -116,10 +116,10 @@ def test_one_process_reads_what_two_have_written(written):
 
 
 @pytest.mark.process
-def test_a_failure_of_one_is_told_to_both(written):
-    _, said = written
+def test_a_failure_of_one_is_reported_by_both(written):
+    _, output = written
     for lines, save, restore in zip(
-        said,
+        output,
         ("another process says why", "No space left on device"),
         ("another process cannot read it", "Input/output error"),
         strict=True,
@@ -133,8 +133,8 @@ def test_a_failure_of_one_is_told_to_both(written):
 
 @pytest.mark.process
 def test_a_folder_of_each_process_s_own_is_refused_by_both(written):
-    folder, said = written
-    for lines in said:
+    folder, output = written
+    for lines in output:
         assert any("--workdir=DIR is not one folder: another process does not see" in line for line in lines)
     assert not [path for path in folder.rglob(".shared*")]
 

@@ -57,8 +57,8 @@ def test_splits_under_their_usual_names(tmp_path, train, test):
     assert dataset.class_names == ("cat", "dog") and sizes(dataset) == [11, 1, 12]
     assert set(dataset.test.images[..., 0].ravel()) == {BRIGHT}
     assert np.bincount(dataset.test.labels).tolist() == [6, 6]
-    (told,) = [remark for remark in dataset.remarks if remark.startswith("left out")]
-    assert told == "left out 1 with suffix .md"
+    (left_out,) = [remark for remark in dataset.remarks if remark.startswith("left out")]
+    assert left_out == "left out 1 with suffix .md"
     assert any(remark.startswith("read") for remark in dataset.remarks) == (
         (train, test) != ("train", "test")
     )
@@ -220,7 +220,7 @@ def test_numbers_are_classes_in_the_order_of_their_values(tmp_path):
     assert load(tmp_path / "set").class_names == ("2", "9", "10", "100", "a10", "a9", "b")
 
 
-def test_images_that_come_twice_are_told(tmp_path):
+def test_duplicate_images_are_reported(tmp_path):
     for split, value in (("train", DARK), ("test", BRIGHT)):
         draw_classes(tmp_path / "set" / split, value, number=6)
     draw(tmp_path / "set/test/cat/copy1.png", DARK, 0, 0)  # as train/cat/0.png
@@ -234,7 +234,7 @@ def test_images_that_come_twice_are_told(tmp_path):
     )
 
 
-def test_a_set_without_a_bright_pixel_is_told(tmp_path):
+def test_a_set_without_a_bright_pixel_is_reported(tmp_path):
     for bits, is_told in ((16, False), (12, True), (10, True)):
         for serial in range(10):
             values = np.random.default_rng(serial).integers(0, 2**bits, (2, 8, 8), dtype=np.uint16)

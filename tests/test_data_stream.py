@@ -187,9 +187,9 @@ def test_a_broken_image_is_refused_by_name_or_replaced_by_the_next(tmp_path, cap
     for step in range(4):
         feed.rows(step)
     feed.close()
-    said = re.findall(r"skipped: (\S+) .*; (\d) broken images so far", caplog.text)
-    assert {name for name, _ in said} == {"train/a/0007.png", "train/a/0008.png"}
-    assert [number for _, number in said] == ["1", "2"]
+    output = re.findall(r"skipped: (\S+) .*; (\d) broken images so far", caplog.text)
+    assert {name for name, _ in output} == {"train/a/0007.png", "train/a/0008.png"}
+    assert [number for _, number in output] == ["1", "2"]
 
 
 def test_a_set_without_one_good_image_ends(tmp_path):
@@ -285,7 +285,7 @@ def _feed(train, *, augmentation=AUGMENTATIONS["none"], batch_size=8, num_steps=
 
 
 def test_a_set_on_the_device_is_enlarged_batch_by_batch():
-    """It lies there as it is; a batch is what enlarging the whole set first would give."""
+    """It is stored at its own size; a batch equals one of the enlarged set."""
     rng = np.random.default_rng(0)
     small = Split(rng.integers(0, 256, (20, 5, 5, 3), dtype=np.uint8), np.arange(20, dtype=np.int32))
     feed = _feed(small, image_size=12)

@@ -1,4 +1,4 @@
-"""What a command or a call means where nothing is said, against fixtures/defaults.json.
+"""Defaults of every config key and public function, against fixtures/defaults.json.
 
 A changed default changes experiments that people have written down, and the identity of every trial. To
 change one, run `python -m tests.test_defaults`, which writes the file anew, and say so to the users.

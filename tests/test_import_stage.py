@@ -125,8 +125,8 @@ def test_verification_compares_with_the_published_accuracy(study, tmp_path, caps
     points = 100 * (found["natural_accuracy"] - 0.25)
     # The standard error of a share of 1/4 among 797 images, in points.
     error = 100 * np.sqrt(0.25 * 0.75 / 797)
-    assert f"published: 25.00% on digits ({points:+.2f} points here" in (said := capsys.readouterr().out)
-    assert f"{error:.2f})" in said
+    assert f"published: 25.00% on digits ({points:+.2f} points here" in (message := capsys.readouterr().out)
+    assert f"{error:.2f})" in message
 
 
 def test_a_checkpoint_is_a_source_by_its_own_name(study, tmp_path):
@@ -264,7 +264,7 @@ def test_a_source_without_a_head_can_be_fine_tuned_and_not_measured(study, tmp_p
     assert at.load_model(tmp_path / "transfer").spec.has_head
 
 
-def test_the_wrapping_is_said(study, tmp_path):
+def test_the_wrapping_is_reported(study, tmp_path):
     tensors = at.export_torch_state_dict(at.load_model(study))
     path = tmp_path / "a.safetensors"
     safetensors.numpy.save_file({f"module.{name}": value for name, value in tensors.items()}, path)

@@ -250,7 +250,7 @@ def test_as_many_vectors_may_be_kept_as_there_is_room_for(monkeypatch):
         assert asked[-1] == number
 
 
-def test_time_and_memory_are_told_first_and_what_does_not_fit_is_refused(monkeypatch):
+def test_time_and_memory_are_reported_first_and_what_does_not_fit_is_refused(monkeypatch):
     lines = []
     arrays = make_problem(*SHAPES[0])
     score(arrays, solver="truncated", tell=lines.append)

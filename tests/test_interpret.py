@@ -146,7 +146,7 @@ def test_saliency_is_of_the_label_or_of_what_a_foreign_network_reads(done, netwo
     assert "difference" in (done / "report.html").read_text()
 
 
-def test_the_pictures_of_saliency_and_what_is_said_of_them(done, parts, networks):
+def test_the_pictures_of_saliency_and_their_captions(done, parts, networks):
     (image, *groups), table = parts["Saliency"][0].groups, parts["Saliency"][1]
     part = _drawn("test", 3)[1]
     pixels, names = np.float32(part.images) / np.float32(255), [DIGITS[i] for i in part.labels]
@@ -157,9 +157,9 @@ def test_the_pictures_of_saliency_and_what_is_said_of_them(done, parts, networks
         assert [row.head for row in group] == kinds
         network = logits_fn(load_model(networks[place]))
         read = np.argmax(network(pixels), axis=1)
-        said = [(DIGITS, LETTERS)[place][i] for i in read]
-        marked = [f"{'✓' if a == b else '✗'} {a}" for a, b in zip(said, names, strict=True)]
-        assert group[0].labels == (said if place else marked)
+        shown = [(DIGITS, LETTERS)[place][i] for i in read]
+        marked = [f"{'✓' if a == b else '✗'} {a}" for a, b in zip(shown, names, strict=True)]
+        assert group[0].labels == (shown if place else marked)
         explained = read if place else part.labels
         options = {"key": jax.random.key(0), "num_samples": 2}
         smooth = saliency.smooth_grad(network, pixels, explained, **options)
@@ -197,7 +197,7 @@ def test_one_image_has_no_interval():
 
 
 def _case(networks, order, norms, **changes):
-    """Networks at these places, said to be trained in these ways."""
+    """Networks at these places, with these norms in their descriptions."""
     looks = styles(SourceInfo(norm, norm, 0.0 if norm == "none" else 0.5) for norm in norms)
     models = [load_model(networks[place]) for place in order]
     subjects = []
@@ -217,7 +217,7 @@ def _case(networks, order, norms, **changes):
     ],
 )
 def test_saliency_in_brief_is_of_gradients_alone(networks, order, norms, whose):
-    """Five images are shown, more than the two that are said to be measured."""
+    """Five images are shown, more than num_measured."""
     case = _case(networks, order, norms, num_images=5, num_measured=2)
     pictures, table = saliency_section(case).parts
     assert len(pictures.groups[0][0].images) == 5
@@ -282,7 +282,7 @@ def test_match_rates_of_a_head_trained_for_a_foreign_network(done, networks):
         np.testing.assert_allclose(_column(rows, "match_rate"), rates, atol=1e-12)
 
 
-def test_the_pictures_and_tables_of_influence_and_what_is_said_of_them(done, parts):
+def test_the_pictures_and_tables_of_influence_and_their_captions(done, parts):
     pictures, curves, table, maps = parts["Influence of training images"]
     indices, queries = _drawn("test", 12)
     chosen, train = _drawn("train", 29)
@@ -418,7 +418,7 @@ def test_visualisation_in_brief_is_of_classes_from_noise(networks, monkeypatch):
     assert "the logit of a class" in section.finding
 
 
-def test_the_curves_of_shape_bias_and_what_is_said_of_them(done, parts):
+def test_the_curves_of_shape_bias_and_their_captions(done, parts):
     lines, table, bars = parts["Shape against texture"]
     rows = [row for row in _csv(done / "shape.csv", model=LETTER) if not row["class"]]
     opacities, amplitudes = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0), (0.02, 0.06, 0.1, 0.15, 0.2, 0.3)
@@ -450,7 +450,7 @@ def test_the_curves_of_shape_bias_and_what_is_said_of_them(done, parts):
 
 
 def test_letters_that_always_outweigh_gratings(networks, monkeypatch):
-    """Nowhere is half a point: the faintest letters are told of."""
+    """The curve crosses one half nowhere, so the table is of the faintest letters."""
     names = np.array(list(LETTERS))
     answers = cues.shape_bias(names, names, np.roll(names, 1))
     monkeypatch.setattr(explain.shape.shape, "measure", lambda *_: answers)
@@ -635,7 +635,7 @@ def test_a_study_report_is_of_few_images_and_of_what_each_dataset_has(networks, 
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"models": ""}, "config.models: name models"),
         ({"models": "/nowhere"}, "config.models: '/nowhere' is no model folder"),
@@ -649,23 +649,23 @@ def test_a_study_report_is_of_few_images_and_of_what_each_dataset_has(networks, 
         ({"cue_conflict": "/nowhere"}, "config.interpret.cue_conflict: /nowhere is not a folder"),
     ],
 )
-def test_what_cannot_be_is_one_line(networks, tmp_path, change, said):
+def test_what_cannot_be_is_one_line(networks, tmp_path, change, message):
     config = _config(networks)
     for key, value in change.items():
         (config if key in config else config.interpret)[key] = value
     with pytest.raises(ConfigError) as error:
         tasks.run(config, tmp_path / "new")
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
 
 
 def test_networks_that_cannot_stand_side_by_side(networks, tmp_path):
     small = _save(tmp_path / "small", DIGITS, "none", 0.0, size=8)
-    for models, said in (
+    for models, message in (
         ([*networks, small], "8 and 16 pixels"),
         ([networks[0]] * 2, "two models are called"),
     ):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=message):
             tasks.run(_config(models), tmp_path / "new")
 
 

@@ -104,8 +104,8 @@ def test_a_browser_finds_every_number_and_picture(tmp_path):
         shown, pictures, mistake_table(outcome).to_dict("records"), strict=False
     ):
         np.testing.assert_array_equal(decoded(picture)[1], np.round(255 * pixels))
-        told = f"Test image {record['index']}: {record['label']}, classified as {record['predicted']}"
-        assert picture["alt"].startswith(told)
+        alt = f"Test image {record['index']}: {record['label']}, classified as {record['predicted']}"
+        assert picture["alt"].startswith(alt)
 
     assert [row["test_accuracy"] for row in read_csv(tmp_path / "epochs.csv")] == ["0.25", "0.5"]
     assert [row["mean_accuracy"] for row in read_csv(tmp_path / "choice.csv")] == ["0.5", ""]

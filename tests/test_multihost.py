@@ -75,10 +75,10 @@ def test_sigterm_at_one_saves_on_all_and_one_device_goes_on(start, one_process, 
     processes = together(start, tmp_path)
     _until_step(2, tmp_path, processes)
     processes[1].send_signal(signal.SIGTERM)
-    said = [finish(process) for process in processes]
+    output = [finish(process) for process in processes]
     last = max(saved_steps(tmp_path))
     assert last < NUM_STEPS
-    for stderr in said:
+    for stderr in output:
         assert f"SIGTERM: saved at step {last} of {NUM_STEPS}; resume with the same command" in stderr
     finish(start(tmp_path, devices=1))
     _assert_same(tmp_path, one_process)
@@ -99,8 +99,8 @@ def test_a_lost_process_ends_the_other_and_both_go_on(start, lost, one_process):
 
 @pytest.mark.process
 def test_without_a_cluster_multihost_is_an_error(start, tmp_path):
-    said = finish(start(tmp_path / "alone", "--multihost"), code=2)
-    assert len(said.splitlines()) == 1 and "set JAX_COORDINATOR_ADDRESS=HOST:PORT" in said
+    output = finish(start(tmp_path / "alone", "--multihost"), code=2)
+    assert len(output.splitlines()) == 1 and "set JAX_COORDINATOR_ADDRESS=HOST:PORT" in output
 
 
 @pytest.mark.process

@@ -64,13 +64,13 @@ def test_a_fault_is_caught_or_survives_and_is_not_tried_again(tmp_path):
     code = "import sys, pathlib, tests.mutate as m; print(m.campaign(*map(pathlib.Path, sys.argv[1:]), 0, 9))"
     command = [sys.executable, "-c", code, str(tree), str(tmp_path / "kept")]
     for times in (1, 0):
-        said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        assert said.splitlines()[-4:] == [
+        output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        assert output.splitlines()[-4:] == [
             "advtransfer/__init__.py:6 comparison",
             "- return not x",
             "+ return x",
             "1",
         ]
-        assert said.count("caught unmarked tests/test_toy.py::test_f ") == times
-        assert said.count("NOT CAUGHT") == 2 * times
+        assert output.count("caught unmarked tests/test_toy.py::test_f ") == times
+        assert output.count("NOT CAUGHT") == 2 * times
     assert len((tmp_path / "kept/results-0.jsonl").read_text().splitlines()) == 3

@@ -181,8 +181,8 @@ def test_of_large_pictures_every_second_or_third_pixel_is_shown(side, step):
     ],
 )
 def test_the_page_tells_what_the_rule_took(num_images, k, row, words):
-    said, rows = one_model._told(Choice("rule", k, (0, 1, 3, 6, 9, -1), None), num_images)
-    assert words in said
+    output, rows = one_model._told(Choice("rule", k, (0, 1, 3, 6, 9, -1), None), num_images)
+    assert words in output
     below = [100, 1_600, 12_800, 51_200, None]
     assert [(r["below_num_images"], r["num_unfrozen_blocks"]) for r in rows] == list(
         zip(below, [0, 1, 3, 9, -1], strict=True)
@@ -458,7 +458,7 @@ def test_a_study_chooses_nothing(change):
         read(config)
 
 
-def test_too_few_images_of_a_class_are_told_before_anything_is_written(source, tmp_path):
+def test_too_few_images_of_a_class_are_refused_before_anything_is_written(source, tmp_path):
     config = _config(source, choose_num_unfrozen_blocks="cross_validation")
     config.transfer.update(num_train_images=10, batch_size=10)
     with pytest.raises(ConfigError, match="config.transfer.choose_num_unfrozen_blocks: class 0 has one"):

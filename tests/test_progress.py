@@ -40,23 +40,23 @@ def test_a_bar_counts_what_was_done_before_and_is_drawn_by_one_process(items, op
 
 
 def test_events_have_the_scalars_of_the_log_and_forget_what_was_interrupted(tmp_path, monkeypatch):
-    said = []
+    events = []
 
     class Writer:
         def __init__(self, folder, *, purge_step):
-            said.append((folder, purge_step))
+            events.append((folder, purge_step))
 
         def add_scalar(self, *scalar):
-            said.append(scalar)
+            events.append(scalar)
 
         def close(self):
-            said.append("closed")
+            events.append("closed")
 
     monkeypatch.setattr("tensorboardX.SummaryWriter", Writer)
     with RunLog(tmp_path, first_step=4) as log:
         log(6, {"loss": 0.5, "accuracy": 0.25})
-    assert said == [(str(tmp_path), 5), ("loss", 0.5, 6), ("accuracy", 0.25, 6), "closed"]
+    assert events == [(str(tmp_path), 5), ("loss", 0.5, 6), ("accuracy", 0.25, 6), "closed"]
     monkeypatch.setattr(parallel, "is_main_process", lambda: False)
     with RunLog(tmp_path / "other", first_step=0) as log:
         log(1, {"loss": 0.5})
-    assert len(said) == 4 and not (tmp_path / "other").exists()
+    assert len(events) == 4 and not (tmp_path / "other").exists()

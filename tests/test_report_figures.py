@@ -129,8 +129,8 @@ def test_both_accuracies_of_every_source_with_their_values(axes_of):
     rows = [("first", 0.9, 0.3), ("second", 0.5, math.nan), ("third", 0.2, 0.8)]
     axes = axes_of(Dumbbell("T", rows))
     assert [text.get_text() for text in axes.texts[:2]] == ["T", "Test accuracy, %"]
-    told = {text.get_text(): (text.xy, text.get_ha(), text.xyann[0]) for text in axes.texts[2:]}
-    assert told == {
+    annotations = {text.get_text(): (text.xy, text.get_ha(), text.xyann[0]) for text in axes.texts[2:]}
+    assert annotations == {
         "90.0": ((pytest.approx(90), 0), "left", 8),
         "natural": ((pytest.approx(90), 0), "left", -4),
         "30.0": ((pytest.approx(30), 0), "right", -8),

@@ -207,7 +207,7 @@ def test_refused_in_one_line(tmp_path):
         ([row | {"test_accuracy": float("nan")} for row in grid(SOURCES)], "share no measured seed"),
     ],
 )
-def test_what_is_missing_is_said_and_the_rest_is_done(tmp_path, rows, words):
+def test_what_is_missing_is_reported_and_the_rest_is_done(tmp_path, rows, words):
     page = read_page(write_report(rows, tmp_path))
     assert words in page.text and "There are no pictures." in page.text
     assert (tmp_path / "summary.csv").is_file()
@@ -340,7 +340,7 @@ def test_the_table_of_few_images_is_of_what_has_a_lead(tmp_path):
 
 def test_the_figures_of_a_target_say_both_ends_of_their_lines(small):
     page, path = small
-    told = [image["alt"] for image in page.images]
+    alt = [image["alt"] for image in page.images]
     for words in (
         "Head only: Test accuracy, % against labelled target images, n (logarithmic). natural 60.0 at 10 to "
         "69.0 at 20; ℓ2 (ε = 0.5) 65.0 at 10 to 67.5 at 20; ℓ∞ (ε = 4/255) 90.0 at 10.",
@@ -350,7 +350,7 @@ def test_the_figures_of_a_target_say_both_ends_of_their_lines(small):
         "n = 10: Test accuracy, % against source. head 60.0 at natural to 90.0 at ℓ∞ 4/255; "
         "all 51.0 at natural to 30.0 at ℓ2 0.5.",
     ):
-        assert words in told
+        assert words in alt
     assert {file.name for file in path.parent.glob("figures/accuracy_*.svg")} == {
         *(f"accuracy_vs_n_digits_k{k}.svg" for k in ("0", "all")),
         *(f"accuracy_vs_{kind}_digits_n{n}.svg" for kind in ("k", "constraint") for n in (10, 20)),
@@ -452,7 +452,7 @@ def test_the_n_whose_epochs_are_shown():
         assert collect(rows).epoch_size("digits") == expected
 
 
-def test_published_numbers_are_drawn_behind_and_said_to_be(tmp_path, panels):
+def test_published_numbers_are_drawn_behind_and_labelled(tmp_path, panels):
     rows = [row for row in paper_rows("tfds:{}", lambda a: a - 0.05) if row["target"] == "tfds:svhn"]
     rows = [row for row in rows if 200 <= row["num_train_images"] <= 800]
     text = write_report(rows, tmp_path / "with", reference="paper").read_text()
@@ -501,8 +501,8 @@ def test_the_source_networks_and_their_pictures(tmp_path):
         ["b", "ℓ2 (ε = 0.5)", "–", "25.0", "–", "PGD <20>"],
         ["unnamed", "ℓ∞", "–", "–", "–", "–"],
     ]
-    told = "natural: natural 50.0, adversarial –; ℓ2 (ε = 0.5): natural –, adversarial 25.0"
-    assert page.images[0]["alt"] == told  # not of the third
+    alt = "natural: natural 50.0, adversarial –; ℓ2 (ε = 0.5): natural –, adversarial 25.0"
+    assert page.images[0]["alt"] == alt  # not of the third
     gain = difference_gain([(x, clean) for x in adversarial.values()])
     assert page.rows[at + 4 :] == [
         ["Source image", "cat", "dog"],

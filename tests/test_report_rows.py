@@ -272,7 +272,7 @@ def test_wrong_values_are_refused_by_name(tmp_path, column, value, words):
     assert f"rows.jsonl:2: {column} = {repr(value)[:100]}" in message and words in message
 
 
-def test_rows_are_used_as_far_as_they_go_and_the_rest_is_told(tmp_path):
+def test_usable_rows_are_used_and_the_rest_is_reported(tmp_path):
     rows = [make_row(seed=seed, note=0.5) for seed in range(6)]
     rows += [make_row(seed="first"), make_row(seed="second")]  # names are as good as numbers
     rows += [make_row(seed=7, test_accuracy="n/a"), make_row(seed=8, test_accuracy=1.7)]
@@ -281,7 +281,7 @@ def test_rows_are_used_as_far_as_they_go_and_the_rest_is_told(tmp_path):
     path = foreign(tmp_path, rows)
     with open(path, "a") as stream:
         stream.write("natural,none,0")  # the writer was stopped here
-    read, told = read_foreign_rows(path, "fraction")
+    read, remarks = read_foreign_rows(path, "fraction")
     read = {row["seed"]: row for row in read}
     assert {*read} == {0, 1, 2, 3, 4, 5, "first", "second", 7, 8, 11}
     assert [seed for seed, row in read.items() if math.isnan(row["test_accuracy"])] == [7, 8]
@@ -295,8 +295,8 @@ def test_rows_are_used_as_far_as_they_go_and_the_rest_is_told(tmp_path):
         ":17: 3 cells under 12 columns",
         "1 duplicate row dropped",
     ):
-        assert sum(words in sentence for sentence in told) == 1, (words, told)
-    assert len(told) == 7
+        assert sum(words in sentence for sentence in remarks) == 1, (words, remarks)
+    assert len(remarks) == 7
     text = write_report(rows, tmp_path / "report").read_text()
     assert "num_train_images = &#39;all&#39;" in text and "1 duplicate row dropped" in text
 
@@ -304,11 +304,11 @@ def test_rows_are_used_as_far_as_they_go_and_the_rest_is_told(tmp_path):
 def test_a_row_without_a_place_is_left_out_whatever_was_measured(tmp_path):
     rows = [make_row(num_train_images=1), make_row(target="", test_accuracy="n/a")]
     rows += [make_row(seed=1, test_accuracy=1 + 5e-7), make_row(seed=2, test_accuracy=-5e-7)]
-    read, told = read_foreign_rows(foreign(tmp_path, rows))
+    read, remarks = read_foreign_rows(foreign(tmp_path, rows))
     assert [(row["seed"], math.isnan(row["test_accuracy"])) for row in read] == [
         (seed, False) for seed in (0, 1, 2)
     ]
-    kinds = [sentence.partition(";")[0] for sentence in told]
+    kinds = [sentence.partition(";")[0] for sentence in remarks]
     assert kinds == ["1 row: left out", "1 row: test_accuracy counts as missing"]
     with pytest.raises(ValueError, match=r"foreign.csv:2: target = '': is empty"):
         read_foreign_rows(foreign(tmp_path, rows[1:2]))
@@ -338,24 +338,24 @@ def test_the_stage_tells_it_too_and_draws_the_papers_numbers(tmp_path, capsys):
 
 
 def accuracies(tmp_path, train, test, unit="auto", **changes):
-    """What is read of two columns of accuracies, and what is told."""
+    """The accuracies that are read of two columns, and the remarks."""
     rows = [
         make_row(seed=i, train_accuracy=x, test_accuracy=y) | changes
         for i, (x, y) in enumerate(zip(train, test, strict=True))
     ]
-    read, told = read_foreign_rows(foreign(tmp_path, rows), unit)
-    return [row["train_accuracy"] for row in read], [row["test_accuracy"] for row in read], told
+    read, remarks = read_foreign_rows(foreign(tmp_path, rows), unit)
+    return [row["train_accuracy"] for row in read], [row["test_accuracy"] for row in read], remarks
 
 
-def test_accuracies_in_percent_are_taken_as_such_and_told(tmp_path):
+def test_accuracies_in_percent_are_recognised_and_reported(tmp_path):
     near_chance = [0.9] * 6 + [7.0, 8.0, 9.0, 10.0]  # with a hundred classes
-    train, test, told = accuracies(tmp_path, [99.5] * 10, near_chance)
+    train, test, remarks = accuracies(tmp_path, [99.5] * 10, near_chance)
     assert train == pytest.approx([0.995] * 10) and test == pytest.approx([y / 100 for y in near_chance])
-    assert sum("4 rows: test_accuracy is above 1" in sentence for sentence in told) == 1
+    assert sum("4 rows: test_accuracy is above 1" in sentence for sentence in remarks) == 1
     # What is then outside 0 to 100 is missing, alone.
-    _, test, told = accuracies(tmp_path, [99.5] * 10, [-0.5, 100.5, *near_chance[2:]])
+    _, test, remarks = accuracies(tmp_path, [99.5] * 10, [-0.5, 100.5, *near_chance[2:]])
     assert [math.isnan(y) for y in test] == [True] * 2 + [False] * 8 and test[2] == pytest.approx(0.009)
-    assert any(sentence.startswith("2 rows: test_accuracy counts as missing") for sentence in told)
+    assert any(sentence.startswith("2 rows: test_accuracy counts as missing") for sentence in remarks)
 
 
 @pytest.mark.parametrize(
@@ -368,9 +368,9 @@ def test_accuracies_in_percent_are_taken_as_such_and_told(tmp_path):
     ],
 )
 def test_accuracies_of_which_nobody_can_tell_the_unit_are_asked_for(tmp_path, train, test):
-    found_train, found_test, [told] = accuracies(tmp_path, train, test)
+    found_train, found_test, [remarks] = accuracies(tmp_path, train, test)
     assert all(map(math.isnan, found_train + found_test))
-    assert "config.report.accuracy_unit=fraction or =percent" in told and "foreign.csv:" in told
+    assert "config.report.accuracy_unit=fraction or =percent" in remarks and "foreign.csv:" in remarks
     _, found, _ = accuracies(tmp_path, train, test, "percent")
     assert found == pytest.approx([y / 100 for y in test])
     _, found, _ = accuracies(tmp_path, train, test, "fraction")
@@ -378,11 +378,11 @@ def test_accuracies_of_which_nobody_can_tell_the_unit_are_asked_for(tmp_path, tr
 
 
 def test_a_percent_sign_says_percent_of_its_column(tmp_path):
-    train, test, told = accuracies(tmp_path, [0.995, 0.25], ["50.00%", " 0.9 % "])
+    train, test, remarks = accuracies(tmp_path, [0.995, 0.25], ["50.00%", " 0.9 % "])
     assert train == [0.995, 0.25] and test == pytest.approx([0.5, 0.009])
-    assert len(told) == 1 and "2 rows: test_accuracy is above 1 or has a % sign" in told[0]
-    _, test, [told] = accuracies(tmp_path, [""] * 4, ["50.00%", "51%", 0.5, 0.6])  # half without
-    assert all(map(math.isnan, test)) and "cannot be known" in told
+    assert len(remarks) == 1 and "2 rows: test_accuracy is above 1 or has a % sign" in remarks[0]
+    _, test, [remarks] = accuracies(tmp_path, [""] * 4, ["50.00%", "51%", 0.5, 0.6])  # half without
+    assert all(map(math.isnan, test)) and "cannot be known" in remarks
     for name in ("test_accuracy_percent", "Test accuracy (%)", "test_acc [%]", "TEST-ACC pct"):
         path = foreign(tmp_path, [make_row(test_accuracy=0.9), make_row(seed=1, test_accuracy=1)])
         path.write_text(path.read_text().replace("test_accuracy", name, 1))
@@ -395,9 +395,9 @@ def test_the_unit_of_a_file_is_decided_beside_the_others(tmp_path):
     for name, scale in (("a", 100), ("b", 100), ("c", 1)):
         rows = [make_row(target=name, seed=s, train_accuracy=scale, test_accuracy=scale / 2) for s in (0, 1)]
         write_rows(rows, tmp_path / f"{name}.csv")
-    read, told = read_foreign_rows(tmp_path)
+    read, remarks = read_foreign_rows(tmp_path)
     assert [row["test_accuracy"] for row in read[:4]] == [0.5] * 4
-    assert all(math.isnan(row["test_accuracy"]) for row in read[4:]) and "c.csv:" in " ".join(told)
+    assert all(math.isnan(row["test_accuracy"]) for row in read[4:]) and "c.csv:" in " ".join(remarks)
     # A file of whole zeros and ones takes the unit that the others share.
     write_rows([make_row(target="c", train_accuracy=None, test_accuracy=1)], tmp_path / "c.csv")
     assert read_foreign_rows(tmp_path)[0][-1]["test_accuracy"] == 0.01
@@ -432,23 +432,23 @@ def test_other_writers_columns_and_spellings(tmp_path):
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_separators_and_encodings(tmp_path, encoding, separator, end):
     text = f"{HEADER}\n{LINE}\n".replace(",", separator).replace("\n", end)
-    [[row], told] = table(tmp_path, text, encoding)
-    assert not told and (row["target"], row["seed"], row["test_accuracy"]) == ("tä", 7, 0.5)
+    [[row], remarks] = table(tmp_path, text, encoding)
+    assert not remarks and (row["target"], row["seed"], row["test_accuracy"]) == ("tä", 7, 0.5)
     if separator != ",":  # as a German spreadsheet writes it
         for comma in (text.replace(".", ","), f"sep={separator}{end}{text}"):
-            [[again], told] = table(tmp_path, comma, encoding)
-            assert not told and repr(again) == repr(row)
+            [[again], remarks] = table(tmp_path, comma, encoding)
+            assert not remarks and repr(again) == repr(row)
 
 
 def test_decimal_commas_and_marks_of_thousands_are_not_guessed(tmp_path):
     german = "natural;none;0;t;100;-1;7;150;0,75;0,125;"
     header = HEADER.replace(",", ";")
-    rows, told = table(tmp_path, f"{header}\n{german}50,5%\n{german.replace('100', '1.000')}51,5%\n")
+    rows, remarks = table(tmp_path, f"{header}\n{german}50,5%\n{german.replace('100', '1.000')}51,5%\n")
     assert [row["test_accuracy"] for row in rows] == pytest.approx([0.505])
     words = "theirs.csv:3: num_train_images = '1.000' has a point, or a mark of thousands"
-    assert any(words in sentence for sentence in told)
-    rows, told = table(tmp_path, f"{header}\n{german}0,5\n{german.replace(';7;', ';8;')}1.234,5\n")
-    assert any("theirs.csv:3: test_accuracy = '1.234,5'" in sentence for sentence in told)
+    assert any(words in sentence for sentence in remarks)
+    rows, remarks = table(tmp_path, f"{header}\n{german}0,5\n{german.replace(';7;', ';8;')}1.234,5\n")
+    assert any("theirs.csv:3: test_accuracy = '1.234,5'" in sentence for sentence in remarks)
     # With commas between cells a decimal comma makes one cell more.
     with pytest.raises(ValueError, match=r"theirs.csv:2: 12 cells under 11 columns"):
         table(tmp_path, f"{HEADER}\n{LINE.replace('0.75', '0,75')}\n")
@@ -487,9 +487,9 @@ def test_what_cannot_be_read_is_one_line(tmp_path, content, words):
 )
 def test_seeds_are_exact(tmp_path, seed, read):
     lines = f"{LINE.replace(',7,', f',{seed},')}\n{LINE.replace(',7,', f',{2**53},')}\n"
-    [[row, other], told] = table(tmp_path, f"{HEADER}\n{lines}")
+    [[row, other], remarks] = table(tmp_path, f"{HEADER}\n{lines}")
     assert row["seed"] == read and type(row["seed"]) is type(read)
-    assert other["seed"] == 2**53 and not told
+    assert other["seed"] == 2**53 and not remarks
 
 
 NAMES = [

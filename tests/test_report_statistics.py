@@ -75,7 +75,7 @@ def find(summary, source, **where):
     return row
 
 
-def told(rows):
+def remarks(rows):
     results = collect(rows)
     return notes(results, ratios(results))
 
@@ -187,7 +187,7 @@ def test_nan_accuracies_leave_the_seed_out():
     rows = rows_of([0.5, 0.6, math.nan]) + rows_of([0.6, math.nan, 0.7], source=L2)
     assert find(summarise(rows), "nat")["num_seeds"] == 2
     assert find(summarise(rows), "rob")["delta"] == pytest.approx(0.1)
-    assert any("2 trials without a test accuracy" in note for note in told(rows))
+    assert any("2 trials without a test accuracy" in note for note in remarks(rows))
     silent = find(summarise(rows_of([math.nan])), "nat")
     assert silent["num_seeds"] == 0 and math.isnan(silent["mean"])
 
@@ -198,7 +198,7 @@ def test_no_single_natural_source_leaves_delta_empty(naturals):
     assert summarise(rows)["delta"].isna().all()
     [sentence] = headline(rows)
     assert "natural source" in sentence
-    assert any("no differences, because" in note for note in told(rows))
+    assert any("no differences, because" in note for note in remarks(rows))
 
 
 def test_several_trials_of_one_seed_count_once():
@@ -207,8 +207,8 @@ def test_several_trials_of_one_seed_count_once():
         row["trial_id"] = "other learning rate"
     row = find(summarise(first + second), "nat")
     assert row["mean"] == pytest.approx(0.6) and row["num_seeds"] == 1
-    assert any("k and seed with another (2 rows)" in note for note in told(first + second))
-    assert not any("share source" in note for note in told(first))
+    assert any("k and seed with another (2 rows)" in note for note in remarks(first + second))
+    assert not any("share source" in note for note in remarks(first))
     # An id per row (not per trial) still means the last epoch only.
     for index, row in enumerate(first):
         row["trial_id"] = str(index)
@@ -236,7 +236,7 @@ def test_notes_are_of_what_is_there():
     """Nothing to tell of whole grids; the numbers of what is missing elsewhere."""
 
     def kinds(rows):
-        return [note.partition(" (")[0] for note in told(rows) if "cannot be computed" not in note]
+        return [note.partition(" (")[0] for note in remarks(rows) if "cannot be computed" not in note]
 
     whole = rows_of([0.5, 0.6]) + rows_of([0.6, 0.7], source=L2)
     assert kinds(whole) == kinds(rows_of([0.5, 0.6])) == []  # without a robust source nothing is missing
@@ -250,15 +250,15 @@ def test_notes_are_of_what_is_there():
     absent = rows_of([0.5, 0.6], k=3) + rows_of([0.5, 0.6], source=LINF, k=3) + rows_of([0.6, 0.7], n=20)
     assert kinds(absent) == ["digits: 5 cells of the grid"]
     rows = whole + rows_of([0.5], n=20) + rows_of([0.5], n=20, epochs=(1, 2), source=L2)
-    assert not any("end at different epochs" in note for note in told(rows))
+    assert not any("end at different epochs" in note for note in remarks(rows))
     assert any(
-        "end at different epochs" in note for note in told(rows + rows_of({1: 0.5}, n=20, epochs=(3,)))
+        "end at different epochs" in note for note in remarks(rows + rows_of({1: 0.5}, n=20, epochs=(3,)))
     )
 
 
 def test_why_there_are_no_factors():
     def reasons(rows):
-        return [note.partition(" cannot")[0] for note in told(rows) if "cannot be computed" in note]
+        return [note.partition(" cannot")[0] for note in remarks(rows) if "cannot be computed" in note]
 
     one = rows_of([0.5, 0.6]) + rows_of([0.6, 0.7], source=L2)
     assert reasons(one) == ["digits: images needed", "digits: epochs needed"]

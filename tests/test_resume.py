@@ -191,8 +191,8 @@ def test_a_flipped_bit_anywhere_is_found_and_the_checkpoint_before_used(tmp_path
             caplog.clear()
             checkpoints = Checkpoints(tmp_path / "copy")
             restored = checkpoints.restore(states[0])
-            said = "checkpoint 2" in caplog.text and "going on from checkpoint 1" in caplog.text
-            chex.assert_trees_all_equal(restored, states[0 if said else 1])
-            fallen_back += said
+            fell_back = "checkpoint 2" in caplog.text and "going on from checkpoint 1" in caplog.text
+            chex.assert_trees_all_equal(restored, states[0 if fell_back else 1])
+            fallen_back += fell_back
             shutil.rmtree(tmp_path / "copy")
     assert fallen_back >= 3

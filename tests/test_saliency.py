@@ -240,7 +240,7 @@ def test_alignment_is_the_cosine():
     np.testing.assert_array_equal(saliency.alignment(np.zeros(SHAPE), IMAGES), 0.0)
 
 
-def test_bad_input_is_told_in_one_line():
+def test_bad_input_is_refused_in_one_line():
     with pytest.raises(ValueError, match="images are uint8: pass floats"):
         saliency.gradients(linear, np.zeros(SHAPE, np.uint8), LABELS)
     with pytest.raises(ValueError, match="num_samples is 0"):

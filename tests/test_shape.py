@@ -162,7 +162,7 @@ def test_any_classes_and_photographs_of_many_sizes(tmp_path):
         ("bear1-oven2.png", r"1 of 1 images .* cannot be decoded: bear1-oven2.png"),
     ],
 )
-def test_what_cannot_be_read_is_said_in_one_line(tmp_path, name, message):
+def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, name, message):
     folder = tmp_path / "set"
     folder.mkdir()
     if name:

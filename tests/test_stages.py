@@ -145,8 +145,8 @@ def test_plans_say_of_how_many_blocks_images_steps_and_bytes(tmp_path):
     whole = digits.test.num_images
     for asked, number in ((0, whole), (50, 50), (whole + 1, whole)):
         config.evaluate.num_images = asked
-        said = tasks.plan(config, tmp_path / "out")
-        assert said == f"evaluate resnet_tiny on {number} images of builtin:digits, 2 × PGD-2"
+        message = tasks.plan(config, tmp_path / "out")
+        assert message == f"evaluate resnet_tiny on {number} images of builtin:digits, 2 × PGD-2"
     config.evaluate.norm = "none"
     assert tasks.plan(config, tmp_path / "out").endswith("of builtin:digits")
 
@@ -154,8 +154,8 @@ def test_plans_say_of_how_many_blocks_images_steps_and_bytes(tmp_path):
     config.transfer.num_train_images = 25
     for k, blocks in ((-1, "all"), (0, "0"), (1, "1")):
         config.transfer.num_unfrozen_blocks = k
-        said = f"fine-tune {blocks} blocks of resnet_tiny on 25 images of builtin:digits, 9 steps"
-        assert tasks.plan(config, tmp_path / "out") == said
+        message = f"fine-tune {blocks} blocks of resnet_tiny on 25 images of builtin:digits, 9 steps"
+        assert tasks.plan(config, tmp_path / "out") == message
     config.transfer.num_train_images = -1
     assert f"on {digits.train.num_images} images of" in tasks.plan(config, tmp_path / "out")
 
@@ -169,11 +169,11 @@ def test_plans_say_of_how_many_blocks_images_steps_and_bytes(tmp_path):
             + digits.train.labels.nbytes
         )
         name = "natural" if norm == "none" else "linf:0.25"
-        said = (
+        message = (
             f"source {name}: train resnet_tiny, {digits.train.num_images // 80} steps of 80 images{attack}; "
         )
-        said += f"state and images {size / 1e6:,.1f} MB a device"
-        assert tasks.plan(config, tmp_path / "out") == said
+        message += f"state and images {size / 1e6:,.1f} MB a device"
+        assert tasks.plan(config, tmp_path / "out") == message
     assert not (tmp_path / "out").exists()
 
 
@@ -223,8 +223,8 @@ def test_remarks_name_thirty_classes_and_five_broken_images(num_classes, num_ski
     more = ", … (31)" if num_classes == 31 else ""
     assert classes == f"The classes of mine: {', '.join(names[:30])}{more}."
     end = "; …." if num_skipped == 6 else "."
-    said = f"mine: left out {num_skipped} images that cannot be decoded: {'; '.join(images[:5])}{end}"
-    assert broken == [said] * (num_skipped > 0)
+    message = f"mine: left out {num_skipped} images that cannot be decoded: {'; '.join(images[:5])}{end}"
+    assert broken == [message] * (num_skipped > 0)
 
 
 def test_a_retrained_model_is_measured_again(study, tmp_path):

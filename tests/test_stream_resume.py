@@ -69,8 +69,8 @@ def test_a_killed_worker_ends_the_run_and_a_killed_run_goes_on(start, undisturbe
     worker.kill()
     # Python's resource tracker may add a warning, that it has freed the shared memory of the worker.
     lines = finish(process, code=3).splitlines()
-    (said,) = [line for line in lines if line.startswith("a process that decodes images has ended")]
-    assert said.endswith("; resume with the same command") and "Traceback" not in lines
+    (message,) = [line for line in lines if line.startswith("a process that decodes images has ended")]
+    assert message.endswith("; resume with the same command") and "Traceback" not in lines
 
     process = start(tmp_path)
     _until_step(max(saved_steps(tmp_path)) + 3, tmp_path, process)

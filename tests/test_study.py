@@ -357,15 +357,15 @@ def test_a_group_is_halved_between_seeds_down_to_one_and_its_seconds_are_shared(
         float(jax.random.key_data(t.key())[-1]) + t.recipe.learning_rate + e for t in members for e in (0, 1)
     ]
     assert {row["seconds"] for row in rows} == {3.0}
-    for said, some in (("INTERNAL: no", members), ("RESOURCE_EXHAUSTED", members[:2])):
+    for message, some in (("INTERNAL: no", members), ("RESOURCE_EXHAUSTED", members[:2])):
         calls = []
 
-        def failing(*_, said=said, calls=calls, **__):
-            calls.append(said)
-            raise jax.errors.JaxRuntimeError(said)
+        def failing(*_, message=message, calls=calls, **__):
+            calls.append(message)
+            raise jax.errors.JaxRuntimeError(message)
 
         monkeypatch.setattr(study_run, "fine_tune_many", failing)
-        with pytest.raises(jax.errors.JaxRuntimeError, match=said):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=message):
             study_run.run_group(some, _models()["d0"], DATASET)
         assert len(calls) == 1
 

@@ -50,8 +50,8 @@ def test_a_cache_takes_at_most_seven_tenths_of_what_is_free(monkeypatch, caplog)
     for size, fits in ((0, False), (7 * 10**9, True), (7 * 10**9 + 1, False)):
         monkeypatch.setattr(prepared, "cache_bytes", lambda *_, size=size: size)
         assert prepared.is_cached(MODEL.module, RECIPE, 1, SIZE, 2000, 30) == fits
-    (said,) = caplog.messages
-    assert said.startswith("the activations of 2,000 + 30 images at k = 1 take 7.0 GB of the 10.0 GB that")
+    (message,) = caplog.messages
+    assert message.startswith("the activations of 2,000 + 30 images at k = 1 take 7.0 GB of the 10.0 GB that")
     with pytest.raises(ValueError, match="lower num_views=2"):
         prepared.is_cached(MODEL.module, replace(RECIPE, num_views=2), 1, SIZE, 2000, 30)
 

@@ -69,11 +69,11 @@ def test_more_seeds_run_only_the_new_ones(tmp_path, ran):
 
 def test_the_same_weights_under_two_names_are_one_trial(tmp_path, ran):
     """Rows come back under the name that is asked for, once each."""
-    twin = SOURCES[0]._replace(name="twin")
-    trials = [_trial(source=source, seed=seed) for source in (SOURCES[0], twin) for seed in range(2)]
+    copy = SOURCES[0]._replace(name="copy")
+    trials = [_trial(source=source, seed=seed) for source in (SOURCES[0], copy) for seed in range(2)]
     for _ in range(2):
         rows = run_trials(trials, _models(), {"": DATASET}, tmp_path)
-        assert [r["source"] for r in rows] == ["natural"] * 4 + ["twin"] * 4
+        assert [r["source"] for r in rows] == ["natural"] * 4 + ["copy"] * 4
         assert [json.loads(r["config"])["source"]["name"] for r in rows] == [r["source"] for r in rows]
     assert len(ran) == 1
 

@@ -481,19 +481,19 @@ def test_live_against_pytorch(architecture, size, tmp_path):
     torch = pytest.importorskip("torch")
     from benchmarks.torch_resnet import TorchResNet
 
-    twin = TorchResNet(create_module(architecture, num_classes=11, **CIFAR)).eval()
+    reference = TorchResNet(create_module(architecture, num_classes=11, **CIFAR)).eval()
     with torch.no_grad():
-        for tensor in twin.state_dict().values():
+        for tensor in reference.state_dict().values():
             if tensor.ndim == 1 and tensor.is_floating_point():
                 tensor.uniform_(0.5, 1.5)
-        want = twin(torch.tensor(images(size)).permute(0, 3, 1, 2)).numpy()
-    torch.save({"state_dict": torch.nn.DataParallel(twin).state_dict()}, tmp_path / "twin.pth")
-    model = import_torch_checkpoint(tmp_path / "twin.pth", num_classes=11, image_size=size)
+        want = reference(torch.tensor(images(size)).permute(0, 3, 1, 2)).numpy()
+    torch.save({"state_dict": torch.nn.DataParallel(reference).state_dict()}, tmp_path / "reference.pth")
+    model = import_torch_checkpoint(tmp_path / "reference.pth", num_classes=11, image_size=size)
     assert model.spec.architecture == architecture
     assert model.module.mean == CIFAR["mean"]
     got = np.asarray(run(logits_fn(model), images(size)))
     assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
     exported = export_torch_state_dict(model)
-    for name, tensor in twin.state_dict().items():
+    for name, tensor in reference.state_dict().items():
         if name not in ("mean", "std"):
             np.testing.assert_array_equal(exported[name], tensor.numpy())

@@ -295,7 +295,7 @@ def test_copies_must_be_equal():
     refused("differ in fc.more", copies | {"module.attacker.model.fc.more": tensor((1,))})
 
 
-# --- what stands around it ----------------------------------------------------------------------------------
+# --- wrappers --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1, 1), (1, 3, 1, 1)])

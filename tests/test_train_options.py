@@ -162,7 +162,7 @@ def test_a_state_is_weights_momentum_statistics_and_their_average():
         ({"norm": "none", "num_images": 99}, "none", 14),
     ],
 )
-def test_what_is_measured_of_a_network_and_said_of_it(changes, attack, num_images, monkeypatch):
+def test_what_is_measured_of_a_network_and_reported(changes, attack, num_images, monkeypatch):
     evaluation = Evaluation(**{"num_steps": 20, "batch_size": 4} | changes)
     module = source.create_source_module(SourceRecipe(), _small(8))
     model = Model(module, {}, ModelSpec("resnet_tiny", 3, 11, module.mean, module.std))

@@ -254,7 +254,7 @@ def test_a_grid_puts_rows_below_one_another():
     assert np.all(whole[white] == 255)
 
 
-def test_what_does_not_exist_is_told_in_one_line():
+def test_what_does_not_exist_is_refused_in_one_line():
     images = start(2)
     for block in (-1, 3):
         with pytest.raises(ValueError, match=f"there is no block {block}: this network has 0 to 2"):

@@ -116,7 +116,7 @@ def _cue_parts(found: dict[str, shape.ShapeBias], where: str) -> list[Table]:
             [label, *(f"{100 * x.value:.1f} ({100 * x.lower:.1f} … {100 * x.upper:.1f})" for x in shares)]
         )
     heads = ["Network", "Shape bias, %", "Answers by shape, %", "Answers by texture, %"]
-    caption = f"Answers {where}, with 95 % intervals (Wilson); all others are of other classes."
+    caption = f"Answers {where}, with 95 % intervals (Wilson); the rest are other classes."
     of_class = [measured.per_class.shape_bias for measured in found.values()]
     names = next(iter(found.values())).class_names
     bars = [
