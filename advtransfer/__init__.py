@@ -3,7 +3,7 @@
 import advtransfer as at
 
 model = at.load_model("runs/quickstart/sources/l2_0.25/model")
-logits = at.predict(model, images)                          # bytes, or floats in [0, 1]; of any size
+logits = at.predict(model, images)                          # uint8, or floats in [0, 1]; squares of any size
 adversarial = at.pgd(at.logits_fn(model), images, labels, at.L2(eps=0.25))
 scores = at.influence.last_layer_scores(...)                # how much each training image helps a prediction
 

@@ -37,7 +37,7 @@ class Checkpoints:
 
     A state is a pytree of arrays without a device axis, the same on all processes. Every process writes its
     share of the arrays as an Orbax tree `folder`/STEP/PROCESS, and reads all of them, so any number of
-    processes and devices goes on from what any other has left. They agree after every stage: what goes wrong
+    processes and devices resumes what any other has left. They agree after every stage: what goes wrong
     at one ends the stage on all, and none is left waiting. A checkpoint exists once process 0 has written its
     `checkpoint.json`, the number of shares and the SHA-256 of the state, and has renamed its folder from
     STEP.tmp; in an object store the file itself says that the upload is complete. All methods are called

@@ -47,7 +47,7 @@ class Evaluation:
     eps: float = option(0.25, "its radius, in pixel units", low=0)
     num_steps: int = option(20, "of PGD", low=1)
     step_ratio: float = option(
-        0.125, "step size divided by eps: 2.5 / num_steps (Madry et al., 2018)", above=0
+        0.125, "step size divided by eps; the default is Madry et al.'s (2018) 2.5 / num_steps at 20", above=0
     )
     num_restarts: int = option(
         1, "random starts, of which each image keeps its worst; 1: starts at the image", low=1
@@ -111,7 +111,7 @@ def evaluation_metrics(
     logits: Float[AnyArray, "n classes"], labels: Integer[AnyArray, " n"], mask: Float[AnyArray, " n"]
 ) -> Metrics:
     """(sum, count) of the examples whose mask [N] is 1: of "loss", "accuracy" and, [classes] each, of
-    "class_accuracy", the accuracy on the images of each class. Logits that are not finite are no answer."""
+    "class_accuracy", the accuracy on the images of each class. Logits that are not finite count as wrong."""
     chex.assert_rank(logits, 2)
     chex.assert_shape([labels, mask], logits.shape[:1])
     chex.assert_type(labels, int)
@@ -154,8 +154,8 @@ def evaluate(
 
     Args:
       network: a model, or any callable from images [N, H, W, 3] in [0, 1] to logits that JAX can trace (see
-        `attacks.as_network`). Of many networks alike, hand over a `jax.tree_util.Partial` of one function:
-        every other callable is compiled for itself.
+        `attacks.as_network`). For many networks of one kind pass a `jax.tree_util.Partial` of one
+        function: any other callable is compiled separately.
       split: uint8 images and labels on the host.
       batch_size: over all devices, which must divide it.
       attack: (logits_fn, images, labels, key=keys) to images; None measures natural accuracy.
@@ -169,7 +169,7 @@ def evaluate(
       the share of the images that it left as they were, and right: where the gradient is zero, say.
 
     Raises:
-      ValueError: labels that are no classes, or logits that are not finite numbers.
+      ValueError: labels that are not classes, or logits that are not finite.
     """
     check_split(split)
     sides = (image_size, image_size) if image_size else split.images.shape[1:3]

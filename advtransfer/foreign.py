@@ -46,7 +46,7 @@ def inside(folder: P, name: str) -> P:
     """
     for part in name.split("/"):
         if part in ("", ".", "..") or _NOT_SHOWN.search(part) or re.search(r'[\\:*?"<>|\t\n]', part):
-            raise ValueError(f"{printable(name)!r} is no name of a file inside a folder")
+            raise ValueError(f"{printable(name)!r} is not the name of a file inside a folder")
         if len(part.encode()) > _MAX_NAME:
             raise ValueError(
                 f"{printable(name[:40])!r}… is longer than {_MAX_NAME} bytes: give a shorter name"
@@ -70,7 +70,7 @@ def read_bytes(path: AnyPath, limit: int = MAX_BYTES) -> bytes:
     """What a file holds, whose size is looked at first.
 
     Raises:
-      ValueError: it is no regular file, or larger than `limit` bytes.
+      ValueError: it is not a regular file, or larger than `limit` bytes.
       OSError: it is not there or cannot be read.
     """
     try:
@@ -84,7 +84,7 @@ def read_bytes(path: AnyPath, limit: int = MAX_BYTES) -> bytes:
     else:
         is_regular, size = path.is_file(), found.length
     if not is_regular:
-        raise ValueError(f"{path} is no regular file")
+        raise ValueError(f"{path} is not a regular file")
     if size > limit:
         raise ValueError(f"{path} has {size:,} bytes, more than {limit:,}: it is not read")
     return path.read_bytes()
@@ -94,7 +94,7 @@ def parse_json(text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] 
     """The value of a JSON text; `pairs` makes the value of an object, instead of a dict.
 
     Raises:
-      ValueError: it is no JSON, or nested too deep.
+      ValueError: it is not JSON, or nested too deep.
     """
     try:
         return json.loads(text, object_pairs_hook=pairs)

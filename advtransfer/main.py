@@ -26,8 +26,8 @@ from advtransfer.train import DivergedError, Preempted
 _QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.py"
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results; default: runs/EXPERIMENT.")
-_PLAN = flags.DEFINE_bool("plan", False, "Say what would run, write nothing, stop.")
-_EXPLAIN = flags.DEFINE_bool("explain", False, "List every key of the config, and stop.")
+_PLAN = flags.DEFINE_bool("plan", False, "Print what would run and what it would cost, then exit.")
+_EXPLAIN = flags.DEFINE_bool("explain", False, "List all config keys, then exit.")
 _MULTIHOST = flags.DEFINE_bool("multihost", False, "Join the other processes of a pod or cluster first.")
 
 DONE, DIVERGED, WRONG_INPUT, UNFINISHED, FAULT, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -117,7 +117,7 @@ def _cause(error: Exception) -> str:
 
 
 def _fault(error: Exception, workdir: str) -> str:
-    """One line for an error that nobody foresaw; its traceback goes into a file."""
+    """One line for an unexpected error, whose traceback is written to a file."""
     text = "".join(traceback.format_exception(error))
     name = f"fault-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     for folder in (workdir, tempfile.gettempdir()):
@@ -126,10 +126,10 @@ def _fault(error: Exception, workdir: str) -> str:
             if path.parent.exists():
                 storage.write(path, text)
                 break
-        except Exception:  # of a workdir that is no place to write, say
+        except Exception:  # such as a workdir that cannot be written to
             continue
-    said = (str(error).strip() or "no message").splitlines()[0][:300]
-    return f"a fault of this program, or of what it uses: {type(error).__name__}: {said}; more is in {path}"
+    message = (str(error).strip() or "no message").splitlines()[0][:300]
+    return f"unexpected error: {type(error).__name__}: {message}; the traceback is in {path}"
 
 
 def _stop(code: int, message: str) -> NoReturn:

@@ -46,7 +46,7 @@ def initialize(*, heartbeat_seconds: int = 40) -> None:
     dies later. Where the launcher counts one process there is nothing to join, which a warning says.
 
     Args:
-      heartbeat_seconds: a process that is silent for so long counts as dead.
+      heartbeat_seconds: a process that is silent for this long counts as dead.
 
     Raises:
       NoCluster: nothing says which processes there are.
@@ -55,7 +55,7 @@ def initialize(*, heartbeat_seconds: int = 40) -> None:
         logging.warning("--multihost: the launcher has started one process only")
         return
     own = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
-    # What the user says is enough: in Kubernetes JAX would ask for a package and for permissions as well.
+    # What the user has set suffices: in Kubernetes JAX would need a package and permissions as well.
     by_hand = all(name in os.environ for name in ("JAX_COORDINATOR_ADDRESS", *own.values()))
     try:
         ctypes.CDLL(None).signal(signal.SIGABRT, _on_missing)

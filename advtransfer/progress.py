@@ -36,8 +36,8 @@ class RunLog:
     """Scalars of a training run, in `log.jsonl` and as TensorBoard events, in one folder, by process 0.
 
     A run that resumes at `first_step` drops what an interrupted one logged after it, so every step
-    stands once. Nothing can be appended to an object: at an address `log.jsonl` is written anew for every
-    line, and the events, of all lines, when the run ends, however it does short of being killed.
+    appears once. Object stores cannot append: there `log.jsonl` is rewritten with every line, and the
+    events are written when the run ends, unless it is killed.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, first_step: int):

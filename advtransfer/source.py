@@ -247,7 +247,7 @@ def train_source(
     evaluation: Evaluation | None = None,
     name: str = "source",
 ) -> Model:
-    """Trains a source network, or goes on where an earlier run stopped.
+    """Trains a source network, or resumes an earlier run.
 
     Writes `folder`/source.json, checkpoints, log.jsonl, TensorBoard events, and at the end `folder`/model. A
     finished model is loaded and returned as it is. Over several processes, which share `folder`, all write

@@ -108,8 +108,8 @@ def make_train_step(
       attack_in_train_mode: the attack sees the batch's own BatchNorm statistics instead.
       label_smoothing: weight of the uniform distribution in the training target.
       freeze_mask: True where a parameter must not change, in the structure of the parameters.
-      num_parts: the batch is taken in so many parts, one after the other, to save memory; the update is that
-        of the mean gradient. BatchNorm sees the parts one by one, as it sees the shards of several devices.
+      num_parts: the batch is processed in this many parts, one after the other, to save memory; the update is
+        that of the mean gradient. BatchNorm sees one part at a time, like the shards of several devices.
       average_decay: of the state's moving average, in every step min(average_decay, (1 + step) / (10 + step))
         so that a short training forgets its beginning too.
       axis_name: the device axis to average gradients and BatchNorm statistics over.
@@ -199,7 +199,7 @@ def means(metrics: Mapping[str, tuple[SupportsFloat, SupportsFloat]]) -> dict[st
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a number; the message says when, and what can be gone back to."""
+    """The loss is no longer a number; the message names the step and the last good checkpoint."""
 
 
 class Preempted(BaseException):
@@ -223,7 +223,7 @@ def fit(
     """Runs steps `int(state.step)` ... `num_steps - 1` and returns the last state.
 
     Args:
-      state: where to begin; a restored state goes on exactly where it was saved.
+      state: where to begin; a restored state resumes exactly where it was saved.
       run_step: (state, step) to (state, metrics). Must depend on nothing else, so that a resumed run
         repeats it.
       num_steps: the step to stop at.

@@ -112,7 +112,7 @@ def test_overwriting_is_asked_for(model, folder):
 
 def test_what_is_no_model_is_never_overwritten(model, tmp_path):
     (tmp_path / "thesis").write_text("years of work")
-    with pytest.raises(ValueError, match="no model folder and is not overwritten"):
+    with pytest.raises(ValueError, match="not a model folder, so it is not overwritten"):
         save_model(model, tmp_path, overwrite=True)
     assert (tmp_path / "thesis").exists()
 
@@ -139,12 +139,12 @@ def one_line(message, call, *args):
 
 
 def test_no_model_folder(tmp_path):
-    one_line("no model folder: it has no model.json", load_model, tmp_path)
+    one_line("not a model folder: it has no model.json", load_model, tmp_path)
 
 
 def test_corrupt_json(folder):
     (folder / "model.json").write_text('{"format": 1,')
-    one_line("is no model description", load_model, folder)
+    one_line("is not a model description", load_model, folder)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_corrupt_json(folder):
 )
 def test_json_of_something_else(folder, text):
     (folder / "model.json").write_text(text)
-    one_line("is no model description", load_model, folder)
+    one_line("is not a model description", load_model, folder)
 
 
 def test_unknown_architecture(folder):
@@ -226,7 +226,7 @@ def test_a_field_that_cannot_be_is_named(model, folder, field, value, monkeypatc
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the description's own check is tested
     _edit(folder, **{field: value})
     name = "eps" if (field, value) == ("norm", "none") else field
-    one_line(f"model.json is no model description: {name} is .*; expected ", load_model, folder)
+    one_line(f"model.json is not a model description: {name} is .*; expected ", load_model, folder)
     value = tuple(value) if type(value) is list else value
     with pytest.raises(ValueError, match=f"{name} is .*; expected "):
         save_model(

@@ -47,9 +47,9 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for path, words in (
-        (tmp_path / "pipe", "no regular file"),
-        (tmp_path, "no regular file"),
-        (Path("/dev/zero"), "no regular file"),
+        (tmp_path / "pipe", "not a regular file"),
+        (tmp_path, "not a regular file"),
+        (Path("/dev/zero"), "not a regular file"),
         (tmp_path / "loop", "a link to itself"),
     ):
         with pytest.raises(ValueError, match=words):

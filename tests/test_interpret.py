@@ -638,7 +638,7 @@ def test_a_study_report_is_of_few_images_and_of_what_each_dataset_has(networks, 
     ("change", "message"),
     [
         ({"models": ""}, "config.models: name models"),
-        ({"models": "/nowhere"}, "config.models: '/nowhere' is no model folder"),
+        ({"models": "/nowhere"}, "config.models: '/nowhere' is not a model folder"),
         ({"data": ""}, "config.data: name a dataset"),
         ({"data": "builtin:digit"}, "did you mean builtin:digits"),
         ({"num_images": 798}, "config.interpret.num_images: 798 is too many: builtin:digits has 797 test"),

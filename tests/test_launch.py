@@ -145,12 +145,12 @@ def _set(config, changes):
         ({"train.momentum": -0.1}, "config.train.momentum=-0.1 must be a number from 0 to below 1"),
         ({"study.sources": "natural,natural"}, "config.study.sources: two sources are called 'natural'"),
         ({"study.sources": "natural,l2:"}, "config.study.sources: 'l2:'.*l2:0.5"),
-        ({"study.sources": "no/such"}, "config.study.sources: 'no/such' is no model folder"),
+        ({"study.sources": "no/such"}, "config.study.sources: 'no/such' is not a model folder"),
         ({"study.sources": "natural,l2:inf"}, "config.study.sources: 'l2:inf'.*positive"),
         ({"train.mean": ("a", "b", "c")}, "config.train.mean=.*'a'.* must be three numbers"),
         ({"evaluate.batch_size": 255}, "config.evaluate.batch_size: .*2 devices"),
         ({"stage": "evaluate"}, "config.evaluate.model: name a model: a folder"),
-        ({"stage": "evaluate", "evaluate.model": "no/such"}, "config.evaluate.model: .*no model folder"),
+        ({"stage": "evaluate", "evaluate.model": "no/such"}, "config.evaluate.model: .*not a model folder"),
         ({"stage": "transfer"}, "config.source: name a model: a folder"),
         ({"stage": "report"}, "config.rows: name a file or folder"),
         ({"stage": "report", "rows": "no/such"}, "config.rows: no/such"),
@@ -335,9 +335,9 @@ def test_overrides_may_stand_in_a_file_of_flags(launch, tmp_path, monkeypatch, e
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (ValueError("something\nof two lines"), 4, "ValueError: something; more is in "),
+        (ValueError("something\nof two lines"), 4, "ValueError: something; the traceback is in "),
         (KeyboardInterrupt(), 130, "interrupted; resume with the same command"),
-        (MemoryError(), 4, "MemoryError: no message; more is in "),
+        (MemoryError(), 4, "MemoryError: no message; the traceback is in "),
     ],
 )
 def test_every_end_has_a_code_and_one_line(launch, tmp_path, monkeypatch, error, code, message):
@@ -410,7 +410,7 @@ def test_a_warning_comes_once(tmp_path):
     command += ["--config.train.image_size=8", "--config.train.batch_size=4"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("1 of the test images are among the train") == 1
+    assert done.stderr.count("1 of the test images are also among the train") == 1
 
 
 def test_the_keys_are_listed(launch):

@@ -150,7 +150,7 @@ def test_models_in_a_bucket(store, monkeypatch):
     )
     assert load_model(folder).spec.eps == 1.0
     storage.remove(folder / "model.json")  # as a killed process leaves it
-    with pytest.raises(ValueError, match="is no model folder: it has no model.json"):
+    with pytest.raises(ValueError, match="is not a model folder: it has no model.json"):
         load_model(folder)
     save_model(model, folder)
     chex.assert_trees_all_equal(load_model(folder).variables, variables)
@@ -264,6 +264,6 @@ def test_names_in_a_bucket_do_not_lead_out_of_the_folder(tmp_path, monkeypatch, 
     monkeypatch.setattr(storage.fsspec, "url_to_fs", lambda address: (System(), "bucket/model"))
     folder = tmp_path / "a" / "b"
     folder.mkdir(parents=True)
-    with pytest.raises(ValueError, match="is no name of a file inside a folder"):
+    with pytest.raises(ValueError, match="is not the name of a file inside a folder"):
         storage.download("gs://bucket/model", folder)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -15,7 +15,7 @@ from jaxtyping import Float64
 Operator = Callable[[Float64[np.ndarray, "m size"]], Float64[np.ndarray, "m size"]]
 
 _NEGLIGIBLE = 1e-13  # of the largest eigenvalue, or of a unit vector: what rounding leaves
-# A residual says that some eigenvalue is no farther than this, not that none above is still to show.
+# A residual bounds the distance to some eigenvalue; it does not show that none above is missing.
 _MARGIN = 100
 _GROWTH = 1.25  # of the Krylov space between two looks at its Ritz values
 

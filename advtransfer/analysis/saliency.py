@@ -59,7 +59,7 @@ def gradients(
       batch_size: images on the device at once.
 
     Raises:
-      ValueError: images that are no floats, or labels that are no classes.
+      ValueError: images that are not floats, or labels that are not classes.
     """
     network = _network(logits_fn, images, labels, batch_size)
     gradients_of = jit_for(network, _gradients, static_argnames="loss_fn")
@@ -191,7 +191,7 @@ def _losses(logits_fn, images, labels, loss_fn):
 
 
 def _mean_gradients(logits_fn, baseline, images, labels, offset, steps, loss_fn):
-    """On the way from the baseline to the images: with offset 0 the trapezium rule over so many steps, with
+    """On the way from the baseline to the images: with offset 0 the trapezium rule over that many steps, with
     offset 0.5 their midpoints."""
 
     def add(i, total):
@@ -214,7 +214,7 @@ def _network(logits_fn: LogitsFn, images: AnyArray, labels: AnyArray, batch_size
 
 
 def _in_batches(step: Callable[..., Any], batch_size: int, images: AnyArray, *others: AnyArray) -> Any:
-    """`step` of (images, *others), so many examples at a time; a tree of NumPy arrays [N, ...]."""
+    """`step` of (images, *others), `batch_size` examples at a time; a tree of NumPy arrays [N, ...]."""
     arrays = (jnp.asarray(images, jnp.float32), *others)
     size = min(batch_size, len(images))
     results = []

@@ -1,9 +1,9 @@
 """A network as a pytree: whatever maps images to logits, its weights passed beside it.
 
-What a compiled function closes over is compiled into it: a network that is trained on would be attacked as
-it was, and every new closure would leave a copy of its weights behind. So a callable is traced whenever it is
-handed over, which finds the arrays that it holds now, and these become arguments of a program that is
-compiled once for as long as the callable lives and computes the same.
+What a compiled function closes over is compiled into it: a network in training would be attacked with old
+weights, and every new closure would leave a copy of its weights behind. So a callable is traced at every
+call, which finds the arrays that it holds now, and these become arguments of a program that is compiled once
+for as long as the callable lives and computes the same.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class _Known(NamedTuple):
 
 # Of every callable that is alive, by the address of it (of a method: of its object and function).
 _KNOWN: dict[tuple[int, int], _Known] = {}
-_SHARED: dict[Callable, Callable] = {}  # `jit_for` of all networks that were handed over as pytrees
+_SHARED: dict[Callable, Callable] = {}  # `jit_for` of all networks that are pytrees themselves
 
 
 def jit_for(network: Partial, function: Callable, **options: Any) -> Callable:

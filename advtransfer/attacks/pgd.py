@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Integer, Key, Num, PRNGKeyArr
 from advtransfer.arrays import AnyArray
 from advtransfer.attacks.losses import LossFn, cross_entropy, log_odds
 from advtransfer.attacks.network import LogitsFn, as_network, jit_for
-from advtransfer.attacks.threat_models import THREAT_MODELS, Linf, Size, ThreatModel
+from advtransfer.attacks.threat_models import THREAT_MODELS, Linf, Size, ThreatModel, Unconstrained
 from advtransfer.labels import check_labels
 
 Attack = Callable[..., Float32[Array, "n h w c"]]  # (logits_fn, images, labels, key=keys) to images
@@ -57,7 +57,7 @@ def pgd(
 
     Every example is attacked on its own: its result depends on nothing else in the batch. The gradient
     is taken with respect to the images only, and iterates are float32 whatever type the network computes
-    in. Inside of a loss that is differentiated the result is a constant. The compiled attack is reused for
+    in. Inside a differentiated loss the result is a constant. The compiled attack is reused for
     the same network and shapes, with the weights that the network has at the time (see `as_network`).
 
     Args:
@@ -76,7 +76,7 @@ def pgd(
         are always compared by loss.
       targeted: descend the loss towards `labels`.
       loss_fn: (logits, labels) to a loss per example [N], such as `margin`; default: `log_odds`, which ranks
-        images and points as softmax cross-entropy does, and goes on where that is flat; where the length of
+        images and points as softmax cross-entropy does, and does not saturate; where the length of
         the gradient matters (`Unconstrained`), cross-entropy.
       early_finish: leave an example as soon as the network errs on it (reaches the target), and stop
         when it errs on all. Cheaper for measuring accuracy; the losses found are smaller.
@@ -85,9 +85,9 @@ def pgd(
       float32 [N, H, W, C] in the threat model's set and in [0, 1].
 
     Raises:
-      ValueError: images that are no floats in [0, 1]; labels that are no classes; no key for a random start;
-        restarts without one; a negative number of steps; an impossible eps or step size; a loss or a
-        gradient that is not a number. Inside of `jit`, where values are not known, nothing of them is
+      ValueError: images that are not floats in [0, 1]; labels that are not classes; no key for a random
+        start; restarts without one; a negative number of steps; an impossible eps or step size; a loss or a
+        gradient that is not a number. Under `jit`, where values are unknown, none of them is
         checked, and images where the loss or its gradient is not a number become NaN.
     """
     chex.assert_rank(images, 4)
@@ -107,8 +107,8 @@ def pgd(
     network = as_network(logits_fn, images)
     check_labels(labels, len(images), jax.eval_shape(network, images).shape[1])
     if loss_fn is None:
-        loss_fn = log_odds if isinstance(threat_model, tuple(THREAT_MODELS.values())) else cross_entropy
-    # Constants: an attack inside of a loss is no part of what is differentiated.
+        loss_fn = log_odds if not isinstance(threat_model, Unconstrained) else cross_entropy
+    # Constants: an attack inside a loss is not differentiated.
     network, images, threat_model, step_size = jax.lax.stop_gradient(
         (network, images, *jax.tree.map(jnp.float32, (threat_model, step_size)))
     )
@@ -124,7 +124,7 @@ def pgd(
     if not isinstance(lost, Tracer) and (number := int(lost.sum())):
         raise ValueError(
             f"the network's loss, or its gradient, is not a number on {number:,} of {len(images):,} images: "
-            "what it does under this attack says nothing"
+            "the result of this attack would be meaningless"
         )
     return found
 
@@ -161,7 +161,7 @@ def _range(values: AnyArray) -> tuple[float, float]:
 
 
 def check_sizes(threat_model: ThreatModel, step_size: Size) -> None:
-    """Raises a ValueError for an eps or a step size that cannot be meant; where they are known."""
+    """Raises a ValueError for an implausible eps or step size, if its value is known."""
     eps = getattr(threat_model, "eps", 0.0)
     for name, value in (("eps", eps), ("step_size", step_size)):
         low, high = _range(jnp.asarray(value))
@@ -286,7 +286,7 @@ def make_attack(
 ) -> Attack | None:
     """`pgd` with everything chosen but (logits_fn, images, labels, key): what training and evaluation call.
 
-    The same arguments give the same object, so that what was compiled for it serves again.
+    The same arguments give the same object, so that its compiled program is reused.
 
     Args:
       threat_model: as for `pgd`, with plain numbers; or "l2", "linf" or "none", as configurations name it.

@@ -107,7 +107,7 @@ class Unconstrained(NamedTuple):
         return jax.vmap(lambda key: jax.random.uniform(key, centers.shape[1:], jnp.float32))(keys)
 
 
-# By the names of `norms.NORMS`, in which "none" is no attack.
+# By their names in `norms.NORMS`, where "none" means no attack.
 THREAT_MODELS = {"l2": L2, "linf": Linf}
 
 

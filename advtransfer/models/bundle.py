@@ -167,7 +167,7 @@ def identity(model: Model) -> str:
 
 def save_model(model: Model, folder: str | AnyPath, *, overwrite: bool = False) -> None:
     """Writes a model folder, whole or not at all: it is made beside `folder`, then renamed. At an address
-    `model.json` goes last, and a folder without it is no model.
+    `model.json` goes last, and a folder without it is not a model.
 
     Package versions and the SHA-256 of weights and description are recorded; `spec.provenance` is the
     caller's.
@@ -181,7 +181,9 @@ def save_model(model: Model, folder: str | AnyPath, *, overwrite: bool = False) 
     check_spec(model.spec)
     described = storage.is_file(path / _SPEC_FILE)
     if path.exists() and not (described or _is_half_an_upload(path)):
-        raise ValueError(f"{folder} exists, is no model folder and is not overwritten: choose another")
+        raise ValueError(
+            f"{folder} exists and is not a model folder, so it is not overwritten: choose another"
+        )
     if described and not overwrite:
         raise ValueError(f"{folder} exists already: choose another folder, or pass overwrite=True")
     variables = jax.tree.map(lambda x: np.asarray(x, np.float32), model.variables)
@@ -227,7 +229,7 @@ def load_model(folder: str | AnyPath, *, dtype: DTypeLike | None = None) -> Mode
     if digest(variables) != sha256:
         raise ValueError(f"the weights in {folder} are damaged: their SHA-256 is not model.json's")
     if problem := _problem(variables):
-        raise ValueError(f"the weights in {folder} are no network's: {problem}")
+        raise ValueError(f"the weights in {folder} are not those of a network: {problem}")
     return Model(module, jax.tree.map(jnp.asarray, variables), spec)
 
 
@@ -237,7 +239,7 @@ def _find(folder: str | AnyPath) -> AnyPath:
         storage.recover(candidate)
         if storage.is_file(candidate / _SPEC_FILE):
             return candidate
-    raise ValueError(f"{str(folder)!r} is no model folder: it has no {_SPEC_FILE}")
+    raise ValueError(f"{str(folder)!r} is not a model folder: it has no {_SPEC_FILE}")
 
 
 def _is_half_an_upload(folder: AnyPath) -> bool:
@@ -269,7 +271,7 @@ def _read(folder: AnyPath) -> tuple[ModelSpec, str]:
         return spec, sha256
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         said = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path} is no model description: {said}") from error
+        raise ValueError(f"{path} is not a model description: {said}") from error
 
 
 def _hash(fields: dict[str, Any]) -> str:
