@@ -382,9 +382,8 @@ def test_what_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
 def test_a_tenth_validates_but_never_more_than_5000():
     def training(count):
         records = recorded.Records(count, labels=None, read=None, describe=None)
-        return recorded.count_training(
-            recorded.Recording("x", ("a",), {"train": records, "test": records}, {}, True)
-        )
+        recording = recorded.Recording("x", ("a",), {"train": records, "test": records}, {}, True)
+        return recorded.find_splits(recording)[1]["train"]
 
     assert [training(count) for count in (49_990, 50_010, 60_000)] == [44_991, 45_010, 55_000]
 
