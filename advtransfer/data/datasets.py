@@ -25,14 +25,21 @@ from advtransfer.data import glyphs
 from advtransfer.data.cache import cached_arrays, content_digest
 from advtransfer.data.decode import fit_image
 from advtransfer.data.folder import open_folder
-from advtransfer.data.recorded import Recording, find_size, find_splits, find_training, inspect, load_parts
+from advtransfer.data.recorded import (
+    SPLITS,
+    Recording,
+    find_size,
+    find_splits,
+    find_training,
+    inspect,
+    load_parts,
+)
 from advtransfer.data.stream import StreamedSplit
 from advtransfer.data.subsets import stratified_order
 from advtransfer.data.tfds import open_tfds
 from advtransfer.data.views import VIEWS
 from advtransfer.labels import check_labels
 
-SPLITS = ("train", "validation", "test")
 BROKEN = ("refuse", "skip")
 LOADING = ("memory", "stream", "auto")
 MAX_IN_MEMORY = 2e9  # bytes of training images above which "auto" streams, whatever the machine

@@ -8,8 +8,8 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from advtransfer.data.datasets import SPLITS, Dataset, Split, is_streamed, load_dataset
-from advtransfer.data.recorded import check_memory, split_name, split_sizes
+from advtransfer.data.datasets import Dataset, Split, is_streamed, load_dataset
+from advtransfer.data.recorded import SPLITS, check_memory, split_name, split_sizes
 from advtransfer.data.stream import StreamedSplit
 from advtransfer.data.targets import Target, find_target
 from advtransfer.data.tfds import NotPrepared

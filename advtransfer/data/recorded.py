@@ -19,6 +19,7 @@ from advtransfer.data.decode import Encoded, decode_images, open_image
 from advtransfer.data.subsets import stratified_order
 from advtransfer.data.views import LOW_PASS_SIDE, VIEWS
 
+SPLITS = ("train", "validation", "test")
 TEST_SHARE = 0.2  # fraction of the images that are for testing if no test images are recorded
 VALIDATION_SHARE, MAX_VALIDATION = 0.1, 5000  # of the training images, if no validation images are recorded
 MAX_STRATIFIED = 200_000  # larger datasets are split without their labels, which may take long to read

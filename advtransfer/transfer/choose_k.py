@@ -72,13 +72,12 @@ def choose_k(
       DivergedError: as `cross_validate`.
     """
     check_split(train)
+    num_blocks = model.module.num_blocks
     if method == "rule":
-        candidates = depths(model.module.num_blocks)
-        return Choice("rule", rule_of_thumb(len(train.labels), model.module.num_blocks), candidates, None)
+        return Choice("rule", rule_of_thumb(train.num_images, num_blocks), depths(num_blocks), None)
     if method == "cross_validation":
-        return cross_validate(
-            model, train, num_classes=num_classes, key=key, num_folds=num_folds, recipe=recipe
-        )
+        options = {"num_classes": num_classes, "key": key, "num_folds": num_folds, "recipe": recipe}
+        return cross_validate(model, train, **options)
     raise ValueError(
         f"num_unfrozen_blocks={method!r}: give a number of blocks, -1 (everything), or one of "
         f"{', '.join(METHODS)}"
