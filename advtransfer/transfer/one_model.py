@@ -213,9 +213,9 @@ def _told(choice: Choice | None, num_images: int) -> tuple[str, list[dict[str, A
         )
     ]
     said = (
-        f"By cross-validation on the training images alone, in {choice.accuracies.shape[1]} folds: {chosen}, the fewest "
-        "trained blocks whose accuracy is within one standard error of the best (Breiman et al., 1984). No "
-        "test image had a part in it."
+        f"By cross-validation on the training images alone, in {choice.accuracies.shape[1]} folds: {chosen}, "
+        "the fewest trained blocks whose accuracy is within one standard error of the best (Breiman et al., "
+        "1984). No test image had a part in it."
     )
     return said, rows
 

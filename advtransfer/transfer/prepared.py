@@ -75,8 +75,12 @@ def prepare(
     start = first_unfrozen_block(module, num_unfrozen_blocks)
     sizes = size, train.num_images, test.num_images
     if start is not None and is_cached(module, recipe, num_unfrozen_blocks, *sizes):
-        views = {"augmentation": recipe.augmentation, "num_views": max(1, recipe.num_views)}
-        train_inputs = activations(module, variables, train.images, start, size, numbers=numbers, **views)
+        train_inputs = activations(
+            *(module, variables, train.images, start, size),
+            augmentation=recipe.augmentation,
+            num_views=max(1, recipe.num_views),
+            numbers=numbers,
+        )
         test_inputs = activations(module, variables, test.images, start, size)
     else:
         train_inputs, test_inputs = jnp.asarray(train.images), jnp.asarray(test.images)
