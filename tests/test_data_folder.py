@@ -214,26 +214,6 @@ def test_squares_of_one_size_are_resized_whole_and_others_cropped(tmp_path):
         load(tmp_path / "mixed")
 
 
-@pytest.mark.parametrize("name", ["folder", "builtin:digits"])
-def test_views_lose_detail_or_color(tmp_path, name):
-    pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
-    if name == "folder":
-        (tmp_path / "set/test/a").mkdir(parents=True)
-        Image.fromarray(pixels).save(tmp_path / "set/test/a/0.png")
-        name = f"folder:{tmp_path / 'set'}"
-    natural, grey, low = (
-        load_dataset(name, image_size=48, cache_dir=tmp_path / "cache", view=view)
-        .test.images[0]
-        .astype(float)
-        for view in ("natural", "grey", "low_pass")
-    )
-    luma = natural @ [0.299, 0.587, 0.114]
-    np.testing.assert_allclose(grey, three(luma), atol=0.51)
-    small = Image.fromarray(natural.astype(np.uint8)).resize((32, 32), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(low, np.asarray(small.resize((48, 48), Image.Resampling.BILINEAR)))
-    assert (low != natural).any()
-
-
 def test_small_squares_keep_their_side_for_the_device_to_enlarge(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
     (tmp_path / "set/test/a").mkdir(parents=True)

@@ -55,8 +55,9 @@ def fine_tune_one(
     Raises:
       ValueError: more blocks than the network has, or images that the recipe does not fit.
     """
-    num_images, num_classes = len(train.labels), len(class_names)
+    num_classes = len(class_names)
     _check_sets(train, test, num_classes)
+    num_images = train.num_images
     recipe = resolve_recipe(recipe, num_images, train.images)
     module = model.module.clone(num_classes=num_classes)
     decided = without_rates(recipe), num_unfrozen_blocks, model.spec.image_size
