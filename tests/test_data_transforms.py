@@ -66,8 +66,6 @@ def test_each_image_gets_its_own_draw(transform, images):
 def test_to_float():
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
     chex.assert_trees_all_close(to_float(pixels), (pixels / 255).astype(np.float32), rtol=1e-7)
-    with pytest.raises(AssertionError):
-        to_float(np.zeros((1, 2, 2, 3), np.float32))
 
 
 @pytest.mark.parametrize("size", [2, 4, 7, 11, 12, 16, 33, 60])
@@ -343,8 +341,6 @@ def test_make_batch_for_several_trials_at_once():
         chex.assert_trees_all_equal(batches.labels[trial], one.labels)
 
 
-def test_wrong_shapes_are_refused(images):
-    with pytest.raises(AssertionError):
-        transforms.random_flip(keys_for(3), images)
+def test_one_key_for_several_images_is_refused(images):
     with pytest.raises(AssertionError):
         transforms.random_flip(jax.random.key(0), images)

@@ -220,10 +220,9 @@ def _open_records(name: str, builder: Any, split: str, keys: tuple[str, str]) ->
     num_classes = builder.info.features[label_key].num_classes
 
     def labels() -> np.ndarray:
-        values = np.empty(count, np.int64)
-        for start in range(0, count, _CHUNK):
-            chunk = examples(range(start, min(start + _CHUNK, count)))
-            values[start : start + _CHUNK] = [example[label_key].int64_list.value[0] for example in chunk]
+        chunks = (range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
+        found = (example[label_key].int64_list.value[0] for chunk in chunks for example in examples(chunk))
+        values = np.fromiter(found, np.int64, count)
         if values.min() < 0:
             raise ValueError(f"{(values < 0).sum():,} images of {where} have no label")
         if values.max() >= num_classes:
