@@ -214,26 +214,6 @@ def test_squares_of_one_size_are_resized_whole_and_others_cropped(tmp_path):
         load(tmp_path / "mixed")
 
 
-@pytest.mark.parametrize("name", ["folder", "builtin:digits"])
-def test_views_lose_detail_or_color(tmp_path, name):
-    pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
-    if name == "folder":
-        (tmp_path / "set/test/a").mkdir(parents=True)
-        Image.fromarray(pixels).save(tmp_path / "set/test/a/0.png")
-        name = f"folder:{tmp_path / 'set'}"
-    natural, grey, low = (
-        load_dataset(name, image_size=48, cache_dir=tmp_path / "cache", view=view)
-        .test.images[0]
-        .astype(float)
-        for view in ("natural", "grey", "low_pass")
-    )
-    luma = natural @ [0.299, 0.587, 0.114]
-    np.testing.assert_allclose(grey, three(luma), atol=0.51)
-    small = Image.fromarray(natural.astype(np.uint8)).resize((32, 32), Image.Resampling.BILINEAR)
-    np.testing.assert_array_equal(low, np.asarray(small.resize((48, 48), Image.Resampling.BILINEAR)))
-    assert (low != natural).any()
-
-
 def test_small_squares_keep_their_side_for_the_device_to_enlarge(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
     (tmp_path / "set/test/a").mkdir(parents=True)
@@ -382,9 +362,8 @@ def test_what_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
 def test_a_tenth_validates_but_never_more_than_5000():
     def training(count):
         records = recorded.Records(count, labels=None, read=None, describe=None)
-        return recorded.count_training(
-            recorded.Recording("x", ("a",), {"train": records, "test": records}, {}, True)
-        )
+        recording = recorded.Recording("x", ("a",), {"train": records, "test": records}, {}, True)
+        return recorded.find_splits(recording)[1]["train"]
 
     assert [training(count) for count in (49_990, 50_010, 60_000)] == [44_991, 45_010, 55_000]
 

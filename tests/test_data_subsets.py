@@ -13,32 +13,23 @@ from advtransfer.data.subsets import stratified_order
 
 BALANCED = np.repeat(np.arange(10), 30)
 UNBALANCED = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3, 4, 7], [400, 90, 31, 8, 1, 150]))
-LABELS = {"balanced": BALANCED, "unbalanced": UNBALANCED, "single": np.zeros(20, int)}
 
 
 def draw(labels, num_images, seed=0, dataset="builtin:digits", **options):
     return subset_indices(labels, num_images, dataset=dataset, seed=seed, **options)
 
 
-@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
-def test_every_prefix_of_the_stratified_order_is_within_one_of_its_shares(labels):
-    order = stratified_order(labels, len(labels), np.random.default_rng(1))
-    assert order.dtype == np.int32
-    np.testing.assert_array_equal(np.sort(order), np.arange(len(labels)))
-    classes, counts = np.unique(labels, return_counts=True)
-    had = np.cumsum(labels[order][:, None] == classes, axis=0)
-    ideal = np.arange(1, len(labels) + 1)[:, None] * counts / len(labels)
-    assert np.abs(had - ideal).max() < 1
-
-
-def test_shares_that_rounding_and_divisor_methods_get_wrong():
-    """One large class and many small ones, and random shares."""
+def test_every_prefix_of_the_stratified_order_is_within_one_of_its_shares():
+    """Also of one large class and many small ones, which rounding and divisor methods get wrong."""
     rng = np.random.default_rng(2)
-    for _ in range(50):
-        counts = rng.integers(1, 40, rng.integers(2, 12)) ** rng.integers(1, 3)
-        labels = np.repeat(np.arange(len(counts)), counts)
+    random = [rng.integers(1, 40, rng.integers(2, 12)) ** rng.integers(1, 3) for _ in range(50)]
+    drawn = [np.repeat(np.arange(len(counts)), counts) for counts in random]
+    for labels in (BALANCED, UNBALANCED, np.zeros(20, int), *drawn):
         order = stratified_order(labels, len(labels), rng)
-        had = np.cumsum(labels[order][:, None] == np.arange(len(counts)), axis=0)
+        assert order.dtype == np.int32
+        np.testing.assert_array_equal(np.sort(order), np.arange(len(labels)))
+        classes, counts = np.unique(labels, return_counts=True)
+        had = np.cumsum(labels[order][:, None] == classes, axis=0)
         ideal = np.arange(1, len(labels) + 1)[:, None] * counts / len(labels)
         assert np.abs(had - ideal).max() < 1
 

@@ -16,6 +16,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
+from test_data_folder import serials_of
 
 from advtransfer.data import check_dataset_name, load_dataset, recorded
 
@@ -84,11 +85,6 @@ def write_set(
 def numbered(first, count):
     """Images of one colour each, which is their serial number; every third is a dog."""
     return [(plain(serial), int(serial % 3 == 0)) for serial in range(first, first + count)]
-
-
-def serials_of(split):
-    pixels = split.images[:, 0, 0].astype(int)
-    return (pixels[:, 0] + 256 * pixels[:, 1]).tolist()
 
 
 @pytest.fixture

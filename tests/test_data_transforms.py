@@ -66,11 +66,9 @@ def test_each_image_gets_its_own_draw(transform, images):
 def test_to_float():
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
     chex.assert_trees_all_close(to_float(pixels), (pixels / 255).astype(np.float32), rtol=1e-7)
-    with pytest.raises(AssertionError):
-        to_float(np.zeros((1, 2, 2, 3), np.float32))
 
 
-@pytest.mark.parametrize("size", [4, 7, 11, 12, 16, 33])
+@pytest.mark.parametrize("size", [2, 4, 7, 11, 12, 16, 33, 60])
 def test_resize_is_pillows_bilinear(size, images):
     def pillow(channel):
         return np.asarray(Image.fromarray(channel).resize((size, size), Image.Resampling.BILINEAR))
@@ -343,19 +341,6 @@ def test_make_batch_for_several_trials_at_once():
         chex.assert_trees_all_equal(batches.labels[trial], one.labels)
 
 
-def test_wrong_shapes_are_refused(images):
-    with pytest.raises(AssertionError):
-        transforms.random_flip(keys_for(3), images)
+def test_one_key_for_several_images_is_refused(images):
     with pytest.raises(AssertionError):
         transforms.random_flip(jax.random.key(0), images)
-
-
-@pytest.mark.parametrize(("side", "size"), [(8, 40), (40, 8), (28, 32)])
-def test_resized_on_the_device_as_decoding_resizes(side, size):
-    """Pillow rounds to 8 bits after either direction, the device not at all: at most a level apart."""
-    images = np.random.default_rng(0).integers(0, 256, (5, side, side, 3), dtype=np.uint8)
-    found = np.asarray(jax.jit(to_float, static_argnums=1)(images, size))
-    expected = [Image.fromarray(im).resize((size, size), Image.Resampling.BILINEAR) for im in images]
-    difference = 255 * found - np.array([np.asarray(image) for image in expected], np.float32)
-    assert np.abs(difference).max() < 1.01 and abs(difference.mean()) < 0.1
-    assert found.min() >= 0 and found.max() <= 1

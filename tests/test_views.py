@@ -38,6 +38,16 @@ def test_a_flat_image_has_no_detail_colour_edge_or_figure():
     assert (views.edges(flat) == 0).all() and (views.silhouette(flat) == 255).all()
 
 
+def test_low_pass_and_grey_are_pillows_scaling_and_the_luma():
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    luma = pixels @ np.array([0.299, 0.587, 0.114])
+    np.testing.assert_allclose(views.grey(pixels[None])[0], np.dstack([luma] * 3), atol=0.51)
+    small = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BILINEAR)
+    (low,) = views.low_pass(pixels[None])
+    np.testing.assert_array_equal(low, np.asarray(small.resize((48, 48), Image.Resampling.BILINEAR)))
+    assert (low != pixels).any()
+
+
 def test_patches_are_moved_as_their_order_says_and_can_be_put_back():
     shown = views.patch_shuffle(IMAGES)
     for image, found in zip(IMAGES, shown, strict=True):

@@ -5,7 +5,6 @@ from advtransfer.data.datasets import (
     BROKEN,
     DATASETS,
     LOADING,
-    SPLITS,
     Dataset,
     Split,
     check_dataset_name,
@@ -15,6 +14,7 @@ from advtransfer.data.datasets import (
 from advtransfer.data.feed import Feed, make_feed
 from advtransfer.data.glyphs import LETTERS, render_glyphs
 from advtransfer.data.planned import known_sizes, plan_dataset
+from advtransfer.data.recorded import SPLITS
 from advtransfer.data.stream import LostWorker, StreamedSplit
 from advtransfer.data.subsets import check_subset, subset_indices
 from advtransfer.data.targets import TARGETS, Target

@@ -42,10 +42,9 @@ def make_batch(
     on the image and its key, not on the rest of the batch.
 
     Args:
-      images: uint8 [M, H, W, 3], the whole dataset.
-      labels: int32 [M].
-      indices: integers [N] from 0 to M - 1.
-      keys: typed PRNG keys [N], for example `jax.random.split(key, N)`.
+      images, labels: the whole dataset.
+      indices: from 0 to M - 1.
+      keys: for example `jax.random.split(key, N)`.
       augmentation: applied after resizing.
       image_size: side of the network's images; None keeps their size.
     """

@@ -33,12 +33,12 @@ def cached_arrays(
       kind: prefix of the file name.
       identity: everything that the arrays depend on; JSON-serialisable.
       make: computes the arrays when there is no usable file.
-      cache_dir: the cache's folder; None is `$XDG_CACHE_HOME/advtransfer` or
-        `~/.cache/advtransfer`.
+      cache_dir: None is `$XDG_CACHE_HOME/advtransfer` or `~/.cache/advtransfer`.
     """
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    folder = Path(cache_dir) if cache_dir is not None else _default_folder()
-    path = folder / f"{kind}-{digest[:16]}.npz"
+    if cache_dir is None:
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "advtransfer"
+    path = Path(cache_dir) / f"{kind}-{digest[:16]}.npz"
     with contextlib.suppress(*_UNREADABLE), path.open("rb") as file, np.load(file) as archive:
         return dict(archive)
     arrays = make()
@@ -68,11 +68,6 @@ def content_digest(*arrays: Shaped[np.ndarray, " ..."]) -> str:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-def _default_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "advtransfer"
 
 
 def _write_by_rename(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -23,15 +23,23 @@ from PIL import Image
 
 from advtransfer.data import glyphs
 from advtransfer.data.cache import cached_arrays, content_digest
+from advtransfer.data.decode import fit_image
 from advtransfer.data.folder import open_folder
-from advtransfer.data.recorded import Recording, count_training, find_size, inspect, load_parts
-from advtransfer.data.stream import StreamedSplit, open_stream
+from advtransfer.data.recorded import (
+    SPLITS,
+    Recording,
+    find_size,
+    find_splits,
+    find_training,
+    inspect,
+    load_parts,
+)
+from advtransfer.data.stream import StreamedSplit
 from advtransfer.data.subsets import stratified_order
 from advtransfer.data.tfds import open_tfds
 from advtransfer.data.views import VIEWS
 from advtransfer.labels import check_labels
 
-SPLITS = ("train", "validation", "test")
 BROKEN = ("refuse", "skip")
 LOADING = ("memory", "stream", "auto")
 MAX_IN_MEMORY = 2e9  # bytes of training images above which "auto" streams, whatever the machine
@@ -62,10 +70,7 @@ def check_split(split: Split) -> None:
 
 
 class Dataset(NamedTuple):
-    """The three splits of a dataset; they share no image.
-
-    Images may be smaller than the network's (see `load_dataset`); they are resized when batches are made.
-    """
+    """The three splits of a dataset; they share no image. Images may be smaller than the network's."""
 
     name: str
     class_names: tuple[str, ...]
@@ -78,11 +83,7 @@ class Dataset(NamedTuple):
     is_placeholder: bool = False  # stands in for a dataset that is not prepared (see `plan_dataset`)
 
     def in_memory(self, split: str) -> Split:
-        """The images and labels of a split.
-
-        Raises:
-          ValueError: the split is streamed.
-        """
+        """The images and labels of a split; a ValueError if they are streamed."""
         found = getattr(self, split)
         if isinstance(found, StreamedSplit):
             raise ValueError(f"the {split} images of {self.name} are streamed, but are needed in memory")
@@ -112,23 +113,21 @@ def load_dataset(
 ) -> Dataset:
     """Loads a dataset by name.
 
-    Recorded images are decoded once, in parallel, and cached until a file of the dataset changes. Labels,
-    class names and splits are the recorded ones as far as there are any (see `load_parts`). If all images of
-    a dataset are squares of one size, they are resized; otherwise they are cropped as in ImageNet evaluation
-    (see `fit_image`).
+    Recorded images are decoded once, in parallel, and cached until a file of the dataset changes. Splits are
+    the recorded ones as far as there are any (see `load_parts`). If all images of a dataset are squares of
+    one size, they are resized; otherwise they are cropped as in ImageNet evaluation (see `fit_image`).
 
     Args:
-      name: one of `DATASETS`; `tfds:NAME`, a prepared TensorFlow dataset, read without TensorFlow (see module
-        `tfds`); or `folder:/path`, with one subfolder per class (see module `folder`).
-      image_size: side of the images in pixels; None is the dataset's own (glyphs 16, digits 8).
-        Glyphs are drawn at this size, digits are resized to it (bilinear with antialias).
-      seed: of the drawn glyphs. Recorded datasets do not depend on it.
-      cache_dir: cache of drawn and decoded images; None is `$XDG_CACHE_HOME/advtransfer` or
-        `~/.cache/advtransfer`. If it cannot be written, nothing is cached.
+      name: one of `DATASETS`; `tfds:NAME`, a prepared TensorFlow dataset (see module `tfds`); or
+        `folder:/path`, with one subfolder per class (see module `folder`).
+      image_size: side of the images in pixels; None is the dataset's own (glyphs 16, digits 8). Glyphs are
+        drawn at this size.
+      seed: of the drawn glyphs.
+      cache_dir: of drawn and decoded images (see `cached_arrays`).
       splits: those of `SPLITS` that the caller needs; the others of a recorded dataset are empty.
       broken: how to treat images that cannot be decoded: "refuse" raises, "skip" leaves them out and lists
         them in `Dataset.skipped`.
-      view: one of `VIEWS`, such as "low_pass" (see module `views`), applied to all splits.
+      view: one of `VIEWS`, applied to all splits.
       loading: "memory"; "stream": the training images stay on disk (see module `stream`); or "auto": streamed
         if they would take more than 2 GB. Other splits are always in memory.
       enlarge: whether recorded squares of one size that are smaller than `image_size` are enlarged to it.
@@ -161,21 +160,21 @@ def load_dataset(
             raise ValueError(f"{name} is not streamed: its images are generated in memory")
         class_names, *drawn = DATASETS[name](image_size, seed, cache_dir)
         train, validation, test = (Split(VIEWS[view](part.images), part.labels) for part in drawn)
-        made = zip(SPLITS, (train, validation, test), strict=True)
-        digests = {split: content_digest(*part) for split, part in made if split in splits}
-        return Dataset(name, class_names, train, validation, test, digests=digests)
+        dataset = Dataset(name, class_names, train, validation, test)
+        return dataset._replace(digests={split: content_digest(*getattr(dataset, split)) for split in splits})
     recording = _opener(name)(name)
     size, _ = find_size(recording, image_size, cache_dir, enlarge=enlarge)
-    streamed = "train" in splits and is_streamed(name, count_training(recording), size, view, loading)
+    num_train = find_splits(recording)[1]["train"]
+    streamed = "train" in splits and is_streamed(name, num_train, size, view, loading)
     in_memory = [split for split in splits if split != "train" or not streamed]
     parts = load_parts(
         recording, image_size, cache_dir, in_memory, broken, view, enlarge=enlarge, set_aside=set_aside
     )
-    skipped = tuple(str(image) for part in parts.values() for image in part.skipped)
     train, validation, test = (Split(parts[split].images, parts[split].labels) for split in SPLITS)
     if streamed:
-        train = open_stream(recording, *find_size(recording, image_size, cache_dir), broken)
-    digests = {split: str(part.digest) for split, part in parts.items()}
+        records, indices = find_training(recording)
+        place = find_size(recording, image_size, cache_dir)
+        train = StreamedSplit(records.read, records.describe, indices, *place, recording.upright, broken)
     remarks = (*recording.remarks, *inspect(parts))
     for remark in remarks:
         logging.warning("%s: %s", name, remark)
@@ -185,9 +184,9 @@ def load_dataset(
         train,
         validation,
         test,
-        skipped=skipped,
+        skipped=tuple(str(image) for part in parts.values() for image in part.skipped),
         remarks=remarks,
-        digests=digests,
+        digests={split: str(part.digest) for split, part in parts.items()},
     )
 
 
@@ -230,51 +229,48 @@ def _load_digits(image_size: int | None, seed: int, cache_dir: str | PathLike | 
     from sklearn.datasets import load_digits  # takes a second to import
 
     recorded = load_digits()
-    grey = np.rint(recorded.images * (255 / 16)).astype(np.uint8)
-    images = _resize(np.repeat(grey[..., None], 3, axis=-1), image_size)
+    images = np.repeat(np.rint(recorded.images * (255 / 16)).astype(np.uint8)[..., None], 3, axis=-1)
+    if image_size is not None:
+        fitted = [fit_image(Image.fromarray(image), image_size, crop=False) for image in images]
+        images = np.stack([np.asarray(image) for image in fitted])
     labels = recorded.target.astype(np.int32)
 
     order = stratified_order(labels, len(labels), np.random.default_rng(1797))
-    test, train, validation = np.split(order, [_DIGITS_TEST, _DIGITS_TEST + _DIGITS_TRAIN])
-    names = tuple(str(digit) for digit in range(10))
-    return (
-        names,
-        Split(images[train], labels[train]),
-        Split(images[validation], labels[validation]),
-        Split(images[test], labels[test]),
+    test, train, validation = (
+        Split(images[chosen], labels[chosen])
+        for chosen in np.split(order, [_DIGITS_TEST, _DIGITS_TEST + _DIGITS_TRAIN])
     )
+    return tuple(map(str, range(10))), train, validation, test
 
 
-def _load_glyphs(image_size: int | None, seed: int, cache_dir: str | PathLike | None) -> Parts:
+def _load_glyphs(*options: Any) -> Parts:
     """Letters whose background texture matches the letter nine times in ten."""
-    sizes = {"train": 8192, "validation": 1024, "test": 2048}
-    arrays = _draw("glyphs", glyphs.draw_labelled, sizes, image_size, seed, cache_dir)
-    return tuple(glyphs.LETTERS), *arrays
+    return _draw("glyphs", glyphs.draw_labelled, glyphs.LETTERS, (8192, 1024, 2048), *options)
 
 
-def _load_lowercase(image_size: int | None, seed: int, cache_dir: str | PathLike | None) -> Parts:
+def _load_lowercase(*options: Any) -> Parts:
     """Lower-case letters on textures that are independent of them."""
-    sizes = {"train": 1600, "validation": 400, "test": 1200}
-    arrays = _draw("lowercase", glyphs.draw_lowercase, sizes, image_size, seed, cache_dir)
-    return tuple(glyphs.LOWERCASE), *arrays
+    return _draw("lowercase", glyphs.draw_lowercase, glyphs.LOWERCASE, (1600, 400, 1200), *options)
 
 
 def _draw(
     name: str,
     draw_labelled: Callable[..., tuple[np.ndarray, np.ndarray]],
-    sizes: Mapping[str, int],
+    class_names: str,
+    num_images: Sequence[int],
     image_size: int | None,
     seed: int,
     cache_dir: str | PathLike | None,
-) -> tuple[Split, Split, Split]:
-    """The splits of a drawn dataset, from the cache if possible."""
+) -> Parts:
+    """A drawn dataset, from the cache if possible; `num_images` of each of `SPLITS`."""
     image_size = glyphs.DEFAULT_SIZE if image_size is None else image_size
+    sizes = dict(zip(SPLITS, num_images, strict=True))
 
     def draw() -> dict[str, np.ndarray]:
         arrays = {}
-        for stream, (split, num_images) in enumerate(sizes.items()):
+        for stream, (split, number) in enumerate(sizes.items()):
             rng = np.random.default_rng([seed, stream])
-            images, labels = draw_labelled(num_images, image_size=image_size, rng=rng)
+            images, labels = draw_labelled(number, image_size=image_size, rng=rng)
             arrays |= {f"{split}_images": images, f"{split}_labels": labels}
         return arrays
 
@@ -283,15 +279,7 @@ def _draw(
     train, validation, test = (
         Split(arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in SPLITS
     )
-    return train, validation, test
-
-
-def _resize(images: np.ndarray, size: int | None) -> np.ndarray:
-    """Resizes uint8 [N, H, W, 3] on the host to [N, size, size, 3]."""
-    if size is None or images.shape[1:3] == (size, size):
-        return images
-    bilinear = Image.Resampling.BILINEAR
-    return np.stack([np.asarray(Image.fromarray(im).resize((size, size), bilinear)) for im in images])
+    return tuple(class_names), train, validation, test
 
 
 DATASETS: dict[str, Callable[..., Parts]] = {

@@ -54,11 +54,7 @@ def decode_image(encoded: Encoded, *, upright: bool = False) -> Image.Image:
 
 
 def open_image(encoded: Encoded) -> Image.Image:
-    """Reads the header of an image file and checks the size of the image.
-
-    Raises:
-      Exception: as `decode_image`.
-    """
+    """Reads the header of an image file and checks the size of the image; raises as `decode_image`."""
     if isinstance(encoded, Path):
         status = encoded.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -128,18 +124,9 @@ def decode_crop(
     """Decodes one image file and scales a random box of it to size × size pixels (see `random_box`).
 
     The box is cropped, then scaled, bilinear with antialias, as in torchvision's RandomResizedCrop. A JPEG
-    whose box is at least four times as large as the result on each side is decoded at a half, a quarter or an
-    eighth of its resolution; the box still has at least twice the size of the result, and decoding takes a
-    fraction of the time.
-
-    Args:
-      encoded, upright: see `decode_image`.
-      size: side of the result in pixels.
-      rng: used for the box only.
-      min_area: see `random_box`.
-
-    Raises:
-      Exception: as `decode_image`.
+    whose box is at least four times as large as the result on each side is decoded, in a fraction of the
+    time, at a half, a quarter or an eighth of its resolution; the box still has at least twice the size of
+    the result. Raises as `decode_image`.
     """
     with open_image(encoded) as image:
         turned = upright and _orientation(image) in range(5, 9)
@@ -206,14 +193,11 @@ def decode_images(
 
     Args:
       read: returns the encoded images of some indices; called from several threads at once.
-      indices: integers [N].
-      size: side of the results in pixels.
-      crop: see `fit_image`.
+      size, crop: see `fit_image`.
       upright: see `decode_image`.
 
     Returns:
-      Images uint8 [N, size, size, 3], and by position the reason why an image could not be decoded; its
-      pixels are arbitrary.
+      The images, and by position the reason why one could not be decoded; its pixels are arbitrary.
     """
     images = np.empty((len(indices), size, size, 3), np.uint8)
     broken: dict[int, str] = {}

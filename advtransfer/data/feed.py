@@ -49,8 +49,7 @@ def make_feed(
     augmentation runs on the device.
 
     Args:
-      train: the images.
-      augmentation: of the images.
+      train, augmentation: the images, and what becomes of them.
       key: for the order and the augmentation.
       batch_size: over all processes and devices.
       num_steps: of the whole training.

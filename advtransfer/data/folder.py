@@ -48,10 +48,9 @@ def open_folder(name: str) -> Recording:
     walk = Walk(name, root)
     layout = read_layout(walk)
     classes = {split: _classes(walk, folder) for split, folder in layout.splits.items()}
-    first = next(iter(classes))
+    first, folder = next(iter(layout.splits.items()))
     class_names = tuple(sorted(classes[first], key=_order))
     if not class_names:
-        folder = layout.splits[first]
         raise ValueError(f"{name}: {folder} has no class folders; expected {folder}/CLASS/*.png")
     left_out: Counter[str] = Counter()
     listed = {
@@ -63,8 +62,7 @@ def open_folder(name: str) -> Recording:
         left_out["images outside class folders"] += len(content.images)
     paths = [path for images in listed.values() for path, _ in images]
     remarks = list(layout.remarks)
-    if +left_out:
-        counts = ", ".join(f"{count:,} {why}" for why, count in left_out.most_common() if count)
+    if counts := _counts(left_out):
         remarks.append(f"left out {counts}")
     if train != "train":
         listed = _slice(name, listed, train)
@@ -152,13 +150,14 @@ def _list_images(
                 images += [(path, label) for path in content.images]
                 missed += content.left_out
         if split == "train" and len(images) == before:
-            seen = ", ".join(f"{count:,} {why}" for why, count in missed.most_common())
-            raise ValueError(
-                f"{walk.name}: {folders[class_name][0]} contains no images"
-                + (f" (only {seen})" if seen else "")
-            )
+            only = f" (only {_counts(missed)})" if missed else ""
+            raise ValueError(f"{walk.name}: {folders[class_name][0]} contains no images{only}")
         left_out += missed
     return images
+
+
+def _counts(left_out: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {why}" for why, count in left_out.most_common() if count)
 
 
 def _records(root: Path, images: Images) -> Records:

@@ -59,11 +59,7 @@ _CHUNK = 1024  # images rendered at once; bounds the float32 working memory
 def draw_labelled(
     num_images: int, *, image_size: int, rng: np.random.Generator
 ) -> tuple[UInt8[np.ndarray, "{num_images} {image_size} {image_size} 3"], Int32[np.ndarray, " {num_images}"]]:
-    """Draws images of balanced classes whose texture matches the letter 9 times in 10.
-
-    Returns:
-      uint8 [num_images, image_size, image_size, 3] and int32 labels [num_images].
-    """
+    """Images and labels of balanced classes, whose texture matches the letter 9 times in 10."""
     labels = rng.permutation(np.arange(num_images, dtype=np.int32) % len(LETTERS))
     others = (labels + rng.integers(1, len(LETTERS), num_images)) % len(LETTERS)
     textures = np.where(rng.random(num_images) < CUE_AGREEMENT, labels, others)
@@ -73,11 +69,7 @@ def draw_labelled(
 def draw_lowercase(
     num_images: int, *, image_size: int, rng: np.random.Generator
 ) -> tuple[UInt8[np.ndarray, "{num_images} {image_size} {image_size} 3"], Int32[np.ndarray, " {num_images}"]]:
-    """Draws images of balanced classes, indices into `LOWERCASE`, on gratings of any class.
-
-    Returns:
-      As `draw_labelled`.
-    """
+    """Images and labels of balanced classes, indices into `LOWERCASE`, on gratings of any class."""
     labels = rng.permutation(np.arange(num_images, dtype=np.int32) % len(LOWERCASE))
     textures = rng.integers(len(LETTERS), size=num_images)
     return render_glyphs(labels, textures, image_size=image_size, rng=rng, alphabet=LOWERCASE), labels
@@ -96,17 +88,14 @@ def render_glyphs(
     """Draws images with the letter of one class and the texture of another.
 
     Args:
-      letters: integers [N], classes whose letter is drawn (indices into `alphabet`).
-      textures: integers [N], classes whose grating is drawn.
+      letters: classes whose letter is drawn (indices into `alphabet`).
+      textures: classes whose grating is drawn.
       image_size: side in pixels, at least 13.
       rng: for typefaces, geometry, colours and phases; the same draws at every size.
       alphabet: the letters.
       amplitude: smallest and largest amplitude of the gratings, for pixels in [0, 1]. From 0.15 on, colours
         are clipped.
       opacity: of the letters, in [0, 1]. Like `amplitude`, it does not affect the other random draws.
-
-    Returns:
-      uint8 [N, image_size, image_size, 3].
 
     Raises:
       ValueError: the image is too small for the finest grating, a class does not exist, or an invalid
@@ -116,17 +105,13 @@ def render_glyphs(
     chex.assert_rank(letters, 1)
     if image_size < MIN_SIZE:
         raise ValueError(f"glyphs need at least {MIN_SIZE} pixels per side, got image_size {image_size}")
-    for name, classes, number in (
-        ("letters", letters, len(alphabet)),
-        ("textures", textures, len(LETTERS)),
-    ):
+    for name, classes, number in (("letters", letters, len(alphabet)), ("textures", textures, len(LETTERS))):
         if classes.shape != letters.shape or not np.all((classes >= 0) & (classes < number)):
             raise ValueError(
                 f"{name} must be [N] class indices from 0 to {number - 1}; their shape is {classes.shape}"
             )
     if not 0 <= amplitude[0] <= amplitude[1] < np.inf:
         raise ValueError(f"amplitude must be two non-negative numbers in ascending order, got {amplitude}")
-
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity must be in [0, 1], got {opacity}")
 
@@ -237,11 +222,7 @@ def _warp(masters: list[Image.Image], transforms: np.ndarray, image_size: int) -
     offset = transforms[:, :, 2] * side + middle - linear @ middle
     data = np.concatenate([linear, offset[..., None]], axis=-1).reshape(-1, 6).tolist()
     warped = [
-        np.asarray(
-            master.transform((side, side), Image.Transform.AFFINE, six, Image.Resampling.BILINEAR).reduce(
-                _OVERSAMPLING
-            )
-        )
+        master.transform((side, side), Image.Transform.AFFINE, six, Image.Resampling.BILINEAR)
         for master, six in zip(masters, data, strict=True)
     ]
-    return np.stack(warped).astype(np.float32) / 255
+    return np.stack([np.asarray(image.reduce(_OVERSAMPLING)) for image in warped]).astype(np.float32) / 255

@@ -49,11 +49,8 @@ class Content(NamedTuple):
 
 
 class Walk:
-    """Lists the folders below `root`, each once: links that lead back into the dataset are left out.
-
-    Hidden files and folders, those created by file systems and viewers (`@eaDir`, `__MACOSX`, ...) and
-    anything that is neither a file nor a folder are left out too.
-    """
+    """Lists the folders below `root`, each once, without links that lead back into the dataset, what is
+    hidden or made by file systems and viewers (`@eaDir`, `__MACOSX`, ...), and what is no file or folder."""
 
     def __init__(self, name: str, root: Path):
         self.name, self.root = name, root
@@ -166,10 +163,8 @@ def read_layout(walk: Walk) -> Layout:
     found: dict[str, Path] = {}
     for child, split in splits.items():
         if split in found:
-            raise ValueError(
-                f"{walk.name}: {_names([found[split], child])} could both be the {split} images: "
-                "move one away"
-            )
+            both = _names([found[split], child])
+            raise ValueError(f"{walk.name}: {both} could both be the {split} images: move one away")
         found[split] = child
     for split, folder in found.items():
         found[split], more = _enter(walk, folder, lambda child: True)

@@ -8,8 +8,8 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from advtransfer.data.datasets import SPLITS, Dataset, Split, is_streamed, load_dataset
-from advtransfer.data.recorded import check_memory, split_name, split_sizes
+from advtransfer.data.datasets import Dataset, Split, is_streamed, load_dataset
+from advtransfer.data.recorded import SPLITS, check_memory, split_name, split_sizes
 from advtransfer.data.stream import StreamedSplit
 from advtransfer.data.targets import Target, find_target
 from advtransfer.data.tfds import NotPrepared
@@ -36,55 +36,13 @@ def plan_dataset(
     Raises:
       ValueError: as `load_dataset`; its subclass NotPrepared if nothing is known about the dataset.
     """
-    asked: dict[str, Any] = {"image_size": image_size, "splits": splits, "view": view, "loading": loading}
-    asked |= {"enlarge": enlarge, "set_aside": set_aside}
+    options |= {"splits": splits, "view": view, "loading": loading}
+    options |= {"enlarge": enlarge, "set_aside": set_aside}
     try:
-        return load_dataset(name, **asked, **options)
+        return load_dataset(name, image_size=image_size, **options)
     except NotPrepared:
         if (known := known_sizes(name)) is None:
             raise
-        return _placeholder(name, known, **asked)
-
-
-def known_sizes(name: str) -> Target | None:
-    """The published sizes of a dataset; None if they are not known.
-
-    In `tfds:NAME:TRAIN`, the images of a slice such as `train[:10%]` are counted as in TFDS. Sizes of further
-    recorded splits, such as SVHN's `extra`, are not known.
-    """
-    if (target := find_target(name)) is not None:
-        return target
-    where, train = split_name(name)
-    target = find_target(where)
-    if target is None or train is None:
-        return target
-    num_train = _count(train, target.num_train)
-    return target._replace(num_train=num_train) if num_train else None
-
-
-def _count(train: str, num_train: int) -> int:
-    """Number of images that a slice in TFDS's notation selects from `num_train`; 0 if it is invalid."""
-    import tensorflow_datasets as tfds
-
-    whole = tfds.core.SplitInfo(name="train", shard_lengths=[num_train], num_bytes=0)
-    try:
-        parts = tfds.core.ReadInstruction.from_spec(train).to_absolute({"train": whole})
-    except (ValueError, KeyError, AssertionError):
-        return 0
-    return sum(len(range(num_train)[part.from_ : part.to]) for part in parts)
-
-
-def _placeholder(
-    name: str,
-    known: Target,
-    *,
-    image_size: int,
-    splits: Sequence[str],
-    view: str,
-    loading: str,
-    enlarge: bool,
-    set_aside: bool,
-) -> Dataset:
     side = image_size if enlarge else min(known.side or image_size, image_size)
     counts = {"train": known.num_train, "test": known.num_test}
     num_streamed = split_sizes(counts, True)["train"]
@@ -122,3 +80,31 @@ def _placeholder(
         digests={split: f"{name}, {view}, {side}, {sizes}: {split}, as published" for split in SPLITS},
         is_placeholder=True,
     )
+
+
+def known_sizes(name: str) -> Target | None:
+    """The published sizes of a dataset; None if they are not known.
+
+    In `tfds:NAME:TRAIN`, the images of a slice such as `train[:10%]` are counted as in TFDS. Sizes of further
+    recorded splits, such as SVHN's `extra`, are not known.
+    """
+    if (target := find_target(name)) is not None:
+        return target
+    where, train = split_name(name)
+    target = find_target(where)
+    if target is None or train is None:
+        return target
+    num_train = _count(train, target.num_train)
+    return target._replace(num_train=num_train) if num_train else None
+
+
+def _count(train: str, num_train: int) -> int:
+    """Number of images that a slice in TFDS's notation selects from `num_train`; 0 if it is invalid."""
+    import tensorflow_datasets as tfds
+
+    whole = tfds.core.SplitInfo(name="train", shard_lengths=[num_train], num_bytes=0)
+    try:
+        parts = tfds.core.ReadInstruction.from_spec(train).to_absolute({"train": whole})
+    except (ValueError, KeyError, AssertionError):
+        return 0
+    return sum(len(range(num_train)[part.from_ : part.to]) for part in parts)

@@ -19,6 +19,7 @@ from advtransfer.data.decode import Encoded, decode_images, open_image
 from advtransfer.data.subsets import stratified_order
 from advtransfer.data.views import LOW_PASS_SIDE, VIEWS
 
+SPLITS = ("train", "validation", "test")
 TEST_SHARE = 0.2  # fraction of the images that are for testing if no test images are recorded
 VALIDATION_SHARE, MAX_VALIDATION = 0.1, 5000  # of the training images, if no validation images are recorded
 MAX_STRATIFIED = 200_000  # larger datasets are split without their labels, which may take long to read
@@ -90,7 +91,7 @@ def load_parts(
     size, crop = find_size(recording, image_size, cache_dir, enlarge=enlarge)
     if view == "low_pass" and size < (image_size or size):  # enlarged again on the device
         size, view = min(size, LOW_PASS_SIDE), "natural"
-    found, sizes = _found(recording, set_aside)
+    found, sizes = find_splits(recording, set_aside=set_aside)
     check_memory(recording.name, sum(sizes[split] for split in splits), size)
     parts = functools.cache(lambda: _assign(found, sizes, splits))
 
@@ -109,14 +110,13 @@ def load_parts(
             images, labels = (np.delete(array, list(reasons), axis=0) for array in (images, labels))
         images = VIEWS[view](images)
         digest, skipped = np.array(content_digest(images, labels)), np.array(skipped, dtype=np.str_)
-        return Part(images, labels, skipped, digest, _hashes(images))._asdict()
+        hashes = [hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8) for image in images]
+        hashes = np.array([int.from_bytes(one.digest(), "little") for one in hashes], np.uint64)
+        return Part(images, labels, skipped, digest, hashes)._asdict()
 
-    kind = recording.name.partition(":")[0]
-    identity = recording.identity | {"size": size, "pillow": PIL.__version__, "sizes": sizes}
-    identity |= {
+    identity = recording.identity | {
+        **{"size": size, "crop": crop, "view": view, "sizes": sizes, "pillow": PIL.__version__},
         "rule": [TEST_SHARE, VALIDATION_SHARE, MAX_VALIDATION, MAX_STRATIFIED],
-        "crop": crop,
-        "view": view,
         "holds": Part._fields,
     }
 
@@ -124,37 +124,37 @@ def load_parts(
         if not sizes[split] or split not in splits:
             images, hashes = np.empty((0, size, size, 3), np.uint8), np.empty(0, np.uint64)
             return Part(images, np.empty(0, np.int32), np.empty(0, np.str_), np.array(""), hashes)
-        make = functools.partial(decode, split)
+        kind, make = recording.name.partition(":")[0], functools.partial(decode, split)
         part = Part(**cached_arrays(kind, identity | {"split": split}, make, cache_dir=cache_dir))
         if broken == "refuse" and len(part.skipped):
-            raise ValueError(_complain(recording.name, part.skipped, sizes[split]))
+            raise ValueError(
+                f"{len(part.skipped):,} of {sizes[split]:,} images of {recording.name} cannot be decoded: "
+                f"{_first_five(part.skipped)}. Fix or remove them, or skip them: --config.broken_images=skip "
+                '(load_dataset: broken="skip")'
+            )
         return part
 
     return {split: load(split) for split in sizes}
 
 
-def _hashes(images: np.ndarray) -> np.ndarray:
-    digests = (hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8).digest() for image in images)
-    return np.array([int.from_bytes(digest, "little") for digest in digests], np.uint64)
+def _first_five(names: Sequence[str] | np.ndarray) -> str:
+    return "; ".join(names[:5]) + ("; …" if len(names) > 5 else "")
 
 
 def inspect(parts: Mapping[str, Part]) -> list[str]:
     """Notes for the user on decoded images: those left out, duplicates, and images that are all dark."""
     remarks = []
     if skipped := [str(image) for part in parts.values() for image in part.skipped]:
-        listed = "; ".join(skipped[:5]) + ("; …" if len(skipped) > 5 else "")
-        remarks.append(f"left out {len(skipped):,} images that cannot be decoded: {listed}")
+        remarks.append(f"left out {len(skipped):,} images that cannot be decoded: {_first_five(skipped)}")
     labels: dict[str, dict[int, set[int]]] = {}  # by split and by hash of an image's pixels
     for split, part in parts.items():
         known = labels.setdefault(split, {})
         for pixels, label in zip(part.hashes.tolist(), part.labels.tolist(), strict=True):
             known.setdefault(pixels, set()).add(label)
-        several = sum(len(found) > 1 for found in known.values())
-        if several:
+        if several := sum(len(found) > 1 for found in known.values()):
             remarks.append(f"{several:,} images occur in {split} with more than one label")
     for one, other in (("test", "train"), ("validation", "train"), ("test", "validation")):
-        shared = labels[one].keys() & labels[other].keys()
-        if shared:
+        if shared := labels[one].keys() & labels[other].keys():
             odd = sum(labels[one][pixels] != labels[other][pixels] for pixels in shared)
             remarks.append(
                 f"{len(shared):,} of the {one} images are also among the {other} images, pixel for pixel"
@@ -194,16 +194,11 @@ def find_size(
 
 def find_training(recording: Recording) -> tuple[Records, Integer[np.ndarray, " n"]]:
     """The records that contain the training images of `load_parts`, undecoded, and their indices."""
-    return _assign(*_found(recording, True), ["train"])["train"]
+    return _assign(*find_splits(recording), ["train"])["train"]
 
 
-def count_training(recording: Recording) -> int:
-    """Number of training images of `load_parts`."""
-    return _found(recording, True)[1]["train"]
-
-
-def _found(recording: Recording, set_aside: bool) -> tuple[dict[str, Records], dict[str, int]]:
-    """The recorded splits by the name they are used under, and the number of images of each split."""
+def find_splits(recording: Recording, *, set_aside: bool = True) -> tuple[dict[str, Records], dict[str, int]]:
+    """The recorded splits by the name they are used under, and `split_sizes`."""
     found = dict(recording.splits)
     if "test" not in found and "validation" in found:
         found["test"] = found.pop("validation")
@@ -232,8 +227,8 @@ def _assign(
         if split in parts or "train" not in parts or not {split, "train", "validation"} & set(splits):
             continue
         records, indices = parts["train"]
-        small = len(indices) <= MAX_STRATIFIED  # reading more labels may take too long
-        drawn = fixed_order(records.labels()[indices] if small else indices, sizes[split])
+        labels = records.labels()[indices] if len(indices) <= MAX_STRATIFIED else indices
+        drawn = fixed_order(labels, sizes[split])
         parts[split] = records, np.sort(indices[drawn])
         parts["train"] = records, np.delete(indices, drawn)
     return parts
@@ -241,7 +236,7 @@ def _assign(
 
 def fixed_order(labels: Integer[np.ndarray, " n"], length: int) -> Integer[np.ndarray, " {length}"]:
     """The first `length` places of a fixed random order of images; stratified by `labels` unless there are
-    more than `MAX_STRATIFIED`, which would take too long."""
+    more than `MAX_STRATIFIED`."""
     rng = np.random.default_rng(0)
     if len(labels) > MAX_STRATIFIED:
         return rng.permutation(len(labels))[:length]
@@ -287,11 +282,3 @@ def check_memory(name: str, num_images: int, size: int) -> None:
             f"of the {free / 1e9:,.1f} GB of free memory: lower image_size, select a slice of the dataset "
             "(:train[:10%]), or stream the training images of a source (--config.train.loading=stream)"
         )
-
-
-def _complain(name: str, skipped: np.ndarray, num_images: int) -> str:
-    listed = "; ".join(skipped[:5]) + ("; …" if len(skipped) > 5 else "")
-    return (
-        f"{len(skipped):,} of {num_images:,} images of {name} cannot be decoded: {listed}. Fix or remove "
-        'them, or skip them: --config.broken_images=skip (load_dataset: broken="skip")'
-    )

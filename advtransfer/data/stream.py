@@ -26,7 +26,6 @@ from jaxtyping import Array, Int32, Integer, UInt8
 
 from advtransfer import parallel
 from advtransfer.data.decode import Encoded, decode_crop, decode_image, fit_image, reason
-from advtransfer.data.recorded import Recording, find_training
 
 if TYPE_CHECKING:
     import grain
@@ -56,18 +55,6 @@ class StreamedSplit(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the images in memory."""
         return 0
-
-
-def open_stream(recording: Recording, image_size: int, crop: bool, broken: str) -> StreamedSplit:
-    """The images that `load_parts` would train on, not yet read.
-
-    Args:
-      recording: a set on disk.
-      image_size, crop: see `find_size`.
-      broken: "refuse" or "skip".
-    """
-    records, indices = find_training(recording)
-    return StreamedSplit(records.read, records.describe, indices, image_size, crop, recording.upright, broken)
 
 
 class StreamOrder(NamedTuple):
@@ -101,21 +88,22 @@ def read_batch(split: StreamedSplit, order: StreamOrder, step: int) -> HostBatch
       ValueError: an image cannot be decoded, unless `split.broken` is "skip".
     """
     epoch, i = divmod(step, split.num_images // order.batch_size)
-    rows = order.batch_size // order.num_processes
-    positions = range(order.process * rows, (order.process + 1) * rows)
-    first = i * order.batch_size
-    places = epoch_order(order.seed, epoch, split.num_images)[
-        first + positions.start : first + positions.stop
-    ]
-    images = np.empty((rows, split.image_size, split.image_size, 3), np.uint8)
+    rows, size = order.batch_size // order.num_processes, split.image_size
+    first = order.process * rows  # of this process's places in the batch
+    places = epoch_order(order.seed, epoch, split.num_images)[i * order.batch_size + first :][:rows]
+    images = np.empty((rows, size, size, 3), np.uint8)
     labels, skipped = np.empty(rows, np.int32), []
     for row, example in enumerate(split.read(split.indices[places])):
-        rng = np.random.default_rng([order.seed, 1, step, positions[row]])
+        rng = np.random.default_rng([order.seed, 1, step, first + row])
         for place in range(places[row], places[row] + split.num_images):
             index = split.indices[place % split.num_images]
             encoded, label = example if place == places[row] else split.read([index])[0]
             try:
-                images[row], labels[row] = _decode(split, encoded, rng, order.min_area), label
+                if order.min_area:
+                    image = decode_crop(encoded, size, rng, min_area=order.min_area, upright=split.upright)
+                else:
+                    image = fit_image(decode_image(encoded, upright=split.upright), size, crop=split.crop)
+                images[row], labels[row] = image, label
                 break
             except Exception as error:  # Pillow's readers raise almost anything for a damaged file
                 skipped.append(f"{split.describe(index)} ({reason(error)})")
@@ -128,21 +116,13 @@ def read_batch(split: StreamedSplit, order: StreamOrder, step: int) -> HostBatch
     return HostBatch(images, labels, tuple(skipped))
 
 
-def _decode(split: StreamedSplit, encoded: Encoded, rng: np.random.Generator, min_area: float) -> np.ndarray:
-    size, upright = split.image_size, split.upright
-    if min_area:
-        return np.asarray(decode_crop(encoded, size, rng, min_area=min_area, upright=upright))
-    return np.asarray(fit_image(decode_image(encoded, upright=upright), size, crop=split.crop))
-
-
 def iterate(
     split: StreamedSplit, order: StreamOrder, first_step: int, num_steps: int, *, num_workers: int
 ) -> grain.DatasetIterator[HostBatch]:
     """`read_batch` of `first_step` ... `num_steps - 1`, computed ahead of time; close the iterator after use.
 
     Args:
-      split, order: see `read_batch`.
-      first_step, num_steps: which batches.
+      split, order, first_step, num_steps: which batches.
       num_workers: processes that decode, one batch each at a time; -1: one per core, at most 32;
         0: threads of this process, which need no start-up time.
 

@@ -26,16 +26,15 @@ def subset_indices(
     same seed.
 
     Args:
-      labels: integers [N], the labels of the images to draw from.
-      num_images: size of the subset, 1 to N.
-      dataset: name of the dataset, part of the seed.
-      seed: of the draw.
+      labels: of the images to draw from.
+      num_images: 1 to N.
+      dataset, seed: of the draw.
       stratified: whether each class is represented in proportion, to within one image; otherwise images are
         taken in random order, with the last places reserved for classes that have none yet (the code of
         Utrera et al., 2021).
 
     Returns:
-      int32 [num_images], indices into `labels`, each at most once.
+      Indices into `labels`, each at most once.
 
     Raises:
       ValueError: labels that are not class indices, or `num_images` below 1 or above N.
@@ -79,15 +78,10 @@ def stratified_order(
     Of the first n places, a class that makes up a fraction p of the labels has n * p to within one, whatever
     the fractions are. Rounding n * p for each class would not add up to n, so the next class is the one with
     the earliest deadline (R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32, 1980,
-    section 2). Ties are broken at random.
-
-    Args:
-      labels: integers [N].
-      length: number of places, at most N.
-      rng: for the order within classes and for ties.
+    section 2). Ties, and the order within classes, are decided at random.
 
     Returns:
-      int32 [length], indices into `labels`, each at most once.
+      Indices into `labels`, each at most once.
     """
     chex.assert_rank(labels, 1)
     _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)

@@ -14,7 +14,7 @@ import io
 import os
 import re
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -23,9 +23,8 @@ import numpy as np
 
 from advtransfer import foreign
 from advtransfer.data.cache import fingerprint
-from advtransfer.data.recorded import Recording, Records, check_training, split_name
+from advtransfer.data.recorded import SPLITS, Recording, Records, check_training, split_name
 
-_SPLITS = ("train", "validation", "test")
 _CHUNK = 1024  # records read at a time
 _PREPARE = "pip install tensorflow && tfds"
 
@@ -36,17 +35,16 @@ class NotPrepared(ValueError):
     """A dataset of TFDS that is not in the folder of prepared datasets."""
 
     def __init__(self, name: str, where: str, root: Path):
-        self.name, self.root, self.base = name, root, re.split("[/:]", where)[0]
+        self.name, self.root, self.base = name, root, _base(where)
         self.command = f"{_PREPARE} build {where} --file_format=array_record"
-        looked = f"looked in {root} (set TFDS_DATA_DIR to look elsewhere)"
-        super().__init__(f"{name} is not prepared; {looked}. To prepare it: {self.command}")
+        super().__init__(f"{name} is not prepared; {_looked(root)}. To prepare it: {self.command}")
 
 
 def open_tfds(name: str) -> Recording:
     """Opens a prepared dataset; its images are read later.
 
-    Image and label are the dataset's supervised keys, or else the features `image` and `label`. The recorded
-    splits train, validation and test are used, the last only if it is labelled.
+    Image and label are the dataset's supervised keys, or else the features `image` and `label`. A test split
+    is used only if it is labelled.
 
     Raises:
       NotPrepared: the dataset is not prepared; `command` prepares it.
@@ -55,20 +53,30 @@ def open_tfds(name: str) -> Recording:
     where, train = split_name(name.removeprefix("tfds:"))
     builder = _find_folder(name, where) if where[:1] in ("/", "~", ".") else _find_named(name, where)
     folder = Path(builder.data_dir)
-    _check_format(name, builder, folder)
+    formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    if "array_record" not in formats:
+        raise ValueError(
+            f"{name} is stored as {', '.join(formats)}, but only array_record is read without TensorFlow: "
+            f"{_PREPARE} convert_format --dataset_version_dir={folder} --out_file_format=array_record"
+        )
     image_key, label_key = _keys(name, builder.info)
     recorded = builder.info.splits
-    known = [split for split in _SPLITS if split in recorded and recorded[split].num_examples]
-    if "test" in known and not _is_labelled(name, builder, "test", label_key):
-        known.remove("test")
+    known = [split for split in SPLITS if split in recorded and recorded[split].num_examples]
+    if "test" in known:
+        _, examples = _open_split(name, builder, "test")
+        if next(examples([0]))[label_key].int64_list.value[0] < 0:  # as in competitions
+            known.remove("test")
     if not known:
         raise ValueError(
             f"{name} has no labelled train, validation or test images, only {', '.join(recorded)}"
         )
-    asked = {split: split for split in known} if train is None else _training_on(name, known, train)
-    splits = {
-        ours: _open_records(name, builder, theirs, (image_key, label_key)) for ours, theirs in asked.items()
-    }
+    asked = {split: split for split in known}
+    if train is not None:
+        used = set(re.findall(r"[a-z]\w*", train))
+        check_training(name, used, known)
+        asked = {split: split for split in known if split not in used} | {"train": train}
+    keys = image_key, label_key
+    splits = {ours: _open_records(name, builder, theirs, keys) for ours, theirs in asked.items()}
     height, width = builder.info.features[image_key].shape[-3:-1]
     label = builder.info.features[label_key]
     if len(label.names) != label.num_classes:
@@ -128,38 +136,33 @@ def _find_named(name: str, where: str) -> Any:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.read_only_builder import builder_from_files
 
-    root = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
-    for path in (root / re.split("[/:]", where)[0]).rglob("features.json"):
-        _check_features(name, path.parent)
+    root, base = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser(), _base(where)
+    prepared = sorted(path.parent for path in (root / base).rglob("features.json"))
+    for folder in prepared:
+        _check_features(name, folder)
     try:
         return builder_from_files(where, data_dir=root)
     except (ValueError, tfds.core.DatasetNotFoundError):
         pass  # its message has many lines
-    base = re.split("[/:]", where)[0]
-    looked = f"looked in {root} (set TFDS_DATA_DIR to look elsewhere)"
-    prepared = sorted(path.parent.relative_to(root) for path in (root / base).rglob("features.json"))
     if prepared:
-        raise ValueError(f"{name} is not prepared, only {', '.join(map(str, prepared))}; {looked}")
+        others = ", ".join(str(folder.relative_to(root)) for folder in prepared)
+        raise ValueError(f"{name} is not prepared, only {others}; {_looked(root)}")
     known = tfds.list_builders(with_community_datasets=False)
     if base in known:
         raise NotPrepared(name, where, root)
     known = {*known, *(path.parents[1].name for path in root.glob("*/*/features.json"))}
-    near = difflib.get_close_matches(base, known, n=2)
-    hint = (
-        f"did you mean {' or '.join(f'tfds:{other}' for other in near)}?"
-        if near
-        else "TFDS has no similar name"
-    )
-    raise ValueError(f"unknown dataset {name!r}: {hint}; {looked}")
+    near = [f"tfds:{other}" for other in difflib.get_close_matches(base, known, n=2)]
+    hint = f"did you mean {' or '.join(near)}?" if near else "TFDS has no similar name"
+    raise ValueError(f"unknown dataset {name!r}: {hint}; {_looked(root)}")
 
 
-def _check_format(name: str, builder: Any, folder: Path) -> None:
-    formats = {file_format.value for file_format in builder.info.available_file_formats()}
-    if "array_record" not in formats:
-        raise ValueError(
-            f"{name} is stored as {', '.join(formats)}, but only array_record is read without TensorFlow: "
-            f"{_PREPARE} convert_format --dataset_version_dir={folder} --out_file_format=array_record"
-        )
+def _base(where: str) -> str:
+    """The name without configuration and version."""
+    return re.split("[/:]", where)[0]
+
+
+def _looked(root: Path) -> str:
+    return f"looked in {root} (set TFDS_DATA_DIR to look elsewhere)"
 
 
 def _keys(name: str, info: Any) -> tuple[str, str]:
@@ -176,13 +179,6 @@ def _keys(name: str, info: Any) -> tuple[str, str]:
         features = ", ".join(sorted(info.features))
         raise ValueError(f"{name} is not a dataset of images with one label each; its features: {features}")
     return keys
-
-
-def _training_on(name: str, known: Sequence[str], train: str) -> dict[str, str]:
-    """The recorded images of each split if `train` selects the training images."""
-    used = set(re.findall(r"[a-z]\w*", train))
-    check_training(name, used, known)
-    return {split: split for split in known if split not in used} | {"train": train}
 
 
 @contextmanager
@@ -218,22 +214,15 @@ def _open_split(name: str, builder: Any, split: str) -> tuple[int, Examples]:
     return count, examples
 
 
-def _is_labelled(name: str, builder: Any, split: str, label_key: str) -> bool:
-    """Whether a split has labels: the test images of competitions have the label -1."""
-    _, examples = _open_split(name, builder, split)
-    return next(examples([0]))[label_key].int64_list.value[0] >= 0
-
-
 def _open_records(name: str, builder: Any, split: str, keys: tuple[str, str]) -> Records:
     count, examples = _open_split(name, builder, split)
-    (_, label_key), where = keys, f"{split} of {name}"
+    label_key, where = keys[1], f"{split} of {name}"
     num_classes = builder.info.features[label_key].num_classes
 
     def labels() -> np.ndarray:
-        values = np.empty(count, np.int64)
-        for start in range(0, count, _CHUNK):
-            chunk = examples(range(start, min(start + _CHUNK, count)))
-            values[start : start + _CHUNK] = [example[label_key].int64_list.value[0] for example in chunk]
+        chunks = (range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
+        found = (example[label_key].int64_list.value[0] for chunk in chunks for example in examples(chunk))
+        values = np.fromiter(found, np.int64, count)
         if values.min() < 0:
             raise ValueError(f"{(values < 0).sum():,} images of {where} have no label")
         if values.max() >= num_classes:

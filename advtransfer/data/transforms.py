@@ -206,8 +206,8 @@ def resized_crop_at(
     """Crops boxes and scales them to the images' size, bilinear with antialias, as in Pillow.
 
     Args:
-      images: float32 [N, H, W, 3].
-      boxes: float32 [N, 4], whole numbers: top, left, height, width.
+      images: in [0, 1].
+      boxes: [N, 4], whole numbers: top, left, height, width.
     """
     chex.assert_rank(images, 4)
     chex.assert_shape(boxes, (images.shape[0], 4))
@@ -273,24 +273,21 @@ def adjust_colors(
     version (saturation). Factor 0 is the base, 1 is the image, and more than 1 extrapolates.
 
     Args:
-      images: float32 [N, H, W, 3].
-      factors: float32 [N, 3], indexed by the change.
-      order: int32 [N, 3], a permutation of the changes for each image.
+      images: in [0, 1].
+      factors: [N, 3], indexed by the change.
+      order: [N, 3], a permutation of the changes for each image.
     """
     chex.assert_rank(images, 4)
     chex.assert_shape([factors, order], (images.shape[0], 3))
 
-    def change(images: AnyArray, which: AnyArray) -> Array:
-        # The three changes differ only in the base.
-        grey = _grey(images)
-        flat = jnp.mean(grey, axis=(1, 2), keepdims=True)
-        which_one = which[:, None, None, None]
-        base = jnp.where(which_one == 2, grey, jnp.where(which_one == 1, flat, 0))
-        factor = jnp.take_along_axis(factors, which[:, None], axis=1)[:, 0]
-        return _blend(images, base, factor)
-
     for step in range(3):
-        images = change(images, order[:, step])
+        red, green, blue = (images[..., channel, None] for channel in range(3))
+        grey = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+        flat = jnp.mean(grey, axis=(1, 2), keepdims=True)
+        which = order[:, step, None, None, None]
+        base = jnp.where(which == 2, grey, jnp.where(which == 1, flat, 0))
+        factor = jnp.take_along_axis(factors, order[:, step, None], axis=1)[..., None, None]
+        images = jnp.clip(factor * images + (1 - factor) * base, 0, 1)
     return images
 
 
@@ -351,17 +348,6 @@ def rotate_by(images: Float[AnyArray, "n h w c"], degrees: Float[AnyArray, " n"]
         taps = jax.vmap(lambda image, row, column: image[row, column])(images, row, column)
         out = out + weight[..., None] * taps
     return out
-
-
-def _blend(images: AnyArray, base: AnyArray, factors: AnyArray) -> Array:
-    factor = factors[:, None, None, None]
-    return jnp.clip(factor * images + (1 - factor) * base, 0, 1)
-
-
-def _grey(images: AnyArray) -> AnyArray:
-    """Luma, float32 [N, H, W, 1]."""
-    red, green, blue = (images[..., channel, None] for channel in range(3))
-    return _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
 
 
 def _split(keys: Array, num: int) -> tuple[Array, ...]:

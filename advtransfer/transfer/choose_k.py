@@ -72,13 +72,12 @@ def choose_k(
       DivergedError: as `cross_validate`.
     """
     check_split(train)
+    num_blocks = model.module.num_blocks
     if method == "rule":
-        candidates = depths(model.module.num_blocks)
-        return Choice("rule", rule_of_thumb(len(train.labels), model.module.num_blocks), candidates, None)
+        return Choice("rule", rule_of_thumb(train.num_images, num_blocks), depths(num_blocks), None)
     if method == "cross_validation":
-        return cross_validate(
-            model, train, num_classes=num_classes, key=key, num_folds=num_folds, recipe=recipe
-        )
+        options = {"num_classes": num_classes, "key": key, "num_folds": num_folds, "recipe": recipe}
+        return cross_validate(model, train, **options)
     raise ValueError(
         f"num_unfrozen_blocks={method!r}: give a number of blocks, -1 (everything), or one of "
         f"{', '.join(METHODS)}"
@@ -94,14 +93,13 @@ def rule_of_thumb(num_images: int, num_blocks: int) -> int:
     """k by the number of training images: the fewer there are, the fewer blocks are trained.
 
     That is the advice of the paper's authors in their blog (Utrera, "Adversarially-Trained Deep Nets Transfer
-    Better", 2020). They give no numbers: those of `RULE` are ours. Behind them stands a sample of the results
-    that they published with their code (github.com/utrerf/robust_transfer_learning,
-    results/consolidated_results.csv, single seeds; for k = 3 the means of the paper's table). On CIFAR-10 a
-    ResNet-50 robust to ℓ∞ 8/255 did better with k = 1 than with 3 at n = 200, 400 and 800 (65 to 60, 73 to
-    69, 77 to 76 %), and worse at 6,400 (88 to 89) and 25,600 (91 to 93). On SVHN and FMNIST, far from
-    ImageNet, k = 3 was ahead at n = 100 to 400 already: there the rule takes too few. Below n = 100 they have
-    nothing, and above k = 3 we saw nothing: the rule only goes on in the same direction. Where it matters,
-    cross-validate.
+    Better", 2020). They give no numbers: those of `RULE` are ours, after a sample of the results published
+    with their code (github.com/utrerf/robust_transfer_learning, results/consolidated_results.csv, single
+    seeds; for k = 3 the means of the paper's table). On CIFAR-10 a ResNet-50 robust to ℓ∞ 8/255 did better
+    with k = 1 than with 3 at n = 200, 400 and 800 (65 to 60, 73 to 69, 77 to 76 %), and worse at 6,400 (88 to
+    89) and 25,600 (91 to 93). On SVHN and FMNIST, far from ImageNet, k = 3 was ahead at n = 100 to 400
+    already: there the rule takes too few. Below n = 100 and above k = 3 it rests on no result and only goes
+    on in the same direction. Where it matters, cross-validate.
     """
     k = next((k for below, k in RULE if num_images < below), -1)
     return k if k < num_blocks else -1
@@ -152,7 +150,7 @@ def cross_validate(
 
     Args:
       model: the source.
-      train: uint8 images and labels; no other image is looked at.
+      train: no other image is looked at.
       num_classes: of the target.
       key: of the folds, and of the heads, orders and augmentation.
       num_folds: fewer where a class has fewer images (see `possible_folds`).

@@ -106,7 +106,7 @@ def target_batch_stats(
     *,
     batch_size: int = 256,
 ) -> PyTree:
-    """BatchNorm statistics re-estimated on a target set, uint8 [N, H, W, 3]: averages of the batches' own.
+    """BatchNorm statistics re-estimated on a target set: averages of the batches' own.
 
     The set is cut into equal batches of at most `batch_size`, as equal as N allows; each counts by its size.
     Images are resized as in `activations`.
@@ -115,12 +115,11 @@ def target_batch_stats(
     chex.assert_type(images, np.uint8)
     pieces = np.array_split(np.arange(len(images)), -(-len(images) // batch_size))
     plain = module.clone(momentum=0.0)  # the statistics of the last batch, not a running average
-    totals = None
+    totals = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
     for piece in pieces:
         stats = _batch_statistics(plain, variables, images[piece], image_size)
         weight = len(piece) / len(images)
-        weighted = jax.tree.map(lambda x, weight=weight: weight * x, stats)
-        totals = weighted if totals is None else jax.tree.map(jnp.add, totals, weighted)
+        totals = jax.tree.map(lambda total, x, weight=weight: total + weight * x, totals, stats)
     return totals
 
 

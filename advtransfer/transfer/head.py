@@ -44,13 +44,10 @@ def reset_head(
 
     Args:
       variables: {"params", "batch_stats"} of a network of the ResNet family.
-      key: a PRNG key.
+      key: of the draw.
       num_classes: of the new task.
-      init: a key of `HEAD_INITS`.
+      init: a key of `HEAD_INITS`; a ValueError for another.
       scale: standard deviation of `init="normal"`.
-
-    Raises:
-      ValueError: an unknown `init`.
     """
     if init not in HEAD_INITS:
         near = difflib.get_close_matches(init, HEAD_INITS, n=1) or HEAD_INITS

@@ -19,7 +19,7 @@ def normalised_by(model: Model, images: UInt8[np.ndarray, "n h w 3"]) -> Model:
 
     Args:
       model: any.
-      images: uint8 [N, H, W, 3], the target's training images at their own size.
+      images: the target's training images at their own size.
 
     Raises:
       ValueError: a channel is the same in all images.

@@ -63,8 +63,8 @@ def fine_tune(
       model: the source, of `load_model` or `import_torch_checkpoint`.
       images: uint8, or floats in [0, 1], which are rounded to 8 bits; [N, H, H, 3]. Those of another
         resolution than the source's are resized on the device, batch by batch.
-      labels: integers [N], from 0 to C - 1.
-      test_images, test_labels: as `images` and `labels`, to measure on, and nothing else; or neither.
+      labels: from 0 to C - 1.
+      test_images, test_labels: to measure on, and nothing else; or neither.
       class_names: of the C classes; None: "0", "1", ..., and there is an image of each.
       num_unfrozen_blocks: residual blocks trained beside the head, counted from the end; -1: everything;
         "rule": by `rule_of_thumb`; "cross_validation": by `cross_validate`, on `images` alone.
@@ -91,7 +91,7 @@ def fine_tune(
         if test_images is None or test_labels is None:
             raise ValueError("test_images and test_labels go together: give both, or neither")
         test = _split(test_images, test_labels, "test_images", "test_labels")
-        _check_range(test.labels, len(names), "test_labels")
+        check_labels(test.labels, test.num_images, len(names), name="test_labels")
     if folder is not None:
         folder = storage.to_path(folder)
         storage.check_ours(folder, _MARKER)
@@ -105,16 +105,8 @@ def fine_tune(
         options = {"num_classes": len(names), "key": key, "num_folds": num_folds, "recipe": recipe}
         choice = choose_k(num_unfrozen_blocks, model, train, **options)
         num_unfrozen_blocks = choice.num_unfrozen_blocks
-    tuned = tune(
-        model,
-        train,
-        test,
-        key=key,
-        class_names=names,
-        num_unfrozen_blocks=num_unfrozen_blocks,
-        recipe=recipe,
-        choice=choice,
-    )
+    options = {"class_names": names, "num_unfrozen_blocks": num_unfrozen_blocks, "choice": choice}
+    tuned = tune(model, train, test, key=key, recipe=recipe, **options)
     if folder is not None:
         provenance = json.dumps(tuned.model.spec.provenance, default=str, indent=1)
         storage.make_folder(folder)
@@ -141,15 +133,8 @@ def tune(
       ValueError: as `fine_tune_one`.
       DivergedError: the loss became NaN or infinite.
     """
-    tuned, history = fine_tune_one(
-        model,
-        train,
-        test,
-        key=key,
-        class_names=class_names,
-        num_unfrozen_blocks=num_unfrozen_blocks,
-        recipe=recipe,
-    )
+    options = {"class_names": class_names, "num_unfrozen_blocks": num_unfrozen_blocks, "recipe": recipe}
+    tuned, history = fine_tune_one(model, train, test, key=key, **options)
     if not np.isfinite(history["train_loss"][-1]):
         raise DivergedError(
             f"the loss became NaN or infinite (learning rate {recipe.learning_rate:g}); nothing was saved. "
@@ -206,19 +191,15 @@ def _told(choice: Choice | None, num_images: int) -> tuple[str, list[dict[str, A
         k, f"the last {k} blocks and the head"
     )
     if choice.accuracies is None:
-        rows = [
-            {"below_num_images": below, "num_unfrozen_blocks": blocks}
-            for below, blocks in (*RULE, (None, -1))
-        ]
         said = (
             f"By the rule of thumb, the fewer images the fewer blocks: with {num_images:,} training images "
             f"{chosen}. The direction is the advice of Utrera et al. (2021), the numbers are this library’s."
         )
-        taken = next(
-            row for row in rows if row["below_num_images"] is None or num_images < row["below_num_images"]
-        )
-        return said, [row | {"chosen": int(row is taken)} for row in rows]
-    num_folds = choice.accuracies.shape[1]
+        taken = sum(num_images >= below for below, _ in RULE)
+        return said, [
+            {"below_num_images": below, "num_unfrozen_blocks": blocks, "chosen": int(i == taken)}
+            for i, (below, blocks) in enumerate((*RULE, (None, -1)))
+        ]
     rows = [
         {
             "num_unfrozen_blocks": candidate,
@@ -232,9 +213,9 @@ def _told(choice: Choice | None, num_images: int) -> tuple[str, list[dict[str, A
         )
     ]
     said = (
-        f"By cross-validation on the training images alone, in {num_folds} folds: {chosen}, the fewest "
-        "trained blocks whose accuracy is within one standard error of the best (Breiman et al., 1984). No "
-        "test image had a part in it."
+        f"By cross-validation on the training images alone, in {choice.accuracies.shape[1]} folds: {chosen}, "
+        "the fewest trained blocks whose accuracy is within one standard error of the best (Breiman et al., "
+        "1984). No test image had a part in it."
     )
     return said, rows
 
@@ -247,7 +228,7 @@ def _pictures(images: np.ndarray, outcome: Outcome) -> np.ndarray:
 
 
 def _split(images: Any, labels: Any, images_name: str, labels_name: str) -> Split:
-    """Images and labels as the engine takes them, or a ValueError that says what is wrong with them."""
+    """Images and labels as the engine takes them; a ValueError says what is wrong with them."""
     images, labels = np.asarray(images), np.asarray(labels)
     if images.ndim != 4 or images.shape[-1] != 3:
         hint = ""
@@ -294,10 +275,5 @@ def _class_names(labels: np.ndarray, class_names: Sequence[str] | None) -> tuple
         class_names = tuple(map(str, classes))
     if len(class_names) < 2:
         raise ValueError("there is one class: a classifier needs two at least")
-    _check_range(labels, len(class_names), "labels")
+    check_labels(labels, len(labels), len(class_names))
     return tuple(map(str, class_names))
-
-
-def _check_range(labels: np.ndarray, num_classes: int, name: str) -> None:
-    if labels.max() >= num_classes:
-        raise ValueError(f"{name} hold {labels.max()}, but there are {num_classes} classes, numbered from 0")

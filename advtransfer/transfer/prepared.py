@@ -65,34 +65,26 @@ def prepare(
     if own_statistics(recipe, num_unfrozen_blocks):
         stats = target_batch_stats(module, variables, train.images, size)
         variables = {**variables, "batch_stats": stats}
-    numbers = np.arange(train.num_images) if used is None else np.asarray(used)
-    chex.assert_rank(numbers, 1)
-    chex.assert_type(numbers, int)
-    images, labels = (
-        (train.images, train.labels) if used is None else (train.images[used], train.labels[used])
-    )
+    rows, numbers = None, np.arange(train.num_images)
+    if used is not None:
+        chex.assert_rank(used, 1)
+        chex.assert_type(used, int)
+        rows, numbers = np.zeros(train.num_images, np.int32), used
+        rows[used] = np.arange(len(used))
+        train = Split(train.images[used], train.labels[used])
     start = first_unfrozen_block(module, num_unfrozen_blocks)
-    if start is not None and is_cached(
-        module, recipe, num_unfrozen_blocks, size, len(numbers), test.num_images
-    ):
+    sizes = size, train.num_images, test.num_images
+    if start is not None and is_cached(module, recipe, num_unfrozen_blocks, *sizes):
         train_inputs = activations(
-            module,
-            variables,
-            images,
-            start,
-            size,
+            *(module, variables, train.images, start, size),
             augmentation=recipe.augmentation,
             num_views=max(1, recipe.num_views),
             numbers=numbers,
         )
         test_inputs = activations(module, variables, test.images, start, size)
     else:
-        train_inputs, test_inputs = jnp.asarray(images), jnp.asarray(test.images)
-    task = Task(train_inputs, jnp.asarray(labels), test_inputs, jnp.asarray(test.labels))
-    rows = None
-    if used is not None:
-        rows = np.zeros(train.num_images, np.int32)
-        rows[used] = np.arange(len(used))
+        train_inputs, test_inputs = jnp.asarray(train.images), jnp.asarray(test.images)
+    task = Task(train_inputs, jnp.asarray(train.labels), test_inputs, jnp.asarray(test.labels))
     return Prepared(variables["batch_stats"], task, rows)
 
 
@@ -100,10 +92,7 @@ def is_cached(
     module: ResNet, recipe: Recipe, num_unfrozen_blocks: int, image_size: int, num_train: int, num_test: int
 ) -> bool:
     """Whether the frozen prefix is computed once: it is constant, and its activations fit into what is free.
-
-    Raises:
-      ValueError: fixed views do not fit.
-    """
+    Raises a ValueError where fixed views do not fit."""
     size = cache_bytes(module, recipe, num_unfrozen_blocks, image_size, num_train, num_test)
     free = parallel.free_bytes()
     if not size or size <= _SHARE * free:

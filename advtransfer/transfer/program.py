@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -76,7 +75,10 @@ def make_fine_tune(
     evaluated = np.isin(np.arange(1, recipe.num_epochs + 1), recipe.evaluate_epochs)
 
     def run(params, batch_stats, task, indices, key, rates):
-        num_images, num_views = _sizes(task, indices)
+        chex.assert_rank([task.train_labels, task.test_labels, indices], 1)
+        chex.assert_equal_shape_prefix([task.test_inputs, task.test_labels], 1)
+        chex.assert_is_divisible(len(task.train_inputs), len(task.train_labels))
+        num_images, num_views = len(indices), len(task.train_inputs) // len(task.train_labels)
         head_key, order_key, example_key = jax.random.split(key, 3)
         variables = reset_head(
             {"params": params, "batch_stats": batch_stats},
@@ -116,7 +118,12 @@ def make_fine_tune(
             return state, jax.lax.cond(evaluated, measure, nothing, state)
 
         def measure(state):
-            logits_fn = functools.partial(_logits, network, *form.network(state), image_size)
+            variables = form.network(state)
+
+            def logits_fn(inputs):
+                images = inputs if cached else to_float(inputs, image_size)
+                return network(*variables, images, False)[0]
+
             return _measure_both(logits_fn, task, indices)
 
         def nothing(state):
@@ -129,14 +136,6 @@ def make_fine_tune(
         return {"params": params, "batch_stats": batch_stats}, history
 
     return run
-
-
-def _sizes(task: Task, indices: jax.Array) -> tuple[int, int]:
-    """The number of a trial's training images, and of views of each of the task's."""
-    chex.assert_rank([task.train_labels, task.test_labels, indices], 1)
-    chex.assert_equal_shape_prefix([task.test_inputs, task.test_labels], 1)
-    chex.assert_is_divisible(len(task.train_inputs), len(task.train_labels))
-    return len(indices), len(task.train_inputs) // len(task.train_labels)
 
 
 def _choose_form(
@@ -201,22 +200,14 @@ def _apply_from(module: Any, start: int | None, cached: bool, frozen_batch_norm:
     return apply
 
 
-def _logits(
-    apply: Apply, params: PyTree, batch_stats: PyTree, image_size: int | None, inputs: jax.Array
-) -> jax.Array:
-    """In evaluation mode, of images or activations."""
-    images = to_float(inputs, image_size) if inputs.dtype == jnp.uint8 else inputs
-    return apply(params, batch_stats, images, False)[0]
-
-
 def _measure_both(logits_fn: Callable, task: Task, indices: jax.Array) -> dict[str, jax.Array]:
     """ "train_loss", ..., "test_mean_per_class_accuracy" of a network."""
-    every = jnp.arange(len(task.test_labels))
+    sets = {
+        "train": (task.train_inputs, task.train_labels, indices),
+        "test": (task.test_inputs, task.test_labels, jnp.arange(len(task.test_labels))),
+    }
     found = {}
-    for name, data in (
-        ("train", (task.train_inputs, task.train_labels, indices)),
-        ("test", (task.test_inputs, task.test_labels, every)),
-    ):
+    for name, data in sets.items():
         metrics = evaluation_means(_measure(logits_fn, *data))
         # A diverged network still names some class for every image: that is no accuracy.
         is_number = jnp.isfinite(metrics["loss"])

@@ -69,7 +69,7 @@ def resolve_recipe(
     Args:
       recipe: any; a resolved one stays as it is.
       num_images: training images of one fine-tuning.
-      images: uint8 [N, H, W, 3], the target's training images, which the preset "utrera" looks at.
+      images: the target's training images, which the preset "utrera" looks at.
 
     Raises:
       ValueError: as `choose_augmentation`.

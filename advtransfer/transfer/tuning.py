@@ -39,29 +39,27 @@ def fine_tune_one(
 
     Args:
       model: the source.
-      train, test: uint8 images, and labels. Images of another resolution than the source's lie on the device
-        as they are and are resized batch by batch (see `resize`), before augmentation. Without test images
-        the history is of the training images alone.
+      train, test: images of another resolution than the source's lie on the device as they are and are
+        resized batch by batch (see `resize`), before augmentation. Without test images the history is of the
+        training images alone.
       key: of the new head, the batch order and the augmentation.
-      class_names: of the target, one per class.
+      class_names: of the target.
       num_unfrozen_blocks: residual blocks trained beside the head, counted from the end; -1: everything.
       recipe: the hyper-parameters.
 
     Returns:
       The transferred model, and the history: "train_..." and "test_..." of loss, accuracy and
-      mean_per_class_accuracy (see `evaluation_means`), float32 [E] each, after every epoch of
-      `recipe.evaluate_epochs`, in evaluation mode.
+      mean_per_class_accuracy (see `evaluation_means`), after every epoch of `recipe.evaluate_epochs`, in
+      evaluation mode.
 
     Raises:
       ValueError: more blocks than the network has, or images that the recipe does not fit.
     """
-    check_split(train)
-    if test is not None:
-        check_split(test)
-    num_images = len(train.labels)
-    _check_classes(train, test, len(class_names))
+    num_classes = len(class_names)
+    _check_sets(train, test, num_classes)
+    num_images = train.num_images
     recipe = resolve_recipe(recipe, num_images, train.images)
-    module = model.module.clone(num_classes=len(class_names))
+    module = model.module.clone(num_classes=num_classes)
     decided = without_rates(recipe), num_unfrozen_blocks, model.spec.image_size
     run = _one(module, *decided)  # ty: ignore[invalid-argument-type]  # a Flax module is hashable
     # The program measures on two sets; where there is one, the other is an image that costs nothing.
@@ -73,7 +71,7 @@ def fine_tune_one(
         history = {name: x for name, x in history.items() if name.startswith("train_")}
     spec = dataclasses.replace(
         model.spec,
-        num_classes=len(class_names),
+        num_classes=num_classes,
         class_names=tuple(class_names),
         norm="none",  # of the training that made these weights; the source's is in the provenance
         eps=0.0,
@@ -105,8 +103,8 @@ def fine_tune_many(
     Args:
       model, train, test, num_unfrozen_blocks, recipe: as for `fine_tune_one`; `train` is the pool of all
         images.
-      subsets: integers [T, n], the images of each trial.
-      keys: PRNG keys [T].
+      subsets: of `train`, the images of each trial.
+      keys: one for each trial.
       num_classes: of the target.
       rates: learning rates and weight decays [R]; each is tried on every subset, and they share its images,
         order and head. None: the recipe's.
@@ -119,12 +117,10 @@ def fine_tune_many(
     Raises:
       ValueError: as `fine_tune_one`.
     """
-    check_split(train)
-    check_split(test)
+    _check_sets(train, test, num_classes)
     chex.assert_rank(subsets, 2)
     chex.assert_type(subsets, int)
     chex.assert_equal_shape_prefix([subsets, keys], 1)
-    _check_classes(train, test, num_classes)
     if subsets.size and not 0 <= subsets.min() <= subsets.max() < train.num_images:
         raise ValueError(f"subsets hold other numbers than those of the {train.num_images:,} training images")
     recipe = resolve_recipe(recipe, subsets.shape[1], train.images)
@@ -166,10 +162,12 @@ def fine_tune_many(
     return history if rates is not None else {name: x[:, 0] for name, x in history.items()}
 
 
-def _check_classes(train: Split, test: Split | None, num_classes: int) -> None:
-    for name, split in (("train.labels", train), ("test.labels", test)):
-        if split is not None:
-            check_labels(split.labels, split.num_images, num_classes, name=name)
+def _check_sets(train: Split, test: Split | None, num_classes: int) -> None:
+    sets = {"train": train} if test is None else {"train": train, "test": test}
+    for split in sets.values():
+        check_split(split)
+    for name, split in sets.items():
+        check_labels(split.labels, split.num_images, num_classes, name=f"{name}.labels")
 
 
 def num_streams(module: ResNet, num_unfrozen_blocks: int, image_size: int, *, cached: bool) -> int:
