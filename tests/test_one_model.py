@@ -230,7 +230,7 @@ IMAGES, LABELS = TRAIN
         ({"images": IMAGES[..., :1]}, r"images have the shape \(20, 8, 8, 1\).*: repeat grey images"),
         ({"images": np.tile(IMAGES, 2)}, r"the shape \(20, 8, 8, 6\), not \[N, H, H, 3\]$"),
         ({"images": np.moveaxis(IMAGES, -1, 1)}, r"move the channels last, np.moveaxis\(images, 1, -1\)"),
-        ({"images": IMAGES[:, :4]}, "images of 4 × 8 are no squares"),
+        ({"images": IMAGES[:, :4]}, "images of 4 × 8 are not square"),
         ({"images": IMAGES[:0], "labels": LABELS[:0]}, "images are empty"),
         ({"images": IMAGES.astype(int)}, "images are int64: give uint8, or floats"),
         ({"images": IMAGES.astype(float)}, r"images reach from .* to 2\d\d: .* divide 8-bit values by 255"),

@@ -5,11 +5,12 @@ Nothing here knows Flax. An attack sees `logits_fn`, a function from images [N, 
 
 from advtransfer.attacks.losses import LossFn, cross_entropy, log_odds, margin
 from advtransfer.attacks.network import LogitsFn, as_network, jit_for
-from advtransfer.attacks.pgd import Attack, check_images, make_attack, pgd
+from advtransfer.attacks.pgd import SLACK, Attack, check_images, make_attack, pgd
 from advtransfer.attacks.threat_models import L2, THREAT_MODELS, Linf, ThreatModel, Unconstrained
 
 __all__ = [
     "L2",
+    "SLACK",
     "THREAT_MODELS",
     "Attack",
     "Linf",

@@ -22,7 +22,7 @@ from advtransfer.labels import check_labels
 
 Attack = Callable[..., Float32[Array, "n h w c"]]  # (logits_fn, images, labels, key=keys) to images
 
-_SLACK = 1e-4  # of pixels beyond [0, 1], as resizing leaves them
+SLACK = 1e-4  # of pixels beyond [0, 1], as resizing leaves them
 _UNROLLED = 3  # steps of an attack that is compiled without a loop, on accelerators
 
 
@@ -147,7 +147,7 @@ def _keys(key: Array, number: int) -> Array:
 def check_images(images: Num[AnyArray, " ..."]) -> None:
     """Raises a ValueError unless all pixels are in [0, 1]; where they are known, so not inside of `jit`."""
     low, high = _range(images)
-    if not (low >= -_SLACK and high <= 1 + _SLACK):
+    if not (low >= -SLACK and high <= 1 + SLACK):
         hint = "such as images / 255" if low >= 0 else "not normalised: networks do that themselves"
         raise ValueError(f"images run from {low:.3g} to {high:.3g}: pass pixels in [0, 1], {hint}")
 

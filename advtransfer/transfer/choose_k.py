@@ -23,7 +23,7 @@ METHODS = ("rule", "cross_validation")
 # Utrera et al. (2021) vary k over these; -1: everything.
 _DEPTHS = (0, 1, 3, 6, 9, -1)
 
-# (below so many images, k); see `rule_of_thumb`.
+# (below this many images, k); see `rule_of_thumb`.
 RULE = ((100, 0), (1_600, 1), (12_800, 3), (51_200, 9))
 
 # Folded into the key that the folds and their trainings are drawn with.
@@ -85,7 +85,7 @@ def choose_k(
 
 
 def depths(num_blocks: int) -> tuple[int, ...]:
-    """The paper's k that a network of so many blocks has, fewest first; -1 is everything."""
+    """The paper's k that a network of `num_blocks` blocks has, fewest first; -1 is everything."""
     return tuple(k for k in _DEPTHS if k < num_blocks)
 
 
@@ -98,8 +98,8 @@ def rule_of_thumb(num_images: int, num_blocks: int) -> int:
     seeds; for k = 3 the means of the paper's table). On CIFAR-10 a ResNet-50 robust to ℓ∞ 8/255 did better
     with k = 1 than with 3 at n = 200, 400 and 800 (65 to 60, 73 to 69, 77 to 76 %), and worse at 6,400 (88 to
     89) and 25,600 (91 to 93). On SVHN and FMNIST, far from ImageNet, k = 3 was ahead at n = 100 to 400
-    already: there the rule takes too few. Below n = 100 and above k = 3 it rests on no result and only goes
-    on in the same direction. Where it matters, cross-validate.
+    already: there the rule takes too few. Below n = 100 and above k = 3 it rests on no result and only
+    extrapolates. Where it matters, cross-validate.
     """
     k = next((k for below, k in RULE if num_images < below), -1)
     return k if k < num_blocks else -1

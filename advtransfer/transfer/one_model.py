@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Integer, Key, Num, UInt8
 
 from advtransfer import storage
 from advtransfer.arrays import AnyArray
+from advtransfer.attacks import SLACK
 from advtransfer.data import Split
 from advtransfer.evaluate import predict
 from advtransfer.labels import check_labels
@@ -69,7 +70,7 @@ def fine_tune(
       num_unfrozen_blocks: residual blocks trained beside the head, counted from the end; -1: everything;
         "rule": by `rule_of_thumb`; "cross_validation": by `cross_validate`, on `images` alone.
       num_folds: of the cross-validation.
-      recipe: the hyper-parameters; None: the paper's, measured after some epochs on the way.
+      recipe: the hyper-parameters; None: `Recipe()`, measured after several epochs.
       key: of the new head, the batch order, the augmentation and the folds; None: `jax.random.key(0)`.
       folder: where to leave `model/`, `report.html` and its tables (see `write_model_page`), in the place of
         what an earlier call left there, which `fine_tune.json` tells; None: nowhere.
@@ -241,7 +242,7 @@ def _split(images: Any, labels: Any, images_name: str, labels_name: str) -> Spli
         raise ValueError(f"{images_name} are empty: give at least one image of every class")
     if images.shape[1] != images.shape[2]:
         raise ValueError(
-            f"{images_name} of {images.shape[1]} × {images.shape[2]} are no squares: crop or pad them"
+            f"{images_name} of {images.shape[1]} × {images.shape[2]} are not square: crop or pad them"
         )
     check_labels(labels, len(images), name=labels_name)
     if jnp.issubdtype(images.dtype, jnp.floating):
@@ -254,8 +255,8 @@ def _split(images: Any, labels: Any, images_name: str, labels_name: str) -> Spli
 def _to_bytes(images: np.ndarray, name: str) -> np.ndarray:
     low, high = float(images.min()), float(images.max())
     if not np.isfinite(low + high):
-        raise ValueError(f"{name} hold NaN or infinite values: mend or leave out those images")
-    if low < 0 or high > 1:
+        raise ValueError(f"{name} hold NaN or infinite values: fix or remove those images")
+    if low < -SLACK or high > 1 + SLACK:
         raise ValueError(
             f"{name} reach from {low:g} to {high:g}: floats must lie in [0, 1], without normalisation; "
             "divide 8-bit values by 255"

@@ -1,4 +1,5 @@
-"""What the trials of one source, target and k share: computed once, if it fits into memory."""
+"""The cache of frozen activations: what enters the first trained block, computed once for all trials of one
+source, target and k, if it fits into memory."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ _SHARE = 0.7  # of the free memory that a cache may take; the rest is for the tr
 
 
 class Prepared(NamedTuple):
-    """What trials start from, on the device."""
+    """What the trials of one source, target and k share, on the device."""
 
     batch_stats: PyTree
     task: Task

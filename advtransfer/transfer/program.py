@@ -33,6 +33,11 @@ class Task(NamedTuple):
     test_inputs: Num[Array, "m ..."]
     test_labels: Int32[Array, " m"]
 
+    @property
+    def is_cached(self) -> bool:
+        """Whether the inputs are activations; images are uint8."""
+        return self.train_inputs.dtype != jnp.uint8
+
 
 class Rates(NamedTuple):
     """The hyper-parameters that trials of one program may differ in."""
@@ -87,7 +92,7 @@ def make_fine_tune(
             init=recipe.head_init,
             scale=recipe.head_scale,
         )
-        cached = task.train_inputs.dtype != jnp.uint8
+        cached = task.is_cached
         network = _apply_from(module, start, cached, recipe.frozen_batch_norm)
         rows = jnp.add.outer(jnp.arange(num_views) * len(task.train_labels), indices).reshape(-1)
         form = _choose_form(module, num_unfrozen_blocks, variables, network, task.train_inputs, rows)

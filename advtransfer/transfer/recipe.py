@@ -20,8 +20,9 @@ _LARGEST = 3.4e38  # of float32
 class Recipe:
     """How a network is fine-tuned.
 
-    Learning rate, schedule, momentum, weight decay, batch size and epochs are the paper's (Utrera et al.,
-    2021, §3). Its frozen BatchNorm is "update", its head "normal", and its colour targets are augmented.
+    Learning rate, schedule, momentum, weight decay, batch size and epochs default to those of Utrera et al.
+    (2021, §3). Three defaults differ: the paper uses frozen_batch_norm="update", head_init="normal", and
+    augments colour targets.
     """
 
     num_epochs: int = option(150, "epochs", low=1)

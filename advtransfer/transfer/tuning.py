@@ -136,7 +136,7 @@ def fine_tune_many(
 
     def streams(task):
         # Images where the cache did not fit: every step then runs the frozen blocks too.
-        cached = task.train_inputs.dtype != jnp.uint8
+        cached = task.is_cached
         return num_streams(module, num_unfrozen_blocks, model.spec.image_size, cached=cached)
 
     if own_statistics(recipe, num_unfrozen_blocks):
