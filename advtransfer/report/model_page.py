@@ -78,7 +78,7 @@ def write_model_page(page: ModelPage, folder: str | AnyPath) -> AnyPath:
     files = {"epochs.csv": csv_lines([columns, *zip(*page.history.values(), strict=True)])}
     is_rule = page.choice_rows and "mean_accuracy" not in page.choice_rows[0]
     if page.choice_rows:
-        files["choice.csv"] = csv_text(page.choice_rows, list(page.choice_rows[0]))
+        files["choice.csv"] = csv_text(page.choice_rows)
     sections = [_epochs(page), _choice(page)]
     headline, note = "No test images were given: the accuracy on new images is not known.", ""
     if outcome is not None:

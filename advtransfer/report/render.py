@@ -60,7 +60,7 @@ def draw(section: Section) -> str:
 def _views(section: Section, folder: str) -> tuple[list[dict[str, Any]], dict[str, str | bytes]]:
     """What the template needs of every part, and the files beside the page by path."""
     files: dict[str, str | bytes] = {
-        f"{folder}{name}.csv": csv_text(rows, list(rows[0])) for name, rows in section.files.items() if rows
+        f"{folder}{name}.csv": csv_text(rows) for name, rows in section.files.items() if rows
     }
     views = []
     for part in section.parts:

@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,6 +36,7 @@ from advtransfer.report.columns import (
     is_whole,
 )
 from advtransfer.report.files import FORMULA, csv_text, null, write_atomically
+from advtransfer.report.words import count
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -125,16 +127,12 @@ class _Problem(NamedTuple):
     number: int
     outcome: str
 
-    @property
-    def sentence(self) -> str:
-        rows = "1 row" if self.number == 1 else f"{self.number:,} rows"
-        return f"{rows}: {self.outcome}; the first is {self.first}."
-
 
 def _usable(table: DataFrame, problems: list[_Problem], repeats: list[str]) -> tuple[DataFrame, list[str]]:
     if problems and table.empty:
         raise ValueError(problems[0].first)
-    return table, [problem.sentence for problem in problems] + repeats
+    sentences = [f"{count(p.number, 'row')}: {p.outcome}; the first is {p.first}." for p in problems]
+    return table, sentences + repeats
 
 
 # Reading.
@@ -218,24 +216,23 @@ def _read_jsonl(file: AnyPath) -> Iterator[Record]:
             continue
         try:
             record = parse_json(line, _fields)
-        except _RepeatedField as error:
-            record = f"two fields are called {error}: rename or delete one"
+            record = record if isinstance(record, dict) else "not a JSON object"
+        except KeyError as error:
+            record = f"two fields are called {error.args[0]}: rename or delete one"
         except ValueError:
             record = "not a line of JSON"
-        yield f"{file}:{number}", record if isinstance(record, dict | str) else "not a JSON object"
-
-
-class _RepeatedField(ValueError):
-    """Its name."""
+        yield f"{file}:{number}", record
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in fields:
-            raise _RepeatedField(name)
-        fields[name] = value
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise KeyError(_repeated(name for name, _ in pairs))
     return fields
+
+
+def _repeated(names: Iterable[str]) -> str:
+    return next((name for name, times in Counter(names).items() if times > 1), "")
 
 
 def _read_csv(file: AnyPath) -> Iterator[Record]:
@@ -249,7 +246,7 @@ def _read_csv(file: AnyPath) -> Iterator[Record]:
         if for_excel:
             next(reader)
         header = [_unquoted(name).strip() for name in next(reader, [])]
-        if twice := next((name for name in header if name and header.count(name) > 1), ""):
+        if twice := _repeated(filter(None, header)):
             yield f"{file}:{reader.line_num}", f"two columns are called {twice}: rename or delete one"
             return
         for cells in reader:
@@ -298,9 +295,8 @@ def _read_parquet(file: AnyPath) -> Iterator[Record]:
         table = pyarrow.parquet.ParquetFile(io.BytesIO(read_bytes(file)))
         if table.metadata.num_rows > MAX_ROWS:
             raise ValueError(f"{table.metadata.num_rows:,} rows, more than {MAX_ROWS:,}")
-        names = table.schema_arrow.names
-        wanted = [name for name in names if column_name(name)[0] in COLUMNS]
-        if twice := next((name for name in wanted if names.count(name) > 1), ""):
+        wanted = [name for name in table.schema_arrow.names if column_name(name)[0] in COLUMNS]
+        if twice := _repeated(wanted):
             raise ValueError(f"two columns are called {twice}: rename or delete one")
         records = (row for batch in table.iter_batches(1000, columns=wanted) for row in batch.to_pylist())
         yield from ((f"{file}:{number}", record) for number, record in enumerate(records, start=1))
@@ -357,8 +353,10 @@ def _clean(files: Iterable[Iterable[Record]], unit: str) -> tuple[DataFrame, lis
     table = table[usable].drop(columns="place")
     # trial_id alone would do for our own rows; other writers may number trials anew in every cell.
     kept = table.drop_duplicates(["trial_id", "epoch", *COLUMNS[:7]], keep="last", ignore_index=True)
-    rows = "1 duplicate row" if len(table) == len(kept) + 1 else f"{len(table) - len(kept):,} duplicate rows"
-    repeats = [f"{rows} dropped: same trial and epoch, the last of each kept."] * (len(table) > len(kept))
+    repeats = []
+    if dropped := len(table) - len(kept):
+        rows = count(dropped, "duplicate row")
+        repeats = [f"{rows} dropped: same trial and epoch, the last of each kept."]
     return kept, list(problems.values()), repeats
 
 
