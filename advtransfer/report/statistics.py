@@ -91,11 +91,11 @@ class Results:
 
     @functools.cached_property
     def best(self) -> DataFrame:
-        """The table of `BEST_COLUMNS`, a row per source, target and n with at least two k; -1 means all blocks.
+        """The table of `BEST_COLUMNS`, a row per source, target and n with at least two k.
 
         `best` is the k of the highest mean; `lead` its lead over the `second`, paired by seed; `tied` every
         other k, over which its lead has an interval that includes zero, or none. The best is picked after
-        looking, so its lead is, if anything, too large; each interval stands alone.
+        looking, so its lead is, if anything, too large; each interval stands alone. -1 is all blocks.
         """
         import pandas as pd
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from advtransfer.report.ratios import ratios
 from advtransfer.report.render import write_page
 from advtransfer.report.rows import clean
 from advtransfer.report.sections import (
+    EMPTY,
     Dumbbell,
     Entry,
     Page,
@@ -31,13 +31,12 @@ from advtransfer.report.sections import (
 from advtransfer.report.statistics import POINT, Results, collect, paper_tables
 from advtransfer.report.target_figures import target_figures
 from advtransfer.report.target_tables import Material, all_numbers, best_k, few_images, needed, overview
-from advtransfer.report.words import headline, notes, span
+from advtransfer.report.words import headline, k_text, notes, span
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 MAX_PICTURES = 8
-_EMPTY: Mapping[str, Any] = MappingProxyType({})
 _INTERVAL = (
     "Each seed’s difference is averaged over the numbers of images first; the interval is Student’s t over "
     "seeds. It covers the choice of target images and the new layers’ initialisation, but not the training "
@@ -67,10 +66,10 @@ class Evidence(NamedTuple):
     """
 
     sources: Sequence[Mapping[str, Any]] = ()
-    pictures: Mapping[str, np.ndarray] = _EMPTY
-    captions: Mapping[str, Sequence[str]] = _EMPTY
-    config: Mapping[str, Any] = _EMPTY
-    versions: Mapping[str, str] = _EMPTY
+    pictures: Mapping[str, np.ndarray] = EMPTY
+    captions: Mapping[str, Sequence[str]] = EMPTY
+    config: Mapping[str, Any] = EMPTY
+    versions: Mapping[str, str] = EMPTY
     command: str = ""
     remarks: Sequence[str] = ()
     sections: Sequence[Section] = ()
@@ -121,7 +120,7 @@ def write_report(
     }
     for blocks, table in paper_tables(results).items():
         what = "accuracies in the layout of the paper’s table, in %"
-        beside[f"table_k{'all' if blocks < 0 else blocks}.csv"] = (what, table)
+        beside[f"table_k{k_text(blocks)}.csv"] = (what, table)
     files = {path: csv_text(table) for path, (_, table) in beside.items()}
     files |= {path: csv_text(pd.concat(tables)) for path, tables in material.shown.items()}
     pooled = results.pooled
@@ -149,7 +148,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         ("Sources", f"{len(results.sources)}"),
         ("Targets", f"{len(results.targets)}"),
         ("Labelled images", span(last["num_train_images"])),
-        ("Unfrozen blocks", ", ".join("all" if k < 0 else str(k) for k in blocks)),
+        ("Unfrozen blocks", ", ".join(map(k_text, blocks))),
         ("Seeds", span(last.groupby(list(POINT)).size())),
         ("Fine-tuned models", f"{len(last):,}"),
     ]
@@ -181,9 +180,8 @@ def _transfer(material: Material, target: str) -> Section:
 
 
 def _source(entry: Mapping[str, Any]) -> SourceInfo:
-    eps = entry.get("eps")
-    norm = str(entry.get("norm") or "none")
-    return SourceInfo(str(entry.get("name", "unnamed")), norm, math.nan if eps is None else float(eps))
+    name, norm = str(entry.get("name", "unnamed")), str(entry.get("norm") or "none")
+    return SourceInfo(name, norm, _number(entry.get("eps")))
 
 
 def _sources(material: Material, known: Mapping[str, SourceInfo], evidence: Evidence) -> list[Part]:

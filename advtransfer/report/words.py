@@ -132,6 +132,10 @@ def blocks_text(num_unfrozen_blocks: int) -> str:
     return f"head + last {last}"
 
 
+def k_text(num_unfrozen_blocks: int) -> str:
+    return "all" if num_unfrozen_blocks < 0 else f"{num_unfrozen_blocks}"
+
+
 def points(fraction: float) -> str:
     """An accuracy difference in percentage points, signed: 0.031 -> "+3.1"; NaN -> "–"."""
     if math.isnan(fraction):
