@@ -17,6 +17,8 @@ from advtransfer.report.sections import PictureRow, Pictures, Section, Table
 
 def saliency_section(case: Case) -> Section:
     """Gradients, SmoothGrad and integrated gradients of a few images; two statistics of more of them."""
+    import pandas as pd
+
     settings, shown = case.settings, case.settings.num_images
     indices = case.draw(max(settings.num_measured, shown))
     images, labels = case.images(indices)
@@ -38,27 +40,20 @@ def saliency_section(case: Case) -> Section:
             group.append(PictureRow(f"{subject.label}: integrated", saliency.to_picture(found.attributions)))
             errors[:shown], worst = found.errors.tolist(), max(worst, float(found.errors.max()))
         groups.append(group)
-        numbers = (saliency.low_frequency_share(values), saliency.alignment(values, images))
-        columns = (indices, names, read, *numbers, errors)
-        records += [
-            dict(zip(_SALIENCY, (subject.label, case.dataset.name, case.split, *row), strict=True))
-            for row in zip(*(np.asarray(x).tolist() for x in columns), strict=True)
-        ]
-    parts = [Pictures(_saliency_caption(case, worst), groups, "saliency"), _saliency_table(case, records)]
-    return Section("Saliency", _saliency_finding(case, records), parts, {"saliency": records})
-
-
-_SALIENCY = (
-    "model",
-    "dataset",
-    "split",
-    "index",
-    "label",
-    "predicted",
-    "low_frequency_share",
-    "alignment",
-    "completeness_error",
-)
+        columns = {
+            "model": subject.label,
+            "dataset": case.dataset.name,
+            "split": case.split,
+            "index": indices,
+            "label": names,
+            "predicted": read,
+            "low_frequency_share": saliency.low_frequency_share(values),
+            "alignment": saliency.alignment(values, images),
+            "completeness_error": errors,
+        }
+        records += pd.DataFrame(columns).to_dict("records")
+    parts = [Pictures(_caption(case, worst), groups, "saliency"), _table(case, records)]
+    return Section("Saliency", _finding(case, records), parts, {"saliency": records})
 
 
 def _read(read: list[str], names: list[str], own: bool) -> list[str]:
@@ -84,7 +79,7 @@ def _more(
     )
 
 
-def _saliency_caption(case: Case, worst: float) -> str:
+def _caption(case: Case, worst: float) -> str:
     settings = case.settings
     foreign = [s.label for s in case.subjects if not owns_classes(s.model, case.dataset)]
     explained = "label"
@@ -111,7 +106,7 @@ def _reference(case: Case) -> Subject:
     return next((s for s in case.subjects if s.model.spec.norm == "none"), case.subjects[0])
 
 
-def _saliency_table(case: Case, records: list[dict]) -> Table:
+def _table(case: Case, records: list[dict]) -> Table:
     base, rows, white = _reference(case).label, [], 100 * _white(case.image_size)
     for label in (subject.label for subject in case.subjects):
         texts = [label]
@@ -144,7 +139,7 @@ def _white(size: int) -> float:
     return float(saliency.low_frequency_share(pixel)[0])
 
 
-def _saliency_finding(case: Case, records: list[dict]) -> str:
+def _finding(case: Case, records: list[dict]) -> str:
     shares = (
         f"{s.label} {100 * column(records, s.label, 'low_frequency_share').mean():.1f} %"
         for s in case.subjects
