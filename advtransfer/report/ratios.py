@@ -75,9 +75,11 @@ def ratios(results: Results) -> DataFrame:
     by_epochs = seed_tables(results.trials, (*place, "num_train_images"), "epoch")
     for target in results.targets:
         natural = results.natural(target)
+        if len(natural) != 1:
+            continue
         for blocks, name in itertools.product(results.blocks(target), results.robust(target)):
-            base, mine = ((target, blocks, source) for source in (natural[0] if natural else "", name))
-            if len(natural) != 1 or base not in by_images or mine not in by_images:
+            base, mine = ((target, blocks, source) for source in (natural[0], name))
+            if base not in by_images or mine not in by_images:
                 continue
             fixed = {"source": name, "target": target, "num_unfrozen_blocks": blocks}
             images = compare(by_images[base], by_images[mine])

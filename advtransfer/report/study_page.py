@@ -189,25 +189,22 @@ def _sources(material: Material, known: Mapping[str, SourceInfo], evidence: Evid
 
     entries = {str(entry.get("name", "unnamed")): entry for entry in evidence.sources}
     kinds = ("natural_accuracy", "adversarial_accuracy")
-    shares = {name: [_number(entries.get(name, {}).get(kind)) for kind in kinds] for name in known}
-    measured = [
-        (material.styles[name].label, natural, adversarial)
-        for name, (natural, adversarial) in shares.items()
-        if not (math.isnan(natural) and math.isnan(adversarial))
-    ]
+    measured, rows = [], []
+    for name, source in known.items():
+        entry = entries.get(name, {})
+        natural, adversarial = (_number(entry.get(kind)) for kind in kinds)
+        if not (math.isnan(natural) and math.isnan(adversarial)):
+            measured.append((material.styles[name].label, natural, adversarial))
+        accuracies = ("–" if math.isnan(share) else f"{100 * share:.1f}" for share in (natural, adversarial))
+        images = f"{entry['num_images']:,}" if entry.get("num_images") else "–"
+        threat = "nothing" if source.norm == "none" else source.constraint
+        rows.append([name, threat, *accuracies, images, str(entry.get("attack") or "–")])
     parts: list[Part] = [Text("The sources’ own accuracies were not measured in this run.", "muted")]
     if measured:
         path = material.add("source_accuracy", pd.DataFrame(measured, columns=("source", *kinds)))
         panel = Dumbbell("Natural and adversarial accuracy", measured, "figures/source_accuracy.svg")
         caption = "Accuracy on the sources’ own task: circle, clean test images; diamond, adversarial ones."
         parts = [Plot(caption, [panel], path)]
-    rows = []
-    for name, source in known.items():
-        entry = entries.get(name, {})
-        accuracies = ("–" if math.isnan(share) else f"{100 * share:.1f}" for share in shares[name])
-        images = f"{entry['num_images']:,}" if entry.get("num_images") else "–"
-        threat = "nothing" if source.norm == "none" else source.constraint
-        rows.append([name, threat, *accuracies, images, str(entry.get("attack") or "–")])
     heads = ["Source", "Trained against", "Natural, %", "Adversarial, %", "Images", "Attack"]
     return [*parts, Table("The source networks.", heads, rows, words=True)]
 
@@ -230,14 +227,14 @@ def _pictures(material: Material, evidence: Evidence) -> list[Part]:
 
 def _adversarial(material: Material, evidence: Evidence, clean: np.ndarray) -> Pictures:
     """Source images above adversarial examples of them and the magnified differences, image by image."""
-    prefix = "adversarial/"
-    names = [name.removeprefix(prefix) for name in evidence.pictures if name.startswith(prefix)]
-    attacked = {name: _images(evidence, prefix + name) for name in names}
-    for name, images in attacked.items():
-        if images.shape != clean.shape:
-            raise ValueError(
-                f"pictures[{prefix + name!r}] has shape {images.shape}, but source_images has {clean.shape}"
-            )
+    attacked = {}
+    for key in evidence.pictures:
+        if key.startswith("adversarial/"):
+            images = attacked[key.removeprefix("adversarial/")] = _images(evidence, key)
+            if images.shape != clean.shape:
+                raise ValueError(
+                    f"pictures[{key!r}] has shape {images.shape}, but source_images has {clean.shape}"
+                )
     gain = figures.difference_gain((images, clean) for images in attacked.values())
     labels = _texts(evidence, "source_labels", len(clean))
     groups = [[PictureRow("Source image", clean, labels)]]
