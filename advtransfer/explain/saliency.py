@@ -9,7 +9,7 @@ from jaxtyping import Float
 from advtransfer.analysis import saliency
 from advtransfer.attacks.network import LogitsFn
 from advtransfer.evaluate import predict
-from advtransfer.explain.case import Case, Subject, class_name, column, owns_classes
+from advtransfer.explain.case import Case, class_name, column, owns_classes
 from advtransfer.intervals import mean_and_ci95
 from advtransfer.models import logits_fn
 from advtransfer.report.sections import PictureRow, Pictures, Section, Table
@@ -101,13 +101,9 @@ def _caption(case: Case, worst: float) -> str:
     )
 
 
-def _reference(case: Case) -> Subject:
-    """The network that the others are compared with: the first natural one, or else the first."""
-    return next((s for s in case.subjects if s.model.spec.norm == "none"), case.subjects[0])
-
-
 def _table(case: Case, records: list[dict]) -> Table:
-    base, rows, white = _reference(case).label, [], 100 * _white(case.image_size)
+    rows, natural = [], (s for s in case.subjects if s.model.spec.norm == "none")
+    base = next(natural, case.subjects[0]).label
     for label in (subject.label for subject in case.subjects):
         texts = [label]
         for name, scale, digits in (("low_frequency_share", 100, 1), ("alignment", 1, 3)):
@@ -120,7 +116,8 @@ def _table(case: Case, records: list[dict]) -> Table:
     caption = (
         f"Gradients of {number:,} images of {case.dataset.name} ({case.split}), mean ± 95 % interval over "
         "images. Low frequencies: share of the energy up to a quarter of the Nyquist frequency (white noise: "
-        f"{white:.1f} %). Alignment: |cosine| of image and gradient. Differences: to {base}, paired by image."
+        f"{100 * _white(case.image_size):.1f} %). Alignment: |cosine| of image and gradient. Differences: to "
+        f"{base}, paired by image."
     )
     heads = ["Network", "Low frequencies, %", "difference", "Alignment", "difference"]
     return Table(caption, heads, rows, "saliency")

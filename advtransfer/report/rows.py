@@ -176,8 +176,12 @@ def _files(folder: AnyPath, above: tuple[str, ...] = ()) -> Iterator[AnyPath]:
 def _looks_like_rows(file: AnyPath) -> bool:
     """At least half of the required columns in the first record: then it is meant to be rows."""
     _, first = next(_records(file), ("", ""))
-    names = set() if isinstance(first, str) else {column_name(name)[0] for name in first}
-    return 2 * len(names & {*REQUIRED}) >= len(REQUIRED)
+    known = set() if isinstance(first, str) else _known(first)
+    return 2 * len(known & {*REQUIRED}) >= len(REQUIRED)
+
+
+def _known(names: Iterable[str]) -> set[str]:
+    return {column_name(name)[0] for name in names} & {*COLUMNS}
 
 
 def _records(file: AnyPath) -> Iterator[Record]:
@@ -240,7 +244,8 @@ def _read_csv(file: AnyPath) -> Iterator[Record]:
     for_excel = re.match(r"sep=([,;\t])\r?\n", text)
     start = for_excel.end() if for_excel else 0
     first = re.split("[\r\n]", text[start : start + 100_000])[0]
-    separator = for_excel[1] if for_excel else max(",;\t", key=lambda mark: _num_columns(first, mark))
+    heads = {mark: next(csv.reader([first], delimiter=mark), []) for mark in ",;\t"}
+    separator = for_excel[1] if for_excel else max(heads, key=lambda mark: len(_known(heads[mark])))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     try:
         if for_excel:
@@ -258,13 +263,6 @@ def _read_csv(file: AnyPath) -> Iterator[Record]:
                 yield where, record if separator == "," else _with_points(record)
     except csv.Error as error:
         yield f"{file}:{reader.line_num}", f"not a line of CSV ({error}), and nothing after it was read"
-
-
-def _num_columns(line: str, separator: str) -> int:
-    """How many of the columns of rows a line names."""
-    return len(
-        {column_name(name)[0] for name in next(csv.reader([line], delimiter=separator), [])} & {*COLUMNS}
-    )
 
 
 def _unquoted(cell: str) -> str:
