@@ -11,7 +11,7 @@ from jaxtyping import Int32
 
 from advtransfer.analysis import influence, matches
 from advtransfer.data import Split
-from advtransfer.explain.case import Case, Subject, owns_classes
+from advtransfer.explain.case import Case, Subject, owns_classes, percent
 from advtransfer.intervals import Share
 from advtransfer.models import Model
 from advtransfer.report.sections import (
@@ -240,8 +240,7 @@ def _shares_table(case: Case, shares: dict[tuple[str, str], dict[str, Share]]) -
     rows = []
     for subject in case.subjects:
         found = [share for kind in ("test", "train") for share in shares[subject.label, kind].values()]
-        ends = [(100 * share.value, 100 * share.lower, 100 * share.upper) for share in found]
-        rows.append([subject.label, *(f"{value:.1f} ({low:.1f} … {high:.1f})" for value, low, high in ends)])
+        rows.append([subject.label, *map(percent, found)])
     heads = ["Network"]
     for kind in (case.split, "training"):
         heads += [f"{kind}: most helpful, %", f"{kind}: three of five, %"]
