@@ -175,16 +175,13 @@ def _first_reach(x: np.ndarray, y: np.ndarray, level: np.ndarray) -> np.ndarray:
 
 
 def _mean_shift(x: np.ndarray, base: np.ndarray, z: np.ndarray, mine: np.ndarray) -> np.ndarray:
-    """Mean of (x of the natural curve - z of the robust one) over the accuracies that both reach, [B].
-
-    Infinite where one is better everywhere; NaN where there is nothing to compare (a curve is flat).
-    """
+    """Mean of x - z over the accuracies that both reach, [B]; infinite where one is better everywhere."""
     low = np.maximum(base[:, 0], mine[:, 0])[:, None]
     high = np.minimum(base[:, -1], mine[:, -1])[:, None]
     with np.errstate(invalid="ignore", divide="ignore"):
         shift = (_area(x, base, low, high) - _area(z, mine, low, high)) / (high - low)[:, 0]
     ahead, behind = mine[:, 0] >= base[:, -1], mine[:, -1] <= base[:, 0]
-    shift = np.where(high[:, 0] > low[:, 0], shift, np.nan)
+    shift = np.where(high[:, 0] > low[:, 0], shift, np.nan)  # a flat curve has nothing to compare
     return np.where(ahead & ~behind, np.inf, np.where(behind & ~ahead, -np.inf, shift))
 
 

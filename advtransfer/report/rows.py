@@ -194,8 +194,7 @@ def _records(file: AnyPath) -> Iterator[Record]:
 
 
 def _text(file: AnyPath) -> str:
-    """A file's text: UTF-8, or what its first bytes say. What is not UTF-8 becomes surrogates, and names with
-    these are refused."""
+    """UTF-8, or what the first bytes say. Other bytes become surrogates, and names with these are refused."""
     content = read_bytes(file)
     for mark, encoding in _MARKS.items():
         if content.startswith(mark):
@@ -313,18 +312,7 @@ _READERS: dict[str, Callable[[AnyPath], Iterator[Record]]] = {
 
 
 def _clean(files: Iterable[Iterable[Record]], unit: str) -> tuple[DataFrame, list[_Problem], list[str]]:
-    """Gives every record its columns and types.
-
-    A row without a place in the grid (source, target, n, k, seed, epoch) is left out; a measurement that is
-    not a number counts as missing (NaN). Accuracies in percent are divided by 100. All of a file are missing
-    where it cannot be known whether they are fractions or percent, and single ones outside [0, 1].
-
-    Returns:
-      The rows, a `_Problem` per kind of bad cell, and a sentence on repeated rows, if any.
-
-    Raises:
-      ValueError: more than `MAX_ROWS` rows.
-    """
+    """The rows of all files with their columns and types, what was wrong, and a sentence on repeated rows."""
     import pandas as pd
 
     problems: dict[Any, _Problem] = {}
@@ -340,7 +328,7 @@ def _clean(files: Iterable[Iterable[Record]], unit: str) -> tuple[DataFrame, lis
                 values[row] = convert(value)
             except (TypeError, ValueError, OverflowError) as error:
                 first = f"{raw['place'][row]}: {name} = {_shortened(repr(value))}: {error}"
-                measured = name in MEASURED
+                measured = name in MEASURED  # then it is missing; otherwise the row has no place in the grid
                 _note(problems, (name, str(error)), first, f"{name} {_MISSING}" if measured else _LEFT_OUT)
                 usable[row] &= measured
                 values[row] = math.nan if measured else 0
@@ -378,8 +366,7 @@ def _raw(records: Iterable[Record], problems: dict[Any, _Problem], most: int) ->
 
 
 def _named(record: Mapping[str, Any]) -> dict[str, Any] | str:
-    """A record by what its columns are called here, with a % sign in cells of columns in percent; or what is
-    wrong with it."""
+    """The cells by their columns' names here, with % where the column is in percent; or what is wrong."""
     cells: dict[str, Any] = {}
     for name, value in record.items():
         known, in_percent = column_name(name)
@@ -412,14 +399,11 @@ _UNKNOWN = (
 def _fractions(
     raw: DataFrame, values: np.ndarray, files: list[np.ndarray], unit: str, problems: dict[Any, _Problem]
 ) -> np.ndarray:
-    """Accuracies as fractions, float64 [rows, 2]; `files` are the usable rows of each.
-
-    A column with a % sign has its own unit; the others of a file, which one program wrote, have one.
-    """
+    """Accuracies as fractions, float64 [rows, 2]; `files` are the usable rows of each."""
     marked = np.array([list(map(is_marked, raw[name])) for name in ACCURACIES], bool).T
     whole = np.logical_and.reduce([list(map(is_whole, raw[name])) for name in ACCURACIES])
     parts = []
-    for rows in files:
+    for rows in files:  # A column with a % sign has its own unit; the others, of one program, share one.
         for columns in ([0], [1]) if marked[rows].any() else ([0, 1],):
             y, marks = values[rows][:, columns], marked[rows][:, columns]
             parts.append((rows, columns, marks.any(), _unit(y, marks, whole[rows])))
@@ -432,7 +416,9 @@ def _fractions(
 
     fractions = values.copy()
     for rows, columns, is_signed, found in parts:
-        if not is_signed and found == "fraction" and len(known) == 2:
+        if unit != "auto":
+            found = unit
+        elif not is_signed and found == "fraction" and len(known) == 2:
             # Among files in percent: it may be one in fractions, or one in which all is near chance.
             found = "other"
         elif not is_signed and found == "whole" and len(known) == 1:
@@ -440,11 +426,11 @@ def _fractions(
         for column in columns:
             y, marks, name = values[rows, column], marked[rows, column], ACCURACIES[column]
             large = (y > _LARGEST) | marks
-            if unit == "auto" and found in ("mixed", "whole", "other"):
+            if found in ("mixed", "whole", "other"):
                 note(rows[large if found == "mixed" else large | (y > 0)], column, found, _UNKNOWN)
                 fractions[rows, column] = math.nan
             else:
-                percent = marks | ((found if unit == "auto" else unit) == "percent")
+                percent = marks | (found == "percent")
                 note(rows[large & percent], column, (name, "percent"), f"{name} {_PERCENT}")
                 fractions[rows[percent], column] /= 100
             y = fractions[rows, column]
@@ -455,8 +441,7 @@ def _fractions(
 
 
 def _unit(values: np.ndarray, marked: np.ndarray, whole: np.ndarray) -> str:
-    """The unit of some columns [m, c] of a file: "fraction" or "percent"; "mixed" and "whole" (all are 0 or
-    1, without a point) where it cannot be known, "" where there is nothing but zeros."""
+    """Of columns [m, c]: "fraction", "percent"; unknown: "mixed", "whole" (no point at all); "": all zero."""
     largest = np.where(values > 0, values, 0).max(axis=1)
     above, known = ((largest > _LARGEST) | marked.any(axis=1)).sum(), (largest > 0).sum()
     if above:
