@@ -10,7 +10,7 @@ import io
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -77,9 +77,9 @@ TRAINING = Style("training images", *_NATURAL[0], True)
 TEST = Style("test images", *_ROBUST[0], False)
 
 
-def value_range(lines: Iterable[Series], *, include: Sequence[float] = ()) -> tuple[float, float]:
-    """The range that holds every mean and interval, so that neighbouring panels share one axis."""
-    ends = [*include]
+def value_range(lines: Iterable[Series], *, lead: bool = False) -> tuple[float, float]:
+    """The range that holds every mean and interval, and for leads zero, for panels that share an axis."""
+    ends = [0.0] if lead else []
     for line in lines:
         mean, ci95 = np.asarray(line.mean, float), np.nan_to_num(np.asarray(line.ci95, float))
         ends += np.concatenate([mean - ci95, mean + ci95])[np.isfinite([*mean, *mean])].tolist()
@@ -87,7 +87,10 @@ def value_range(lines: Iterable[Series], *, include: Sequence[float] = ()) -> tu
         return 0.0, 1.0
     bottom, top = min(ends), max(ends)
     pad = max(0.06 * (top - bottom), 0.01 - (top - bottom) / 2)
-    return bottom - pad, top + pad
+    if lead:
+        return bottom - pad, top + pad
+    # Intervals of few seeds can reach beyond what an accuracy can be; the axis does not.
+    return max(bottom - pad, -0.02), min(top + pad, 1.02)
 
 
 def draw(panel: Panel | Dumbbell) -> bytes:

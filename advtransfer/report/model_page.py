@@ -130,13 +130,12 @@ def _epochs(page: ModelPage) -> Section:
     if len(epochs) < 2:
         text = f"Accuracy on {last}. It was measured once; evaluate_epochs asks for more."
         return Section(title, parts=[Text(text)])
-    low, high = figures.value_range(lines)
     panel = Panel(
         "Training and test images" if len(lines) == 2 else lines[0].style.label.capitalize(),
         "Accuracy, %",
         Axis("epoch (logarithmic)", log=True),
         lines,
-        (max(low, -0.02), min(high, 1.02)),
+        figures.value_range(lines),
     )
     caption = f"Accuracy in evaluation mode, {last}."
     return Section(title, parts=[Plot(caption, [panel], "epochs.csv")])

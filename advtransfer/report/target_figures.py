@@ -99,9 +99,7 @@ def _figure(
     by_size = bool(axis.ticks)
     for value, series in panels.items():
         together = series if by_size and not lead else [*itertools.chain(*panels.values()), *behind]
-        low, high = figures.value_range(together, include=(0.0,) if lead else ())
-        # Intervals of few seeds can reach beyond what an accuracy can be; the axis does not.
-        yrange = (low, high) if lead else (max(low, -0.02), min(high, 1.02))
+        yrange = figures.value_range(together, lead=lead)
         title = f"n = {value:,}" if by_size else blocks_text(value).capitalize()
         ylabel = "Lead over the natural source, points" if lead else "Test accuracy, %"
         thin = behind if value == reference.NUM_UNFROZEN_BLOCKS else []
