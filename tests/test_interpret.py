@@ -1,6 +1,5 @@
 """stage=interpret: the numbers it leaves against the functions and loops over what they give."""
 
-import csv
 import re
 import shutil
 from dataclasses import replace
@@ -8,6 +7,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from pages import read_csv
 from PIL import Image
 from scipy import stats
 
@@ -109,9 +109,7 @@ def parts(shown):
 
 
 def _csv(path, **wanted):
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+    return [row for row in read_csv(path) if wanted.items() <= row.items()]
 
 
 def _column(rows, name):

@@ -37,10 +37,7 @@ VALUES = np.array([[4.0, -2.0], [0.0, math.nan]])
 def _section(**changes):
     series = [Series(style, [1, 10], [0.9, 0.25], [math.nan] * 2) for style in LOOKS.values()]
     row = PictureRow("a <b>", PICTURES / 255, ["✓ 1", Entry("", "<i>", "3 %")])
-    bars = [
-        ["0", Entry("50", bar=(0.5, 0.25, 0.75))],
-        ["1", Entry("–", bar=(math.nan, 0.0, 1.0))],
-    ]
+    bars = [["0", Entry("50", bar=(0.5, 0.25, 0.75))], ["1", Entry("–", bar=(math.nan, 0.0, 1.0))]]
     parts = [
         Text("Words & <more>."),
         Text("one\n<two>", "list"),

@@ -215,7 +215,10 @@ def test_a_range_holds_every_interval():
     lines = [Series(None, [1, 2], [0.2, 0.5], [0.1, math.nan]), Series(None, [1], [math.nan], [9.0])]
     # From 0.1 to 0.5, and 6 % of that on either side.
     assert figures.value_range(lines) == pytest.approx((0.076, 0.524))
-    assert figures.value_range(lines, include=(0.0,)) == pytest.approx((-0.03, 0.53))
+    assert figures.value_range(lines, lead=True) == pytest.approx((-0.03, 0.53))
+    beyond = [Series(None, [1], [0.5], [0.9])]
+    assert figures.value_range(beyond) == (-0.02, 1.02)  # what an accuracy can be
+    assert figures.value_range(beyond, lead=True) == pytest.approx((-0.508, 1.508))
     high = Series(None, [1], [0.9], [0.05])
     assert figures.value_range([*lines, high]) == pytest.approx((0.1 - 0.051, 0.95 + 0.051))
     assert figures.value_range([Series(None, [1], [0.5], [0.0])]) == pytest.approx((0.49, 0.51))

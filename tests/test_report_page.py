@@ -406,8 +406,7 @@ def test_panels_share_a_vertical_axis_unless_they_are_accuracies_at_several_n(tm
         for panel in shown:
             alone = "blocks" in label and not zero
             lines = panel.series if alone else [line for other in shown for line in other.series]
-            low, high = figures.value_range(lines, include=(0.0,) if zero else ())
-            assert panel.yrange == pytest.approx((low, high) if zero else (max(low, -0.02), min(high, 1.02)))
+            assert panel.yrange == pytest.approx(figures.value_range(lines, lead=bool(zero)))
             assert panel.ylabel == ("Lead over the natural source, points" if zero else "Test accuracy, %")
     assert "fine-tuned on n = 100 images. Line: mean; band: 95 % interval" in page.text
     assert "n = 10 and 100. Mark: mean; bar: 95 % interval (Student’s t) over 2 seeds" in page.text

@@ -8,18 +8,11 @@ import pytest
 from pages import read_csv, read_page
 from scipy import stats
 from scipy.optimize import isotonic_regression
+from test_report_rows import make_row
 from test_report_statistics import records
 
 from advtransfer.report import read_rows, write_report
-from advtransfer.report.ratios import (
-    _factor,
-    _first_reach,
-    _mean_shift,
-    _resamples,
-    _rising,
-    compare,
-    ratios,
-)
+from advtransfer.report.ratios import _factor, _first_reach, _mean_shift, _resamples, _rising, compare, ratios
 from advtransfer.report.sections import Entry
 from advtransfer.report.statistics import SeedTable, collect
 from advtransfer.report.target_tables import factor_entry
@@ -40,21 +33,11 @@ def curve(factor=1.0, seeds=5, sizes=SIZES, noise=0.0):
 
 def rows_of(by_source, **fixed):
     """Rows from source -> seed -> n -> epoch -> accuracy."""
-    norms = {"nat": ("none", 0.0)}
+    fixed = {"target": "digits", "num_unfrozen_blocks": 3} | fixed
+    natural, robust = ({"source_norm": norm, "source_eps": eps} for norm, eps in (("none", 0.0), ("l2", 3.0)))
     return [
-        {
-            "source": source,
-            "source_norm": norms.get(source, ("l2", 3.0))[0],
-            "source_eps": norms.get(source, ("l2", 3.0))[1],
-            "target": "digits",
-            "num_train_images": n,
-            "num_unfrozen_blocks": 3,
-            "seed": seed,
-            "epoch": epoch,
-            "train_accuracy": 1.0,
-            "train_loss": 0.0,
-            "test_accuracy": accuracy,
-        }
+        make_row(source=source, num_train_images=n, seed=seed, epoch=epoch, test_accuracy=accuracy)
+        | (natural if source == "nat" else robust)
         | fixed
         for source, seeds in by_source.items()
         for seed, sizes in seeds.items()

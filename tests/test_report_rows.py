@@ -231,6 +231,7 @@ def test_refusals_name_the_place_in_one_line(tmp_path):
         (short, "rows.jsonl:1: columns missing: seed, test_accuracy"),
         (f"{good}\n{good[:40]}\n", "rows.jsonl:2: not a line of JSON"),
         (f"{good}\n\n[1]\n", "rows.jsonl:3: not a JSON object"),
+        (f'{good}\n"text"\n', "rows.jsonl:2: not a JSON object"),
         (f'{good[:-1]}, "seed": 1}}\n', "rows.jsonl:1: two fields are called seed"),
         (json.dumps(make_row(seed=2.0**60)), "not exact: write it as an integer"),
     ):
@@ -259,6 +260,8 @@ def test_refusals_name_the_place_in_one_line(tmp_path):
         ("seed", None, "is empty"),
         ("epoch", "nan", "whole number"),
         ("epoch", None, "is empty"),
+        ("epoch", "1e1000000000", "more than 1,000 digits"),
+        ("epoch", "1e-1000000000", "whole number"),
         ("num_train_images", 0, "at least 1"),
         ("num_train_images", 1e308, "is a float beyond"),
         ("source", "", "is empty"),

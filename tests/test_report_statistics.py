@@ -29,21 +29,17 @@ def rows_of(values, *, source=NATURAL, target="digits", n=10, k=0, epochs=(1,)):
     """One row per seed and epoch; a dict of seed -> accuracy, or a list of accuracies."""
     values = values if isinstance(values, dict) else dict(enumerate(values))
     name, norm, eps = source
+    place = {"source_eps": eps, "target": target, "num_train_images": n, "num_unfrozen_blocks": k}
     return [
-        {
-            "source": name,
-            "source_norm": norm,
-            "source_eps": eps,
-            "target": target,
-            "num_train_images": n,
-            "num_unfrozen_blocks": k,
-            "seed": seed,
-            "epoch": epoch,
-            "train_accuracy": 1.0,
-            "train_loss": 0.1,
-            "test_accuracy": accuracy if epoch == max(epochs) else 0.01 * epoch,
-            "trial_id": f"{name}-{target}-{n}-{k}-{seed}",
-        }
+        make_row(
+            source=name,
+            source_norm=norm,
+            seed=seed,
+            epoch=epoch,
+            test_accuracy=accuracy if epoch == max(epochs) else 0.01 * epoch,
+            trial_id=f"{name}-{target}-{n}-{k}-{seed}",
+            **place,
+        )
         for seed, accuracy in values.items()
         for epoch in epochs
     ]

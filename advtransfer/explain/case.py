@@ -12,6 +12,7 @@ from jaxtyping import Float32, Int32, Integer, Shaped
 
 from advtransfer.data import Dataset, Split, subset_indices, to_float
 from advtransfer.explain.options import Interpretation
+from advtransfer.intervals import Share
 from advtransfer.models import Model
 from advtransfer.report.sections import Style
 
@@ -76,6 +77,11 @@ def class_name(model: Model, index: SupportsIndex) -> str:
 def column(records: list[dict], label: str, name: str) -> Shaped[np.ndarray, " n"]:
     """A column of the records of one network."""
     return np.array([record[name] for record in records if record["model"] == label])
+
+
+def percent(share: Share) -> str:
+    """With its 95 % interval."""
+    return f"{100 * share.value:.1f} ({100 * share.lower:.1f} … {100 * share.upper:.1f})"
 
 
 # A study's report has few pictures, and statistics of few images.

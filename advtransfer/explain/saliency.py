@@ -9,7 +9,7 @@ from jaxtyping import Float
 from advtransfer.analysis import saliency
 from advtransfer.attacks.network import LogitsFn
 from advtransfer.evaluate import predict
-from advtransfer.explain.case import Case, Subject, class_name, column, owns_classes
+from advtransfer.explain.case import Case, class_name, column, owns_classes
 from advtransfer.intervals import mean_and_ci95
 from advtransfer.models import logits_fn
 from advtransfer.report.sections import PictureRow, Pictures, Section, Table
@@ -17,6 +17,8 @@ from advtransfer.report.sections import PictureRow, Pictures, Section, Table
 
 def saliency_section(case: Case) -> Section:
     """Gradients, SmoothGrad and integrated gradients of a few images; two statistics of more of them."""
+    import pandas as pd
+
     settings, shown = case.settings, case.settings.num_images
     indices = case.draw(max(settings.num_measured, shown))
     images, labels = case.images(indices)
@@ -38,27 +40,20 @@ def saliency_section(case: Case) -> Section:
             group.append(PictureRow(f"{subject.label}: integrated", saliency.to_picture(found.attributions)))
             errors[:shown], worst = found.errors.tolist(), max(worst, float(found.errors.max()))
         groups.append(group)
-        numbers = (saliency.low_frequency_share(values), saliency.alignment(values, images))
-        columns = (indices, names, read, *numbers, errors)
-        records += [
-            dict(zip(_SALIENCY, (subject.label, case.dataset.name, case.split, *row), strict=True))
-            for row in zip(*(np.asarray(x).tolist() for x in columns), strict=True)
-        ]
-    parts = [Pictures(_saliency_caption(case, worst), groups, "saliency"), _saliency_table(case, records)]
-    return Section("Saliency", _saliency_finding(case, records), parts, {"saliency": records})
-
-
-_SALIENCY = (
-    "model",
-    "dataset",
-    "split",
-    "index",
-    "label",
-    "predicted",
-    "low_frequency_share",
-    "alignment",
-    "completeness_error",
-)
+        columns = {
+            "model": subject.label,
+            "dataset": case.dataset.name,
+            "split": case.split,
+            "index": indices,
+            "label": names,
+            "predicted": read,
+            "low_frequency_share": saliency.low_frequency_share(values),
+            "alignment": saliency.alignment(values, images),
+            "completeness_error": errors,
+        }
+        records += pd.DataFrame(columns).to_dict("records")
+    parts = [Pictures(_caption(case, worst), groups, "saliency"), _table(case, records)]
+    return Section("Saliency", _finding(case, records), parts, {"saliency": records})
 
 
 def _read(read: list[str], names: list[str], own: bool) -> list[str]:
@@ -84,7 +79,7 @@ def _more(
     )
 
 
-def _saliency_caption(case: Case, worst: float) -> str:
+def _caption(case: Case, worst: float) -> str:
     settings = case.settings
     foreign = [s.label for s in case.subjects if not owns_classes(s.model, case.dataset)]
     explained = "label"
@@ -106,13 +101,9 @@ def _saliency_caption(case: Case, worst: float) -> str:
     )
 
 
-def _reference(case: Case) -> Subject:
-    """The network that the others are compared with: the first natural one, or else the first."""
-    return next((s for s in case.subjects if s.model.spec.norm == "none"), case.subjects[0])
-
-
-def _saliency_table(case: Case, records: list[dict]) -> Table:
-    base, rows, white = _reference(case).label, [], 100 * _white(case.image_size)
+def _table(case: Case, records: list[dict]) -> Table:
+    rows, natural = [], (s for s in case.subjects if s.model.spec.norm == "none")
+    base = next(natural, case.subjects[0]).label
     for label in (subject.label for subject in case.subjects):
         texts = [label]
         for name, scale, digits in (("low_frequency_share", 100, 1), ("alignment", 1, 3)):
@@ -125,7 +116,8 @@ def _saliency_table(case: Case, records: list[dict]) -> Table:
     caption = (
         f"Gradients of {number:,} images of {case.dataset.name} ({case.split}), mean ± 95 % interval over "
         "images. Low frequencies: share of the energy up to a quarter of the Nyquist frequency (white noise: "
-        f"{white:.1f} %). Alignment: |cosine| of image and gradient. Differences: to {base}, paired by image."
+        f"{100 * _white(case.image_size):.1f} %). Alignment: |cosine| of image and gradient. Differences: to "
+        f"{base}, paired by image."
     )
     heads = ["Network", "Low frequencies, %", "difference", "Alignment", "difference"]
     return Table(caption, heads, rows, "saliency")
@@ -144,7 +136,7 @@ def _white(size: int) -> float:
     return float(saliency.low_frequency_share(pixel)[0])
 
 
-def _saliency_finding(case: Case, records: list[dict]) -> str:
+def _finding(case: Case, records: list[dict]) -> str:
     shares = (
         f"{s.label} {100 * column(records, s.label, 'low_frequency_share').mean():.1f} %"
         for s in case.subjects

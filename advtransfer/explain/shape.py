@@ -10,7 +10,7 @@ import numpy as np
 
 from advtransfer.analysis import cue_conflict, shape
 from advtransfer.data import LETTERS
-from advtransfer.explain.case import Case, Subject
+from advtransfer.explain.case import Case, Subject, percent
 from advtransfer.models import logits_fn
 from advtransfer.report.sections import Axis, Entry, Panel, Plot, Section, Series, Table
 
@@ -51,32 +51,33 @@ def _glyph_section(case: Case, subjects: Sequence[Subject]) -> Section:
         for row in _shape_records({"model": label, "amplitude": amplitude, "opacity": opacity}, measured)
     ]
 
-    def series(points):
-        return [_bias_series(s, [(x, found[s.label, *at]) for x, at in points]) for s in subjects]
+    def panel(title, axis, strengths):
+        """`strengths`: the amplitude and opacity at every x."""
+        lines = [_bias_series(s, [(x, found[s.label, *at]) for x, at in strengths.items()]) for s in subjects]
+        return Panel(title, "Shape bias, %", axis, lines)
 
-    axis = Axis("opacity of the letters", log=True)
-    fading = series([(o, (AMPLITUDE, o)) for o in OPACITIES])
-    panels = [Panel("Fading letters", "Shape bias, %", axis, fading)]
-    if not case.brief:
-        growing = series([(a, (a, 1.0)) for a in AMPLITUDES])
-        amplitude = Axis("amplitude of the gratings")
-        panels.append(Panel("Stronger gratings", "Shape bias, %", amplitude, growing))
     halves = {
         s.label: shape.half_point(
             OPACITIES, [float(found[s.label, AMPLITUDE, o].overall.shape_bias.value) for o in OPACITIES]
         )
         for s in subjects
     }
-    known = [x for x in halves.values() if not math.isnan(x)]
-    parts: list[Plot | Table] = [Plot(_glyph_caption(case, found), panels, "shape")]
+    known = {label: x for label, x in halves.items() if not math.isnan(x)}
+    fading = Axis("opacity of the letters", log=True)
+    panels = [panel("Fading letters", fading, {o: (AMPLITUDE, o) for o in OPACITIES})]
+    tables = []
     if not case.brief:
-        balanced = min(OPACITIES, key=lambda o: abs(o - (np.mean(known) if known else 0)))
+        growing = Axis("amplitude of the gratings")
+        panels.append(panel("Stronger gratings", growing, {a: (a, 1.0) for a in AMPLITUDES}))
+        middle = np.mean([*known.values()] or [0])
+        balanced = min(OPACITIES, key=lambda o: abs(o - middle))
         of = {s.label: found[s.label, AMPLITUDE, balanced] for s in subjects}
         where = f"on gratings of amplitude {AMPLITUDE:g} below letters of opacity {balanced:g}"
-        parts += _cue_parts(of, where)
+        tables = _cue_parts(of, where)
+    parts = [Plot(_glyph_caption(case, found), panels, "shape"), *tables]
     finding = "Letters outweigh gratings at every opacity that was tried."
     if known:
-        listed = ", ".join(f"{label} {x:.2f}" for label, x in halves.items() if not math.isnan(x))
+        listed = ", ".join(f"{label} {x:.2f}" for label, x in known.items())
         finding = f"Opacity at which letters and gratings decide equally often: {listed}."
     return Section("Shape against texture", finding, parts, {"shape": records})
 
@@ -109,12 +110,8 @@ def _folder_section(case: Case, subjects: Sequence[Subject]) -> Section:
 
 
 def _cue_parts(found: dict[str, shape.ShapeBias], where: str) -> list[Table]:
-    rows = []
-    for label, measured in found.items():
-        shares = (measured.overall.shape_bias, measured.overall.shape, measured.overall.texture)
-        rows.append(
-            [label, *(f"{100 * x.value:.1f} ({100 * x.lower:.1f} … {100 * x.upper:.1f})" for x in shares)]
-        )
+    overall = ((label, measured.overall) for label, measured in found.items())
+    rows = [[label, *map(percent, (of.shape_bias, of.shape, of.texture))] for label, of in overall]
     heads = ["Network", "Shape bias, %", "Answers by shape, %", "Answers by texture, %"]
     caption = f"Answers {where}, with 95 % intervals (Wilson); the rest are other classes."
     of_class = [measured.per_class.shape_bias for measured in found.values()]

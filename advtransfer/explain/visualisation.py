@@ -25,18 +25,18 @@ def visualisation_section(case: Case) -> Section:
     images, _ = case.images(indices)
     shape = (number, case.image_size, case.image_size, 3)
     starts = {"noise": np.asarray(visualise.noise(jax.random.key(case.seed), shape))}
-    if not case.brief:
-        starts["image"] = images
+    starts |= {} if case.brief else {"image": images}
+    kinds = ("class",) if case.brief else ("class", "unit")
     groups = {
-        (kind, start): [PictureRow(f"Start: {start}", x)] for kind in _KINDS for start, x in starts.items()
+        (kind, start): [PictureRow(f"Start: {start}", x)] for kind in kinds for start, x in starts.items()
     }
     inverted, records = [PictureRow("Image", images)], []
     for subject in case.subjects:
         model = subject.model
-        for kind in _KINDS if not case.brief else _KINDS[:1]:
+        for kind in kinds:
             chosen = _chosen(model, kind, number)
             tiled, start = np.tile(chosen, len(starts)), np.concatenate([*starts.values()])
-            found = _climb(_KIND_OBJECTIVES[kind](model, tiled), start, settings)
+            found = _climb(_OBJECTIVES[kind](model, tiled), start, settings)
             for i, name in enumerate(starts):
                 part = Climbed(*(x[i * number : (i + 1) * number] for x in found))
                 what = [class_name(model, c) if kind == "class" else f"unit {c}" for c in chosen]
@@ -58,16 +58,14 @@ def visualisation_section(case: Case) -> Section:
             records += _records(subject.label, "inversion", "noise", what, found)
     parts = [
         Pictures(_climb_caption(case, kind), [groups[kind, start] for start in starts], "visualisation")
-        for kind in (_KINDS if not case.brief else _KINDS[:1])
+        for kind in kinds
     ]
     if not case.brief:
         parts.append(Pictures(_inversion_caption(case), [inverted], "visualisation"))
-    finding = _visualisation_finding(case, records)
-    return Section("Feature visualisation", finding, parts, {"visualisation": records})
+    return Section("Feature visualisation", _finding(case, records), parts, {"visualisation": records})
 
 
-_KINDS = ("class", "unit")
-_KIND_OBJECTIVES = {
+_OBJECTIVES = {
     "class": visualise.logit,
     "unit": lambda model, channels: visualise.unit(model, model.module.num_blocks - 1, channels),
 }
@@ -136,7 +134,7 @@ def _inversion_caption(case: Case) -> str:
     )
 
 
-def _visualisation_finding(case: Case, records: list[dict]) -> str:
+def _finding(case: Case, records: list[dict]) -> str:
     if case.brief:
         return "Images that raise the logit of a class, by gradient ascent from noise."
     rows = [record for record in records if record["kind"] == "inversion"]

@@ -20,11 +20,9 @@ def is_marked(value: Any) -> bool:
 
 
 def is_whole(value: Any) -> bool:
-    return (
-        value.strip().isdecimal() or not value.strip()
-        if isinstance(value, str)
-        else value is None or isinstance(value, int)
-    )
+    if isinstance(value, str):
+        return value.strip().isdecimal() or not value.strip()
+    return value is None or isinstance(value, int)
 
 
 def _integer(value: Any) -> int:
@@ -32,8 +30,6 @@ def _integer(value: Any) -> int:
     value = value.item() if hasattr(value, "item") else value
     if type(value) is int:
         return value
-    if isinstance(value, str) and len(value) < 18 and value.isascii() and value.isdigit():
-        return int(value)
     if value is None or value == "":
         raise ValueError("is empty")
     if isinstance(value, float) and abs(value) > 2**53:
@@ -42,15 +38,11 @@ def _integer(value: Any) -> int:
         number = Decimal("nan" if isinstance(value, bool) or "_" in str(value) else str(value).strip())
     except ArithmeticError:
         number = Decimal("nan")
-    exponent = number.as_tuple().exponent
-    if not isinstance(exponent, int):  # of NaN and infinity
+    if not number.is_finite() or number != number.to_integral_value():
         raise ValueError("is not a whole number")
-    if abs(exponent) > _MAX_DIGITS or number.adjusted() > _MAX_DIGITS:
+    if number.adjusted() > _MAX_DIGITS:
         raise ValueError(f"has more than {_MAX_DIGITS:,} digits")
-    numerator, denominator = number.as_integer_ratio()
-    if denominator != 1:
-        raise ValueError("is not a whole number")
-    return numerator
+    return int(number)
 
 
 def _between(low: int, high: int) -> Callable[[Any], int]:
@@ -65,11 +57,11 @@ def _between(low: int, high: int) -> Callable[[Any], int]:
 
 def _seed(value: Any) -> int | str:
     """A number where it is one; else a name: seeds only need to be told apart and paired."""
-    if isinstance(value, float) and abs(value) > 2**53:
-        return _integer(value)
     try:
         return _integer(value)
-    except (ValueError, TypeError):
+    except ValueError:
+        if isinstance(value, float) and abs(value) > 2**53:
+            raise
         return _name(value)
 
 

@@ -10,7 +10,7 @@ import io
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -77,9 +77,9 @@ TRAINING = Style("training images", *_NATURAL[0], True)
 TEST = Style("test images", *_ROBUST[0], False)
 
 
-def value_range(lines: Iterable[Series], *, include: Sequence[float] = ()) -> tuple[float, float]:
-    """The range that holds every mean and interval, so that neighbouring panels share one axis."""
-    ends = [*include]
+def value_range(lines: Iterable[Series], *, lead: bool = False) -> tuple[float, float]:
+    """The range that holds every mean and interval, and for leads zero, for panels that share an axis."""
+    ends = [0.0] if lead else []
     for line in lines:
         mean, ci95 = np.asarray(line.mean, float), np.nan_to_num(np.asarray(line.ci95, float))
         ends += np.concatenate([mean - ci95, mean + ci95])[np.isfinite([*mean, *mean])].tolist()
@@ -87,7 +87,10 @@ def value_range(lines: Iterable[Series], *, include: Sequence[float] = ()) -> tu
         return 0.0, 1.0
     bottom, top = min(ends), max(ends)
     pad = max(0.06 * (top - bottom), 0.01 - (top - bottom) / 2)
-    return bottom - pad, top + pad
+    if lead:
+        return bottom - pad, top + pad
+    # Intervals of few seeds can reach beyond what an accuracy can be; the axis does not.
+    return max(bottom - pad, -0.02), min(top + pad, 1.02)
 
 
 def draw(panel: Panel | Dumbbell) -> bytes:
@@ -106,11 +109,8 @@ def draw(panel: Panel | Dumbbell) -> bytes:
 def describe(panel: Panel | Dumbbell) -> str:
     """What a reader who cannot see the panel needs from it: both ends of every line."""
     if isinstance(panel, Dumbbell):
-        numbers = [[f"{100 * y:.1f}".replace("nan", "–") for y in row[1:]] for row in panel.rows]
-        each = (
-            f"{row[0]}: natural {a}, adversarial {b}" for row, (a, b) in zip(panel.rows, numbers, strict=True)
-        )
-        return "; ".join(each)
+        rows = [(row[0], *(f"{100 * y:.1f}".replace("nan", "–") for y in row[1:])) for row in panel.rows]
+        return "; ".join(f"{label}: natural {a}, adversarial {b}" for label, a, b in rows)
     lines = []
     for style, x, mean, _ in panel.series:
         places = [panel.axis.ticks[int(at)] if panel.axis.ticks else f"{at:,}" for at in x]
@@ -159,9 +159,9 @@ def cell_colours(values: Num[np.ndarray, "c c"], *, confusion: bool) -> UInt8[np
 
 def _lines(panel: Panel) -> Figure:
     series, axis = panel.series, panel.axis
-    figure, axes = _panel(panel, height=3.3)
     longest = max((len(_short(line.style.label)) for line in series), default=0)
-    _place(figure, axes, left=0.45, right=0.4 + 0.072 * max(longest, len(panel.zero)), top=0.62, bottom=0.5)
+    right = 0.4 + 0.072 * max(longest, len(panel.zero))
+    figure, axes = _panel(panel, height=3.3, left=0.45, right=right, top=0.62, bottom=0.5)
     low, high = (100 * end for end in panel.yrange)
     ends = []
     if panel.zero:
@@ -196,9 +196,8 @@ def _line(axes: Axes, line: Series, axis: Axis, shift: float) -> None:
 
 def _dumbbell(panel: Dumbbell) -> Figure:
     rows = panel.rows
-    figure, axes = _panel(panel, height=1.35 + 0.4 * len(rows))
-    longest = max(len(_short(label)) for label, _, _ in rows)
-    _place(figure, axes, left=0.15 + 0.075 * longest, right=0.6, top=0.85, bottom=0.4)
+    left = 0.15 + 0.075 * max(len(_short(label)) for label, _, _ in rows)
+    figure, axes = _panel(panel, height=1.35 + 0.4 * len(rows), left=left, right=0.6, top=0.85, bottom=0.4)
     for place, (_, natural, adversarial) in enumerate(rows):
         axes.plot([100 * natural, 100 * adversarial], [place] * 2, color="#b6bfca", linewidth=3, zorder=1)
         for share, other, word, marker, colour, face in (
@@ -249,11 +248,16 @@ def _defaults() -> AbstractContextManager[None]:
     return matplotlib.rc_context(defaults | ours)
 
 
-def _panel(panel: Panel | Dumbbell, *, height: float) -> tuple[Figure, Axes]:
+def _panel(
+    panel: Panel | Dumbbell, *, height: float, left: float, right: float, top: float, bottom: float
+) -> tuple[Figure, Axes]:
+    """A figure with margins in inches: the same space for text whatever the panel's size."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.7, height))
-    axes = figure.add_axes((0, 0, 1, 1))
+    width = 4.7
+    box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes(box)
     axes.grid(visible=False, axis="x" if isinstance(panel, Panel) else "y")
     ylabel = panel.ylabel if isinstance(panel, Panel) else "Test accuracy, %"
     heading: dict[str, Any] = {"xycoords": ("figure points", "axes fraction"), "textcoords": "offset points"}
@@ -262,13 +266,6 @@ def _panel(panel: Panel | Dumbbell, *, height: float) -> tuple[Figure, Axes]:
     for text in axes.texts:
         text.set_parse_math(False)
     return figure, axes
-
-
-def _place(figure: Figure, axes: Axes, *, left: float, right: float, top: float, bottom: float) -> None:
-    """Margins in inches: the same space for text whatever the panel's size."""
-    width, height = figure.get_size_inches()
-    box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
-    axes.set_position(box)
 
 
 def _horizontal_axis(axes: Axes, values: list[float], axis: Axis) -> None:

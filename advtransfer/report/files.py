@@ -16,16 +16,15 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-def csv_text(rows: DataFrame | Iterable[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
-    """A table, or rows by column, as CSV with these columns; None and NaN are empty cells, floats keep every
-    digit."""
+def csv_text(rows: DataFrame | Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
+    """A table, or records with these columns or else the first one's, as CSV; None and NaN are empty cells,
+    floats keep every digit."""
     import pandas as pd
 
     if isinstance(rows, pd.DataFrame):
-        return csv_lines(
-            [columns or list(rows), *rows[list(columns or rows)].itertuples(index=False, name=None)]
-        )
-    return csv_lines([columns, *([row.get(name) for name in columns] for row in rows)])
+        return csv_lines([list(rows), *rows.itertuples(index=False, name=None)])
+    columns = columns or list(rows[0])
+    return csv_lines([columns, *(map(row.get, columns) for row in rows)])
 
 
 def csv_lines(lines: Iterable[Iterable[Any]]) -> str:

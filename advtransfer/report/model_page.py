@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from advtransfer.report.files import csv_lines, csv_text
 from advtransfer.report.outcome import Outcome, class_table, confused_pairs, mistake_table
 from advtransfer.report.render import write_page
 from advtransfer.report.sections import (
+    EMPTY,
     Axis,
     Entry,
     Matrix,
@@ -36,8 +36,7 @@ MAX_CLASSES = 30  # in a confusion matrix that one can read
 MAX_MISTAKES = 16
 MAX_LISTED = 20  # confused pairs, and classes where there are too many to show
 
-_EMPTY: Mapping[str, Any] = MappingProxyType({})
-_FILES = ("epochs.csv", "choice.csv", "confusion.csv", "classes.csv", "mistakes.csv", "report.html")
+_FILES = ("epochs.csv", "choice.csv", "confusion.csv", "classes.csv", "mistakes.csv")
 
 
 class ModelPage(NamedTuple):
@@ -62,8 +61,8 @@ class ModelPage(NamedTuple):
     choice: str = ""
     choice_rows: Sequence[Mapping[str, Any]] = ()
     command: str = ""
-    versions: Mapping[str, str] = _EMPTY
-    config: Mapping[str, Any] = _EMPTY
+    versions: Mapping[str, str] = EMPTY
+    config: Mapping[str, Any] = EMPTY
 
 
 def write_model_page(page: ModelPage, folder: str | AnyPath) -> AnyPath:
@@ -78,7 +77,7 @@ def write_model_page(page: ModelPage, folder: str | AnyPath) -> AnyPath:
     files = {"epochs.csv": csv_lines([columns, *zip(*page.history.values(), strict=True)])}
     is_rule = page.choice_rows and "mean_accuracy" not in page.choice_rows[0]
     if page.choice_rows:
-        files["choice.csv"] = csv_text(page.choice_rows, list(page.choice_rows[0]))
+        files["choice.csv"] = csv_text(page.choice_rows)
     sections = [_epochs(page), _choice(page)]
     headline, note = "No test images were given: the accuracy on new images is not known.", ""
     if outcome is not None:
@@ -96,7 +95,7 @@ def write_model_page(page: ModelPage, folder: str | AnyPath) -> AnyPath:
             "The interval (Wilson’s) is over test images alone: one network was trained, and another seed or "
             "other training images would change the result too."
         )
-    for name in {*_FILES} - {*files, "report.html"}:
+    for name in {*_FILES} - {*files}:
         (folder / name).unlink(missing_ok=True)
     made = Page(
         page.title,
@@ -131,13 +130,12 @@ def _epochs(page: ModelPage) -> Section:
     if len(epochs) < 2:
         text = f"Accuracy on {last}. It was measured once; evaluate_epochs asks for more."
         return Section(title, parts=[Text(text)])
-    low, high = figures.value_range(lines)
     panel = Panel(
         "Training and test images" if len(lines) == 2 else lines[0].style.label.capitalize(),
         "Accuracy, %",
         Axis("epoch (logarithmic)", log=True),
         lines,
-        (max(low, -0.02), min(high, 1.02)),
+        figures.value_range(lines),
     )
     caption = f"Accuracy in evaluation mode, {last}."
     return Section(title, parts=[Plot(caption, [panel], "epochs.csv")])

@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
 def make_outcome(
     labels: Integer[np.ndarray, " n"], logits: Float[np.ndarray, "n c"], class_names: Sequence[str]
 ) -> Outcome:
-    """Outcome of logits [N, C] against labels, integers [N] from 0 to C - 1.
+    """Outcome of logits against labels, integers from 0 to C - 1.
 
     Raises:
       ValueError: other shapes.

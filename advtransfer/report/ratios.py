@@ -72,21 +72,22 @@ def ratios(results: Results) -> DataFrame:
     found = []
     place = ("target", "num_unfrozen_blocks", "source")
     by_images = seed_tables(results.last, place, "num_train_images")
-    by_epochs = seed_tables(results.trials, (*place, "num_train_images"), "epoch")
+    curves = {(*key, None): curve for key, curve in by_images.items()}
+    curves |= seed_tables(results.trials, (*place, "num_train_images"), "epoch")
     for target in results.targets:
         natural = results.natural(target)
+        if len(natural) != 1:
+            continue
         for blocks, name in itertools.product(results.blocks(target), results.robust(target)):
-            base, mine = ((target, blocks, source) for source in (natural[0] if natural else "", name))
-            if len(natural) != 1 or base not in by_images or mine not in by_images:
-                continue
-            fixed = {"source": name, "target": target, "num_unfrozen_blocks": blocks}
-            images = compare(by_images[base], by_images[mine])
-            found += _records(images, fixed | {"quantity": "images"}, "num_train_images")
-            for size in results.sizes(target):
-                if (*base, size) in by_epochs and (*mine, size) in by_epochs:
-                    epochs = compare(by_epochs[*base, size], by_epochs[*mine, size])
-                    here = fixed | {"quantity": "epochs", "num_train_images": size}
-                    found += _records(epochs, here, "epoch")
+            here = {"source": name, "target": target, "num_unfrozen_blocks": blocks}
+            for size in (None, *results.sizes(target)):
+                base, mine = (curves.get((target, blocks, source, size)) for source in (natural[0], name))
+                compared = compare(base, mine) if base and mine else None
+                if compared and size is None:
+                    found += _records(compared, here | {"quantity": "images"}, "num_train_images")
+                elif compared:
+                    epochs = {"quantity": "epochs", "num_train_images": size}
+                    found += _records(compared, here | epochs, "epoch")
     return pd.DataFrame(found, columns=RATIO_COLUMNS, dtype=object)
 
 
@@ -111,9 +112,7 @@ def compare(natural: SeedTable, robust: SeedTable) -> Comparison | None:
     return Comparison(x, base[0], factors, whole, num_seeds)
 
 
-def _records(compared: Comparison | None, place: dict[str, Any], axis: str) -> list[dict[str, Any]]:
-    if compared is None:
-        return []
+def _records(compared: Comparison, place: dict[str, Any], axis: str) -> list[dict[str, Any]]:
     levels = [
         {axis: int(x), "accuracy": y}
         for x, y in zip(compared.places, compared.accuracies.tolist(), strict=True)
@@ -173,16 +172,13 @@ def _first_reach(x: np.ndarray, y: np.ndarray, level: np.ndarray) -> np.ndarray:
 
 
 def _mean_shift(x: np.ndarray, base: np.ndarray, z: np.ndarray, mine: np.ndarray) -> np.ndarray:
-    """Mean of (x of the natural curve - z of the robust one) over the accuracies that both reach, [B].
-
-    Infinite where one is better everywhere; NaN where there is nothing to compare (a curve is flat).
-    """
+    """Mean of x - z over the accuracies that both reach, [B]; infinite where one is better everywhere."""
     low = np.maximum(base[:, 0], mine[:, 0])[:, None]
     high = np.minimum(base[:, -1], mine[:, -1])[:, None]
     with np.errstate(invalid="ignore", divide="ignore"):
         shift = (_area(x, base, low, high) - _area(z, mine, low, high)) / (high - low)[:, 0]
     ahead, behind = mine[:, 0] >= base[:, -1], mine[:, -1] <= base[:, 0]
-    shift = np.where(high[:, 0] > low[:, 0], shift, np.nan)
+    shift = np.where(high[:, 0] > low[:, 0], shift, np.nan)  # a flat curve has nothing to compare
     return np.where(ahead & ~behind, np.inf, np.where(behind & ~ahead, -np.inf, shift))
 
 

@@ -15,7 +15,6 @@ from importlib import resources
 
 from advtransfer.report.sections import SourceInfo
 
-REFERENCES = ("none", "paper")
 NUM_UNFROZEN_BLOCKS = 3
 CITATION = (
     "Utrera, Kravitz, Erichson, Khanna and Mahoney, “Adversarially-Trained Deep Nets Transfer Better: "

@@ -7,21 +7,18 @@ import functools
 import json
 import re
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from advtransfer.foreign import AnyPath, printable
 from advtransfer.report import figures
 from advtransfer.report.files import add_files, csv_text, write_files
-from advtransfer.report.sections import Matrix, Page, Plot, Section
+from advtransfer.report.sections import EMPTY, Matrix, Page, Plot, Section
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 
-def write_page(
-    page: Page, folder: str | AnyPath, files: Mapping[str, str | bytes] = MappingProxyType({})
-) -> AnyPath:
+def write_page(page: Page, folder: str | AnyPath, files: Mapping[str, str | bytes] = EMPTY) -> AnyPath:
     """Writes `files`, by path, the tables and figures of the page's sections, and report.html.
 
     `folder` is a local or any other path object. Each file appears whole, report.html last; its path is
@@ -60,7 +57,7 @@ def draw(section: Section) -> str:
 def _views(section: Section, folder: str) -> tuple[list[dict[str, Any]], dict[str, str | bytes]]:
     """What the template needs of every part, and the files beside the page by path."""
     files: dict[str, str | bytes] = {
-        f"{folder}{name}.csv": csv_text(rows, list(rows[0])) for name, rows in section.files.items() if rows
+        f"{folder}{name}.csv": csv_text(rows) for name, rows in section.files.items() if rows
     }
     views = []
     for part in section.parts:
@@ -68,14 +65,9 @@ def _views(section: Section, folder: str) -> tuple[list[dict[str, Any]], dict[st
         if numbers := getattr(part, "numbers", ""):
             view["path"] = f"{folder}{numbers}.csv" if numbers in section.files else numbers
         if isinstance(part, Plot):
-            drawn = [figures.draw(panel) for panel in part.panels]
-            add_files(
-                files, {panel.file: svg for panel, svg in zip(part.panels, drawn, strict=True) if panel.file}
-            )
-            view["images"] = [
-                (_data("svg+xml", svg), figures.describe(panel))
-                for panel, svg in zip(part.panels, drawn, strict=True)
-            ]
+            drawn = [(panel, figures.draw(panel)) for panel in part.panels]
+            add_files(files, {panel.file: svg for panel, svg in drawn if panel.file})
+            view["images"] = [(_data("svg+xml", svg), figures.describe(panel)) for panel, svg in drawn]
         if isinstance(part, Matrix):
             view["colours"] = [figures.cell_colours(x, confusion=part.confusion) for _, x in part.maps]
         views.append(view)

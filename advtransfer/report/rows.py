@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,6 +36,7 @@ from advtransfer.report.columns import (
     is_whole,
 )
 from advtransfer.report.files import FORMULA, csv_text, null, write_atomically
+from advtransfer.report.words import count
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -125,16 +127,12 @@ class _Problem(NamedTuple):
     number: int
     outcome: str
 
-    @property
-    def sentence(self) -> str:
-        rows = "1 row" if self.number == 1 else f"{self.number:,} rows"
-        return f"{rows}: {self.outcome}; the first is {self.first}."
-
 
 def _usable(table: DataFrame, problems: list[_Problem], repeats: list[str]) -> tuple[DataFrame, list[str]]:
     if problems and table.empty:
         raise ValueError(problems[0].first)
-    return table, [problem.sentence for problem in problems] + repeats
+    sentences = [f"{count(p.number, 'row')}: {p.outcome}; the first is {p.first}." for p in problems]
+    return table, sentences + repeats
 
 
 # Reading.
@@ -178,8 +176,12 @@ def _files(folder: AnyPath, above: tuple[str, ...] = ()) -> Iterator[AnyPath]:
 def _looks_like_rows(file: AnyPath) -> bool:
     """At least half of the required columns in the first record: then it is meant to be rows."""
     _, first = next(_records(file), ("", ""))
-    names = set() if isinstance(first, str) else {column_name(name)[0] for name in first}
-    return 2 * len(names & {*REQUIRED}) >= len(REQUIRED)
+    known = set() if isinstance(first, str) else _known(first)
+    return 2 * len(known & {*REQUIRED}) >= len(REQUIRED)
+
+
+def _known(names: Iterable[str]) -> set[str]:
+    return {column_name(name)[0] for name in names} & {*COLUMNS}
 
 
 def _records(file: AnyPath) -> Iterator[Record]:
@@ -192,8 +194,7 @@ def _records(file: AnyPath) -> Iterator[Record]:
 
 
 def _text(file: AnyPath) -> str:
-    """A file's text: UTF-8, or what its first bytes say. What is not UTF-8 becomes surrogates, and names with
-    these are refused."""
+    """UTF-8, or what the first bytes say. Other bytes become surrogates, and names with these are refused."""
     content = read_bytes(file)
     for mark, encoding in _MARKS.items():
         if content.startswith(mark):
@@ -218,24 +219,23 @@ def _read_jsonl(file: AnyPath) -> Iterator[Record]:
             continue
         try:
             record = parse_json(line, _fields)
-        except _RepeatedField as error:
-            record = f"two fields are called {error}: rename or delete one"
+            record = record if isinstance(record, dict) else "not a JSON object"
+        except KeyError as error:
+            record = f"two fields are called {error.args[0]}: rename or delete one"
         except ValueError:
             record = "not a line of JSON"
-        yield f"{file}:{number}", record if isinstance(record, dict | str) else "not a JSON object"
-
-
-class _RepeatedField(ValueError):
-    """Its name."""
+        yield f"{file}:{number}", record
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in fields:
-            raise _RepeatedField(name)
-        fields[name] = value
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise KeyError(_repeated(name for name, _ in pairs))
     return fields
+
+
+def _repeated(names: Iterable[str]) -> str:
+    return next((name for name, times in Counter(names).items() if times > 1), "")
 
 
 def _read_csv(file: AnyPath) -> Iterator[Record]:
@@ -243,13 +243,14 @@ def _read_csv(file: AnyPath) -> Iterator[Record]:
     for_excel = re.match(r"sep=([,;\t])\r?\n", text)
     start = for_excel.end() if for_excel else 0
     first = re.split("[\r\n]", text[start : start + 100_000])[0]
-    separator = for_excel[1] if for_excel else max(",;\t", key=lambda mark: _num_columns(first, mark))
+    heads = {mark: next(csv.reader([first], delimiter=mark), []) for mark in ",;\t"}
+    separator = for_excel[1] if for_excel else max(heads, key=lambda mark: len(_known(heads[mark])))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     try:
         if for_excel:
             next(reader)
         header = [_unquoted(name).strip() for name in next(reader, [])]
-        if twice := next((name for name in header if name and header.count(name) > 1), ""):
+        if twice := _repeated(filter(None, header)):
             yield f"{file}:{reader.line_num}", f"two columns are called {twice}: rename or delete one"
             return
         for cells in reader:
@@ -261,13 +262,6 @@ def _read_csv(file: AnyPath) -> Iterator[Record]:
                 yield where, record if separator == "," else _with_points(record)
     except csv.Error as error:
         yield f"{file}:{reader.line_num}", f"not a line of CSV ({error}), and nothing after it was read"
-
-
-def _num_columns(line: str, separator: str) -> int:
-    """How many of the columns of rows a line names."""
-    return len(
-        {column_name(name)[0] for name in next(csv.reader([line], delimiter=separator), [])} & {*COLUMNS}
-    )
 
 
 def _unquoted(cell: str) -> str:
@@ -298,9 +292,8 @@ def _read_parquet(file: AnyPath) -> Iterator[Record]:
         table = pyarrow.parquet.ParquetFile(io.BytesIO(read_bytes(file)))
         if table.metadata.num_rows > MAX_ROWS:
             raise ValueError(f"{table.metadata.num_rows:,} rows, more than {MAX_ROWS:,}")
-        names = table.schema_arrow.names
-        wanted = [name for name in names if column_name(name)[0] in COLUMNS]
-        if twice := next((name for name in wanted if names.count(name) > 1), ""):
+        wanted = [name for name in table.schema_arrow.names if column_name(name)[0] in COLUMNS]
+        if twice := _repeated(wanted):
             raise ValueError(f"two columns are called {twice}: rename or delete one")
         records = (row for batch in table.iter_batches(1000, columns=wanted) for row in batch.to_pylist())
         yield from ((f"{file}:{number}", record) for number, record in enumerate(records, start=1))
@@ -319,18 +312,7 @@ _READERS: dict[str, Callable[[AnyPath], Iterator[Record]]] = {
 
 
 def _clean(files: Iterable[Iterable[Record]], unit: str) -> tuple[DataFrame, list[_Problem], list[str]]:
-    """Gives every record its columns and types.
-
-    A row without a place in the grid (source, target, n, k, seed, epoch) is left out; a measurement that is
-    not a number counts as missing (NaN). Accuracies in percent are divided by 100. All of a file are missing
-    where it cannot be known whether they are fractions or percent, and single ones outside [0, 1].
-
-    Returns:
-      The rows, a `_Problem` per kind of bad cell, and a sentence on repeated rows, if any.
-
-    Raises:
-      ValueError: more than `MAX_ROWS` rows.
-    """
+    """The rows of all files with their columns and types, what was wrong, and a sentence on repeated rows."""
     import pandas as pd
 
     problems: dict[Any, _Problem] = {}
@@ -346,7 +328,7 @@ def _clean(files: Iterable[Iterable[Record]], unit: str) -> tuple[DataFrame, lis
                 values[row] = convert(value)
             except (TypeError, ValueError, OverflowError) as error:
                 first = f"{raw['place'][row]}: {name} = {_shortened(repr(value))}: {error}"
-                measured = name in MEASURED
+                measured = name in MEASURED  # then it is missing; otherwise the row has no place in the grid
                 _note(problems, (name, str(error)), first, f"{name} {_MISSING}" if measured else _LEFT_OUT)
                 usable[row] &= measured
                 values[row] = math.nan if measured else 0
@@ -357,8 +339,10 @@ def _clean(files: Iterable[Iterable[Record]], unit: str) -> tuple[DataFrame, lis
     table = table[usable].drop(columns="place")
     # trial_id alone would do for our own rows; other writers may number trials anew in every cell.
     kept = table.drop_duplicates(["trial_id", "epoch", *COLUMNS[:7]], keep="last", ignore_index=True)
-    rows = "1 duplicate row" if len(table) == len(kept) + 1 else f"{len(table) - len(kept):,} duplicate rows"
-    repeats = [f"{rows} dropped: same trial and epoch, the last of each kept."] * (len(table) > len(kept))
+    repeats = []
+    if dropped := len(table) - len(kept):
+        rows = count(dropped, "duplicate row")
+        repeats = [f"{rows} dropped: same trial and epoch, the last of each kept."]
     return kept, list(problems.values()), repeats
 
 
@@ -382,8 +366,7 @@ def _raw(records: Iterable[Record], problems: dict[Any, _Problem], most: int) ->
 
 
 def _named(record: Mapping[str, Any]) -> dict[str, Any] | str:
-    """A record by what its columns are called here, with a % sign in cells of columns in percent; or what is
-    wrong with it."""
+    """The cells by their columns' names here, with % where the column is in percent; or what is wrong."""
     cells: dict[str, Any] = {}
     for name, value in record.items():
         known, in_percent = column_name(name)
@@ -416,14 +399,11 @@ _UNKNOWN = (
 def _fractions(
     raw: DataFrame, values: np.ndarray, files: list[np.ndarray], unit: str, problems: dict[Any, _Problem]
 ) -> np.ndarray:
-    """Accuracies as fractions, float64 [rows, 2]; `files` are the usable rows of each.
-
-    A column with a % sign has its own unit; the others of a file, which one program wrote, have one.
-    """
+    """Accuracies as fractions, float64 [rows, 2]; `files` are the usable rows of each."""
     marked = np.array([list(map(is_marked, raw[name])) for name in ACCURACIES], bool).T
     whole = np.logical_and.reduce([list(map(is_whole, raw[name])) for name in ACCURACIES])
     parts = []
-    for rows in files:
+    for rows in files:  # A column with a % sign has its own unit; the others, of one program, share one.
         for columns in ([0], [1]) if marked[rows].any() else ([0, 1],):
             y, marks = values[rows][:, columns], marked[rows][:, columns]
             parts.append((rows, columns, marks.any(), _unit(y, marks, whole[rows])))
@@ -436,7 +416,9 @@ def _fractions(
 
     fractions = values.copy()
     for rows, columns, is_signed, found in parts:
-        if not is_signed and found == "fraction" and len(known) == 2:
+        if unit != "auto":
+            found = unit
+        elif not is_signed and found == "fraction" and len(known) == 2:
             # Among files in percent: it may be one in fractions, or one in which all is near chance.
             found = "other"
         elif not is_signed and found == "whole" and len(known) == 1:
@@ -444,11 +426,11 @@ def _fractions(
         for column in columns:
             y, marks, name = values[rows, column], marked[rows, column], ACCURACIES[column]
             large = (y > _LARGEST) | marks
-            if unit == "auto" and found in ("mixed", "whole", "other"):
+            if found in ("mixed", "whole", "other"):
                 note(rows[large if found == "mixed" else large | (y > 0)], column, found, _UNKNOWN)
                 fractions[rows, column] = math.nan
             else:
-                percent = marks | ((found if unit == "auto" else unit) == "percent")
+                percent = marks | (found == "percent")
                 note(rows[large & percent], column, (name, "percent"), f"{name} {_PERCENT}")
                 fractions[rows[percent], column] /= 100
             y = fractions[rows, column]
@@ -459,8 +441,7 @@ def _fractions(
 
 
 def _unit(values: np.ndarray, marked: np.ndarray, whole: np.ndarray) -> str:
-    """The unit of some columns [m, c] of a file: "fraction" or "percent"; "mixed" and "whole" (all are 0 or
-    1, without a point) where it cannot be known, "" where there is nothing but zeros."""
+    """Of columns [m, c]: "fraction", "percent"; unknown: "mixed", "whole" (no point at all); "": all zero."""
     largest = np.where(values > 0, values, 0).max(axis=1)
     above, known = ((largest > _LARGEST) | marked.any(axis=1)).sum(), (largest > 0).sum()
     if above:

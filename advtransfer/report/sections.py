@@ -15,7 +15,7 @@ import numpy as np
 
 from advtransfer.norms import SYMBOLS
 
-_EMPTY: Mapping[str, Any] = MappingProxyType({})
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 class SourceInfo(NamedTuple):
@@ -173,7 +173,7 @@ class Section(NamedTuple):
     title: str
     finding: str = ""
     parts: Sequence[Part] = ()
-    files: Mapping[str, Sequence[Mapping[str, Any]]] = _EMPTY
+    files: Mapping[str, Sequence[Mapping[str, Any]]] = EMPTY
 
 
 class Page(NamedTuple):
@@ -193,7 +193,7 @@ class Page(NamedTuple):
     note: str = ""
     facts: Sequence[tuple[str, str]] = ()
     command: str = ""
-    versions: Mapping[str, str] = _EMPTY
-    config: Mapping[str, Any] = _EMPTY
-    files: Mapping[str, str] = _EMPTY
+    versions: Mapping[str, str] = EMPTY
+    config: Mapping[str, Any] = EMPTY
+    files: Mapping[str, str] = EMPTY
     folder: str = ""

@@ -64,11 +64,58 @@ class Results:
 
     @functools.cached_property
     def pooled(self) -> list[PooledLead]:
-        return pooled_leads(self)
+        """Of every target, k and robust source the lead, pooled over all n of at most `FEW_IMAGES`.
+
+        Where a target has no such n, its smallest n is taken. Only seeds that both sources have at every
+        pooled n count; where that leaves fewer than two, the smallest n with pairs is taken.
+        """
+        pooled = []
+        by = ("target", "num_unfrozen_blocks", "source")
+        tables = seed_tables(self.last.dropna(subset="lead"), by, "num_train_images", "lead")
+        for target in self.targets:
+            sizes = [n for n in self.sizes(target) if n <= FEW_IMAGES] or self.sizes(target)[:1]
+            for blocks, name in itertools.product(self.blocks(target), self.robust(target)):
+                if (target, blocks, name) not in tables:
+                    continue
+                _, places, leads = tables[target, blocks, name]
+                known = np.isin(places, sizes) & np.isfinite(leads).any(axis=0)
+                places, leads = places[known], leads[:, known]
+                if not len(places):
+                    continue
+                paired = leads[np.isfinite(leads).all(axis=1)]
+                if len(paired) < 2:
+                    places, paired = places[:1], leads[np.isfinite(leads[:, 0]), :1]
+                place = (self.sources[name], target, blocks, tuple(places.tolist()))
+                pooled.append(PooledLead(*place, *mean_and_ci95(paired.mean(axis=1)), len(paired)))
+        return pooled
 
     @functools.cached_property
     def best(self) -> DataFrame:
-        return best_blocks(self)
+        """The table of `BEST_COLUMNS`, a row per source, target and n with at least two k.
+
+        `best` is the k of the highest mean; `lead` its lead over the `second`, paired by seed; `tied` every
+        other k, over which its lead has an interval that includes zero, or none. The best is picked after
+        looking, so its lead is, if anything, too large; each interval stands alone. -1 is all blocks.
+        """
+        import pandas as pd
+
+        found = []
+        tables = seed_tables(self.last, ("target", "source", "num_train_images"), "num_unfrozen_blocks")
+        for target in self.targets:
+            for name, size in itertools.product(self.by_name(target), self.sizes(target)):
+                if (target, name, size) not in tables:
+                    continue
+                _, blocks, table = tables[target, name, size]
+                scores = {k: y for k, y in zip(blocks.tolist(), table.T, strict=True) if np.isfinite(y).any()}
+                if len(scores) < 2:
+                    continue
+                best, *others = sorted(scores, key=lambda k: (-np.nanmean(scores[k]), _blocks_order(k)))
+                leads = {k: mean_and_ci95(_finite(scores[best] - scores[k])) for k in others}
+                tied = " ".join(str(k) for k in others if not leads[k][0] > leads[k][1])
+                mine = _finite(scores[best])
+                values = (name, target, size, best, *mean_and_ci95(mine), len(mine))
+                found.append((*values, others[0], *leads[others[0]], tied))
+        return pd.DataFrame(found, columns=BEST_COLUMNS)
 
     @functools.cached_property
     def targets(self) -> list[str]:
@@ -193,59 +240,6 @@ def _over_seeds(table: DataFrame, by: Sequence[str]) -> DataFrame:
     return found.join(leads).reset_index()
 
 
-def pooled_leads(results: Results, *, max_images: int = FEW_IMAGES) -> list[PooledLead]:
-    """For every target, k and robust source: its lead, pooled over all n <= `max_images`.
-
-    Where a target has no such n, its smallest n is taken. Only seeds that both sources have at every
-    pooled n count; where that leaves fewer than two, the smallest n with pairs is taken.
-    """
-    pooled = []
-    by = ("target", "num_unfrozen_blocks", "source")
-    tables = seed_tables(results.last.dropna(subset="lead"), by, "num_train_images", "lead")
-    for target in results.targets:
-        sizes = [n for n in results.sizes(target) if n <= max_images] or results.sizes(target)[:1]
-        for blocks, name in itertools.product(results.blocks(target), results.robust(target)):
-            if (target, blocks, name) not in tables:
-                continue
-            _, places, leads = tables[target, blocks, name]
-            known = np.isin(places, sizes) & np.isfinite(leads).any(axis=0)
-            places, leads = places[known], leads[:, known]
-            paired = leads[np.isfinite(leads).all(axis=1)]
-            if not len(places):
-                continue
-            if len(paired) < 2:
-                places, paired = places[:1], leads[np.isfinite(leads[:, 0]), :1]
-            place = (results.sources[name], target, blocks, tuple(places.tolist()))
-            pooled.append(PooledLead(*place, *mean_and_ci95(paired.mean(axis=1)), len(paired)))
-    return pooled
-
-
-def best_blocks(results: Results) -> DataFrame:
-    """The table of `BEST_COLUMNS`, a row per source, target and n with at least two k; -1 means all blocks.
-
-    `best` is the k of the highest mean; `lead` its lead over the `second`, paired by seed; `tied` every other
-    k, over which its lead has an interval that includes zero, or none. The best is picked after looking, so
-    its lead is, if anything, too large; each interval stands alone.
-    """
-    import pandas as pd
-
-    found = []
-    tables = seed_tables(results.last, ("target", "source", "num_train_images"), "num_unfrozen_blocks")
-    for target in results.targets:
-        for name, size in itertools.product(results.by_name(target), results.sizes(target)):
-            _, blocks, table = tables.get((target, name, size), SeedTable())
-            scores = {k: y for k, y in zip(blocks.tolist(), table.T, strict=True) if np.isfinite(y).any()}
-            if len(scores) < 2:
-                continue
-            best, *others = sorted(scores, key=lambda k: (-np.nanmean(scores[k]), _blocks_order(k)))
-            leads = {k: mean_and_ci95(_finite(scores[best] - scores[k])) for k in others}
-            tied = " ".join(str(k) for k in others if not leads[k][0] > leads[k][1])
-            mine = _finite(scores[best])
-            values = (name, target, size, best, *mean_and_ci95(mine), len(mine))
-            found.append((*values, others[0], *leads[others[0]], tied))
-    return pd.DataFrame(found, columns=BEST_COLUMNS)
-
-
 def paper_tables(results: Results) -> dict[int, DataFrame]:
     """Per k a table as paper_summary_k3.csv: accuracies in %, one column per source.
 
@@ -274,9 +268,9 @@ def paper_tables(results: Results) -> dict[int, DataFrame]:
 class SeedTable(NamedTuple):
     """Values by seed and n, k or epoch."""
 
-    seeds: Integer[np.ndarray, " s"] = np.zeros(0, int)  # rising
-    places: Integer[np.ndarray, " m"] = np.zeros(0, int)  # rising
-    values: Float64[np.ndarray, "s m"] = np.zeros((0, 0))  # NaN where missing
+    seeds: Integer[np.ndarray, " s"]  # rising
+    places: Integer[np.ndarray, " m"]  # rising
+    values: Float64[np.ndarray, "s m"]  # NaN where missing
 
 
 def seed_tables(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -16,6 +15,7 @@ from advtransfer.report.ratios import ratios
 from advtransfer.report.render import write_page
 from advtransfer.report.rows import clean
 from advtransfer.report.sections import (
+    EMPTY,
     Dumbbell,
     Entry,
     Page,
@@ -31,13 +31,12 @@ from advtransfer.report.sections import (
 from advtransfer.report.statistics import POINT, Results, collect, paper_tables
 from advtransfer.report.target_figures import target_figures
 from advtransfer.report.target_tables import Material, all_numbers, best_k, few_images, needed, overview
-from advtransfer.report.words import headline, notes, span
+from advtransfer.report.words import headline, k_text, notes, span
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 MAX_PICTURES = 8
-_EMPTY: Mapping[str, Any] = MappingProxyType({})
 _INTERVAL = (
     "Each seed’s difference is averaged over the numbers of images first; the interval is Student’s t over "
     "seeds. It covers the choice of target images and the new layers’ initialisation, but not the training "
@@ -67,10 +66,10 @@ class Evidence(NamedTuple):
     """
 
     sources: Sequence[Mapping[str, Any]] = ()
-    pictures: Mapping[str, np.ndarray] = _EMPTY
-    captions: Mapping[str, Sequence[str]] = _EMPTY
-    config: Mapping[str, Any] = _EMPTY
-    versions: Mapping[str, str] = _EMPTY
+    pictures: Mapping[str, np.ndarray] = EMPTY
+    captions: Mapping[str, Sequence[str]] = EMPTY
+    config: Mapping[str, Any] = EMPTY
+    versions: Mapping[str, str] = EMPTY
     command: str = ""
     remarks: Sequence[str] = ()
     sections: Sequence[Section] = ()
@@ -121,7 +120,7 @@ def write_report(
     }
     for blocks, table in paper_tables(results).items():
         what = "accuracies in the layout of the paper’s table, in %"
-        beside[f"table_k{'all' if blocks < 0 else blocks}.csv"] = (what, table)
+        beside[f"table_k{k_text(blocks)}.csv"] = (what, table)
     files = {path: csv_text(table) for path, (_, table) in beside.items()}
     files |= {path: csv_text(pd.concat(tables)) for path, tables in material.shown.items()}
     pooled = results.pooled
@@ -149,7 +148,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         ("Sources", f"{len(results.sources)}"),
         ("Targets", f"{len(results.targets)}"),
         ("Labelled images", span(last["num_train_images"])),
-        ("Unfrozen blocks", ", ".join("all" if k < 0 else str(k) for k in blocks)),
+        ("Unfrozen blocks", ", ".join(map(k_text, blocks))),
         ("Seeds", span(last.groupby(list(POINT)).size())),
         ("Fine-tuned models", f"{len(last):,}"),
     ]
@@ -181,9 +180,8 @@ def _transfer(material: Material, target: str) -> Section:
 
 
 def _source(entry: Mapping[str, Any]) -> SourceInfo:
-    eps = entry.get("eps")
-    norm = str(entry.get("norm") or "none")
-    return SourceInfo(str(entry.get("name", "unnamed")), norm, math.nan if eps is None else float(eps))
+    name, norm = str(entry.get("name", "unnamed")), str(entry.get("norm") or "none")
+    return SourceInfo(name, norm, _number(entry.get("eps")))
 
 
 def _sources(material: Material, known: Mapping[str, SourceInfo], evidence: Evidence) -> list[Part]:
@@ -191,25 +189,22 @@ def _sources(material: Material, known: Mapping[str, SourceInfo], evidence: Evid
 
     entries = {str(entry.get("name", "unnamed")): entry for entry in evidence.sources}
     kinds = ("natural_accuracy", "adversarial_accuracy")
-    shares = {name: [_number(entries.get(name, {}).get(kind)) for kind in kinds] for name in known}
-    measured = [
-        (material.styles[name].label, natural, adversarial)
-        for name, (natural, adversarial) in shares.items()
-        if not (math.isnan(natural) and math.isnan(adversarial))
-    ]
+    measured, rows = [], []
+    for name, source in known.items():
+        entry = entries.get(name, {})
+        natural, adversarial = (_number(entry.get(kind)) for kind in kinds)
+        if not (math.isnan(natural) and math.isnan(adversarial)):
+            measured.append((material.styles[name].label, natural, adversarial))
+        accuracies = ("–" if math.isnan(share) else f"{100 * share:.1f}" for share in (natural, adversarial))
+        images = f"{entry['num_images']:,}" if entry.get("num_images") else "–"
+        threat = "nothing" if source.norm == "none" else source.constraint
+        rows.append([name, threat, *accuracies, images, str(entry.get("attack") or "–")])
     parts: list[Part] = [Text("The sources’ own accuracies were not measured in this run.", "muted")]
     if measured:
         path = material.add("source_accuracy", pd.DataFrame(measured, columns=("source", *kinds)))
         panel = Dumbbell("Natural and adversarial accuracy", measured, "figures/source_accuracy.svg")
         caption = "Accuracy on the sources’ own task: circle, clean test images; diamond, adversarial ones."
         parts = [Plot(caption, [panel], path)]
-    rows = []
-    for name, source in known.items():
-        entry = entries.get(name, {})
-        accuracies = ("–" if math.isnan(share) else f"{100 * share:.1f}" for share in shares[name])
-        images = f"{entry['num_images']:,}" if entry.get("num_images") else "–"
-        threat = "nothing" if source.norm == "none" else source.constraint
-        rows.append([name, threat, *accuracies, images, str(entry.get("attack") or "–")])
     heads = ["Source", "Trained against", "Natural, %", "Adversarial, %", "Images", "Attack"]
     return [*parts, Table("The source networks.", heads, rows, words=True)]
 
@@ -232,14 +227,14 @@ def _pictures(material: Material, evidence: Evidence) -> list[Part]:
 
 def _adversarial(material: Material, evidence: Evidence, clean: np.ndarray) -> Pictures:
     """Source images above adversarial examples of them and the magnified differences, image by image."""
-    prefix = "adversarial/"
-    names = [name.removeprefix(prefix) for name in evidence.pictures if name.startswith(prefix)]
-    attacked = {name: _images(evidence, prefix + name) for name in names}
-    for name, images in attacked.items():
-        if images.shape != clean.shape:
-            raise ValueError(
-                f"pictures[{prefix + name!r}] has shape {images.shape}, but source_images has {clean.shape}"
-            )
+    attacked = {}
+    for key in evidence.pictures:
+        if key.startswith("adversarial/"):
+            images = attacked[key.removeprefix("adversarial/")] = _images(evidence, key)
+            if images.shape != clean.shape:
+                raise ValueError(
+                    f"pictures[{key!r}] has shape {images.shape}, but source_images has {clean.shape}"
+                )
     gain = figures.difference_gain((images, clean) for images in attacked.values())
     labels = _texts(evidence, "source_labels", len(clean))
     groups = [[PictureRow("Source image", clean, labels)]]

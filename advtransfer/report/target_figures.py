@@ -13,7 +13,7 @@ from advtransfer.report import figures, reference
 from advtransfer.report.sections import Axis, Panel, Plot, Series, SourceInfo, Style, Text
 from advtransfer.report.statistics import in_order
 from advtransfer.report.target_tables import Material
-from advtransfer.report.words import blocks_text, listing, span
+from advtransfer.report.words import blocks_text, k_text, listing, span
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -99,14 +99,12 @@ def _figure(
     by_size = bool(axis.ticks)
     for value, series in panels.items():
         together = series if by_size and not lead else [*itertools.chain(*panels.values()), *behind]
-        low, high = figures.value_range(together, include=(0.0,) if lead else ())
-        # Intervals of few seeds can reach beyond what an accuracy can be; the axis does not.
-        yrange = (low, high) if lead else (max(low, -0.02), min(high, 1.02))
+        yrange = figures.value_range(together, lead=lead)
         title = f"n = {value:,}" if by_size else blocks_text(value).capitalize()
         ylabel = "Lead over the natural source, points" if lead else "Test accuracy, %"
         thin = behind if value == reference.NUM_UNFROZEN_BLOCKS else []
         ylabel += " (thin: published)" if thin else ""
-        suffix = f"n{value}" if by_size else f"k{'all' if value < 0 else value}"
+        suffix = f"n{value}" if by_size else f"k{k_text(value)}"
         file = f"figures/{name}_{slug(material.results.targets, target)}_{suffix}.svg"
         zero = "natural" if lead else ""
         drawn.append(Panel(title, ylabel, axis, series, yrange, zero, thin, file))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from advtransfer.report.sections import Entry, Part, Style, Table, Text
 from advtransfer.report.statistics import FEW_IMAGES, PooledLead, Results
-from advtransfer.report.words import blocks_text, count, is_clear, listing, points
+from advtransfer.report.words import blocks_text, count, is_clear, k_text, listing, points
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -139,14 +139,10 @@ def best_k(material: Material, target: str) -> list[Part]:
     if not found:
         return []
 
-    def blocks(k: int | str) -> str:
-        return "all" if int(k) < 0 else str(k)
-
     def cell(row: Any) -> Entry:
-        tied = f" [or {', '.join(map(blocks, row.tied.split()))}]" if row.tied else ""
-        return _marked(
-            f"{blocks(row.best)}{tied}", not row.tied, points(row.lead) + _plus_minus(row.lead_ci95)
-        )
+        others = ", ".join(k_text(int(k)) for k in row.tied.split())
+        best = k_text(row.best) + (f" [or {others}]" if others else "")
+        return _marked(best, not others, points(row.lead) + _plus_minus(row.lead_ci95))
 
     names = [name for name in material.results.by_name(target) if any(name == source for _, source in found)]
     rows = [[f"{n:,}", *_cells(found, n, names, cell)] for n in sorted({n for n, _ in found})]

@@ -6,27 +6,24 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from advtransfer.report.statistics import FEW_IMAGES, POINT, PooledLead, Results, collect, pooled_leads
+from advtransfer.report.statistics import POINT, PooledLead, Results, collect
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 
-def headline(
-    rows: DataFrame | Iterable[Mapping[str, Any]] | Results, *, max_images: int = FEW_IMAGES
-) -> list[str]:
+def headline(rows: DataFrame | Iterable[Mapping[str, Any]] | Results) -> list[str]:
     """What the rows say about robust sources and few target images: one sentence per target.
 
     It is about the fewest unfrozen blocks, a choice made before seeing the results, and about every
     robust source: picking the best of several would need a correction.
     """
     results = rows if isinstance(rows, Results) else collect(rows)
-    pooled = pooled_leads(results, max_images=max_images)
-    return [_sentence(results, target, pooled) for target in results.targets]
+    return [_sentence(results, target) for target in results.targets]
 
 
-def _sentence(results: Results, target: str, pooled: list[PooledLead]) -> str:
-    here = [p for p in pooled if p.target == target]
+def _sentence(results: Results, target: str) -> str:
+    here = [p for p in results.pooled if p.target == target]
     if not here:
         return f"On {target}, {why_no_delta(results, target)}."
     here = [p for p in here if p.num_unfrozen_blocks == here[0].num_unfrozen_blocks]
@@ -133,6 +130,10 @@ def blocks_text(num_unfrozen_blocks: int) -> str:
         return "head only"
     last = count(num_unfrozen_blocks, "block") if num_unfrozen_blocks > 1 else "block"
     return f"head + last {last}"
+
+
+def k_text(num_unfrozen_blocks: int) -> str:
+    return "all" if num_unfrozen_blocks < 0 else f"{num_unfrozen_blocks}"
 
 
 def points(fraction: float) -> str:
