@@ -33,8 +33,8 @@ from advtransfer.models import (
 from advtransfer.models.resnet import ARCHITECTURES
 from advtransfer.report.figures import styles
 from advtransfer.report.kept import to_data
-from advtransfer.report.render import draw
-from advtransfer.report.sections import Section, SourceInfo
+from advtransfer.report.render import draw, write_page
+from advtransfer.report.sections import Page, Section, SourceInfo
 from advtransfer.tasks import interpret
 from advtransfer.tasks.interpret import study_sections
 from advtransfer.transfer import fine_tune_one, normalised_by
@@ -304,7 +304,7 @@ def test_the_pictures_and_tables_of_influence_and_their_captions(done, parts):
     assert "a new head, trained on these images, for ℓ2 (ε = 0.25)" in pictures.caption
     chance = np.mean([[a == b for b in train.labels] for a in queries.labels])
     assert f"Chance: {100 * chance:.1f} %." in curves.caption
-    for kind, panel in zip(("test", "train"), curves.panels, strict=True):
+    for kind, panel in zip(("test", "training images"), curves.panels, strict=True):
         for label, line in zip((OWN, LETTER), panel.series, strict=True):
             rates = _column(_csv(done / "matches.csv", model=label, queries=kind), "match_rate")
             assert line.style.label == label and line.x == [1, 2, 3, 4, 5, 7, 10, 14, 20, 28]
@@ -315,7 +315,7 @@ def test_the_pictures_and_tables_of_influence_and_their_captions(done, parts):
         low, high = stats.binomtest(round(12 * share), 12).proportion_ci(method="wilson")
         assert name == label and len(cells) == 4
         assert cells[0] == f"{100 * share:.1f} ({100 * low:.1f} … {100 * high:.1f})"
-        first = _csv(done / "matches.csv", model=label, queries="train", rank="1")
+        first = _csv(done / "matches.csv", model=label, queries="training images", rank="1")
         assert cells[2].startswith(f"{100 * float(first[0]['match_rate']):.1f} (")
 
 
@@ -463,6 +463,17 @@ def test_letters_that_always_outweigh_gratings(networks, monkeypatch):
     assert len(section.parts) == 1
     table = explain.shape.shape_section(case._replace(brief=False)).parts[1]
     assert "letters of opacity 0.05" in table.caption and table.rows[0][2].startswith("100.0 (")
+
+
+def test_a_network_that_answers_neither_letter_nor_grating_has_no_curve(networks, monkeypatch, tmp_path):
+    names = np.array(list(LETTERS))
+    answers = cues.shape_bias(np.roll(names, 2), names, np.roll(names, 1))
+    monkeypatch.setattr(explain.shape.shape, "measure", lambda *_: answers)
+    monkeypatch.setattr(explain.shape.cue_conflict, "glyph_cue_conflict", lambda *_, **__: None)
+    section = explain.shape.shape_section(_case(networks, (1,), ("l2",))._replace(brief=False))
+    assert [list(line.x) for panel in section.parts[0].panels for line in panel.series] == [[], []]
+    assert section.parts[1].rows[0][1] == "–"
+    write_page(Page("shape", [section]), tmp_path)
 
 
 def test_shape_bias_counts_answers(done, networks):

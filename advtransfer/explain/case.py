@@ -80,7 +80,9 @@ def column(records: list[dict], label: str, name: str) -> Shaped[np.ndarray, " n
 
 
 def percent(share: Share) -> str:
-    """With its 95 % interval."""
+    """With its 95 % interval; "–" if it is a share of nothing."""
+    if np.isnan(share.value):
+        return "–"
     return f"{100 * share.value:.1f} ({100 * share.lower:.1f} … {100 * share.upper:.1f})"
 
 

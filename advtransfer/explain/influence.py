@@ -39,7 +39,7 @@ def influence_section(case: Case, recipe: Recipe) -> Section:
     settings, names = case.settings, case.dataset.class_names
     chosen, indices = case.draw(settings.num_train, "train"), case.draw(settings.num_queries)
     train, queries = case.recorded("train", chosen), case.recorded(case.split, indices)
-    labels = {"test": queries.labels, "train": train.labels}
+    labels = {"query": queries.labels, "train": train.labels}
     scores, rates, shares = {}, {}, {}  # by network and set of queries
     for subject in case.subjects:
         for kind, found in zip(labels, _scores(case, subject, train, queries, recipe), strict=True):
@@ -51,7 +51,12 @@ def influence_section(case: Case, recipe: Recipe) -> Section:
     files = {
         "influence": _ranked(case, tested, train, queries, chosen, indices),
         "matches": [
-            {"model": label, "queries": kind, "rank": rank, "match_rate": rate}
+            {
+                "model": label,
+                "queries": case.split if kind == "query" else "training images",
+                "rank": rank,
+                "match_rate": rate,
+            }
             for (label, kind), found in rates.items()
             for rank, rate in enumerate(found.tolist(), start=1)
         ],
@@ -72,7 +77,7 @@ def influence_section(case: Case, recipe: Recipe) -> Section:
             "influence_classes": _class_records(maps, names),
             "harmful": _harmful(trained, train.labels, names, chosen),
         }
-    matching = (f"{s.label} {100 * shares[s.label, 'test']['top1'].value:.1f} %" for s in case.subjects)
+    matching = (f"{s.label} {100 * shares[s.label, 'query']['top1'].value:.1f} %" for s in case.subjects)
     finding = (
         f"{case.split.capitalize()} images whose most helpful training image is of their class: "
         f"{', '.join(matching)} of {len(indices):,}."
@@ -219,7 +224,7 @@ def _curves(
     case: Case, rates: dict[tuple[str, str], np.ndarray], labels: dict[str, Int32[np.ndarray, " n"]]
 ) -> Plot:
     panels = []
-    for kind, title in (("test", f"Queries: {case.split} images"), ("train", "Queries: training images")):
+    for kind, title in (("query", f"Queries: {case.split} images"), ("train", "Queries: training images")):
         series = []
         for subject in case.subjects:
             y = rates[subject.label, kind].tolist()
@@ -227,10 +232,10 @@ def _curves(
             series.append(Series(subject.style, x, [y[rank - 1] for rank in x], [math.nan] * len(x)))
         axis = Axis("rank of the training image", log=True)
         panels.append(Panel(title, "Same class, %", axis, series))
-    chance = np.mean(labels["test"][:, None] == labels["train"])
+    chance = np.mean(labels["query"][:, None] == labels["train"])
     caption = (
         "Share of queries with the class of their training image of this rank, most helpful first: "
-        f"{len(labels['test']):,} {case.split} images, and the {len(labels['train']):,} training images, "
+        f"{len(labels['query']):,} {case.split} images, and the {len(labels['train']):,} training images, "
         f"without themselves. Chance: {100 * chance:.1f} %."
     )
     return Plot(caption, panels, "matches")
@@ -239,7 +244,7 @@ def _curves(
 def _shares_table(case: Case, shares: dict[tuple[str, str], dict[str, Share]]) -> Table:
     rows = []
     for subject in case.subjects:
-        found = [share for kind in ("test", "train") for share in shares[subject.label, kind].values()]
+        found = [share for kind in ("query", "train") for share in shares[subject.label, kind].values()]
         rows.append([subject.label, *map(percent, found)])
     heads = ["Network"]
     for kind in (case.split, "training"):

@@ -96,7 +96,7 @@ def _glyph_caption(case: Case, found: dict[tuple[str, float, float], shape.Shape
 def _bias_series(subject: Subject, points: Sequence[tuple[float, shape.ShapeBias]]) -> Series:
     biases = [(x, measured.overall.shape_bias) for x, measured in points]
     known = [(x, float(b.value), float(b.upper - b.lower) / 2) for x, b in biases if not np.isnan(b.value)]
-    return Series(subject.style, *zip(*known, strict=True))
+    return Series(subject.style, *(zip(*known, strict=True) if known else ((), (), ())))
 
 
 def _folder_section(case: Case, subjects: Sequence[Subject]) -> Section:
