@@ -68,7 +68,7 @@ def _grid(config):
         options.grid,
         options.recipe,
         cells,
-        lambda cell: Start(Source(cell.source, "none", 0.0, cell.source), None, TARGETS[cell.target]),
+        lambda cell, _: Start(Source(cell.source, "none", 0.0, cell.source), None, TARGETS[cell.target]),
         stratified=options.target.stratified,
     )
 

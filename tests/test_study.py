@@ -79,7 +79,7 @@ def grid_of(grid, recipe, dataset_of=lambda _: DATASET, targets=("random",)):
     """`make_trials` from SOURCES; the target of a cell is `dataset_of(cell)`."""
     sources = {source.name: source for source in SOURCES}
     cells = make_cells(grid, sources, targets)
-    return make_trials(grid, recipe, cells, lambda c: Start(sources[c.source], None, dataset_of(c)))
+    return make_trials(grid, recipe, cells, lambda c, _: Start(sources[c.source], None, dataset_of(c)))
 
 
 def _models():
@@ -499,7 +499,7 @@ def test_a_study_in_a_notebook_is_the_study_of_its_trials(tmp_path):
         name: Source(name, model.spec.norm, model.spec.eps, identity(model)) for name, model in models.items()
     }
     cells = make_cells(grid, models, ["random"])
-    trials = flatten(make_trials(grid, RECIPE, cells, lambda c: Start(sources[c.source], None, DATASET)))
+    trials = flatten(make_trials(grid, RECIPE, cells, lambda c, _: Start(sources[c.source], None, DATASET)))
     expected = run_trials(
         trials,
         {source.identity: models[name] for name, source in sources.items()},

@@ -223,7 +223,7 @@ def run_cells(
     Args:
       grid, recipe, search, stratified: which trials.
       cells: the grid's, in the order of its rows.
-      start_of: (cell, split that is measured) to what the cell's trials start from.
+      start_of: as for `make_trials`.
       folder: where finished groups leave their rows, in `rows/` and `search/`.
       group_size: as `group`.
       progress: as in `run_trials`, with a name before.
@@ -244,14 +244,10 @@ def run_cells(
             progress=functools.partial(progress, name),
         )
 
-    def trials_on(split: str) -> dict[Cell, list[Trial]]:
-        return make_trials(
-            grid.on(split), recipe, cells, lambda cell: start_of(cell, split), stratified=stratified
-        )
-
-    trials, table = trials_on(grid.split), []
+    trials, table = make_trials(grid, recipe, cells, start_of, stratified=stratified), []
     if search.is_asked:
-        tried = candidates(search, trials_on("validation"))
+        validated = make_trials(grid.on("validation"), recipe, cells, start_of, stratified=stratified)
+        tried = candidates(search, validated)
         best, table = choose(tried, run("search", tried, "validation"))
         trials = with_choices(trials, best)
     return Result(run("rows", trials, grid.split), table)
@@ -305,20 +301,12 @@ def run_study(
         source = Source(name, model.spec.norm, model.spec.eps, identity(model))
         return Start(source, model, dataset._replace(name=target))
 
-    def start_of(cell: Cell, split: str = "") -> Start:
+    def start_of(cell: Cell, split: str) -> Start:
         return start(cell.source, cell.target)
 
     cells = make_cells(grid, sources, targets)
     make_trials(grid, recipe, cells, start_of)  # whether there are as many images, before anything is written
     storage.make_folder(folder)
     storage.write(folder / "study.json", json.dumps(to_dict(grid), indent=1) + "\n")
-    found = run_cells(
-        grid,
-        recipe,
-        cells,
-        start_of,
-        folder,
-        search=search,
-        stratified=stratified,
-    )
+    found = run_cells(grid, recipe, cells, start_of, folder, search=search, stratified=stratified)
     return pd.DataFrame(found.rows)

@@ -181,11 +181,16 @@ def make_trials(
     grid: Grid,
     recipe: Recipe,
     cells: Iterable[Cell],
-    start_of: Callable[[Cell], Start],
+    start_of: Callable[[Cell, str], Start],
     *,
     stratified: bool = True,
 ) -> dict[Cell, list[Trial]]:
     """The trials of every cell, in the order of the grid's seeds.
+
+    Args:
+      grid, recipe, stratified: which trials.
+      cells: the grid's.
+      start_of: (cell, split that is measured) to what the cell's trials start from.
 
     Raises:
       ValueError: as `make_trial`.
@@ -193,7 +198,7 @@ def make_trials(
     found = {}
     recipes: dict[tuple[str, int], Recipe] = {}  # the preset "utrera" looks at all images
     for cell in cells:
-        source, _, dataset = start_of(cell)
+        source, _, dataset = start_of(cell, grid.split)
         images = dataset.digest("train"), cell.num_train_images
         first = make_trial(
             recipes.get(images, recipe),
