@@ -309,13 +309,13 @@ def _channels(tensor: Tensor) -> tuple[float, ...]:
 
 def _claims(tree: Mapping[Any, Any], state: Mapping[str, Tensor]) -> dict[str, int | float]:
     """The readable numbers at the top level, such as epoch and nat_prec1."""
-    candidates = [
-        (key, value)
-        for key, value in tree.items()
-        if isinstance(key, str) and (_is_number(value) or (_is_scalar(value) and key not in state))
-    ]
+
+    def may_be(key: Any, value: Any) -> bool:
+        is_scalar = isinstance(value, Tensor) and math.prod(value.shape) == 1 and key not in state
+        return isinstance(key, str) and (is_scalar or _is_number(value))
+
     claims: dict[str, int | float] = {}
-    for key, value in candidates[:_MAX_CLAIMS]:
+    for key, value in [pair for pair in tree.items() if may_be(*pair)][:_MAX_CLAIMS]:
         if isinstance(value, Tensor):
             try:
                 value = value.read().item()
@@ -328,7 +328,3 @@ def _claims(tree: Mapping[Any, Any], state: Mapping[str, Tensor]) -> dict[str, i
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and math.prod(value.shape) == 1
