@@ -124,15 +124,15 @@ def run_trials(
         name = hashlib.sha256("".join(t.identity() for t in members).encode()).hexdigest()[:32]
         groups[name] = members
         missing[name] = [trial for trial in members if trial.identity() not in finished]
-    left = sorted(filter(missing.get, groups), key=_longest_first(groups))
+    left = [name for name in _longest_first(groups) if missing[name]]
     prepared_for, prepared = None, None
     # Closed here, or the traceback of an exception would hold its claim for as long as a notebook keeps it.
     with contextlib.closing(
         divide(left, folder, lambda name: holds(folder / f"{name}.jsonl", missing[name]))
     ) as own:
         for name in progress(own, len(left)):
-            first, model = missing[name][0], models[missing[name][0].source.identity]
-            dataset = datasets[first.data]
+            first = missing[name][0]
+            model, dataset = models[first.source.identity], datasets[first.data]
             if shared_inputs(first) != prepared_for:
                 prepared = None  # before the next: both may not fit into memory
                 prepared_for = shared_inputs(first)
@@ -155,28 +155,21 @@ def run_trials(
     ]
 
 
-def _longest_first(groups: Mapping[str, Sequence[Trial]]) -> Callable[[str], tuple]:
-    """A key to sort groups by: the longest last would leave the other processes waiting. What shares its
-    prepared inputs stays together."""
+def _longest_first(groups: Mapping[str, Sequence[Trial]]) -> list[str]:
+    """The names of groups: the longest last would leave the other processes waiting. What shares its prepared
+    inputs stays together."""
+    work = {name: sum(map(num_steps, members)) for name, members in groups.items()}
+    shared = {name: shared_inputs(members[0]) for name, members in groups.items()}
+    longest: dict[tuple, int] = {}
+    for name, inputs in shared.items():
+        longest[inputs] = max(longest.get(inputs, 0), work[name])
 
-    def work(name):
-        return sum(num_steps(trial) for trial in groups[name])
+    def key(name: str) -> tuple:
+        # Networks with more to train take longer for a step; -1 unfrozen blocks are more than any number.
+        k = shared[name][0] % 10**6
+        return -k, -longest[shared[name]], shared[name], -work[name], name
 
-    shared: dict[tuple, int] = {}
-    for name, members in groups.items():
-        key = shared_inputs(members[0])
-        shared[key] = max(shared.get(key, 0), work(name))
-
-    def key(name):
-        prepared_for = shared_inputs(groups[name][0])
-        # Networks with more to train take longer for a step.
-        k = prepared_for[0] % _EVERYTHING
-        return -k, -shared[prepared_for], prepared_for, -work(name), name
-
-    return key
-
-
-_EVERYTHING = 10**6  # -1 unfrozen blocks are more than any number
+    return sorted(groups, key=key)
 
 
 def shared_inputs(trial: Trial) -> tuple:
@@ -270,8 +263,7 @@ def run_study(
 
     Args:
       grid: which n, k and seeds, and the split that is measured.
-      sources: networks by the names that rows give them.
-      targets: datasets by the names that rows give them.
+      sources, targets: networks and datasets by the names that rows give them.
       recipe: how each is fine-tuned.
       folder: where finished trials are kept.
       search: hyper-parameters that are chosen on validation images first.

@@ -145,15 +145,11 @@ def make_trial(
     """A trial, with the recipe resolved for its images.
 
     Args:
-      recipe: how the network is fine-tuned.
-      source: what it starts from.
+      recipe, source, split, seed, stratified: as the trial's own.
       dataset: the target, in its view.
-      split: what is measured.
       n: number of training images; -1: all that the dataset has.
       k: number of unfrozen blocks.
-      seed: of the subset, the head, the order and the augmentation.
       view: that the dataset was loaded in.
-      stratified: see `subset_indices`.
 
     Raises:
       ValueError: the dataset has fewer images, or none to measure on.

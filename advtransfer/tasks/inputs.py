@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from advtransfer.config import Run, names_key
+from advtransfer.config import Options, Run, names_key
 from advtransfer.data import Dataset, load_dataset, plan_dataset
 from advtransfer.models import Model, compute_dtype, create_module, load_model
 from advtransfer.norms import NORMS
@@ -58,8 +58,11 @@ def find_model(name: str, dtype: str, *, planned: bool = False) -> Model:
       planned: whether nothing is downloaded: a known model of the hub then has no variables.
 
     Raises:
-      ValueError: there is no such model, or it cannot be read; a model that is planned with and not known.
+      ValueError: no name, no such model, or one that cannot be read; a model that is planned with and not
+        known.
     """
+    if not name:
+        raise ValueError("name a model: a folder, hf:REPO/FILE or a PyTorch file")
     if planned and is_missing(name):
         known = known_on_hub(name)
         if known is None:
@@ -97,6 +100,12 @@ def model_name(name: str) -> str:
 def split_names(text: str) -> list[str]:
     """The names in a comma-separated list."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def study_targets(options: Options) -> tuple[str, list[str]]:
+    """The datasets that a study transfers to, and the key that names them."""
+    key = "study.targets" if options.study.targets else "transfer.target"
+    return key, split_names(options.study.targets or options.target.target)
 
 
 def _is_checkpoint(name: str) -> bool:

@@ -13,7 +13,14 @@ from advtransfer.data import Dataset
 from advtransfer.models import Model, ModelSpec, create_module, identity
 from advtransfer.source import SourceRecipe, against
 from advtransfer.study import Cell, Source, Start, make_cells, make_trials
-from advtransfer.tasks.inputs import find_model, is_trained_here, load_data, model_name, split_names
+from advtransfer.tasks.inputs import (
+    find_model,
+    is_trained_here,
+    load_data,
+    model_name,
+    split_names,
+    study_targets,
+)
 from advtransfer.tasks.source import load_source_data
 from advtransfer.tasks.workdir import Job
 from advtransfer.transfer import first_unfrozen_block, normalised_by
@@ -105,7 +112,7 @@ def look_up(job: Job, *, planned: bool = False) -> StudyInputs:
     with names_key("study.num_unfrozen_blocks"):
         for source, k in itertools.product(sources, grid.num_unfrozen_blocks):
             first_unfrozen_block(create_module(source.spec.architecture, num_classes=1), k)
-    targets = split_names(options.study.targets or options.target.target)
+    key, targets = study_targets(options)
     cells = make_cells(grid, names, targets, options.study.views or (options.target.view,))
     inputs = StudyInputs(sources, training, cells, {}, options.target.input_norm)
     also = ("validation",) if options.search.is_asked else ()
@@ -114,7 +121,7 @@ def look_up(job: Job, *, planned: bool = False) -> StudyInputs:
         if place not in inputs.targets:
             inputs.targets[place] = load_data(
                 options.run,
-                "study.targets" if options.study.targets else "transfer.target",
+                key,
                 place.target,
                 image_size=place.image_size,
                 splits=("train", grid.split, *(() if place.is_whole else also)),
