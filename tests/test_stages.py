@@ -57,6 +57,12 @@ def study(tmp_path_factory):
     return workdir
 
 
+def _blank(norm="none"):
+    module = create_module("resnet_tiny", num_classes=10)
+    spec = ModelSpec("resnet_tiny", 10, 8, module.mean, module.std, norm, 0.5 * (norm != "none"))
+    return Model(module, init_variables(module, jax.random.key(0), 8), spec)
+
+
 def _files(folder):
     return {
         str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()
@@ -137,9 +143,7 @@ def test_transfer_and_evaluate_take_its_model_folders(study, tmp_path):
 
 
 def test_plans_say_of_how_many_blocks_images_steps_and_bytes(tmp_path):
-    module = create_module("resnet_tiny", num_classes=10)
-    spec = ModelSpec("resnet_tiny", 10, 8, module.mean, module.std)
-    save_model(Model(module, init_variables(module, jax.random.key(0), 8), spec), tmp_path / "blank")
+    save_model(_blank(), tmp_path / "blank")
     digits, config = load_dataset("builtin:digits", image_size=8), tiny()
     config.stage, config.evaluate.model = "evaluate", str(tmp_path / "blank")
     whole = digits.test.num_images
@@ -163,17 +167,13 @@ def test_plans_say_of_how_many_blocks_images_steps_and_bytes(tmp_path):
     config.stage = "source"
     for norm, eps, attack in (("none", 0.0, ""), ("linf", 0.25, " against PGD-3")):
         config.train.update(norm=norm, eps=eps, attack_steps=3)
-        size = (
-            source.state_bytes(read(config).training, digits)
-            + digits.train.images.nbytes
-            + digits.train.labels.nbytes
-        )
+        size = source.state_bytes(read(config).training, digits)
+        size += digits.train.images.nbytes + digits.train.labels.nbytes
         name = "natural" if norm == "none" else "linf:0.25"
-        message = (
+        assert tasks.plan(config, tmp_path / "out") == (
             f"source {name}: train resnet_tiny, {digits.train.num_images // 80} steps of 80 images{attack}; "
+            f"state and images {size / 1e6:,.1f} MB a device"
         )
-        message += f"state and images {size / 1e6:,.1f} MB a device"
-        assert tasks.plan(config, tmp_path / "out") == message
     assert not (tmp_path / "out").exists()
 
 
@@ -184,9 +184,7 @@ def test_plans_say_of_how_many_blocks_images_steps_and_bytes(tmp_path):
 def test_a_transfer_normalises_natural_sources_and_sets_images_aside_but_of_all(
     norm, input_norm, changed, tmp_path, monkeypatch
 ):
-    module = create_module("resnet_tiny", num_classes=10)
-    spec = ModelSpec("resnet_tiny", 10, 8, module.mean, module.std, norm, 0.5 * (norm != "none"))
-    model = Model(module, init_variables(module, jax.random.key(0), 8), spec)
+    model = _blank(norm)
     save_model(model, tmp_path / "blank")
     config, asked, sources = tiny(), [], []
     config.stage, config.source = "transfer", str(tmp_path / "blank")
@@ -204,7 +202,7 @@ def test_a_transfer_normalises_natural_sources_and_sets_images_aside_but_of_all(
     assert asked == [True, False]
     images = load_dataset("builtin:digits", image_size=8).train.images
     expected = identity(normalised_by(model, images) if changed else model)
-    assert sources == [Source("blank", norm, spec.eps, expected)] * 2
+    assert sources == [Source("blank", norm, model.spec.eps, expected)] * 2
 
 
 @pytest.mark.parametrize(("num_classes", "num_skipped"), [(30, 5), (31, 6), (2, 0)])
