@@ -52,10 +52,7 @@ def launch(monkeypatch, capsys):
         ("--config.train.num_epochs=many", ["--config.train.num_epochs", "many"]),
         ("--config=experiments/nope.py", ["experiments/nope.py", "No such file"]),
         (f"--config={ROOT / 'experiments/source.py'}:l2:abc", ["'l2:abc': write natural", "l2:0.5"]),
-        (
-            "--config.study.num_train_images=(50,'a')",
-            ["config.study.num_train_images=(50, 'a') must be"],
-        ),
+        ("--config.study.num_train_images=(50,'a')", ["config.study.num_train_images=(50, 'a') must be"]),
         ("--workdr=x", ["workdr"]),
         ("workdir", ["workdir", "--NAME=VALUE"]),
         ("--config.train.eps=-1", ["config.train.eps=-1.0", "must be a number, 0 or more"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -83,16 +84,14 @@ def run_group(
             raise
         logging.warning("out of memory with %d trials at once: half as many", len(trials))
         half = len(seeds) // 2 * len(rates)
-        halves = trials[:half], trials[half:]
-        return [row for part in halves for row in run_group(part, model, dataset, prepared)]
+        parts = trials[:half], trials[half:]
+        return [row for part in parts for row in run_group(part, model, dataset, prepared)]
     seconds = (time.monotonic() - started) / len(trials)
-    return [
-        row
-        for t, trial in enumerate(trials)
-        for row in history_rows(
-            trial, {name: x[divmod(t, len(rates))] for name, x in history.items()}, seconds
-        )
-    ]
+    rows = []
+    for t, trial in enumerate(trials):
+        own = {name: x[divmod(t, len(rates))] for name, x in history.items()}
+        rows += history_rows(trial, own, seconds)
+    return rows
 
 
 def run_trials(
@@ -137,15 +136,11 @@ def run_trials(
                 prepared = None  # before the next: both may not fit into memory
                 prepared_for = shared_inputs(first)
                 # Finished ones too: rounding depends on the number of images, and must not on what is left.
-                alike = [
-                    t for members in groups.values() for t in members if shared_inputs(t) == prepared_for
-                ]
-                prepared = _prepare(alike, model, dataset)
-            rows = [
-                row
-                for members in group(missing[name])
-                for row in run_group(members, model, dataset, prepared)
-            ]
+                alike = [ts for ts in groups.values() if shared_inputs(ts[0]) == prepared_for]
+                prepared = _prepare(list(itertools.chain(*alike)), model, dataset)
+            rows = []
+            for members in group(missing[name]):
+                rows += run_group(members, model, dataset, prepared)
             storage.write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     finished = finished_rows(folder)
     return [
@@ -228,13 +223,11 @@ def run_cells(
 
     def run(name: str, trials: Mapping[Cell, Sequence[Trial]], split: str) -> list[Row]:
         starts = [start_of(cell, split) for cell in trials]
+        models = {start.source.identity: start.model for start in starts if start.model is not None}
+        datasets = {start.dataset.digest("train", split): start.dataset for start in starts}
+        bar = functools.partial(progress, name)
         return run_trials(
-            flatten(trials),
-            {start.source.identity: start.model for start in starts if start.model is not None},
-            {start.dataset.digest("train", split): start.dataset for start in starts},
-            workdir / name,
-            group_size=group_size,
-            progress=functools.partial(progress, name),
+            flatten(trials), models, datasets, workdir / name, group_size=group_size, progress=bar
         )
 
     trials, table = make_trials(grid, recipe, cells, start_of, stratified=stratified), []

@@ -59,11 +59,7 @@ class Trial(NamedTuple):
     def subset(self, labels: Integer[AnyArray, " all"]) -> Int32[np.ndarray, " n"]:
         """Its training images, which depend on (target, n, seed) and no source."""
         return subset_indices(
-            labels,
-            self.num_train_images,
-            dataset=self.target,
-            seed=self.seed,
-            stratified=self.stratified,
+            labels, self.num_train_images, dataset=self.target, seed=self.seed, stratified=self.stratified
         )
 
     def key(self) -> Key[Array, ""]:

@@ -10,12 +10,7 @@ from advtransfer.config import Options, Run, names_key
 from advtransfer.data import Dataset, load_dataset, plan_dataset
 from advtransfer.models import Model, compute_dtype, create_module, load_model
 from advtransfer.norms import NORMS
-from advtransfer.torch_checkpoint import (
-    import_torch_checkpoint,
-    is_on_this_machine,
-    known_on_hub,
-    known_spec,
-)
+from advtransfer.torch_checkpoint import import_torch_checkpoint, is_on_this_machine, known_on_hub, known_spec
 
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")  # of a file that is not there
 
@@ -29,7 +24,7 @@ def load_data(
       run: where decoded images are kept and what becomes of broken ones.
       key: of the configuration, that names it.
       name, splits, options: as for `load_dataset`.
-      planned: whether a known set that is not prepared comes as a placeholder (see `plan_dataset`).
+      planned: whether `plan_dataset` finds it, with a placeholder for a known set that is not prepared.
 
     Raises:
       ConfigError: naming the key: no such dataset, or no images in one of `splits`.
