@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -103,9 +104,7 @@ def test_plan_says_what_would_run_and_writes_nothing(launch, tmp_path, monkeypat
 
 
 def _config(name="quickstart", *argument):
-    scope = {}
-    exec((ROOT / "experiments" / f"{name}.py").read_text(), scope)
-    config = scope["get_config"](*argument)
+    config = runpy.run_path(ROOT / "experiments" / f"{name}.py")["get_config"](*argument)
     config.dtype = "float32"
     config.study.calibration = 0.0
     return config

@@ -63,6 +63,10 @@ def _blank(norm="none"):
     return Model(module, init_variables(module, jax.random.key(0), 8), spec)
 
 
+def _rows(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
 def _files(folder):
     return {
         str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()
@@ -70,8 +74,7 @@ def _files(folder):
 
 
 def test_a_study_leaves_sources_rows_summary_and_report(study):
-    with (study / "rows.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = _rows(study / "rows.csv")
     assert len(rows) == 2 * 2 * 2 * 2  # sources × n × seeds × epochs
     assert {(r["source"], r["source_norm"]) for r in rows} == {("natural", "none"), ("l2:0.25", "l2")}
     assert all(0 <= float(r["test_accuracy"]) <= 1 for r in rows)
@@ -129,8 +132,7 @@ def test_transfer_and_evaluate_take_its_model_folders(study, tmp_path):
     tasks.run(config, tmp_path / "digits")
     model = load_model(tmp_path / "digits" / "model")
     assert (model.spec.norm, model.spec.provenance["source"]["norm"]) == ("none", "l2")
-    with (tmp_path / "digits" / "rows.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = _rows(tmp_path / "digits" / "rows.csv")
     assert [(row["source"], row["epoch"]) for row in rows] == [("l2_0.25", "1"), ("l2_0.25", "3")]
 
     config = tiny()
@@ -256,8 +258,7 @@ def test_a_diverged_trial_has_no_accuracy(study, tmp_path):
     config.study.num_train_images = (10,)
     config.transfer.learning_rate = 1e38
     tasks.run(config, tmp_path)
-    with (tmp_path / "rows.csv").open() as file:
-        last = [row for row in csv.DictReader(file) if row["epoch"] == "3"]
+    last = [row for row in _rows(tmp_path / "rows.csv") if row["epoch"] == "3"]
     assert last and all(row["test_accuracy"] in ("", "nan") for row in last)
     assert "without a test accuracy" in (tmp_path / "report.html").read_text()
 
@@ -308,8 +309,7 @@ def test_a_folder_of_small_squares_goes_the_whole_way(study, tmp_path):
     assert "fine-tune 2 of 2 models" in plan
     assert f"or {(30 + 7) * 5 * 5 * 3 / 1e6:,.1f} MB of images" in plan
     tasks.run(config, tmp_path / "out")
-    with (tmp_path / "out/rows.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["epoch"] == "3"]
+    rows = [row for row in _rows(tmp_path / "out/rows.csv") if row["epoch"] == "3"]
     assert [row["num_train_images"] for row in rows] == ["10", "30"]  # 27 train where 3 validate
     assert all(0 <= float(row["test_mean_per_class_accuracy"]) <= 1 for row in rows)
     page = (tmp_path / "out/report.html").read_text()
