@@ -108,13 +108,11 @@ def _state_dicts(tree: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
             if not isinstance(folder, dict) or id(folder) in seen:
                 continue
             seen.add(id(folder))
-            tensors = {n: t for n, t in folder.items() if isinstance(n, str) and isinstance(t, Tensor)}
-            if tensors:
+            named = {n: x for n, x in folder.items() if isinstance(n, str)}
+            if tensors := {n: x for n, x in named.items() if isinstance(x, Tensor)}:
                 yield key, tensors
             start = key + "/" if key else ""
-            deeper += [
-                (start + n, d) for n, d in folder.items() if isinstance(n, str) and isinstance(d, dict)
-            ]
+            deeper += [(start + n, x) for n, x in named.items() if isinstance(x, dict)]
         level = deeper
 
 
@@ -218,7 +216,7 @@ def _nothing_found(tree: Any, states: Mapping[str, dict[str, Tensor]]) -> str:
                 return _other_kind(kind)
             return f"no ResNet was found: the first names are {brief_list(found)}"
     values = (tree, *tree.values()) if isinstance(tree, dict) else (tree,)
-    for stub in (value for value in values if isinstance(value, Stub)):
+    if stub := next((value for value in values if isinstance(value, Stub)), None):
         return (
             f"contains a pickled {brief(stub.name)} object, not a state dict: load it in PyTorch and save "
             "only its weights, with torch.save(model.state_dict(), FILE)"
