@@ -279,7 +279,7 @@ def test_two_model_folders_are_told_apart_by_their_parents(study):
     config.study.sources = ",".join(f"{study}/sources/{name}/model" for name in ("natural", "l2_0.25"))
     lines = tasks.plan(config, study.parent / "unused").splitlines()
     assert [line.split(":")[0] for line in lines[:2]] == ["source natural", "source l2_0.25"]
-    assert np.all([not line.endswith("done") for line in lines])
+    assert not any(line.endswith("done") for line in lines)
 
 
 def _write_folder(root):

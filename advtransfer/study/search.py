@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -59,10 +58,8 @@ def candidates(search: Search, grid: Mapping[Cell, Sequence[Trial]]) -> dict[Cel
             trial._replace(recipe=HyperParameters(rate, decay, epochs).of(recipe))
             for epochs in search.epochs or (recipe.num_epochs,)
             for trial in trials[: search.search_seeds]
-            for rate, decay in itertools.product(
-                search.learning_rates or (recipe.learning_rate,),
-                search.weight_decays or (recipe.weight_decay,),
-            )
+            for rate in search.learning_rates or (recipe.learning_rate,)
+            for decay in search.weight_decays or (recipe.weight_decay,)
         ]
     return found
 
