@@ -388,7 +388,7 @@ def test_a_warning_comes_once(tmp_path):
     command += ["--config.train.batch_size=4", f"--workdir={tmp_path / 'out'}", "--plan"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("1 of the test images are among the train") == 1
+    assert done.stderr.count("1 of the test images are also among the train") == 1
 
 
 def test_the_keys_are_listed(launch):
