@@ -65,7 +65,7 @@ def pieces_of(
 
     Args:
       trials: any.
-      networks: by the source's name, the module and the side of its images.
+      networks: by the source's name, the module and the side of its images in pixels.
       datasets: targets by their digest, as for `run_trials`.
     """
     pieces = []

@@ -45,12 +45,8 @@ class HyperParameters(NamedTuple):
 
 
 def candidates(search: Search, grid: Mapping[Cell, Sequence[Trial]]) -> dict[Cell, list[Trial]]:
-    """The trials of the search: every combination for each cell, on the first seeds of the grid.
-
-    Args:
-      search: what is tried.
-      grid: of `make_trials`, measured on the validation split.
-    """
+    """The trials of the search: every combination for each cell of a grid of `make_trials` that is measured
+    on the validation split, on its first seeds."""
     found = {}
     for cell, trials in grid.items():
         recipe = trials[0].recipe

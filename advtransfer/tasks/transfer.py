@@ -45,15 +45,15 @@ def run(job: Job) -> None:
 
 def _run(job: Job, task: _Task) -> None:
     trial, names, choice = task.trial, task.dataset.class_names, None
-    train = Split(*(array[task.subset] for array in task.dataset.in_memory("train")))
-    if (method := job.options.target.choose_num_unfrozen_blocks) != "given":
+    train, target = Split(*(x[task.subset] for x in task.dataset.in_memory("train"))), job.options.target
+    if target.choose_num_unfrozen_blocks != "given":
         choice = choose_k(
-            method,
+            target.choose_num_unfrozen_blocks,
             task.model,
             train,
             num_classes=len(names),
             key=trial.key(),
-            num_folds=job.options.target.num_folds,
+            num_folds=target.num_folds,
             recipe=trial.recipe,
         )
         trial = trial._replace(num_unfrozen_blocks=choice.num_unfrozen_blocks)

@@ -77,25 +77,20 @@ def import_torch_checkpoint(
         path: a zip (since 2020), legacy (before) or safetensors file, or hf:REPO/FILE[@revision].
         architecture: a key of `ARCHITECTURES`; None: inferred from names and shapes.
         num_classes: required size of the head; None: that of the file, which may have no head.
-        mean: per channel, for normalising images in [0, 1]; None: from the file or the table, else ImageNet's
-            if the network has a 7×7 stem.
-        std: as `mean`; give both or neither.
-        norm: threat model of its training, none | l2 | linf; None: from the table, else none.
-        eps: radius of the threat model, in pixel units (4 / 255 rather than 4).
-        image_size: pixels; None: from the table, else 224, or 32 with a CIFAR stem.
+        mean, std: per channel, for normalising images in [0, 1]; both or neither. Where nothing says them,
+            ImageNet's if the network has a 7×7 stem.
+        norm, eps: threat model of its training, none | l2 | linf, and its radius in pixel units (4 / 255
+            rather than 4). Where nothing says them, none.
+        image_size: pixels. Where nothing says it, 224, or 32 with a CIFAR stem.
         sha256: required hash of the file, or at least its first eight digits; None: that of the table, or the
             eight digits in the file names of torchvision.
         weights: which of several networks in the file, by its key or the prefix of its names, such as
             "state_dict" or "student"; None: the only one, or one that is named as an average (EMA).
-        dtype: the type that the network computes in; None: float32.
-
-    Returns:
-        A model with float32 variables, whatever the dtype in the file.
+        dtype: the type that the network computes in; None: float32. Its variables are float32 in any case.
 
     Raises:
         CheckpointError: the file does not exist, is damaged or has another hash; it contains no supported
-            network (the message lists missing, unexpected and misshapen tensors); or it contains several
-            networks that differ.
+            network (the message lists missing, unexpected and misshapen tensors), or several that differ.
         ValueError: inconsistent arguments, or an unknown architecture.
     """
     given = _check_arguments(mean, std, norm, eps, image_size, sha256)
@@ -148,10 +143,9 @@ def read_network(
     weights: str = "",
     put: Callable[[np.ndarray], AnyArray] = np.ascontiguousarray,
 ) -> Checkpoint:
-    """Reads the ResNet in an open file.
+    """Reads the ResNet in an open file; arguments and errors are those of `import_torch_checkpoint`.
 
-    Arguments and errors are those of `import_torch_checkpoint`. Each array is passed through `put` before
-    the next one is read, so at most one is in memory twice.
+    Each array is passed through `put` before the next one is read, so at most one is in memory twice.
     """
     contents = read_contents(file)
     network = find_network(contents, weights)
@@ -177,11 +171,7 @@ def read_network(
 def _match(
     tensors: dict[str, Tensor], architecture: str | None, num_classes: int | None
 ) -> tuple[str, ResNet, bool]:
-    """The architecture of the tensors, its module, and whether they include a head.
-
-    Raises:
-        CheckpointError: the tensors match no architecture, or not the given one.
-    """
+    """The architecture of the tensors, its module, and whether they include a head."""
     name = architecture or infer_architecture(tensors)
     size = num_classes or _head_size(tensors)
     module = create_module(name, num_classes=size or 1)

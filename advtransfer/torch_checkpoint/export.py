@@ -71,11 +71,7 @@ def torch_tensors(module: ResNet, variables: Variables) -> dict[str, np.ndarray]
 def parse_metadata(
     metadata: dict[str, str], architecture: str, num_classes: int, has_head: bool
 ) -> dict[str, Any]:
-    """The fields of a `ModelSpec` written by `export_torch_state_dict`; {} for files of other programs.
-
-    Raises:
-        CheckpointError: the fields are invalid.
-    """
+    """The fields of a `ModelSpec` written by `export_torch_state_dict`; {} for files of other programs."""
     if _KEY not in metadata:
         return {}
     try:

@@ -78,11 +78,7 @@ def fetch(name: str, folder: str | Path | None = None) -> Fetched:
 
 
 def is_on_this_machine(name: str, folder: str | Path | None = None) -> bool:
-    """Whether `fetch` needs no network for this name.
-
-    Raises:
-        CheckpointError: a malformed name.
-    """
+    """Whether `fetch` needs no network for this name. A malformed one is a CheckpointError."""
     repo, file, revision = _parse(name)
     if _by_hand(repo, file, revision, folder).is_file():
         return True
@@ -97,11 +93,7 @@ def is_on_this_machine(name: str, folder: str | Path | None = None) -> bool:
 
 
 def known_on_hub(name: str) -> KnownModel | None:
-    """The known model of this name, in any revision; None: it is not a known model.
-
-    Raises:
-        CheckpointError: a malformed name.
-    """
+    """The known model of this name, in any revision, if it is one. A malformed name is a CheckpointError."""
     repo, file, _ = _parse(name)
     known = find_known(file, repo=repo)
     return known if known and known.repo == repo else None

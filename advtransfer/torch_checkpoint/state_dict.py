@@ -236,11 +236,7 @@ def _other_kind(kind: str) -> str:
 
 
 def check_copies(network: Network) -> None:
-    """Checks that the copies of a network are equal to it, as in files of MadryLab/robustness.
-
-    Raises:
-        CheckpointError: a copy differs; the message names the first tensor that does.
-    """
+    """Raises a CheckpointError unless the copies in a file, as of MadryLab/robustness, are equal."""
     first = network.wrapping or "."
     for wrapping, copy in network.copies.items():
         for name in dict.fromkeys((*network.tensors, *copy)):
