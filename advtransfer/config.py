@@ -169,21 +169,21 @@ class Options(NamedTuple):
     report: Report = Report()
 
 
-# The section of the tree whose keys are the fields of each of `Options`' values; "": the top.
+# Where the keys of each of `Options`' values are in the tree; "": at the top.
 _SECTIONS = {
     "run": "",
-    "checkpoint": "checkpoint",
-    "training_data": "train",
-    "training": "train",
-    "target": "transfer",
-    "recipe": "transfer",
-    "study": "study",
-    "grid": "study",
-    "search": "study",
-    "measured": "evaluate",
-    "evaluation": "evaluate",
-    "interpretation": "interpret",
-    "report": "report",
+    "checkpoint": "checkpoint.",
+    "training_data": "train.",
+    "training": "train.",
+    "target": "transfer.",
+    "recipe": "transfer.",
+    "study": "study.",
+    "grid": "study.",
+    "search": "study.",
+    "measured": "evaluate.",
+    "evaluation": "evaluate.",
+    "interpretation": "interpret.",
+    "report": "report.",
 }
 # Sections that change what is computed or shown beside the results that a workdir holds, but not those.
 _FREE_SECTIONS = ("interpret", "report", "study")
@@ -192,8 +192,8 @@ _FREE_SECTIONS = ("interpret", "report", "study")
 def default() -> ConfigDict:
     """The configuration that experiments start from."""
     tree: dict[str, Any] = {}
-    for section, values in zip(_SECTIONS.values(), Options(), strict=True):
-        (tree.setdefault(section, {}) if section else tree).update(to_dict(values))
+    for prefix, values in zip(_SECTIONS.values(), Options(), strict=True):
+        (tree.setdefault(prefix[:-1], {}) if prefix else tree).update(to_dict(values))
     return ConfigDict(tree).lock()
 
 
@@ -204,11 +204,9 @@ def read(config: ConfigDict) -> Options:
       ConfigError: naming the first bad key, its value and the fix.
     """
     check_keys(config)
+    places = zip(_SECTIONS.values(), Options(), strict=True)
     found = Options(
-        *(
-            _read(type(values), config[section] if section else config, f"{section}." if section else "")
-            for section, values in zip(_SECTIONS.values(), Options(), strict=True)
-        )
+        *(_read(type(x), config[prefix[:-1]] if prefix else config, prefix) for prefix, x in places)
     )
     _check_together(found)
     return found
@@ -223,8 +221,6 @@ def _read(cls: type, node: ConfigDict, prefix: str) -> Any:
     }
     try:
         return cls(**values)
-    except ConfigError:
-        raise
     except ValueError as error:
         raise ConfigError(f"config.{prefix}{error}") from None
 
@@ -281,8 +277,8 @@ def keys() -> dict[str, tuple[type, str]]:
             else:
                 found[f"{prefix}{name}"] = type(values), name
 
-    for section, values in zip(_SECTIONS.values(), Options(), strict=True):
-        visit(values, f"{section}." if section else "")
+    for prefix, values in zip(_SECTIONS.values(), Options(), strict=True):
+        visit(values, prefix)
     return found
 
 
@@ -293,7 +289,7 @@ def explain() -> str:
 
 @contextmanager
 def names_key(key: str) -> Generator[None]:
-    """Prefixes a ValueError raised inside with the configuration key that caused it."""
+    """Makes a ValueError raised inside a ConfigError that names the key."""
     try:
         yield
     except ConfigError:
@@ -315,10 +311,6 @@ def flatten(tree: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
 
 def conflicts(settings: Mapping[str, Any], saved: str) -> list[str]:
     """Keys whose values in the saved JSON make its results another experiment's, as "key: saved, asked".
-
-    Args:
-      settings: the configuration as a tree of keys.
-      saved: one as JSON.
 
     Raises:
       ValueError: the text is not a JSON object.

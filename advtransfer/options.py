@@ -7,8 +7,7 @@
         num_epochs: int = option(150, "epochs", low=1)
 
 A value of the wrong type, or outside its limits, is a ValueError when the object is made. The configuration
-of the command line is composed of these types (config.py), so a default, its meaning and its check are in one
-place.
+of the command line (config.py) is composed of these types.
 """
 
 from __future__ import annotations
@@ -45,20 +44,13 @@ def option(default: Any, about: str, **known: Any) -> Any:
 
 @typing.dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option,))
 def options(cls: type[Any]) -> type[Any]:
-    """Makes a class a frozen, keyword-only dataclass whose values are checked when it is made.
-
-    Its own checks, of several fields together, are a method `check`, called after the fields are checked one
-    by one.
-    """
+    """Makes a class a frozen, keyword-only dataclass whose values are checked when it is made, one by one
+    and then, if it has one, by its method `check` of several fields together."""
     cls.__post_init__ = _check
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-    lines = [f"  {name}: {explain(cls, name)}" for name in field_names(cls)]
+    lines = [f"  {name}: {explain(cls, name)}" for name in cls.__dataclass_fields__]
     cls.__doc__ = "\n".join([cls.__doc__ or "", "", "Attributes:", *lines])
     return cls
-
-
-def field_names(cls: type[Any]) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls)]
 
 
 def find(cls: type[Any], name: str) -> Option:
@@ -68,12 +60,9 @@ def find(cls: type[Any], name: str) -> Option:
 
 def explain(cls: type[Any], name: str) -> str:
     """A field in a line: its meaning, its values, its default."""
-    field = cls.__dataclass_fields__[name]
-    if dataclasses.is_dataclass(field.default):
-        return f"{find(cls, name).about}; default {field.default!r}"
-    return (
-        f"{find(cls, name).about}; {_expected(_types(cls)[name], find(cls, name))}; default {field.default!r}"
-    )
+    known, default = find(cls, name), cls.__dataclass_fields__[name].default
+    values = "" if dataclasses.is_dataclass(default) else f"; {_expected(_types(cls)[name], known)}"
+    return f"{known.about}{values}; default {default!r}"
 
 
 def to_dict(values: Any) -> dict[str, Any]:
@@ -87,18 +76,15 @@ def deciding(values: Any) -> dict[str, Any]:
 
 
 def _check(self: Any) -> None:
-    kinds = _types(type(self))
-    for name in field_names(type(self)):
+    for name, kind in _types(type(self)).items():
         given, known = getattr(self, name), find(type(self), name)
-        value = _convert(kinds[name], given, known)
-        if value is _WRONG:
-            raise ValueError(f"{name}={given!r} must be {_expected(kinds[name], known)}")
+        try:
+            value = _convert(kind, given, known)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"{name}={given!r} must be {_expected(kind, known)}") from None
         object.__setattr__(self, name, value)
     if hasattr(self, "check"):
         self.check()
-
-
-_WRONG = object()
 
 
 @functools.cache
@@ -107,47 +93,37 @@ def _types(cls: type[Any]) -> dict[str, Any]:
 
 
 def _convert(kind: Any, value: Any, known: Option) -> Any:
-    """The value in its type, or `_WRONG`."""
+    """The value in its type, or a TypeError, ValueError or OverflowError."""
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)
         if not isinstance(value, tuple | list):
-            return _WRONG
+            raise TypeError
+        if known.lengths is not None and len(value) not in known.lengths:
+            raise ValueError
         kinds = [inner[0]] * len(value) if inner[1:] == (...,) else inner
-        if len(kinds) != len(value) or (known.lengths is not None and len(value) not in known.lengths):
-            return _WRONG
         known = known._replace(lengths=None)
-        found = tuple(_convert(own, x, known) for own, x in zip(kinds, value, strict=True))
-        return _WRONG if any(x is _WRONG for x in found) else found
+        return tuple(_convert(own, x, known) for own, x in zip(kinds, value, strict=True))
     if kind in (int, float):
-        value = _number(kind, value)
-        in_range = value is not _WRONG and (
-            value in known.also or (known.low <= value <= known.high and known.above < value < known.below)
-        )
-        return value if in_range else _WRONG
-    return value if type(value) is kind and value in (known.choices or (value,)) else _WRONG
-
-
-def _number(kind: type[int | float], value: Any) -> Any:
-    """NumPy's numbers and JAX's scalars become Python's; truth values and text are no numbers."""
-    if isinstance(value, bool | str | bytes) or str(getattr(value, "dtype", "")) == "bool":
-        return _WRONG
-    try:
+        # NumPy's numbers and JAX's scalars become Python's; truth values and text are no numbers.
+        if isinstance(value, bool | str | bytes) or str(getattr(value, "dtype", "")) == "bool":
+            raise TypeError
         value = operator.index(value) if kind is int else float(value)
-    except (TypeError, ValueError, OverflowError):
-        return _WRONG
-    return value if math.isfinite(value) else _WRONG
+        in_range = known.low <= value <= known.high and known.above < value < known.below
+        if not math.isfinite(value) or not (in_range or value in known.also):
+            raise ValueError
+        return value
+    if type(value) is not kind or value not in (known.choices or (value,)):
+        raise ValueError
+    return value
 
 
 def _expected(kind: Any, known: Option) -> str:
     """In words, what a value must be."""
     if typing.get_origin(kind) is not tuple:
-        if kind is bool:
-            return "True or False"
         if known.choices:
             return f"one of {_list(known.choices)}"
-        return {int: "a whole number", float: "a number", str: "text"}.get(kind, kind.__name__) + _range(
-            known
-        )
+        named = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+        return named.get(kind, kind.__name__) + _range(known)
     inner = typing.get_args(kind)[0]
     if typing.get_origin(inner) is tuple:
         return f"pairs of whole numbers{_range(known)}"
@@ -163,16 +139,11 @@ def _list(names: tuple[str, ...]) -> str:
 
 def _range(known: Option) -> str:
     low, high = (f"{x:,.10g}" for x in (max(known.low, known.above), min(known.high, known.below)))
-    is_open = known.below < math.inf
-    if known.high < 1e30 or is_open:
-        text = f" from {low} to {'below ' * is_open}{high}"
-        text = text if known.above == -math.inf else f" between {low} and {high}"
+    if min(known.high, known.below) < 1e30:
+        below = "below " if known.below < math.inf else ""
+        text = f" from {low} to {below}{high}" if known.above == -math.inf else f" between {low} and {high}"
+    elif known.low > -math.inf:
+        text = f", {low} or more"
     else:
-        text = (
-            f", {low} or more"
-            if known.low > -math.inf
-            else f" above {low}"
-            if known.above > -math.inf
-            else ""
-        )
+        text = f" above {low}" if known.above > -math.inf else ""
     return text + (f", or {' or '.join(map(str, known.also))}" if known.also else "")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -52,13 +53,13 @@ def launch(monkeypatch, capsys):
         ("--config.train.num_epochs=many", ["--config.train.num_epochs", "many"]),
         ("--config=experiments/nope.py", ["experiments/nope.py", "No such file"]),
         (f"--config={ROOT / 'experiments/source.py'}:l2:abc", ["'l2:abc': write natural", "l2:0.5"]),
-        (
-            "--config.study.num_train_images=(50,'a')",
-            ["config.study.num_train_images=(50, 'a') must be"],
-        ),
+        ("--config.study.num_train_images=(50,'a')", ["config.study.num_train_images=(50, 'a') must be"]),
         ("--workdr=x", ["workdr"]),
         ("workdir", ["workdir", "--NAME=VALUE"]),
         ("--config.train.eps=-1", ["config.train.eps=-1.0", "must be a number, 0 or more"]),
+        (f"--config.seed={10**20}", [f"config.seed={10**20} must be a whole number from 0"]),
+        ("--config.train.std=(1e999,1.,1.)", ["config.train.std=(inf, 1.0, 1.0) must be"]),
+        ("--config.train.learning_rate=nan", ["config.train.learning_rate=nan must be"]),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(launch, argument, words, tmp_path, monkeypatch):
@@ -103,9 +104,7 @@ def test_plan_says_what_would_run_and_writes_nothing(launch, tmp_path, monkeypat
 
 
 def _config(name="quickstart", *argument):
-    scope = {}
-    exec((ROOT / "experiments" / f"{name}.py").read_text(), scope)
-    config = scope["get_config"](*argument)
+    config = runpy.run_path(ROOT / "experiments" / f"{name}.py")["get_config"](*argument)
     config.dtype = "float32"
     config.study.calibration = 0.0
     return config
@@ -289,7 +288,7 @@ def test_the_library_works_without_flags():
 
 
 OWN = {
-    "nothing": ("", "returns a NoneType: let it change and return advtransfer.config.default()"),
+    "nothing": ("pass", "returns a NoneType: let it change and return advtransfer.config.default()"),
     "a dict": ("return c.to_dict()", "returns a dict"),
     "a section is missing": (
         "with c.unlocked():\n        del c['interpret']\n    return c",
@@ -311,7 +310,6 @@ OWN = {
 def test_an_experiment_of_one_s_own_that_is_none_is_one_line(launch, tmp_path, name):
     body, message = OWN[name]
     file = tmp_path / "mine.py"
-    body = body or "pass"
     file.write_text(
         f"from advtransfer import config\n\n\ndef get_config():\n    c = config.default()\n    {body}\n"
     )
@@ -353,22 +351,6 @@ def test_every_end_has_a_code_and_one_line(launch, tmp_path, monkeypatch, error,
         assert str(file) in done.err and "Traceback" in file.read_text() and "in run" in file.read_text()
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        (
-            "--config.seed=100000000000000000000",
-            "config.seed=100000000000000000000 must be a whole number from 0",
-        ),
-        ("--config.train.std=(1e999,1.,1.)", "config.train.std=(inf, 1.0, 1.0) must be"),
-        ("--config.train.learning_rate=nan", "config.train.learning_rate=nan must be"),
-    ],
-)
-def test_numbers_that_no_computation_takes(launch, option, message):
-    done = launch("--plan", option)
-    assert done.code == 2 and message in done.err
-
-
 def test_a_workdir_in_the_user_s_home(launch, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     rows = tmp_path / "rows.csv"
@@ -402,12 +384,8 @@ def test_a_warning_comes_once(tmp_path):
     copied = tmp_path / "pets/train/cat/0.png"
     shutil.copyfile(copied, tmp_path / "pets/test/cat/copy.png")
     command = [sys.executable, str(ROOT / "launch.py"), f"--config={ROOT / 'experiments/source_cifar10.py'}"]
-    command += [
-        f"--config.train.dataset=folder:{tmp_path / 'pets'}",
-        f"--workdir={tmp_path / 'out'}",
-        "--plan",
-    ]
-    command += ["--config.train.image_size=8", "--config.train.batch_size=4"]
+    command += [f"--config.train.dataset=folder:{tmp_path / 'pets'}", "--config.train.image_size=8"]
+    command += ["--config.train.batch_size=4", f"--workdir={tmp_path / 'out'}", "--plan"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("1 of the test images are also among the train") == 1

@@ -57,6 +57,16 @@ def study(tmp_path_factory):
     return workdir
 
 
+def _blank(norm="none"):
+    module = create_module("resnet_tiny", num_classes=10)
+    spec = ModelSpec("resnet_tiny", 10, 8, module.mean, module.std, norm, 0.5 * (norm != "none"))
+    return Model(module, init_variables(module, jax.random.key(0), 8), spec)
+
+
+def _rows(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
 def _files(folder):
     return {
         str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()
@@ -64,8 +74,7 @@ def _files(folder):
 
 
 def test_a_study_leaves_sources_rows_summary_and_report(study):
-    with (study / "rows.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = _rows(study / "rows.csv")
     assert len(rows) == 2 * 2 * 2 * 2  # sources × n × seeds × epochs
     assert {(r["source"], r["source_norm"]) for r in rows} == {("natural", "none"), ("l2:0.25", "l2")}
     assert all(0 <= float(r["test_accuracy"]) <= 1 for r in rows)
@@ -123,8 +132,7 @@ def test_transfer_and_evaluate_take_its_model_folders(study, tmp_path):
     tasks.run(config, tmp_path / "digits")
     model = load_model(tmp_path / "digits" / "model")
     assert (model.spec.norm, model.spec.provenance["source"]["norm"]) == ("none", "l2")
-    with (tmp_path / "digits" / "rows.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = _rows(tmp_path / "digits" / "rows.csv")
     assert [(row["source"], row["epoch"]) for row in rows] == [("l2_0.25", "1"), ("l2_0.25", "3")]
 
     config = tiny()
@@ -137,9 +145,7 @@ def test_transfer_and_evaluate_take_its_model_folders(study, tmp_path):
 
 
 def test_plans_say_of_how_many_blocks_images_steps_and_bytes(tmp_path):
-    module = create_module("resnet_tiny", num_classes=10)
-    spec = ModelSpec("resnet_tiny", 10, 8, module.mean, module.std)
-    save_model(Model(module, init_variables(module, jax.random.key(0), 8), spec), tmp_path / "blank")
+    save_model(_blank(), tmp_path / "blank")
     digits, config = load_dataset("builtin:digits", image_size=8), tiny()
     config.stage, config.evaluate.model = "evaluate", str(tmp_path / "blank")
     whole = digits.test.num_images
@@ -163,17 +169,13 @@ def test_plans_say_of_how_many_blocks_images_steps_and_bytes(tmp_path):
     config.stage = "source"
     for norm, eps, attack in (("none", 0.0, ""), ("linf", 0.25, " against PGD-3")):
         config.train.update(norm=norm, eps=eps, attack_steps=3)
-        size = (
-            source.state_bytes(read(config).training, digits)
-            + digits.train.images.nbytes
-            + digits.train.labels.nbytes
-        )
+        size = source.state_bytes(read(config).training, digits)
+        size += digits.train.images.nbytes + digits.train.labels.nbytes
         name = "natural" if norm == "none" else "linf:0.25"
-        message = (
+        assert tasks.plan(config, tmp_path / "out") == (
             f"source {name}: train resnet_tiny, {digits.train.num_images // 80} steps of 80 images{attack}; "
+            f"state and images {size / 1e6:,.1f} MB a device"
         )
-        message += f"state and images {size / 1e6:,.1f} MB a device"
-        assert tasks.plan(config, tmp_path / "out") == message
     assert not (tmp_path / "out").exists()
 
 
@@ -184,9 +186,7 @@ def test_plans_say_of_how_many_blocks_images_steps_and_bytes(tmp_path):
 def test_a_transfer_normalises_natural_sources_and_sets_images_aside_but_of_all(
     norm, input_norm, changed, tmp_path, monkeypatch
 ):
-    module = create_module("resnet_tiny", num_classes=10)
-    spec = ModelSpec("resnet_tiny", 10, 8, module.mean, module.std, norm, 0.5 * (norm != "none"))
-    model = Model(module, init_variables(module, jax.random.key(0), 8), spec)
+    model = _blank(norm)
     save_model(model, tmp_path / "blank")
     config, asked, sources = tiny(), [], []
     config.stage, config.source = "transfer", str(tmp_path / "blank")
@@ -204,7 +204,7 @@ def test_a_transfer_normalises_natural_sources_and_sets_images_aside_but_of_all(
     assert asked == [True, False]
     images = load_dataset("builtin:digits", image_size=8).train.images
     expected = identity(normalised_by(model, images) if changed else model)
-    assert sources == [Source("blank", norm, spec.eps, expected)] * 2
+    assert sources == [Source("blank", norm, model.spec.eps, expected)] * 2
 
 
 @pytest.mark.parametrize(("num_classes", "num_skipped"), [(30, 5), (31, 6), (2, 0)])
@@ -258,8 +258,7 @@ def test_a_diverged_trial_has_no_accuracy(study, tmp_path):
     config.study.num_train_images = (10,)
     config.transfer.learning_rate = 1e38
     tasks.run(config, tmp_path)
-    with (tmp_path / "rows.csv").open() as file:
-        last = [row for row in csv.DictReader(file) if row["epoch"] == "3"]
+    last = [row for row in _rows(tmp_path / "rows.csv") if row["epoch"] == "3"]
     assert last and all(row["test_accuracy"] in ("", "nan") for row in last)
     assert "without a test accuracy" in (tmp_path / "report.html").read_text()
 
@@ -280,7 +279,7 @@ def test_two_model_folders_are_told_apart_by_their_parents(study):
     config.study.sources = ",".join(f"{study}/sources/{name}/model" for name in ("natural", "l2_0.25"))
     lines = tasks.plan(config, study.parent / "unused").splitlines()
     assert [line.split(":")[0] for line in lines[:2]] == ["source natural", "source l2_0.25"]
-    assert np.all([not line.endswith("done") for line in lines])
+    assert not any(line.endswith("done") for line in lines)
 
 
 def _write_folder(root):
@@ -310,8 +309,7 @@ def test_a_folder_of_small_squares_goes_the_whole_way(study, tmp_path):
     assert "fine-tune 2 of 2 models" in plan
     assert f"or {(30 + 7) * 5 * 5 * 3 / 1e6:,.1f} MB of images" in plan
     tasks.run(config, tmp_path / "out")
-    with (tmp_path / "out/rows.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["epoch"] == "3"]
+    rows = [row for row in _rows(tmp_path / "out/rows.csv") if row["epoch"] == "3"]
     assert [row["num_train_images"] for row in rows] == ["10", "30"]  # 27 train where 3 validate
     assert all(0 <= float(row["test_mean_per_class_accuracy"]) <= 1 for row in rows)
     page = (tmp_path / "out/report.html").read_text()

@@ -91,8 +91,6 @@ def test_a_trial_alone_and_in_its_group_make_the_same_network(monkeypatch):
     """Weights to 1e-5, and not one prediction on a test image differs."""
     from advtransfer.transfer import tuning as module
 
-    found = {}
-
     def run_and_keep(make):
         def made(*args):
             run = make(*args)

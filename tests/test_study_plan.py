@@ -19,7 +19,7 @@ from advtransfer.study import (
     predict_seconds,
 )
 from advtransfer.study.calibrate import Speed
-from advtransfer.study.plan import PEAKS, STEP_SECONDS, UTILISATION
+from advtransfer.study.plan import PEAKS, STEP_SECONDS, UTILISATION, Cache
 from advtransfer.transfer import Prepared, Recipe, activations, block_flops
 from advtransfer.transfer.program import Task
 
@@ -85,10 +85,9 @@ def test_seconds_are_operations_at_the_measured_speed_and_one_compilation_for_ea
 @pytest.mark.parametrize(("k", "nearest"), [(0, 0), (1, 3), (4, 3), (6, 5), (-1, 3)])
 def test_a_k_that_was_not_measured_is_as_fast_as_its_neighbour(k, nearest):
     """Heads are like no trained block."""
-    pieces = _pieces([_trial(num_unfrozen_blocks=1)])
-    (piece,) = (piece._replace(first=piece.first._replace(num_unfrozen_blocks=k)) for piece in pieces)
-    speeds = {known: Speed(0.0, float(known), 0.0) for known in (0, 3, 5)}
-    assert predict_seconds([piece] if k < 2 else [], [], speeds) == (nearest if k < 2 else 0)
+    speeds = {known: Speed(0.0, 0.0, caching=float(known)) for known in (0, 3, 5)}
+    cache = Cache(num_images=1, num_bytes=1, flops=1.0, num_unfrozen_blocks=k)
+    assert predict_seconds([], [cache], speeds) == nearest
 
 
 @pytest.mark.parametrize("frozen", ["source", "target", pytest.param("update", marks=pytest.mark.sweep)])

@@ -16,7 +16,6 @@ from test_study import (
     SOURCES,
     _grid,
     _models,
-    _raise,
     _run,
     _trial,
     _without_seconds,
@@ -109,8 +108,12 @@ def test_an_exception_in_a_group_loses_nothing_that_was_finished(tmp_path, ran, 
 
 def test_a_group_appears_under_its_name_only_when_it_is_whole(tmp_path, ran, monkeypatch):
     """A process that ends before the rename has finished nothing."""
+
+    def fail(*_):
+        raise OSError("no rename")
+
     with monkeypatch.context() as patch, pytest.raises(OSError, match="no rename"):
-        patch.setattr(study_run.storage.os, "replace", _raise(OSError("no rename")))
+        patch.setattr(study_run.storage.os, "replace", fail)
         _run(tmp_path)
     assert not study.finished_rows(tmp_path)
     ran.clear()

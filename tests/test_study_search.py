@@ -1,14 +1,13 @@
 """Hyper-parameters chosen on validation images; several targets and views; normalisation by the target."""
 
-import csv
 import json
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_stages import tiny
-from test_study import DATASET, SOURCES, _models, grid_of
+from test_stages import _rows, tiny
+from test_study import DATASET, METRICS, SOURCES, _models, grid_of
 
 from advtransfer import tasks
 from advtransfer.data import load_dataset
@@ -50,7 +49,7 @@ def test_the_best_mean_is_chosen_and_what_diverged_is_not():
     for trial in accuracy:
         # Whatever came before the last epoch does not count.
         values = np.append(np.ones(len(trial.recipe.evaluate_epochs) - 1), accuracy[trial])
-        rows += history_rows(trial, dict.fromkeys(HISTORY, values), 1.0)
+        rows += history_rows(trial, dict.fromkeys(METRICS, values), 1.0)
         if trial in diverged:
             rows[-1]["test_accuracy"] = math.nan
     best, table = choose(tried, rows)
@@ -61,9 +60,6 @@ def test_the_best_mean_is_chosen_and_what_diverged_is_not():
             means.setdefault(key, []).append(accuracy[trial])
         assert tuple(best[cell]) == max(means, key=lambda key: sum(means[key]))
     assert sum(row["chosen"] for row in table) == 4 and len(table) == 4 * 6
-
-
-HISTORY = ("train_accuracy", "train_loss", "test_accuracy", "test_loss", "test_mean_per_class_accuracy")
 
 
 def test_rates_of_a_search_run_together_and_give_what_they_give_alone(tmp_path):
@@ -97,13 +93,11 @@ def searched(tmp_path_factory):
 
 def test_a_searched_study_reports_on_test_images_alone(searched):
     config, workdir = searched
-    with (workdir / "rows.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = _rows(workdir / "rows.csv")
     targets = {"builtin:digits", "builtin:digits:grey", "builtin:lowercase", "builtin:lowercase:grey"}
     assert {row["target"] for row in rows} == targets
     assert len(rows) == 2 * len(targets) * 2 * 2  # sources, targets, seeds, epochs
-    with (workdir / "search.csv").open() as file:
-        table = list(csv.DictReader(file))
+    table = _rows(workdir / "search.csv")
     assert len(table) == 2 * len(targets) * 2
     chosen = {
         (r["source"], r["target"], r["view"]): float(r["learning_rate"]) for r in table if int(r["chosen"])

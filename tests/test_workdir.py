@@ -112,11 +112,7 @@ def test_checkpoints_are_one_run_s(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value", "found"),
-    [
-        ("norm", "l2", "none"),
-        ("architecture", "resnet18", "resnet_tiny"),
-        ("image_size", 16, "8"),
-    ],
+    [("norm", "l2", "none"), ("architecture", "resnet18", "resnet_tiny"), ("image_size", 16, "8")],
 )
 def test_a_finished_source_of_another_kind_is_not_taken_for_this_one(tmp_path, key, value, found):
     save_model(make_model(), tmp_path / "model")

@@ -24,11 +24,9 @@ _GUESS = 20e9  # FLOP/s, to choose how many epochs can be tried in the time
 class Speed(NamedTuple):
     """What was measured of one k."""
 
-    training: (
-        float  # seconds per floating-point operation of a trial, while as many run as do at the same time
-    )
+    training: float  # seconds per operation of a trial, while as many run as do at the same time
     compiling: float  # seconds of a program
-    caching: float  # seconds per floating-point operation of making a cache
+    caching: float  # seconds per operation of making a cache
 
 
 def measure_speed(
@@ -60,16 +58,13 @@ def predict_seconds(pieces: Sequence[Piece], caches: Sequence[Cache], speeds: Ma
     def speed_of(k: int) -> Speed:
         return speeds[min(speeds, key=lambda known: ((known == 0) != (k == 0), abs(known - k)))]
 
-    programs = {piece.program: speed_of(piece.first.num_unfrozen_blocks).compiling for piece in pieces}
-    training = sum(
-        -(-piece.number // _at_once(piece)) * piece.flops * speed_of(piece.first.num_unfrozen_blocks).training
-        for piece in pieces
-    )
-    return (
-        training
-        + sum(programs.values())
-        + sum(c.flops * speed_of(c.num_unfrozen_blocks).caching for c in caches)
-    )
+    seconds = sum(cache.flops * speed_of(cache.num_unfrozen_blocks).caching for cache in caches)
+    programs = {}
+    for piece in pieces:
+        speed = speed_of(piece.first.num_unfrozen_blocks)
+        seconds += -(-piece.number // _at_once(piece)) * piece.flops * speed.training
+        programs[piece.program] = speed.compiling
+    return seconds + sum(programs.values())
 
 
 def _at_once(piece: Piece) -> int:
@@ -90,9 +85,8 @@ def _time(piece: Piece, model: Model, target: Dataset, budget: float) -> Speed:
     epochs = -(-first.recipe.num_epochs // len(first.recipe.evaluate_epochs))
     while True:
         recipe = replace(first.recipe, num_epochs=epochs, evaluate_epochs=(epochs,))
-        small = piece._replace(
-            first=first._replace(recipe=recipe, num_train_images=n), num_test=test.num_images
-        )
+        own = first._replace(recipe=recipe, num_train_images=n)
+        small = piece._replace(first=own, num_test=test.num_images)
         if epochs == 1 or small.flops / _GUESS < budget:
             break
         epochs = -(-epochs // 2)

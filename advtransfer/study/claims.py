@@ -29,13 +29,8 @@ def divide(names: Sequence[str], folder: AnyPath, is_done: Callable[[str], bool]
     """The names that this process is to work on, in their order, each held while its turn of the loop lasts.
 
     Any number of processes, started at any time, iterate over the same names. No name is worked on by two
-    at once, or again once it is done; that of a process that died is taken by another. Ends when all are
-    done, by whomever.
-
-    Args:
-      names: of the pieces of work; also of their locks, NAME.lock.
-      folder: where the locks lie.
-      is_done: whether the result of a name is there.
+    at once (the locks are NAME.lock in `folder`), or again once it is done; that of a process that died is
+    taken by another. Ends when all are done, by whomever.
     """
     if storage.is_address(folder):
         yield from (

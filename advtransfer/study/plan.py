@@ -10,13 +10,7 @@ from advtransfer.data import Dataset
 from advtransfer.models import ResNet
 from advtransfer.study.run import shared_inputs
 from advtransfer.study.trials import Trial, group, num_steps
-from advtransfer.transfer import (
-    cache_bytes,
-    fine_tune_flops,
-    own_statistics,
-    prefix_flops,
-    without_rates,
-)
+from advtransfer.transfer import cache_bytes, fine_tune_flops, own_statistics, prefix_flops, without_rates
 
 # Dense bfloat16 peaks, FLOP/s, as the vendors publish them.
 PEAKS = {"H200": 989e12, "A100": 312e12, "TPU v5e": 197e12}
@@ -71,7 +65,7 @@ def pieces_of(
 
     Args:
       trials: any.
-      networks: by the source's name, the module and the side of its images.
+      networks: by the source's name, the module and the side of its images in pixels.
       datasets: targets by their digest, as for `run_trials`.
     """
     pieces = []

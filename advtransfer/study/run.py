@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -83,16 +84,14 @@ def run_group(
             raise
         logging.warning("out of memory with %d trials at once: half as many", len(trials))
         half = len(seeds) // 2 * len(rates)
-        halves = trials[:half], trials[half:]
-        return [row for part in halves for row in run_group(part, model, dataset, prepared)]
+        parts = trials[:half], trials[half:]
+        return [row for part in parts for row in run_group(part, model, dataset, prepared)]
     seconds = (time.monotonic() - started) / len(trials)
-    return [
-        row
-        for t, trial in enumerate(trials)
-        for row in history_rows(
-            trial, {name: x[divmod(t, len(rates))] for name, x in history.items()}, seconds
-        )
-    ]
+    rows = []
+    for t, trial in enumerate(trials):
+        own = {name: x[divmod(t, len(rates))] for name, x in history.items()}
+        rows += history_rows(trial, own, seconds)
+    return rows
 
 
 def run_trials(
@@ -124,28 +123,24 @@ def run_trials(
         name = hashlib.sha256("".join(t.identity() for t in members).encode()).hexdigest()[:32]
         groups[name] = members
         missing[name] = [trial for trial in members if trial.identity() not in finished]
-    left = sorted(filter(missing.get, groups), key=_longest_first(groups))
+    left = [name for name in _longest_first(groups) if missing[name]]
     prepared_for, prepared = None, None
     # Closed here, or the traceback of an exception would hold its claim for as long as a notebook keeps it.
     with contextlib.closing(
         divide(left, folder, lambda name: holds(folder / f"{name}.jsonl", missing[name]))
     ) as own:
         for name in progress(own, len(left)):
-            first, model = missing[name][0], models[missing[name][0].source.identity]
-            dataset = datasets[first.data]
+            first = missing[name][0]
+            model, dataset = models[first.source.identity], datasets[first.data]
             if shared_inputs(first) != prepared_for:
                 prepared = None  # before the next: both may not fit into memory
                 prepared_for = shared_inputs(first)
                 # Finished ones too: rounding depends on the number of images, and must not on what is left.
-                alike = [
-                    t for members in groups.values() for t in members if shared_inputs(t) == prepared_for
-                ]
-                prepared = _prepare(alike, model, dataset)
-            rows = [
-                row
-                for members in group(missing[name])
-                for row in run_group(members, model, dataset, prepared)
-            ]
+                alike = [ts for ts in groups.values() if shared_inputs(ts[0]) == prepared_for]
+                prepared = _prepare(list(itertools.chain(*alike)), model, dataset)
+            rows = []
+            for members in group(missing[name]):
+                rows += run_group(members, model, dataset, prepared)
             storage.write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     finished = finished_rows(folder)
     return [
@@ -155,28 +150,21 @@ def run_trials(
     ]
 
 
-def _longest_first(groups: Mapping[str, Sequence[Trial]]) -> Callable[[str], tuple]:
-    """A key to sort groups by: the longest last would leave the other processes waiting. What shares its
-    prepared inputs stays together."""
+def _longest_first(groups: Mapping[str, Sequence[Trial]]) -> list[str]:
+    """The names of groups: the longest last would leave the other processes waiting. What shares its prepared
+    inputs stays together."""
+    work = {name: sum(map(num_steps, members)) for name, members in groups.items()}
+    shared = {name: shared_inputs(members[0]) for name, members in groups.items()}
+    longest: dict[tuple, int] = {}
+    for name, inputs in shared.items():
+        longest[inputs] = max(longest.get(inputs, 0), work[name])
 
-    def work(name):
-        return sum(num_steps(trial) for trial in groups[name])
+    def key(name: str) -> tuple:
+        # Networks with more to train take longer for a step; -1 unfrozen blocks are more than any number.
+        k = shared[name][0] % 10**6
+        return -k, -longest[shared[name]], shared[name], -work[name], name
 
-    shared: dict[tuple, int] = {}
-    for name, members in groups.items():
-        key = shared_inputs(members[0])
-        shared[key] = max(shared.get(key, 0), work(name))
-
-    def key(name):
-        prepared_for = shared_inputs(groups[name][0])
-        # Networks with more to train take longer for a step.
-        k = prepared_for[0] % _EVERYTHING
-        return -k, -shared[prepared_for], prepared_for, -work(name), name
-
-    return key
-
-
-_EVERYTHING = 10**6  # -1 unfrozen blocks are more than any number
+    return sorted(groups, key=key)
 
 
 def shared_inputs(trial: Trial) -> tuple:
@@ -223,7 +211,7 @@ def run_cells(
     Args:
       grid, recipe, search, stratified: which trials.
       cells: the grid's, in the order of its rows.
-      start_of: (cell, split that is measured) to what the cell's trials start from.
+      start_of: as for `make_trials`.
       folder: where finished groups leave their rows, in `rows/` and `search/`.
       group_size: as `group`.
       progress: as in `run_trials`, with a name before.
@@ -235,23 +223,17 @@ def run_cells(
 
     def run(name: str, trials: Mapping[Cell, Sequence[Trial]], split: str) -> list[Row]:
         starts = [start_of(cell, split) for cell in trials]
+        models = {start.source.identity: start.model for start in starts if start.model is not None}
+        datasets = {start.dataset.digest("train", split): start.dataset for start in starts}
+        bar = functools.partial(progress, name)
         return run_trials(
-            flatten(trials),
-            {start.source.identity: start.model for start in starts if start.model is not None},
-            {start.dataset.digest("train", split): start.dataset for start in starts},
-            workdir / name,
-            group_size=group_size,
-            progress=functools.partial(progress, name),
+            flatten(trials), models, datasets, workdir / name, group_size=group_size, progress=bar
         )
 
-    def trials_on(split: str) -> dict[Cell, list[Trial]]:
-        return make_trials(
-            grid.on(split), recipe, cells, lambda cell: start_of(cell, split), stratified=stratified
-        )
-
-    trials, table = trials_on(grid.split), []
+    trials, table = make_trials(grid, recipe, cells, start_of, stratified=stratified), []
     if search.is_asked:
-        tried = candidates(search, trials_on("validation"))
+        validated = make_trials(grid.on("validation"), recipe, cells, start_of, stratified=stratified)
+        tried = candidates(search, validated)
         best, table = choose(tried, run("search", tried, "validation"))
         trials = with_choices(trials, best)
     return Result(run("rows", trials, grid.split), table)
@@ -274,8 +256,7 @@ def run_study(
 
     Args:
       grid: which n, k and seeds, and the split that is measured.
-      sources: networks by the names that rows give them.
-      targets: datasets by the names that rows give them.
+      sources, targets: networks and datasets by the names that rows give them.
       recipe: how each is fine-tuned.
       folder: where finished trials are kept.
       search: hyper-parameters that are chosen on validation images first.
@@ -305,20 +286,12 @@ def run_study(
         source = Source(name, model.spec.norm, model.spec.eps, identity(model))
         return Start(source, model, dataset._replace(name=target))
 
-    def start_of(cell: Cell, split: str = "") -> Start:
+    def start_of(cell: Cell, split: str) -> Start:
         return start(cell.source, cell.target)
 
     cells = make_cells(grid, sources, targets)
     make_trials(grid, recipe, cells, start_of)  # whether there are as many images, before anything is written
     storage.make_folder(folder)
     storage.write(folder / "study.json", json.dumps(to_dict(grid), indent=1) + "\n")
-    found = run_cells(
-        grid,
-        recipe,
-        cells,
-        start_of,
-        folder,
-        search=search,
-        stratified=stratified,
-    )
+    found = run_cells(grid, recipe, cells, start_of, folder, search=search, stratified=stratified)
     return pd.DataFrame(found.rows)

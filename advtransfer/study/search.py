@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -46,12 +45,8 @@ class HyperParameters(NamedTuple):
 
 
 def candidates(search: Search, grid: Mapping[Cell, Sequence[Trial]]) -> dict[Cell, list[Trial]]:
-    """The trials of the search: every combination for each cell, on the first seeds of the grid.
-
-    Args:
-      search: what is tried.
-      grid: of `make_trials`, measured on the validation split.
-    """
+    """The trials of the search: every combination for each cell of a grid of `make_trials` that is measured
+    on the validation split, on its first seeds."""
     found = {}
     for cell, trials in grid.items():
         recipe = trials[0].recipe
@@ -59,10 +54,8 @@ def candidates(search: Search, grid: Mapping[Cell, Sequence[Trial]]) -> dict[Cel
             trial._replace(recipe=HyperParameters(rate, decay, epochs).of(recipe))
             for epochs in search.epochs or (recipe.num_epochs,)
             for trial in trials[: search.search_seeds]
-            for rate, decay in itertools.product(
-                search.learning_rates or (recipe.learning_rate,),
-                search.weight_decays or (recipe.weight_decay,),
-            )
+            for rate in search.learning_rates or (recipe.learning_rate,)
+            for decay in search.weight_decays or (recipe.weight_decay,)
         ]
     return found
 

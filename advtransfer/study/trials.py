@@ -59,11 +59,7 @@ class Trial(NamedTuple):
     def subset(self, labels: Integer[AnyArray, " all"]) -> Int32[np.ndarray, " n"]:
         """Its training images, which depend on (target, n, seed) and no source."""
         return subset_indices(
-            labels,
-            self.num_train_images,
-            dataset=self.target,
-            seed=self.seed,
-            stratified=self.stratified,
+            labels, self.num_train_images, dataset=self.target, seed=self.seed, stratified=self.stratified
         )
 
     def key(self) -> Key[Array, ""]:
@@ -145,15 +141,11 @@ def make_trial(
     """A trial, with the recipe resolved for its images.
 
     Args:
-      recipe: how the network is fine-tuned.
-      source: what it starts from.
+      recipe, source, split, seed, stratified: as the trial's own.
       dataset: the target, in its view.
-      split: what is measured.
       n: number of training images; -1: all that the dataset has.
       k: number of unfrozen blocks.
-      seed: of the subset, the head, the order and the augmentation.
       view: that the dataset was loaded in.
-      stratified: see `subset_indices`.
 
     Raises:
       ValueError: the dataset has fewer images, or none to measure on.
@@ -181,11 +173,16 @@ def make_trials(
     grid: Grid,
     recipe: Recipe,
     cells: Iterable[Cell],
-    start_of: Callable[[Cell], Start],
+    start_of: Callable[[Cell, str], Start],
     *,
     stratified: bool = True,
 ) -> dict[Cell, list[Trial]]:
     """The trials of every cell, in the order of the grid's seeds.
+
+    Args:
+      grid, recipe, stratified: which trials.
+      cells: the grid's.
+      start_of: (cell, split that is measured) to what the cell's trials start from.
 
     Raises:
       ValueError: as `make_trial`.
@@ -193,7 +190,7 @@ def make_trials(
     found = {}
     recipes: dict[tuple[str, int], Recipe] = {}  # the preset "utrera" looks at all images
     for cell in cells:
-        source, _, dataset = start_of(cell)
+        source, _, dataset = start_of(cell, grid.split)
         images = dataset.digest("train"), cell.num_train_images
         first = make_trial(
             recipes.get(images, recipe),

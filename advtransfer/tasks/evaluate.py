@@ -33,8 +33,6 @@ def plan(job: Job) -> str:
 def _check(job: Job, *, planned: bool = False) -> tuple[Model, Dataset]:
     options, measured = job.options, job.options.measured
     with names_key("evaluate.model"):
-        if not measured.model:
-            raise ValueError("name a model: a folder, hf:REPO/FILE or a PyTorch file")
         model = find_model(measured.model, options.run.dtype, planned=planned)
         check_head(model.spec)
     dataset = load_data(

@@ -26,7 +26,12 @@ def run(job: Job) -> None:
         return
     _check(job)
     model = _import(options)
-    dataset = _load_data(options, model.spec) if options.run.verify else None
+    dataset = None
+    if verify := options.run.verify:
+        splits = (options.measured.split,)
+        dataset = load_data(options.run, "verify", verify, image_size=model.spec.image_size, splits=splits)
+        with names_key("verify"):
+            dataset = align_classes(dataset, model.spec)
     open_workdir(job)
     save_model(model, job.workdir / "model", overwrite=True)
     print(f"{job.workdir / 'model'}: {_describe(model.spec)}")
@@ -77,22 +82,17 @@ def _import(options: Options) -> Model:
     return model
 
 
-def _load_data(options: Options, spec: ModelSpec) -> Dataset:
-    splits = (options.measured.split,)
-    dataset = load_data(options.run, "verify", options.run.verify, image_size=spec.image_size, splits=splits)
-    with names_key("verify"):
-        return align_classes(dataset, spec)
-
-
 def _describe(spec: ModelSpec) -> str:
     """The model in half a sentence, and what its user should know of where it comes from."""
     found = spec.provenance
     head = f"{spec.num_classes:,} classes" if spec.has_head else "a new head"
-    size = f"{head}, {spec.image_size} pixels"
     trained = "natural" if spec.norm == "none" else f"{spec.norm} eps {spec.eps:.4g}"
     place = found["format"] + (f", {found['wrapping']}" if found["wrapping"] else "")
     revision = f" at {found['hub']['revision'][:12]}" if found.get("hub", {}).get("revision") else ""
-    lines = [f"{spec.architecture}, {size}, {trained}, from {found['file']}{revision} ({place})"]
+    lines = [
+        f"{spec.architecture}, {head}, {spec.image_size} pixels, {trained}, from {found['file']}{revision} "
+        f"({place})"
+    ]
     if found["normalisation"] == "ImageNet":
         lines.append(
             "nothing says how images are normalised, so ImageNet's mean and standard deviation are taken: "

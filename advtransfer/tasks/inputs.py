@@ -6,16 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from advtransfer.config import Run, names_key
+from advtransfer.config import Options, Run, names_key
 from advtransfer.data import Dataset, load_dataset, plan_dataset
 from advtransfer.models import Model, compute_dtype, create_module, load_model
 from advtransfer.norms import NORMS
-from advtransfer.torch_checkpoint import (
-    import_torch_checkpoint,
-    is_on_this_machine,
-    known_on_hub,
-    known_spec,
-)
+from advtransfer.torch_checkpoint import import_torch_checkpoint, is_on_this_machine, known_on_hub, known_spec
 
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")  # of a file that is not there
 
@@ -29,7 +24,7 @@ def load_data(
       run: where decoded images are kept and what becomes of broken ones.
       key: of the configuration, that names it.
       name, splits, options: as for `load_dataset`.
-      planned: whether a known set that is not prepared comes as a placeholder (see `plan_dataset`).
+      planned: whether `plan_dataset` finds it, with a placeholder for a known set that is not prepared.
 
     Raises:
       ConfigError: naming the key: no such dataset, or no images in one of `splits`.
@@ -58,8 +53,11 @@ def find_model(name: str, dtype: str, *, planned: bool = False) -> Model:
       planned: whether nothing is downloaded: a known model of the hub then has no variables.
 
     Raises:
-      ValueError: there is no such model, or it cannot be read; a model that is planned with and not known.
+      ValueError: no name, no such model, or one that cannot be read; a model that is planned with and not
+        known.
     """
+    if not name:
+        raise ValueError("name a model: a folder, hf:REPO/FILE or a PyTorch file")
     if planned and is_missing(name):
         known = known_on_hub(name)
         if known is None:
@@ -97,6 +95,12 @@ def model_name(name: str) -> str:
 def split_names(text: str) -> list[str]:
     """The names in a comma-separated list."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def study_targets(options: Options) -> tuple[str, list[str]]:
+    """The datasets that a study transfers to, and the key that names them."""
+    key = "study.targets" if options.study.targets else "transfer.target"
+    return key, split_names(options.study.targets or options.target.target)
 
 
 def _is_checkpoint(name: str) -> bool:

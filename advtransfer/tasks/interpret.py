@@ -47,33 +47,28 @@ def run(job: Job) -> None:
 
 def plan(job: Job) -> str:
     case, settings = _check(job, planned=True), job.options.interpretation
-    lines = [
-        f"explain {len(case.subjects)} networks with images of {job.options.run.data} ({settings.split}):"
-    ]
-    saliency = (
-        f"  saliency: {settings.num_images:,} images shown, {settings.num_measured:,} measured; SmoothGrad "
-        f"of {settings.smooth_samples:,} copies, integrated gradients in at most "
-        f"{settings.integration_steps:,} steps"
-    )
-    visualisation = (
-        f"  visualisation: 5 × {settings.num_images:,} pictures a network, {settings.num_steps:,} steps each"
-    )
     told = {
-        "saliency": [saliency],
-        "visualisation": [visualisation],
-        "influence": [],
-        "shape": ["  shape bias"],
+        "saliency": f"  saliency: {settings.num_images:,} images shown, {settings.num_measured:,} measured; "
+        f"SmoothGrad of {settings.smooth_samples:,} copies, integrated gradients in at most "
+        f"{settings.integration_steps:,} steps",
+        "visualisation": f"  visualisation: 5 × {settings.num_images:,} pictures a network, "
+        f"{settings.num_steps:,} steps each",
+        "shape": "  shape bias",
     }
-    for subject in case.subjects if "influence" in settings.analyses else ():
-        price = influence_cost(case, subject)
-        new = "" if owns_classes(subject.model, case.dataset) else "a new head, then "
-        seconds = influence.expected_seconds(price)
-        told["influence"].append(
-            f"  influence, {subject.label}: {new}{settings.num_queries:,} + {settings.num_train:,} queries "
-            f"of {settings.num_train:,} training images, {price.num_parameters:,} parameters, "
-            f"{settings.solver}: about {seconds:.0f} s and {price.num_bytes / 1e9:.2f} GB"
-        )
-    return "\n".join([*lines, *(line for name in settings.analyses for line in told[name])])
+    if "influence" in settings.analyses:
+        told["influence"] = "\n".join(_influence_plan(case, subject) for subject in case.subjects)
+    start = f"explain {len(case.subjects)} networks with images of {job.options.run.data} ({settings.split}):"
+    return "\n".join([start, *(told[name] for name in settings.analyses)])
+
+
+def _influence_plan(case: Case, subject: Subject) -> str:
+    settings, price = case.settings, influence_cost(case, subject)
+    new = "" if owns_classes(subject.model, case.dataset) else "a new head, then "
+    return (
+        f"  influence, {subject.label}: {new}{settings.num_queries:,} + {settings.num_train:,} queries of "
+        f"{settings.num_train:,} training images, {price.num_parameters:,} parameters, {settings.solver}: "
+        f"about {influence.expected_seconds(price):.0f} s and {price.num_bytes / 1e9:.2f} GB"
+    )
 
 
 def study_sections(
@@ -92,22 +87,15 @@ def study_sections(
     wanted = options.report.analyses
     if not wanted or dataset is None:
         return []
-    specs = {name: model.spec for name, model in models.items()}
-    looks = styles(SourceInfo(name, spec.norm, spec.eps) for name, spec in specs.items())
-    cases = [
-        brief(
-            [Subject(looks[name], model) for name, model in networks.items()],
-            data,
-            split,
-            options.interpretation,
-            options.run.seed,
-        )
-        for networks, data, split in (
-            (models, dataset, options.measured.split),
-            (starts, target, options.grid.split),
-        )
-    ]
-    return _sections(*cases, options.recipe, wanted, folder)
+    settings, seed = options.interpretation, options.run.seed
+    case = brief(_subjects(models), dataset, options.measured.split, settings, seed)
+    ranked = brief(_subjects(starts), target, options.grid.split, settings, seed)
+    return _sections(case, ranked, options.recipe, wanted, folder)
+
+
+def _subjects(models: dict[str, Model]) -> list[Subject]:
+    looks = styles(SourceInfo(name, model.spec.norm, model.spec.eps) for name, model in models.items())
+    return [Subject(looks[name], model) for name, model in models.items()]
 
 
 def _sections(
@@ -167,13 +155,12 @@ def _check(job: Job, *, planned: bool = False) -> Case:
     with names_key("data"):
         if not data:
             raise ValueError("name a dataset: builtin:digits, tfds:NAME or folder:/path")
-    splits = (settings.split, "train") if "influence" in settings.analyses else (settings.split,)
-    size = next(iter(models.values())).spec.image_size
-    splits = tuple(dict.fromkeys(splits))
-    dataset = load_data(options.run, "data", data, image_size=size, splits=splits, planned=planned)
     numbers = {"num_images": settings.split, "num_measured": settings.split}
     if "influence" in settings.analyses:
         numbers |= {"num_queries": settings.split, "num_train": "train"}
+    size = next(iter(models.values())).spec.image_size
+    splits = tuple(dict.fromkeys(numbers.values()))
+    dataset = load_data(options.run, "data", data, image_size=size, splits=splits, planned=planned)
     for key, split in numbers.items():
         with names_key(f"interpret.{key}"):
             number, known = getattr(settings, key), getattr(dataset, split).num_images
@@ -183,9 +170,7 @@ def _check(job: Job, *, planned: bool = False) -> Case:
         with names_key("interpret.cue_conflict"):
             raise ValueError(f"{settings.cue_conflict} is not a folder")
     check_workdir(job)
-    looks = styles(SourceInfo(name, model.spec.norm, model.spec.eps) for name, model in models.items())
-    subjects = [Subject(looks[name], model) for name, model in models.items()]
-    return Case(subjects, dataset, settings.split, settings, options.run.seed)
+    return Case(_subjects(models), dataset, settings.split, settings, options.run.seed)
 
 
 def _models(options: Options, *, planned: bool) -> dict[str, Model]:
@@ -215,12 +200,9 @@ def _models(options: Options, *, planned: bool) -> dict[str, Model]:
 
 
 def _facts(case: Case, options: Options) -> list[tuple[str, str]]:
-    networks = [
-        (
-            subject.label[0].upper() + subject.label[1:],
-            f"{model_name(name)}, {subject.model.spec.architecture}",
-        )
-        for name, subject in zip(split_names(options.run.models), case.subjects, strict=True)
+    facts = [
+        (x.label[0].upper() + x.label[1:], f"{model_name(name)}, {x.model.spec.architecture}")
+        for name, x in zip(split_names(options.run.models), case.subjects, strict=True)
     ]
-    data = ("Data", f"{options.run.data} ({case.split})")
-    return [*networks, data, ("Image size", f"{case.image_size} pixels")]
+    data = f"{options.run.data} ({case.split})"
+    return [*facts, ("Data", data), ("Image size", f"{case.image_size} pixels")]

@@ -6,28 +6,21 @@ A plan lists them. A run downloads the models, and does not begin without the da
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from typing import NamedTuple
 
 from advtransfer.config import ConfigError, Options, names_key
 from advtransfer.data import NotPrepared, check_dataset_name, known_sizes
 from advtransfer.data.targets import BY_HAND, DOWNLOAD_MB
-from advtransfer.tasks.inputs import is_missing, is_trained_here, split_names
+from advtransfer.tasks.inputs import is_missing, is_trained_here, split_names, study_targets
 from advtransfer.torch_checkpoint import file_bytes, known_on_hub
-
-
-class _Missing(NamedTuple):
-    key: str  # of the config, that names it
-    error: NotPrepared
 
 
 def check_datasets(options: Options) -> None:
     """Raises a ConfigError unless all datasets of the stage are there."""
     if missing := _missing_datasets(options):
-        keys = ", ".join(dict.fromkeys(f"config.{one.key}" for one in missing))
-        sets = "; ".join(_describe(one.error) for one in missing)
+        keys = ", ".join(dict.fromkeys(f"config.{key}" for key, _ in missing))
+        sets = "; ".join(_describe(error) for _, error in missing)
         raise ConfigError(
-            f"{keys}: not prepared (looked in {missing[0].error.root}, TFDS_DATA_DIR says where): {sets}"
+            f"{keys}: not prepared (looked in {missing[0][1].root}, TFDS_DATA_DIR says where): {sets}"
         )
 
 
@@ -37,59 +30,53 @@ def missing_lines(options: Options) -> list[str]:
     Raises:
       ConfigError: a dataset is neither there nor known.
     """
-    datasets = [_describe(one.error) for one in _missing_datasets(options)]
-    models = [_describe_model(name) for name in _models(options) if is_missing(name)]
-    titles = (
-        "datasets to prepare before the run; their sizes above are as published:",
-        "models to download, which the run does:",
-    )
-    return [
-        line
-        for title, those in zip(titles, (datasets, models), strict=True)
-        if those
-        for line in (title, *(f"  {text}" for text in those))
-    ]
+    lines = []
+    if datasets := _missing_datasets(options):
+        lines.append("datasets to prepare before the run; their sizes above are as published:")
+        lines += [f"  {_describe(error)}" for _, error in datasets]
+    if models := [name for name in _models(options) if is_missing(name)]:
+        lines.append("models to download, which the run does:")
+        lines += [f"  {_describe_model(name)}" for name in models]
+    return lines
 
 
-def _missing_datasets(options: Options) -> list[_Missing]:
-    """Those of the stage that TFDS can prepare, each once.
+def _missing_datasets(options: Options) -> list[tuple[str, NotPrepared]]:
+    """Those of the stage that TFDS can prepare, each once, with the key that names it.
 
     Raises:
       ConfigError: of a dataset that is not there for another reason; or of one of unknown size, if it is all
         that is missing.
     """
-    found: dict[str, _Missing] = {}
+    found: dict[str, tuple[str, NotPrepared]] = {}
     for key, name in _datasets(options):
         with names_key(key):
             try:
                 check_dataset_name(name)
             except NotPrepared as error:
-                found.setdefault(name, _Missing(key, error))
-    unknown = [one for one in found.values() if known_sizes(one.error.name) is None]
-    if len(unknown) == len(found) == 1:
-        with names_key(unknown[0].key):
-            raise unknown[0].error
+                found.setdefault(name, (key, error))
+    if len(found) == 1:
+        ((key, error),) = found.values()
+        if known_sizes(error.name) is None:
+            with names_key(key):
+                raise error
     return list(found.values())
 
 
-def _datasets(options: Options) -> Iterator[tuple[str, str]]:
+def _datasets(options: Options) -> list[tuple[str, str]]:
     """(key, name) of those that the stage reads."""
-    stage, run = options.run.stage, options.run
-    keys = {
-        "transfer": ("transfer.target", options.target.target),
-        "evaluate": ("evaluate.dataset", options.measured.dataset),
-        "interpret": ("data", run.data),
-        "import": ("verify", run.verify),
+    run, trained = options.run, [("train.dataset", options.training_data.dataset)]
+    if run.stage == "study":
+        is_training = any(map(is_trained_here, split_names(options.study.sources)))
+        key, names = study_targets(options)
+        return trained * is_training + [(key, name) for name in names]
+    found = {
+        "source": trained,
+        "transfer": [("transfer.target", options.target.target)],
+        "evaluate": [("evaluate.dataset", options.measured.dataset)],
+        "interpret": [("data", run.data)],
+        "import": [("verify", run.verify)],
     }
-    trained = map(is_trained_here, split_names(options.study.sources))
-    if stage == "source" or (stage == "study" and any(trained)):
-        yield "train.dataset", options.training_data.dataset
-    if stage == "study":
-        key = "study.targets" if options.study.targets else "transfer.target"
-        for name in split_names(options.study.targets or options.target.target):
-            yield key, name
-    if stage in keys and keys[stage][1]:
-        yield keys[stage]
+    return [(key, name) for key, name in found.get(run.stage, []) if name]
 
 
 def _models(options: Options) -> list[str]:

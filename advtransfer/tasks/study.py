@@ -46,13 +46,13 @@ def run(job: Job) -> None:
             own[source.name], found = train_and_measure(
                 options, recipe, dataset, storage.to_path(source.place)
             )
-            evaluations.append({"name": source.name, "norm": source.norm, "eps": source.eps} | found)
-    starts = inputs.starts({source.name: source.model for source in inputs.sources} | own)
+            evaluations.append({"name": source.name, "norm": recipe.norm, "eps": recipe.eps} | found)
+    start_of = inputs.start_of({source.name: source.model for source in inputs.sources} | own)
     result = run_cells(
         options.grid,
         options.recipe,
         inputs.cells,
-        lambda cell, split: starts[cell.source, inputs.place(cell, split)],
+        start_of,
         workdir,
         search=options.search,
         stratified=options.target.stratified,
@@ -61,9 +61,10 @@ def run(job: Job) -> None:
     )
     if not parallel.is_main_process():
         return
-    place = next(p for p in inputs.targets if all((name, p) in starts for name in own))
-    target = inputs.targets[place]
-    begun = {name: model for name in own if (model := starts[name, place].model) is not None}
+    split = options.grid.split
+    first = next((cell for cell in inputs.cells if cell.source in own), inputs.cells[0])
+    starts = {name: m for name in own if (m := start_of(first._replace(source=name), split).model)}
+    target = start_of(first, split).dataset
     pictures, captions = _pictures(options, own, inputs.training, target)
     evidence = Evidence(
         sources=evaluations,
@@ -72,19 +73,17 @@ def run(job: Job) -> None:
         config=job.settings,
         versions=versions(),
         command=job.command,
-        remarks=(
-            *options.report.remarks,
-            *((_SEARCHED,) if result.search else ()),
-            *_remarks(inputs),
-        ),
-        sections=study_sections(options, own, inputs.training, begun, target, workdir / "sections"),
+        remarks=(*options.report.remarks, *([_SEARCHED] if result.search else []), *_remarks(inputs)),
+        sections=study_sections(options, own, inputs.training, starts, target, workdir / "sections"),
     )
-    shown = {"title": options.report.title, "reference": options.report.reference}
     with _one_at_a_time(workdir / "report.lock"):
         if result.search:
             storage.write(workdir / "search.csv", csv_text(result.search, list(result.search[0])))
         write_rows(result.rows, workdir / "rows.csv")
-        path = write_report(result.rows, workdir, evidence=evidence, **shown)
+        about = options.report
+        path = write_report(
+            result.rows, workdir, evidence=evidence, title=about.title, reference=about.reference
+        )
     print(*headline(result.rows), f"report: {path}", sep="\n")
 
 

@@ -14,6 +14,7 @@ from advtransfer.data import Dataset
 from advtransfer.models import Model, ModelSpec, compute_dtype, create_module, init_variables
 from advtransfer.source import SourceRecipe, load_source, num_steps, start_training
 from advtransfer.study import (
+    Cell,
     Trial,
     accelerator_hours,
     caches_of,
@@ -42,7 +43,7 @@ def plan_lines(job: Job, inputs: StudyInputs) -> list[str]:
     options, training = job.options, inputs.training
     dtype = options.run.dtype
     models = {source.name: source.model for source in inputs.sources}
-    plans = {x.name: f"source {x.name}: {x.place}, {x.architecture}" for x in inputs.sources}
+    plans = {x.name: f"source {x.name}: {x.place}, {x.spec.architecture}" for x in inputs.sources}
     missing = {}
     for source, recipe, dataset in inputs.trained_here:
         place = storage.to_path(source.place)
@@ -82,17 +83,11 @@ def _trials(
     job: Job, inputs: StudyInputs, models: dict[str, Model | None]
 ) -> tuple[list[Trial], list[Trial]]:
     """The study's trials, and those of the search that are not finished."""
-    options = job.options
-    starts = inputs.starts(models)
+    options, start_of = job.options, inputs.start_of(models)
 
-    def trials_on(split: str) -> dict:
-        return make_trials(
-            options.grid.on(split),
-            options.recipe,
-            inputs.cells,
-            lambda cell: starts[cell.source, inputs.place(cell, split)],
-            stratified=options.target.stratified,
-        )
+    def trials_on(split: str) -> dict[Cell, list[Trial]]:
+        grid, stratified = options.grid.on(split), options.target.stratified
+        return make_trials(grid, options.recipe, inputs.cells, start_of, stratified=stratified)
 
     trials, tried = trials_on(options.grid.split), []
     if options.search.is_asked:

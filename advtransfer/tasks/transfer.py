@@ -10,7 +10,7 @@ from jaxtyping import Int32
 
 from advtransfer.config import names_key
 from advtransfer.data import Dataset, Split
-from advtransfer.models import Model, create_module, identity, save_model
+from advtransfer.models import Model, identity, save_model
 from advtransfer.report import write_model_page, write_rows
 from advtransfer.study import Source, Trial, history_rows, make_trial, num_steps
 from advtransfer.tasks.inputs import find_model, load_data, model_name
@@ -45,15 +45,15 @@ def run(job: Job) -> None:
 
 def _run(job: Job, task: _Task) -> None:
     trial, names, choice = task.trial, task.dataset.class_names, None
-    train = Split(*(array[task.subset] for array in task.dataset.in_memory("train")))
-    if (method := job.options.target.choose_num_unfrozen_blocks) != "given":
+    train, target = Split(*(x[task.subset] for x in task.dataset.in_memory("train"))), job.options.target
+    if target.choose_num_unfrozen_blocks != "given":
         choice = choose_k(
-            method,
+            target.choose_num_unfrozen_blocks,
             task.model,
             train,
             num_classes=len(names),
             key=trial.key(),
-            num_folds=job.options.target.num_folds,
+            num_folds=target.num_folds,
             recipe=trial.recipe,
         )
         trial = trial._replace(num_unfrozen_blocks=choice.num_unfrozen_blocks)
@@ -90,20 +90,16 @@ def _run(job: Job, task: _Task) -> None:
 
 
 def plan(job: Job) -> str:
-    task = _check(job, planned=True)
+    task, target = _check(job, planned=True), job.options.target
     trial, num_blocks = task.trial, task.model.module.num_blocks
-    blocks, before, method = (
-        _blocks(trial.num_unfrozen_blocks),
-        "",
-        job.options.target.choose_num_unfrozen_blocks,
-    )
+    before, blocks = "", _blocks(trial.num_unfrozen_blocks)
+    method = target.choose_num_unfrozen_blocks
     if method == "rule":
         blocks = f"{_blocks(rule_of_thumb(trial.num_train_images, num_blocks))} (by {_METHODS[method]})"
     if method == "cross_validation":
         candidates = depths(num_blocks)
-        num_folds = possible_folds(
-            task.dataset.in_memory("train").labels[task.subset], job.options.target.num_folds
-        )
+        labels = task.dataset.in_memory("train").labels[task.subset]
+        num_folds = possible_folds(labels, target.num_folds)
         named = ", ".join("all" if k == -1 else str(k) for k in candidates)
         before = (
             f"choose the number of blocks among {named}: {num_folds * len(candidates)} fine-tunings more, "
@@ -123,11 +119,9 @@ def _blocks(k: int) -> str:
 def _check(job: Job, *, planned: bool = False) -> _Task:
     options, target = job.options, job.options.target
     with names_key("source"):
-        if not options.run.source:
-            raise ValueError("name a model: a folder, hf:REPO/FILE or a PyTorch file")
         model = find_model(options.run.source, options.run.dtype, planned=planned)
     with names_key("transfer.num_unfrozen_blocks"):
-        first_unfrozen_block(create_module(model.spec.architecture), target.num_unfrozen_blocks)
+        first_unfrozen_block(model.module, target.num_unfrozen_blocks)
     dataset = load_data(
         options.run,
         "transfer.target",

@@ -55,10 +55,9 @@ KNOWN_MODELS = _read_known_models()
 
 
 def find_known(file_name: str, sha256: str = "", repo: str = "") -> KnownModel | None:
-    """The known model with this hash or, failing that, this name.
+    """The known model with this hash; else of this repository and file; else of this file name, if unique.
 
-    A matching hash takes precedence; then repository and file name together; then the file name alone, if it
-    is unique. A match by name is only a claim: compare the hash with the result's `sha256`.
+    A match by name is only a claim: compare the hash with the result's `sha256`.
     """
     for known in KNOWN_MODELS:
         if sha256 and known.sha256 == sha256.lower():
@@ -69,10 +68,7 @@ def find_known(file_name: str, sha256: str = "", repo: str = "") -> KnownModel |
 
 
 def known_spec(known: KnownModel) -> ModelSpec:
-    """The description of a known model without reading its file.
-
-    The normalisation is ImageNet's where only the file contains it.
-    """
+    """What a known model is, without its file; normalised as ImageNet where only the file says how."""
     return ModelSpec(
         architecture=known.architecture,
         num_classes=_NUM_CLASSES[known.dataset],

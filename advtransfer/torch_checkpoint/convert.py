@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, SupportsFloat
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, SupportsFloat
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 
 from advtransfer.arrays import AnyArray, Variables
@@ -76,25 +77,20 @@ def import_torch_checkpoint(
         path: a zip (since 2020), legacy (before) or safetensors file, or hf:REPO/FILE[@revision].
         architecture: a key of `ARCHITECTURES`; None: inferred from names and shapes.
         num_classes: required size of the head; None: that of the file, which may have no head.
-        mean: per channel, for normalising images in [0, 1]; None: from the file or the table, else ImageNet's
-            if the network has a 7×7 stem.
-        std: as `mean`; give both or neither.
-        norm: threat model of its training, none | l2 | linf; None: from the table, else none.
-        eps: radius of the threat model, in pixel units (4 / 255 rather than 4).
-        image_size: pixels; None: from the table, else 224, or 32 with a CIFAR stem.
+        mean, std: per channel, for normalising images in [0, 1]; both or neither. Where nothing says them,
+            ImageNet's if the network has a 7×7 stem.
+        norm, eps: threat model of its training, none | l2 | linf, and its radius in pixel units (4 / 255
+            rather than 4). Where nothing says them, none.
+        image_size: pixels. Where nothing says it, 224, or 32 with a CIFAR stem.
         sha256: required hash of the file, or at least its first eight digits; None: that of the table, or the
             eight digits in the file names of torchvision.
         weights: which of several networks in the file, by its key or the prefix of its names, such as
             "state_dict" or "student"; None: the only one, or one that is named as an average (EMA).
-        dtype: the type that the network computes in; None: float32.
-
-    Returns:
-        A model with float32 variables, whatever the dtype in the file.
+        dtype: the type that the network computes in; None: float32. Its variables are float32 in any case.
 
     Raises:
         CheckpointError: the file does not exist, is damaged or has another hash; it contains no supported
-            network (the message lists missing, unexpected and misshapen tensors); or it contains several
-            networks that differ.
+            network (the message lists missing, unexpected and misshapen tensors), or several that differ.
         ValueError: inconsistent arguments, or an unknown architecture.
     """
     given = _check_arguments(mean, std, norm, eps, image_size, sha256)
@@ -147,10 +143,9 @@ def read_network(
     weights: str = "",
     put: Callable[[np.ndarray], AnyArray] = np.ascontiguousarray,
 ) -> Checkpoint:
-    """Reads the ResNet in an open file.
+    """Reads the ResNet in an open file; arguments and errors are those of `import_torch_checkpoint`.
 
-    Arguments and errors are those of `import_torch_checkpoint`. Each array is passed through `put` before
-    the next one is read, so at most one is in memory twice.
+    Each array is passed through `put` before the next one is read, so at most one is in memory twice.
     """
     contents = read_contents(file)
     network = find_network(contents, weights)
@@ -176,11 +171,7 @@ def read_network(
 def _match(
     tensors: dict[str, Tensor], architecture: str | None, num_classes: int | None
 ) -> tuple[str, ResNet, bool]:
-    """The architecture of the tensors, its module, and whether they include a head.
-
-    Raises:
-        CheckpointError: the tensors match no architecture, or not the given one.
-    """
+    """The architecture of the tensors, its module, and whether they include a head."""
     name = architecture or infer_architecture(tensors)
     size = num_classes or _head_size(tensors)
     module = create_module(name, num_classes=size or 1)
@@ -208,16 +199,14 @@ def _head_size(tensors: dict[str, Tensor]) -> int:
 
 def _left_out(network: Network, unused: dict[str, Tensor]) -> tuple[str, ...]:
     """The other networks, and the modules of `unused` by the first part of their names outside the prefix."""
-    modules: dict[str, int] = {}
+    modules = Counter[str]()
     prefix = network.prefix.split(".")[:-1]
     for name in unused:
         parts = name.split(".")
         shared = next((i for i, part in enumerate(prefix) if parts[i : i + 1] != [part]), len(prefix))
-        module = ".".join(parts[: shared + 1])
-        modules[module] = modules.get(module, 0) + 1
+        modules[".".join(parts[: shared + 1])] += 1
     tensors = [f"{brief(name)} ({n} tensor{'s' * (n > 1)})" for name, n in modules.items()]
-    others = [f"the network under {wrapping} (selected by weights=)" for wrapping in network.others]
-    found = others + tensors
+    found = [f"the network under {wrapping} (selected by weights=)" for wrapping in network.others] + tensors
     more = [f"{len(found) - _MAX_LEFT_OUT} more"] if len(found) > _MAX_LEFT_OUT else []
     return (*found[:_MAX_LEFT_OUT], *more)
 
@@ -225,7 +214,7 @@ def _left_out(network: Network, unused: dict[str, Tensor]) -> tuple[str, ...]:
 def _read_tensors(
     tensors: dict[str, Tensor], module: ResNet, has_head: bool, put: Callable[[np.ndarray], AnyArray]
 ) -> Variables:
-    variables: Variables = {}
+    found = {}
     for name, entry in layout(module).items():
         if has_head or is_inside(name):
             array = _read_tensor(name, tensors[name])
@@ -233,11 +222,8 @@ def _read_tensors(
             array = np.zeros(entry.shape, np.float32)
         if entry.path[-1] == "kernel":
             array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-        folder = variables
-        for key in entry.path[:-1]:
-            folder = folder.setdefault(key, {})
-        folder[entry.path[-1]] = put(array)
-    return variables
+        found[entry.path] = put(array)
+    return unflatten_dict(found)
 
 
 def _read_tensor(name: str, tensor: Tensor) -> np.ndarray:
@@ -282,8 +268,10 @@ def _check_arguments(
     given: dict[str, Any] = {}
     if mean is not None and std is not None:
         given |= {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
-    given |= {} if norm is None else {"norm": norm, "eps": float(eps or 0)}
-    given |= {} if image_size is None else {"image_size": image_size}
+    if norm is not None:
+        given |= {"norm": norm, "eps": float(eps or 0)}
+    if image_size is not None:
+        given["image_size"] = image_size
     fields: dict[str, Any] = {"image_size": 224, **_IMAGENET, **given}
     check_spec(ModelSpec("", 1, **fields))
     return given
@@ -291,11 +279,9 @@ def _check_arguments(
 
 def _check_hash(name: str, actual: str, asked: str | None, known: KnownModel | None) -> None:
     """Compares the file's hash with the requested one or, if there is none, with the published one."""
-    if asked:
-        if not actual.startswith(asked.lower()):
-            raise CheckpointError(f"its SHA-256 is {actual}, not {asked}")
-        return
-    if known is None:
+    if asked and not actual.startswith(asked.lower()):
+        raise CheckpointError(f"its SHA-256 is {actual}, not {asked}")
+    if asked or known is None:
         return
     torchvision = re.search(r"-([0-9a-f]{8})\.pth$", name)
     expected = known.sha256 or (torchvision and torchvision[1])

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from flax.traverse_util import flatten_dict
 
 from advtransfer import storage
 from advtransfer.arrays import Variables
@@ -56,12 +57,9 @@ def export_torch_state_dict(model: Model, path: str | Path | None = None) -> dic
 
 def torch_tensors(module: ResNet, variables: Variables) -> dict[str, np.ndarray]:
     """The variables of a network in the form of `export_torch_state_dict`."""
-    tensors = {}
+    tensors, arrays = {}, flatten_dict(variables)
     for name, entry in layout(module).items():
-        array: Any = variables
-        for key in entry.path:
-            array = array[key]
-        array = np.asarray(array, np.float32)
+        array = np.asarray(arrays[entry.path], np.float32)
         if entry.path[-1] == "kernel":
             array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
         tensors[name] = np.array(array, order="C")
@@ -73,11 +71,7 @@ def torch_tensors(module: ResNet, variables: Variables) -> dict[str, np.ndarray]
 def parse_metadata(
     metadata: dict[str, str], architecture: str, num_classes: int, has_head: bool
 ) -> dict[str, Any]:
-    """The fields of a `ModelSpec` written by `export_torch_state_dict`; {} for files of other programs.
-
-    Raises:
-        CheckpointError: the fields are invalid.
-    """
+    """The fields of a `ModelSpec` written by `export_torch_state_dict`; {} for files of other programs."""
     if _KEY not in metadata:
         return {}
     try:

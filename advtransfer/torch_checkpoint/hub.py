@@ -34,13 +34,12 @@ class Fetched(NamedTuple):
 
 
 def fetch(name: str, folder: str | Path | None = None) -> Fetched:
-    """Finds a file of the hub locally, or downloads it.
+    """Finds a file of the hub: downloaded manually, in the hub's cache, or on the network, in this order.
 
-    Manually downloaded files take precedence, then the hub's cache, then the network. A name without a
-    revision means the newest commit at the time of the download. The environment variables of huggingface_hub
-    apply (HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, ...). A file in the cache is verified against the
-    hash that the hub announced for it, which is the name of its blob. Offline, a cache without refs/ suffices
-    if it contains exactly one commit with the file.
+    A name without a revision means the newest commit at the time of the download. The environment variables
+    of huggingface_hub apply (HF_HOME, HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, ...). A file in the cache is
+    verified against the hash that the hub announced for it. Offline, a cache without refs/ suffices if it
+    contains exactly one commit with the file.
 
     Args:
         name: hf:OWNER/NAME/FILE or hf:OWNER/NAME/FILE@REVISION (a branch, tag or commit).
@@ -48,8 +47,7 @@ def fetch(name: str, folder: str | Path | None = None) -> Fetched:
             `$XDG_CACHE_HOME/advtransfer/checkpoints` or `~/.cache/advtransfer/checkpoints`.
 
     Raises:
-        CheckpointError: the name is malformed, or the file is unavailable or damaged; the message says what
-            to do.
+        CheckpointError: the name is malformed, or the file is unavailable or damaged.
     """
     repo, file, revision = _parse(name)
     by_hand = _by_hand(repo, file, revision, folder)
@@ -80,11 +78,7 @@ def fetch(name: str, folder: str | Path | None = None) -> Fetched:
 
 
 def is_on_this_machine(name: str, folder: str | Path | None = None) -> bool:
-    """Whether `fetch` needs no network for this name.
-
-    Raises:
-        CheckpointError: a malformed name.
-    """
+    """Whether `fetch` needs no network for this name. A malformed one is a CheckpointError."""
     repo, file, revision = _parse(name)
     if _by_hand(repo, file, revision, folder).is_file():
         return True
@@ -99,11 +93,7 @@ def is_on_this_machine(name: str, folder: str | Path | None = None) -> bool:
 
 
 def known_on_hub(name: str) -> KnownModel | None:
-    """The known model of this name, in any revision; None: it is not a known model.
-
-    Raises:
-        CheckpointError: a malformed name.
-    """
+    """The known model of this name, in any revision, if it is one. A malformed name is a CheckpointError."""
     repo, file, _ = _parse(name)
     known = find_known(file, repo=repo)
     return known if known and known.repo == repo else None
@@ -167,29 +157,19 @@ def _download(hub: ModuleType, repo: str, file: str, revision: str) -> tuple[Pat
 
 
 def _check_announced(path: Path, announced: str, name: str) -> None:
-    """Verifies a cached file against the ETag that the hub announced for it, which is the name of its blob.
-
-    The ETag is the SHA-256 of a large file and git's SHA-1 of a small one; mirrors may use the plain SHA-1. A
-    cache without links to blobs, or with other ETags of a mirror, cannot be verified.
-
-    Args:
-        path: of the file.
-        announced: the ETag of a new download, which is deleted if it differs; "": not a new download.
-        name: of the file, for the message.
-
-    Raises:
-        CheckpointError: the hash differs.
-    """
+    """Verifies a file in the cache, and deletes it if it was downloaded now, with `announced` as its ETag."""
+    # The ETag, which is the name of the blob, is the SHA-256 of a large file and git's SHA-1 of a small one;
+    # mirrors may use the plain SHA-1. A cache without links to blobs, or with other ETags of a mirror, cannot
+    # be verified.
     blob = path.resolve()
     expected = blob.name if blob.parent.name == "blobs" else announced
     if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", expected):
         return
-    starts = (b"",) if len(expected) == 64 else (f"blob {blob.stat().st_size}\0".encode(), b"")
-    kind = hashlib.sha256 if len(expected) == 64 else hashlib.sha1
+    sha1s = hashlib.sha1(f"blob {blob.stat().st_size}\0".encode()), hashlib.sha1()
     found = []
-    for start in starts:
+    for sha in sha1s if len(expected) == 40 else [hashlib.sha256()]:
         with blob.open("rb") as file:
-            found.append(hashlib.file_digest(file, lambda start=start: kind(start)).hexdigest())
+            found.append(hashlib.file_digest(file, lambda sha=sha: sha).hexdigest())
     if expected in found:
         return
     fix = f"delete {blob} and run the same command again"
@@ -218,24 +198,21 @@ def _problem(error: Exception, name: str, page: str, instead: str) -> str:
     from huggingface_hub import errors
 
     login = "log in with `hf auth login` or set HF_TOKEN"
-    if isinstance(error, errors.HFValidationError):
-        return f"is not a valid name on the hub: use one such as {_EXAMPLE}"
-    if isinstance(error, errors.GatedRepoError):
-        return f"is gated: accept its terms at {page} and {login}, {instead}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"is not in a public repository: check the name{_nearest(name)}; if it is private, {login}"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"names a revision that does not exist: see {page}/commits/main"
-    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-        return f"is not in the repository: see {page}/tree/main{_nearest(name)}"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"is not in the cache and HF_HUB_OFFLINE is set: unset it, {instead}"
-    if getattr(error, "errno", None) in _FULL:
-        return (
-            f"does not fit on the disk: free some space or set HF_HOME to a folder on another disk, {instead}"
-        )
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-    return f"cannot be downloaded ({reason}): check the network, {instead}"
+    unreachable = f"cannot be downloaded ({reason}): check the network, {instead}"
+    problems = {  # of an error of several kinds the first
+        errors.HFValidationError: f"is not a valid name on the hub: use one such as {_EXAMPLE}",
+        errors.GatedRepoError: f"is gated: accept its terms at {page} and {login}, {instead}",
+        errors.RepositoryNotFoundError: "is not in a public repository: check the name"
+        f"{_nearest(name)}; if it is private, {login}",
+        errors.RevisionNotFoundError: f"names a revision that does not exist: see {page}/commits/main",
+        errors.LocalEntryNotFoundError: unreachable,
+        errors.EntryNotFoundError: f"is not in the repository: see {page}/tree/main{_nearest(name)}",
+        errors.OfflineModeIsEnabled: f"is not in the cache and HF_HUB_OFFLINE is set: unset it, {instead}",
+    }
+    if getattr(error, "errno", None) in _FULL:
+        return f"does not fit on the disk: free some or set HF_HOME to a folder on another disk, {instead}"
+    return next((text for kind, text in problems.items() if isinstance(error, kind)), unreachable)
 
 
 def _nearest(name: str) -> str:

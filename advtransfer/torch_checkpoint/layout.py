@@ -116,9 +116,6 @@ def infer_architecture(tensors: Mapping[str, Tensor]) -> str:
     Some other networks have the names and shapes of a ResNet-50: timm's resnetaa50 and resnetblur50, which
     blur before subsampling, and variants with the stride in the first 1×1 convolution.
 
-    Args:
-        tensors: by torchvision's names.
-
     Raises:
         CheckpointError: the tensors are not those of a supported ResNet.
     """
@@ -166,12 +163,8 @@ def _signature(shapes: Mapping[str, tuple[int, ...]]) -> _Signature | None:
 
 
 def name_other(names: Iterable[str], has_resnet: bool) -> str | None:
-    """The kind of network (with article) that these names belong to if it is not a torchvision ResNet.
-
-    Args:
-        names: of all tensors of a state dict, including prefixes.
-        has_resnet: whether they include the names of a ResNet; then only variants of it are considered.
-    """
+    """The kind of network (with article) that the names of a state dict belong to if it is not a torchvision
+    ResNet; only variants of it where `has_resnet`, as the names include those of one."""
     text = "\n".join(name for name in names if len(name) < 200)
     for pattern, kind in (_RESNET_VARIANTS if has_resnet else _RESNET_VARIANTS | _OTHERS).items():
         if re.search(rf"(?:^|\.)(?:{pattern})", text, re.MULTILINE):
@@ -188,12 +181,7 @@ def misfits(tensors: Mapping[str, Tensor], module: ResNet, *, head: bool) -> lis
     """The reasons why tensors (by torchvision's names) do not fit `module`, one phrase per kind of problem.
 
     Additional tensors are a problem if they belong to a layer before the global pooling or are convolutions,
-    such as attention on the stem. Others, such as a projection head, are not.
-
-    Args:
-        tensors: by torchvision's names.
-        module: the network.
-        head: whether fc is required.
+    such as attention on the stem. Others, such as a projection head, are not. `head`: whether fc is required.
     """
     want = {name: entry for name, entry in layout(module).items() if head or is_inside(name)}
     missing = [name for name in want if name not in tensors]
@@ -209,11 +197,12 @@ def misfits(tensors: Mapping[str, Tensor], module: ResNet, *, head: bool) -> lis
         for name, entry in want.items()
         if name in tensors and tensors[name].shape != entry.shape
     ]
-    return [
-        *([f"missing {brief_list(missing)}"] if missing else []),
-        *([f"unexpected {brief_list(unexpected)}"] if unexpected else []),
-        *([brief_list(wrong, quote=False)] if wrong else []),
+    problems = [
+        f"missing {brief_list(missing)}" if missing else "",
+        f"unexpected {brief_list(unexpected)}" if unexpected else "",
+        brief_list(wrong, quote=False),
     ]
+    return [problem for problem in problems if problem]
 
 
 def brief_list(names: Iterable[str], *, quote: bool = True) -> str:

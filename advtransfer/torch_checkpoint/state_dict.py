@@ -108,13 +108,11 @@ def _state_dicts(tree: Any) -> Iterator[tuple[str, dict[str, Tensor]]]:
             if not isinstance(folder, dict) or id(folder) in seen:
                 continue
             seen.add(id(folder))
-            tensors = {n: t for n, t in folder.items() if isinstance(n, str) and isinstance(t, Tensor)}
-            if tensors:
+            named = {n: x for n, x in folder.items() if isinstance(n, str)}
+            if tensors := {n: x for n, x in named.items() if isinstance(x, Tensor)}:
                 yield key, tensors
             start = key + "/" if key else ""
-            deeper += [
-                (start + n, d) for n, d in folder.items() if isinstance(n, str) and isinstance(d, dict)
-            ]
+            deeper += [(start + n, x) for n, x in named.items() if isinstance(x, dict)]
         level = deeper
 
 
@@ -218,7 +216,7 @@ def _nothing_found(tree: Any, states: Mapping[str, dict[str, Tensor]]) -> str:
                 return _other_kind(kind)
             return f"no ResNet was found: the first names are {brief_list(found)}"
     values = (tree, *tree.values()) if isinstance(tree, dict) else (tree,)
-    for stub in (value for value in values if isinstance(value, Stub)):
+    if stub := next((value for value in values if isinstance(value, Stub)), None):
         return (
             f"contains a pickled {brief(stub.name)} object, not a state dict: load it in PyTorch and save "
             "only its weights, with torch.save(model.state_dict(), FILE)"
@@ -238,11 +236,7 @@ def _other_kind(kind: str) -> str:
 
 
 def check_copies(network: Network) -> None:
-    """Checks that the copies of a network are equal to it, as in files of MadryLab/robustness.
-
-    Raises:
-        CheckpointError: a copy differs; the message names the first tensor that does.
-    """
+    """Raises a CheckpointError unless the copies in a file, as of MadryLab/robustness, are equal."""
     first = network.wrapping or "."
     for wrapping, copy in network.copies.items():
         for name in dict.fromkeys((*network.tensors, *copy)):
@@ -309,13 +303,13 @@ def _channels(tensor: Tensor) -> tuple[float, ...]:
 
 def _claims(tree: Mapping[Any, Any], state: Mapping[str, Tensor]) -> dict[str, int | float]:
     """The readable numbers at the top level, such as epoch and nat_prec1."""
-    candidates = [
-        (key, value)
-        for key, value in tree.items()
-        if isinstance(key, str) and (_is_number(value) or (_is_scalar(value) and key not in state))
-    ]
+
+    def may_be(key: Any, value: Any) -> bool:
+        is_scalar = isinstance(value, Tensor) and math.prod(value.shape) == 1 and key not in state
+        return isinstance(key, str) and (is_scalar or _is_number(value))
+
     claims: dict[str, int | float] = {}
-    for key, value in candidates[:_MAX_CLAIMS]:
+    for key, value in [pair for pair in tree.items() if may_be(*pair)][:_MAX_CLAIMS]:
         if isinstance(value, Tensor):
             try:
                 value = value.read().item()
@@ -328,7 +322,3 @@ def _claims(tree: Mapping[Any, Any], state: Mapping[str, Tensor]) -> dict[str, i
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and math.prod(value.shape) == 1
