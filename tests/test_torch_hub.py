@@ -319,7 +319,7 @@ def test_a_full_disk(monkeypatch, tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", full)
-    with pytest.raises(CheckpointError, match="does not fit on the disk: free some or set HF_HOME"):
+    with pytest.raises(CheckpointError, match="does not fit on the disk: free space or set HF_HOME"):
         fetch(L2_3, tmp_path)
 
 

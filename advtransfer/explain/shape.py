@@ -54,14 +54,13 @@ def _glyph_section(case: Case, subjects: Sequence[Subject]) -> Section:
     def panel(title, axis, strengths):
         """`strengths`: the amplitude and opacity at every x."""
         lines = [_bias_series(s, [(x, found[s.label, *at]) for x, at in strengths.items()]) for s in subjects]
-        return Panel(title, "Shape bias, %", axis, lines)
+        return Panel(title, "Shape bias, %", axis, [line for line in lines if len(line.x)])
 
-    halves = {
-        s.label: shape.half_point(
-            OPACITIES, [float(found[s.label, AMPLITUDE, o].overall.shape_bias.value) for o in OPACITIES]
-        )
+    biases = {
+        s.label: [float(found[s.label, AMPLITUDE, o].overall.shape_bias.value) for o in OPACITIES]
         for s in subjects
     }
+    halves = {label: shape.half_point(OPACITIES, values) for label, values in biases.items()}
     known = {label: x for label, x in halves.items() if not math.isnan(x)}
     fading = Axis("opacity of the letters", log=True)
     panels = [panel("Fading letters", fading, {o: (AMPLITUDE, o) for o in OPACITIES})]
@@ -74,12 +73,15 @@ def _glyph_section(case: Case, subjects: Sequence[Subject]) -> Section:
         of = {s.label: found[s.label, AMPLITUDE, balanced] for s in subjects}
         where = f"on gratings of amplitude {AMPLITUDE:g} below letters of opacity {balanced:g}"
         tables = _cue_parts(of, where)
-    parts = [Plot(_glyph_caption(case, found), panels, "shape"), *tables]
-    finding = "Letters outweigh gratings at every opacity that was tried."
-    if known:
+    panels = [each for each in panels if each.series]  # networks may answer neither letter nor grating
+    plots = [Plot(_glyph_caption(case, found), panels, "shape")] if panels else []
+    finding = "At no opacity that was tried do letters and gratings decide equally often."
+    if all(np.greater([*biases.values()], 0.5).flat):
+        finding = "Letters outweigh gratings at every opacity that was tried."
+    elif known:
         listed = ", ".join(f"{label} {x:.2f}" for label, x in known.items())
         finding = f"Opacity at which letters and gratings decide equally often: {listed}."
-    return Section("Shape against texture", finding, parts, {"shape": records})
+    return Section("Shape against texture", finding, [*plots, *tables], {"shape": records})
 
 
 def _glyph_caption(case: Case, found: dict[tuple[str, float, float], shape.ShapeBias]) -> str:

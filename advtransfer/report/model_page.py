@@ -95,8 +95,6 @@ def write_model_page(page: ModelPage, folder: str | AnyPath) -> AnyPath:
             "The interval (Wilson’s) is over test images alone: one network was trained, and another seed or "
             "other training images would change the result too."
         )
-    for name in {*_FILES} - {*files}:
-        (folder / name).unlink(missing_ok=True)
     made = Page(
         page.title,
         sections=[section for section in sections if section.parts],
@@ -108,7 +106,10 @@ def write_model_page(page: ModelPage, folder: str | AnyPath) -> AnyPath:
         config=page.config,
         files={"choice.csv": "the rule for the number of trained blocks"} if is_rule else {},
     )
-    return write_page(made, folder, files)
+    path = write_page(made, folder, files)
+    for name in {*_FILES} - {*files}:
+        (folder / name).unlink(missing_ok=True)
+    return path
 
 
 def _epochs(page: ModelPage) -> Section:

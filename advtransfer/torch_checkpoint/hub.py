@@ -211,7 +211,7 @@ def _problem(error: Exception, name: str, page: str, instead: str) -> str:
         errors.OfflineModeIsEnabled: f"is not in the cache and HF_HUB_OFFLINE is set: unset it, {instead}",
     }
     if getattr(error, "errno", None) in _FULL:
-        return f"does not fit on the disk: free some or set HF_HOME to a folder on another disk, {instead}"
+        return f"does not fit on the disk: free space or set HF_HOME to a folder on another disk, {instead}"
     return next((text for kind, text in problems.items() if isinstance(error, kind)), unreachable)
 
 
