@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from test_data_folder import write_images
 
 from advtransfer import config as base
 from advtransfer import source, tasks
@@ -95,6 +96,25 @@ def test_a_study_leaves_sources_rows_summary_and_report(study):
         assert [line["step"] for line in lines] == [3, 4, 6, 8, 9, 10]
         assert any(path.name.startswith("events.out.tfevents") for path in folder.iterdir())
         assert not (folder / "checkpoints").exists()
+
+
+def test_a_study_measures_and_shows_its_sources_on_the_split_that_is_named(tmp_path):
+    """Of a folder only the splits that are asked for are loaded."""
+    counts = {f"{split}/{name}": n for split, n in (("train", 8), ("val", 4), ("test", 3)) for name in "ab"}
+    write_images(tmp_path / "pets", counts, size=(8, 8))
+    config = tiny()
+    config.train.update(dataset=f"folder:{tmp_path / 'pets'}", batch_size=8)
+    config.study.update(sources="natural", num_train_images=(10,), num_seeds=1)
+    config.evaluate.update(split="validation", num_images=0)
+    tasks.run(config, tmp_path / "out")
+    found = json.loads((tmp_path / "out/sources/natural/evaluation.json").read_text())
+    assert found["num_images"] == 8
+    page = (tmp_path / "out/report.html").read_text()
+    images = load_dataset(f"folder:{tmp_path / 'pets'}", image_size=8).validation.images[:3]
+    assert page.count("data:image/png") == 3 * (1 + 2) + 3
+    read = re.findall(r"[✓✗] (\w) → <b>\w</b>", page)
+    network = logits_fn(load_model(tmp_path / "out/sources/natural/model"))
+    assert read == ["ab"[i] for i in predict(network, images / np.float32(255)).argmax(-1)]
 
 
 def test_the_same_command_again_only_rewrites_the_report(study, monkeypatch):

@@ -125,8 +125,9 @@ def _pictures(
     attack = options.evaluation.attack
     if dataset is None or attack is None or not number:
         return pictures, captions
-    names, labels = dataset.class_names, dataset.test.labels[:number]
-    images = to_float(np.asarray(dataset.test.images[:number]), options.training.image_size)
+    measured = dataset.in_memory(options.measured.split)
+    names, labels = dataset.class_names, measured.labels[:number]
+    images = to_float(np.asarray(measured.images[:number]), options.training.image_size)
     pictures["source_images"] = np.asarray(images)
     captions["source_labels"] = [names[i] for i in labels]
     for source, model in models.items():
