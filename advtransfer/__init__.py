@@ -39,7 +39,7 @@ from advtransfer.torch_checkpoint import CheckpointError, export_torch_state_dic
 from advtransfer.train import TrainState, fit, make_train_step
 from advtransfer.transfer import FineTuned, Recipe, fine_tune, fine_tune_many, reset_head
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "L2",

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 import operator
+import textwrap
 import typing
 from collections.abc import Container
 from typing import Any, NamedTuple
@@ -48,8 +50,11 @@ def options(cls: type[Any]) -> type[Any]:
     and then, if it has one, by its method `check` of several fields together."""
     cls.__post_init__ = _check
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
-    lines = [f"  {name}: {explain(cls, name)}" for name in cls.__dataclass_fields__]
-    cls.__doc__ = "\n".join([cls.__doc__ or "", "", "Attributes:", *lines])
+    lines = [
+        textwrap.fill(f"{name}: {explain(cls, name)}", 100, initial_indent="  ", subsequent_indent="    ")
+        for name in cls.__dataclass_fields__
+    ]
+    cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:", *lines])
     return cls
 
 
@@ -126,11 +131,11 @@ def _expected(kind: Any, known: Option) -> str:
         return named.get(kind, kind.__name__) + _range(known)
     inner = typing.get_args(kind)[0]
     if typing.get_origin(inner) is tuple:
-        return f"pairs of whole numbers{_range(known)}"
+        return f"a tuple of pairs of whole numbers{_range(known)}"
     noun = {int: "whole numbers", float: "numbers", str: "names"}[inner]
     number = {NOT_EMPTY: "one or more ", (3,): "three ", (0, 3): "three "}.get(known.lengths, "")
     values = f" of {_list(known.choices)}" if known.choices else _range(known)
-    return f"{number}{noun}{values}" + (", or none" if known.lengths == (0, 3) else "")
+    return f"a tuple of {number}{noun}{values}" + (", or none" if known.lengths == (0, 3) else "")
 
 
 def _list(names: tuple[str, ...]) -> str:

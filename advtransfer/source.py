@@ -168,7 +168,7 @@ def state_bytes(recipe: SourceRecipe, dataset: Dataset) -> int:
 RunStep = Callable[[TrainState, int], tuple[TrainState, Metrics]]
 
 
-class Run(NamedTuple):
+class Training(NamedTuple):
     """A source training, ready to start: its fresh state and what takes it further."""
 
     module: ResNet
@@ -178,7 +178,7 @@ class Run(NamedTuple):
     close: Callable[[], None]  # ends the workers that decode images
 
 
-def start_training(recipe: SourceRecipe, dataset: Dataset, *, seed: int = 0, dtype: str = "auto") -> Run:
+def start_training(recipe: SourceRecipe, dataset: Dataset, *, seed: int = 0, dtype: str = "auto") -> Training:
     """The training that a recipe describes, on all devices, from nothing but these arguments.
 
     Raises:
@@ -222,7 +222,7 @@ def start_training(recipe: SourceRecipe, dataset: Dataset, *, seed: int = 0, dty
         image_size=recipe.image_size,
     )
     run_step = _make_run_step(train_step, feed)
-    return Run(module, parallel.replicate(state), run_step, schedule, feed.close)
+    return Training(module, parallel.replicate(state), run_step, schedule, feed.close)
 
 
 def _make_run_step(

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import advtransfer.transfer.prepared as caching
+import advtransfer.transfer.activation_cache as caching
 from advtransfer import parallel
 from advtransfer.attacks import L2, Linf, cross_entropy, pgd
 from advtransfer.checkpoint import Checkpoints

@@ -351,7 +351,7 @@ DOORS = [
     ),
     Door(resolve_recipe, {"recipe": RECIPE, "num_images": N, "images": IMAGES}, "images rank"),
     # analysis
-    Door(saliency.cross_entropy, {"logits": LOGITS, "labels": LABELS}, f"logits rank, {ON_LABELS}"),
+    Door(saliency.stable_cross_entropy, {"logits": LOGITS, "labels": LABELS}, f"logits rank, {ON_LABELS}"),
     Door(saliency.gradients, ATTACKED, ON_IMAGES),
     Door(saliency.smooth_grad, {**ATTACKED, "key": KEYS[0]}, ON_IMAGES),
     Door(saliency.integrated_gradients, ATTACKED, ON_IMAGES),

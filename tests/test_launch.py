@@ -146,7 +146,7 @@ def _set(config, changes):
         ({"study.sources": "natural,l2:"}, "config.study.sources: 'l2:'.*l2:0.5"),
         ({"study.sources": "no/such"}, "config.study.sources: 'no/such' is not a model folder"),
         ({"study.sources": "natural,l2:inf"}, "config.study.sources: 'l2:inf'.*positive"),
-        ({"train.mean": ("a", "b", "c")}, "config.train.mean=.*'a'.* must be three numbers"),
+        ({"train.mean": ("a", "b", "c")}, "config.train.mean=.*'a'.* must be a tuple of three numbers"),
         ({"evaluate.batch_size": 255}, "config.evaluate.batch_size: .*2 devices"),
         ({"stage": "evaluate"}, "config.evaluate.model: name a model: a folder"),
         ({"stage": "evaluate", "evaluate.model": "no/such"}, "config.evaluate.model: .*not a model folder"),

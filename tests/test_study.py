@@ -26,9 +26,9 @@ from advtransfer.study import (
     group,
     make_cells,
     make_trials,
-    num_steps,
     run_study,
     run_trials,
+    trial_steps,
 )
 from advtransfer.study import run as study_run
 from advtransfer.study.rows import finished_rows, history_rows, holds
@@ -251,7 +251,7 @@ def test_a_grid_is_every_source_n_k_and_seed():
     assert {(t.split, t.target, t.recipe.evaluate_epochs) for t in trials} == {
         ("validation", "random", (3, 9))
     }
-    assert num_steps(trials[0]) == 9 and num_steps(trials[4]) == 9 * 3
+    assert trial_steps(trials[0]) == 9 and trial_steps(trials[4]) == 9 * 3
 
 
 def test_no_more_steps_are_made_than_are_allowed_but_one_epoch_is():

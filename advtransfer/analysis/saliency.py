@@ -29,7 +29,7 @@ from advtransfer.attacks import LogitsFn, LossFn, as_network, jit_for, log_odds
 from advtransfer.labels import check_labels
 
 
-def cross_entropy(
+def stable_cross_entropy(
     logits: Float[AnyArray, "n classes"], labels: Integer[AnyArray, " n"]
 ) -> Float32[Array, " n"]:
     """Softmax cross-entropy per example, float32 [N], whose gradient is right however sure the network is.
@@ -46,7 +46,7 @@ def gradients(
     images: Float[AnyArray, "n h w c"],
     labels: Integer[AnyArray, " n"],
     *,
-    loss_fn: LossFn = cross_entropy,
+    loss_fn: LossFn = stable_cross_entropy,
     batch_size: int = 64,
 ) -> Float32[np.ndarray, "n h w c"]:
     """Gradient of each image's loss with respect to its pixels, float32 [N, H, W, C], loss per unit of pixel.
@@ -75,7 +75,7 @@ def smooth_grad(
     key: PRNGKeyArray,
     num_samples: int = 50,
     noise: float = 0.15,
-    loss_fn: LossFn = cross_entropy,
+    loss_fn: LossFn = stable_cross_entropy,
     batch_size: int = 64,
 ) -> Float32[np.ndarray, "n h w c"]:
     """SmoothGrad (Smilkov et al., 2017, arXiv:1706.03825): the mean of `gradients` over noisy copies.
@@ -111,7 +111,7 @@ def integrated_gradients(
     num_steps: int = 256,
     max_steps: int = 16384,
     tolerance: float = 1e-3,
-    loss_fn: LossFn = cross_entropy,
+    loss_fn: LossFn = stable_cross_entropy,
     batch_size: int = 64,
 ) -> IntegratedGradients:
     """Integrated gradients of the loss (Sundararajan et al., 2017, arXiv:1703.01365, eq. 1).

@@ -5,12 +5,11 @@ adversarially robust ImageNet models transfer better?" (NeurIPS 2020), appendix 
 dataset with `dataset` "" is not in TFDS: put its authors' files into a folder (`folder:/path`). The numbers
 are used to plan with datasets that are not prepared (module `planned`).
 
-Numbers of images are as published. CIFAR-10's are verified by a test. Those of SVHN, Fashion-MNIST, KMNIST,
-Caltech-101 (version 3.0.0), cars, DTD, flowers, Food-101, pets and SUN397 are those of the TFDS catalogue
-(tensorflow.org/datasets/catalog), train and validation added up if both are for training; CIFAR-100's and
-MNIST's were not looked up. Those of the datasets that are not in TFDS, and which datasets have a per-class
-metric, have not been checked against Salman et al.'s table. Download sizes are those of the files that TFDS
-lists (`builder.url_infos`); ImageNet's numbers of images are those of its catalogue.
+Numbers of images are as published; a test verifies CIFAR-10's. Those of SVHN, Fashion-MNIST, KMNIST,
+Caltech-101 (version 3.0.0), cars, DTD, flowers, Food-101, pets and SUN397 are from the TFDS catalogue
+(tensorflow.org/datasets/catalog), train and validation added up if both are for training. Which datasets have
+a per-class metric is not checked against Salman et al.'s table. Download sizes are those of the files that
+TFDS lists (`builder.url_infos`); ImageNet's numbers of images are those of its catalogue.
 """
 
 from __future__ import annotations

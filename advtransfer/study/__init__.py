@@ -10,7 +10,7 @@ from advtransfer.study.calibrate import measure_speed, predict_seconds
 from advtransfer.study.claims import NoLocks, claim
 from advtransfer.study.plan import accelerator_hours, caches_of, format_seconds, pieces_of
 from advtransfer.study.rows import finished_rows, history_rows
-from advtransfer.study.run import Result, run_cells, run_group, run_study, run_trials
+from advtransfer.study.run import StudyResult, run_cells, run_group, run_study, run_trials
 from advtransfer.study.search import HyperParameters, Search, candidates, choose, with_choices
 from advtransfer.study.trials import (
     Cell,
@@ -23,7 +23,7 @@ from advtransfer.study.trials import (
     make_cells,
     make_trial,
     make_trials,
-    num_steps,
+    trial_steps,
 )
 
 __all__ = [
@@ -31,10 +31,10 @@ __all__ = [
     "Grid",
     "HyperParameters",
     "NoLocks",
-    "Result",
     "Search",
     "Source",
     "Start",
+    "StudyResult",
     "Trial",
     "accelerator_hours",
     "caches_of",
@@ -50,12 +50,12 @@ __all__ = [
     "make_trial",
     "make_trials",
     "measure_speed",
-    "num_steps",
     "pieces_of",
     "predict_seconds",
     "run_cells",
     "run_group",
     "run_study",
     "run_trials",
+    "trial_steps",
     "with_choices",
 ]

@@ -1,8 +1,8 @@
-"""Several processes, one folder of results: who does what, without a word between them.
+"""Dividing work among processes that share one folder of results, without communication.
 
-A claim is a lock on a file beside the result (flock), which ends with the process that holds it, however that
-ends. Network file systems of Linux know it too (NFS since 4, Lustre and CephFS by default or with `flock`).
-Object stores do not: there work is divided beforehand, by the process's number in the run.
+A claim is a lock (flock) on a file beside the result, which ends with the process that holds it. Network file
+systems of Linux support it too (NFS since 4, Lustre and CephFS by default or with `flock`).
+Object stores do not: there work is divided in advance, by the process's number in the run.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _LOOK_EVERY = 0.5  # seconds, for what others have finished
 
 
 def divide(names: Sequence[str], folder: AnyPath, is_done: Callable[[str], bool]) -> Generator[str]:
-    """The names that this process is to work on, in their order, each held while its turn of the loop lasts.
+    """The names that this process works on, in their order, each locked during its iteration of the loop.
 
     Any number of processes, started at any time, iterate over the same names. No name is worked on by two
-    at once (the locks are NAME.lock in `folder`), or again once it is done; that of a process that died is
-    taken by another. Ends when all are done, by whomever.
+    at once (the locks are NAME.lock in `folder`), or again once it is done; another process takes over
+    that of one that died. Ends when all are done, by any process.
     """
     if storage.is_address(folder):
         yield from (
@@ -56,10 +56,9 @@ def divide(names: Sequence[str], folder: AnyPath, is_done: Callable[[str], bool]
 
 @contextlib.contextmanager
 def claim(lock: AnyPath, *, wait: bool = False) -> Generator[bool]:
-    """Whether this process holds `lock` inside; with `wait`, it comes in when it does, and says for what it
-    waits.
+    """Yields whether this process holds `lock`; with `wait`, blocks until it does and logs that.
 
-    At an address everybody does.
+    In object stores, which have no locks, always True.
 
     Raises:
       NoLocks: the file system has none.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from advtransfer.data import Dataset
 from advtransfer.models import ResNet
 from advtransfer.study.run import shared_inputs
-from advtransfer.study.trials import Trial, group, num_steps
+from advtransfer.study.trials import Trial, group, trial_steps
 from advtransfer.transfer import cache_bytes, fine_tune_flops, own_statistics, prefix_flops, without_rates
 
 # Dense bfloat16 peaks, FLOP/s, as the vendors publish them.
@@ -106,7 +106,7 @@ def accelerator_hours(pieces: Sequence[Piece], caches: Sequence[Cache]) -> dict[
         for piece in pieces:
             k = piece.first.num_unfrozen_blocks
             # Heads run side by side, trained blocks in turn.
-            launches = num_steps(piece.first) * (1 if k == 0 else piece.number) * STEP_SECONDS
+            launches = trial_steps(piece.first) * (1 if k == 0 else piece.number) * STEP_SECONDS
             seconds += max(piece.number * piece.flops / speed, launches)
         hours[name] = seconds / 3600
     return hours

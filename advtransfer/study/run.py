@@ -34,8 +34,8 @@ from advtransfer.study.trials import (
     group,
     make_cells,
     make_trials,
-    num_steps,
     rates_of,
+    trial_steps,
 )
 from advtransfer.transfer import (
     Prepared,
@@ -153,7 +153,7 @@ def run_trials(
 def _longest_first(groups: Mapping[str, Sequence[Trial]]) -> list[str]:
     """The names of groups: the longest last would leave the other processes waiting. What shares its prepared
     inputs stays together."""
-    work = {name: sum(map(num_steps, members)) for name, members in groups.items()}
+    work = {name: sum(map(trial_steps, members)) for name, members in groups.items()}
     shared = {name: shared_inputs(members[0]) for name, members in groups.items()}
     longest: dict[tuple, int] = {}
     for name, inputs in shared.items():
@@ -187,7 +187,7 @@ def _prepare(trials: Sequence[Trial], model: Model, dataset: Dataset) -> Prepare
     return Prepared(*shared, prepared.rows)
 
 
-class Result(NamedTuple):
+class StudyResult(NamedTuple):
     """What a study found."""
 
     rows: list[Row]  # of all trials
@@ -205,7 +205,7 @@ def run_cells(
     stratified: bool = True,
     group_size: int = 0,
     progress: Callable[[str, Iterable, int], Iterable] = lambda name, groups, number: groups,
-) -> Result:
+) -> StudyResult:
     """Runs the trials of all cells, after the search of hyper-parameters where one is asked for.
 
     Args:
@@ -236,7 +236,7 @@ def run_cells(
         tried = candidates(search, validated)
         best, table = choose(tried, run("search", tried, "validation"))
         trials = with_choices(trials, best)
-    return Result(run("rows", trials, grid.split), table)
+    return StudyResult(run("rows", trials, grid.split), table)
 
 
 def run_study(

@@ -246,6 +246,6 @@ def rates_of(trials: Sequence[Trial]) -> list[tuple[float, float]]:
     return [(trial.recipe.learning_rate, trial.recipe.weight_decay) for trial in trials]
 
 
-def num_steps(trial: Trial) -> int:
+def trial_steps(trial: Trial) -> int:
     """Gradient steps of a trial."""
     return trial.recipe.num_epochs * -(-trial.num_train_images // trial.recipe.batch_size)

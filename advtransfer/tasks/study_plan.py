@@ -28,9 +28,9 @@ from advtransfer.study import (
     measure_speed,
     pieces_of,
     predict_seconds,
+    trial_steps,
     with_choices,
 )
-from advtransfer.study import num_steps as trial_steps
 from advtransfer.tasks.source import training_plan
 from advtransfer.tasks.study_inputs import StudyInputs
 from advtransfer.tasks.workdir import Job

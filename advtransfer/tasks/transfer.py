@@ -12,7 +12,7 @@ from advtransfer.config import names_key
 from advtransfer.data import Dataset, Split
 from advtransfer.models import Model, identity, save_model
 from advtransfer.report import write_model_page, write_rows
-from advtransfer.study import Source, Trial, history_rows, make_trial, num_steps
+from advtransfer.study import Source, Trial, history_rows, make_trial, trial_steps
 from advtransfer.tasks.inputs import find_model, load_data, model_name
 from advtransfer.tasks.workdir import Job, check_workdir, claimed, open_workdir, versions
 from advtransfer.transfer import (
@@ -108,7 +108,7 @@ def plan(job: Job) -> str:
         blocks = "the chosen blocks"
     return (
         f"{before}fine-tune {blocks} of {task.model.spec.architecture} on "
-        f"{trial.num_train_images:,} images of {trial.target}, {num_steps(trial):,} steps"
+        f"{trial.num_train_images:,} images of {trial.target}, {trial_steps(trial):,} steps"
     )
 
 

@@ -1,5 +1,6 @@
 """Transfer: a new head, frozen blocks, the constant prefix computed once, fine-tuning of one or many."""
 
+from advtransfer.transfer.activation_cache import Prepared, cache_bytes, own_statistics, prepare
 from advtransfer.transfer.choose_k import (
     METHODS,
     RULE,
@@ -21,7 +22,6 @@ from advtransfer.transfer.freezing import (
 from advtransfer.transfer.head import HEAD_INITS, reset_head
 from advtransfer.transfer.input_norm import normalised_by
 from advtransfer.transfer.one_model import FineTuned, fine_tune, make_page, tune
-from advtransfer.transfer.prepared import Prepared, cache_bytes, own_statistics, prepare
 from advtransfer.transfer.program import Rates
 from advtransfer.transfer.recipe import Recipe, resolve_recipe, without_rates
 from advtransfer.transfer.tuning import fine_tune_many, fine_tune_one, num_streams

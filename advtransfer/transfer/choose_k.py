@@ -14,7 +14,7 @@ from advtransfer.arrays import AnyArray
 from advtransfer.data import Split, check_split
 from advtransfer.models import Model
 from advtransfer.train import DivergedError
-from advtransfer.transfer.prepared import own_statistics, prepare
+from advtransfer.transfer.activation_cache import own_statistics, prepare
 from advtransfer.transfer.recipe import Recipe, resolve_recipe
 from advtransfer.transfer.tuning import fine_tune_many
 

@@ -17,8 +17,8 @@ from advtransfer import parallel
 from advtransfer.data import Split, check_split
 from advtransfer.labels import check_labels
 from advtransfer.models import Model, ResNet
+from advtransfer.transfer.activation_cache import Prepared, cache_bytes, own_statistics, prepare
 from advtransfer.transfer.cost import block_flops, prefix_flops
-from advtransfer.transfer.prepared import Prepared, cache_bytes, own_statistics, prepare
 from advtransfer.transfer.program import Rates, make_fine_tune
 from advtransfer.transfer.recipe import Recipe, resolve_recipe, without_rates
 
