@@ -38,17 +38,19 @@ class Run:
     """What to do, and with what."""
 
     stage: str = option("study", "what to run", choices=STAGES)
-    seed: int = option(0, "of initial weights, batch order, augmentation and attacks of the sources", **_SEED)
+    seed: int = option(
+        0, "seed of the sources' initial weights, batch order, augmentation and attacks", **_SEED
+    )
     dtype: str = option(
         "auto",
-        "of the networks' computation; auto: float32 on a CPU, else bfloat16",
+        "type in which networks compute; auto: float32 on a CPU, else bfloat16",
         choices=("auto", "float32", "bfloat16"),
     )
     cache_dir: str = option(
         "", "where drawn or decoded datasets are kept; '': the user's cache folder", decides=False
     )
     broken_images: str = option(
-        "refuse", "images that cannot be decoded: skip leaves them out", choices=BROKEN
+        "refuse", "what to do with images that cannot be decoded; skip: leave them out", choices=BROKEN
     )
     source: str = option(
         "",
@@ -66,7 +68,7 @@ class Run:
 class TrainingData:
     """What a source is trained on."""
 
-    dataset: str = option("builtin:glyphs", "by name")
+    dataset: str = option("builtin:glyphs", "name of the training dataset")
     loading: str = option(
         "auto",
         "memory: decoded once, on the device; stream: decoded on the way; auto: stream above 2 GB",
@@ -78,8 +80,8 @@ class TrainingData:
 class TargetData:
     """What a network is transferred to."""
 
-    target: str = option("builtin:digits", "a dataset by name")
-    view: str = option("natural", "of all its images (data/views.py)", choices=tuple(VIEWS))
+    target: str = option("builtin:digits", "name of the target dataset")
+    view: str = option("natural", "view of the target's images (data/views.py)", choices=tuple(VIEWS))
     num_train_images: int = option(
         200, "stage=transfer; -1: all, with those otherwise set aside for validation", low=1, also=(-1,)
     )
@@ -92,10 +94,10 @@ class TargetData:
         "cross-validation on the training images (transfer/choose_k.py)",
         choices=("given", *METHODS),
     )
-    num_folds: int = option(5, "of the cross-validation", low=2)
+    num_folds: int = option(5, "folds of the cross-validation", low=2)
     stratified: bool = option(
         True,
-        "subsets hold every class's share to within one image; False: one of every class, the rest at random",
+        "whether subsets are stratified; False: one image of every class, the rest at random",
     )
     input_norm: str = option(
         "source",
@@ -112,15 +114,15 @@ class StudyNames:
     sources: str = option(
         "natural,l2:0.25",
         "comma-separated: natural and NORM:EPS are trained by the recipe of config.train; others are models "
-        "by name",
+        "name of the training dataset",
     )
     targets: str = option("", "datasets, comma-separated; '': config.transfer.target")
     views: tuple[str, ...] = option(
-        (), "of the targets' images; (): config.transfer.view", choices=tuple(VIEWS)
+        (), "views of the targets' images; (): config.transfer.view", choices=tuple(VIEWS)
     )
-    group_size: int = option(0, "trials compiled into one program; 0: all of one shape", low=0)
+    group_size: int = option(0, "trials in one compiled program; 0: all of one shape", low=0)
     calibration: float = option(
-        30.0, "seconds that --plan may measure for, to predict the hours; 0: no prediction", low=0
+        30.0, "seconds for which --plan runs trials to predict the hours; 0: no prediction", low=0
     )
 
 
@@ -129,26 +131,30 @@ class MeasuredModel:
     """What stage=evaluate measures."""
 
     model: str = option("", "stage=evaluate: a model by name")
-    dataset: str = option("builtin:glyphs", "stage=evaluate")
-    split: str = option("test", "that networks are measured on", choices=SPLITS)
+    dataset: str = option("builtin:glyphs", "stage=evaluate: name of the dataset")
+    split: str = option("test", "split that networks are measured on", choices=SPLITS)
 
 
 @options
 class Report:
     """What a report shows beside the rows."""
 
-    title: str = option("Do robust sources transfer better?", "of the page")
-    remarks: tuple[str, ...] = option((), "for the reader, such as how hyper-parameters were chosen")
+    title: str = option("Do robust sources transfer better?", "title of the page")
+    remarks: tuple[str, ...] = option((), "remarks for the reader, such as how hyper-parameters were chosen")
     reference: str = option(
         "none",
-        "paper: its published accuracies behind the figures against n (k = 3)",
+        "paper: draw its published accuracies behind the figures (k = 3)",
         choices=("none", "paper"),
     )
     accuracy_unit: str = option(
-        "auto", "of stage=report's rows; auto: found file by file", choices=("auto", "fraction", "percent")
+        "auto",
+        "unit of accuracies in stage=report's rows; auto: detected for each file",
+        choices=("auto", "fraction", "percent"),
     )
-    analyses: tuple[str, ...] = option((), "stage=study: of the sources it trains", choices=ANALYSES)
-    num_pictures: int = option(8, "source images shown with adversarial examples of them, at most 8", low=0)
+    analyses: tuple[str, ...] = option(
+        (), "stage=study: analyses of the sources that it trains", choices=ANALYSES
+    )
+    num_pictures: int = option(8, "source images to show with their adversarial examples, at most 8", low=0)
 
 
 class Options(NamedTuple):

@@ -43,17 +43,19 @@ _EVALUATION_STREAM = 0xE7A1
 class Evaluation:
     """How a network's natural and adversarial accuracy is measured."""
 
-    norm: str = option("l2", "of the attack; none: natural accuracy only", choices=NORMS)
-    eps: float = option(0.25, "its radius, in pixel units", low=0)
-    num_steps: int = option(20, "of PGD", low=1)
+    norm: str = option("l2", "threat model of the attack; none: natural accuracy only", choices=NORMS)
+    eps: float = option(0.25, "radius of the threat model, in pixel units", low=0)
+    num_steps: int = option(20, "steps of PGD", low=1)
     step_ratio: float = option(
-        0.125, "step size divided by eps; the default is Madry et al.'s (2018) 2.5 / num_steps at 20", above=0
+        0.125,
+        "PGD's step size divided by eps; the default is 2.5 / num_steps (Madry et al., 2018) at 20",
+        above=0,
     )
     num_restarts: int = option(
-        1, "random starts, of which each image keeps its worst; 1: starts at the image", low=1
+        1, "random starts, of which the worst counts for each image; 1: one start, at the image", low=1
     )
     num_images: int = option(0, "first images of the split; 0: all", low=0)
-    batch_size: int = option(256, "images at a time, over all devices", low=1)
+    batch_size: int = option(256, "images per batch, over all devices", low=1)
 
     @property
     def attack(self) -> Attack | None:

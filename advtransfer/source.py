@@ -46,33 +46,35 @@ class SourceRecipe:
 
     architecture: str = option("resnet_tiny", "a key of models.ARCHITECTURES")
     image_size: int = option(16, "side of the network's images, in pixels", low=1)
-    mean: tuple[float, ...] = option((0.5, 0.5, 0.5), "per channel, of images in [0, 1]", lengths=(3,))
+    mean: tuple[float, ...] = option((0.5, 0.5, 0.5), "mean per channel, of images in [0, 1]", lengths=(3,))
     std: tuple[float, ...] = option(
-        (0.25, 0.25, 0.25), "per channel, of images in [0, 1]", lengths=(3,), above=0
+        (0.25, 0.25, 0.25), "standard deviation per channel, of images in [0, 1]", lengths=(3,), above=0
     )
     norm: str = option("none", "threat model of adversarial training", choices=NORMS)
-    eps: float = option(0.0, "its radius, in pixel units", low=0)
-    attack_steps: int = option(3, "of PGD (Salman et al., 2020, appendix A)", low=1)
-    attack_step_ratio: float = option(2 / 3, "step size divided by eps (same place)", above=0)
+    eps: float = option(0.0, "radius of the threat model, in pixel units", low=0)
+    attack_steps: int = option(3, "steps of PGD (Salman et al., 2020, appendix A)", low=1)
+    attack_step_ratio: float = option(
+        2 / 3, "PGD's step size divided by eps (Salman et al., 2020, appendix A)", above=0
+    )
     attack_random_start: bool = option(False, "PGD starts at random inside the threat model")
     attack_batch_norm: str = option(
-        "running", "statistics that the attack sees", choices=("running", "batch")
+        "running", "BatchNorm statistics that the attack sees", choices=("running", "batch")
     )
-    num_epochs: int = option(8, "epochs; each drops the images that fill no batch", low=1)
-    batch_size: int = option(128, "images of a step, over all devices", low=1)
+    num_epochs: int = option(8, "epochs; each drops the images of an incomplete last batch", low=1)
+    batch_size: int = option(128, "images per step, over all devices", low=1)
     num_parts: int = option(
-        1, "of a batch, one after the other, where the whole needs too much memory", low=1
+        1, "parts into which a batch is divided for gradient accumulation, to save memory", low=1
     )
-    learning_rate: float = option(0.1, "peak of the schedule", above=0)
-    schedule: str = option("cyclic", "of the learning rate (optim.make_schedule)", choices=SCHEDULES)
-    momentum: float = option(0.9, "of SGD", low=0, below=1)
-    weight_decay: float = option(5e-4, "added to the gradient, of all parameters", low=0)
-    label_smoothing: float = option(0.0, "weight of the uniform distribution", low=0, below=1)
+    learning_rate: float = option(0.1, "peak learning rate", above=0)
+    schedule: str = option("cyclic", "schedule of the learning rate (optim.make_schedule)", choices=SCHEDULES)
+    momentum: float = option(0.9, "momentum of SGD", low=0, below=1)
+    weight_decay: float = option(5e-4, "weight decay of all parameters, added to the gradient", low=0)
+    label_smoothing: float = option(0.0, "weight of the uniform distribution in the targets", low=0, below=1)
     average_decay: float = option(
-        0.0, "of a moving average of the weights, which becomes the model; 0: none", low=0, below=1
+        0.0, "decay of a moving average of the weights, which becomes the model; 0: none", low=0, below=1
     )
-    augmentation: Augmentation = option(Augmentation(), "of the training images")
-    sync_batch_norm: bool = option(True, "BatchNorm statistics over all devices, not device by device")
+    augmentation: Augmentation = option(Augmentation(), "augmentation of the training images")
+    sync_batch_norm: bool = option(True, "whether BatchNorm statistics are over all devices or per device")
     num_workers: int = option(
         -1, "processes that decode a stream; -1: one per core; 0: threads", low=-1, decides=False
     )

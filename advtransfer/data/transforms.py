@@ -39,7 +39,7 @@ class Augmentation:
         "", "a published augmentation", choices=("", "none", "utrera", "utrera_color", "salman", "robustness")
     )
     crop_padding: int = option(0, "pixels of padding before a random crop of the original size", low=0)
-    flip: bool = option(False, "left to right, with probability 1/2")
+    flip: bool = option(False, "horizontal flip with probability 1/2")
     jitter: float = option(
         0.0, "brightness, contrast and saturation factors are in 1 ± jitter", low=0, below=1
     )

@@ -19,10 +19,10 @@ class Search:
     """What is tried, in all combinations, for every source, target, n and k; the best on validation images is
     taken."""
 
-    learning_rates: tuple[float, ...] = option((), "(): the recipe's", above=0)
-    weight_decays: tuple[float, ...] = option((), "(): the recipe's", low=0)
-    epochs: tuple[int, ...] = option((), "(): the recipe's", low=1)
-    search_seeds: int = option(3, "trials of each combination", low=1)
+    learning_rates: tuple[float, ...] = option((), "learning rates to try; (): the recipe's", above=0)
+    weight_decays: tuple[float, ...] = option((), "weight decays to try; (): the recipe's", low=0)
+    epochs: tuple[int, ...] = option((), "numbers of epochs to try; (): the recipe's", low=1)
+    search_seeds: int = option(3, "seeds of each combination of hyper-parameters", low=1)
 
     @property
     def is_asked(self) -> bool:

@@ -72,19 +72,21 @@ class Grid:
     """A grid of fine-tunings: every source × target × n × k × seed is one trial."""
 
     num_train_images: tuple[int, ...] = option(
-        (200, 400, 800), "-1: all", low=1, also=(-1,), lengths=NOT_EMPTY
+        (200, 400, 800), "numbers of training images; -1: all", low=1, also=(-1,), lengths=NOT_EMPTY
     )
     num_unfrozen_blocks: tuple[int, ...] = option(
         (0, 1), "blocks trained beside the head; -1: everything", low=-1, lengths=NOT_EMPTY
     )
-    num_seeds: int = option(20, "of subsets, heads, orders and augmentation", low=1)
-    seeds: tuple[int, ...] = option((), "the first num_seeds of them; (): 0, 1, ...", low=0, high=2**32 - 1)
+    num_seeds: int = option(20, "seeds, each with its own subset, head, batch order and augmentation", low=1)
+    seeds: tuple[int, ...] = option(
+        (), "seeds, of which the first num_seeds are used; (): 0, 1, ...", low=0, high=2**32 - 1
+    )
     fewer_seeds: tuple[tuple[int, int], ...] = option(
-        (), "pairs (n, number): with n images and more the first so many seeds only", low=1
+        (), "pairs (n, m): only the first m seeds at n or more images", low=1
     )
     split: str = option(
         "test",
-        "that trials are measured on; validation to choose hyper-parameters",
+        "split that trials are measured on; validation to choose hyper-parameters",
         choices=("test", "validation"),
     )
 

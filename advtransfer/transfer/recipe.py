@@ -26,18 +26,18 @@ class Recipe:
     """
 
     num_epochs: int = option(150, "epochs", low=1)
-    max_steps: int = option(0, "steps at most, by fewer epochs, but at least one; 0: no limit", low=0)
+    max_steps: int = option(0, "maximum steps, reached by fewer epochs but at least one; 0: no limit", low=0)
     evaluate_epochs: tuple[int, ...] = option(
-        (), "epochs after which the network is measured, beside the last; counted from 1", low=1
+        (), "epochs after which the network is measured, besides the last; counted from 1", low=1
     )
-    batch_size: int = option(128, "images of a step; with fewer images all of them", low=1)
+    batch_size: int = option(128, "images per step; with fewer images all of them", low=1)
     learning_rate: float = option(0.1, "initial learning rate", above=0, high=_LARGEST)
-    schedule: str = option("step", "of the learning rate (optim.make_schedule)", choices=SCHEDULES)
-    momentum: float = option(0.9, "of SGD", low=0, below=1)
+    schedule: str = option("step", "schedule of the learning rate (optim.make_schedule)", choices=SCHEDULES)
+    momentum: float = option(0.9, "momentum of SGD", low=0, below=1)
     weight_decay: float = option(
-        5e-4, "added to the gradient, of all trained parameters", low=0, high=_LARGEST
+        5e-4, "weight decay of all trained parameters, added to the gradient", low=0, high=_LARGEST
     )
-    label_smoothing: float = option(0.0, "weight of the uniform distribution", low=0, below=1)
+    label_smoothing: float = option(0.0, "weight of the uniform distribution in the targets", low=0, below=1)
     head_init: str = option("torch", "distribution of the new head", choices=tuple(HEAD_INITS))
     head_scale: float = option(1.0, "standard deviation of head_init=normal", low=0, high=_LARGEST)
     frozen_batch_norm: str = option(
@@ -46,7 +46,7 @@ class Recipe:
         "source's, or estimated once on the target's training images (target)",
         choices=FROZEN_BATCH_NORM,
     )
-    augmentation: Augmentation = option(Augmentation(), "of the training images")
+    augmentation: Augmentation = option(Augmentation(), "augmentation of the training images")
     num_views: int = option(
         0,
         "fixed views of each image to choose from in every step, the image and its augmentations, so that "
