@@ -10,7 +10,7 @@ from test_fine_tune_many import CLASSES, KEY, MODEL, NUM_TRAIN, RECIPE, TEST, TR
 
 from advtransfer import parallel
 from advtransfer.data import Augmentation
-from advtransfer.transfer import cache_bytes, fine_tune_many, fine_tune_one, prepare, prepared
+from advtransfer.transfer import activation_cache, cache_bytes, fine_tune_many, fine_tune_one, prepare
 
 pytestmark = pytest.mark.usefixtures("unoptimised")
 
@@ -48,12 +48,12 @@ def test_a_cache_that_does_not_fit_is_not_made(k, monkeypatch, caplog):
 def test_a_cache_takes_at_most_seven_tenths_of_what_is_free(monkeypatch, caplog):
     monkeypatch.setattr(parallel, "free_bytes", lambda: 10**10)
     for size, fits in ((0, False), (7 * 10**9, True), (7 * 10**9 + 1, False)):
-        monkeypatch.setattr(prepared, "cache_bytes", lambda *_, size=size: size)
-        assert prepared.is_cached(MODEL.module, RECIPE, 1, SIZE, 2000, 30) == fits
+        monkeypatch.setattr(activation_cache, "cache_bytes", lambda *_, size=size: size)
+        assert activation_cache.is_cached(MODEL.module, RECIPE, 1, SIZE, 2000, 30) == fits
     (message,) = caplog.messages
     assert message.startswith("the activations of 2,000 + 30 images at k = 1 take 7.0 GB of the 10.0 GB that")
     with pytest.raises(ValueError, match="lower num_views=2"):
-        prepared.is_cached(MODEL.module, replace(RECIPE, num_views=2), 1, SIZE, 2000, 30)
+        activation_cache.is_cached(MODEL.module, replace(RECIPE, num_views=2), 1, SIZE, 2000, 30)
 
 
 def test_only_the_images_that_trials_take_are_cached():

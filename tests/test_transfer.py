@@ -16,10 +16,10 @@ from advtransfer.models import Model, ModelSpec, create_module, init_variables, 
 from advtransfer.transfer import (
     HEAD_INITS,
     Recipe,
+    activation_cache,
     dual,
     fine_tune_one,
     frozen_mask,
-    prepared,
     program,
     reset_head,
     target_batch_stats,
@@ -273,8 +273,8 @@ def test_with_nothing_unfrozen_it_is_softmax_regression(width):
 def test_the_cached_and_the_recomputed_prefix_give_the_same_weights(tuned, monkeypatch):
     cached, cached_history = tuned(1, "target")
     with monkeypatch.context() as patch:
-        patch.setattr(prepared, "prefix_is_constant", lambda *_: False)
-        patch.setattr(prepared, "activations", lambda *_, **__: pytest.fail("the cache was used"))
+        patch.setattr(activation_cache, "prefix_is_constant", lambda *_: False)
+        patch.setattr(activation_cache, "activations", lambda *_, **__: pytest.fail("the cache was used"))
         recomputed, history = _tune(1, replace(RECIPE, frozen_batch_norm="target"))
     chex.assert_trees_all_close(cached.variables, recomputed.variables, rtol=1e-5, atol=1e-5)
     chex.assert_trees_all_close(cached_history, history, rtol=1e-5, atol=1e-5)
@@ -286,7 +286,7 @@ def test_random_augmentation_is_applied_and_never_cached(monkeypatch):
     mirrored = Split(np.concatenate([half, half[:, :, ::-1]], axis=2), TRAIN.labels)
     flipping = replace(RECIPE, augmentation=Augmentation(flip=True))
     with monkeypatch.context() as patch:
-        patch.setattr(prepared, "activations", lambda *_, **__: pytest.fail("the cache was used"))
+        patch.setattr(activation_cache, "activations", lambda *_, **__: pytest.fail("the cache was used"))
         same, _ = _tune(0, flipping, train=mirrored)
         moved, _ = _tune(0, flipping)
     still, _ = _tune(0, RECIPE, train=mirrored)
