@@ -47,7 +47,12 @@ class Run:
         choices=("auto", "float32", "bfloat16"),
     )
     cache_dir: str = option(
-        "", "where drawn or decoded datasets are kept; '': the user's cache folder", decides=False
+        "",
+        "where drawn or decoded datasets and compiled programs are kept; '': the user's cache folder",
+        decides=False,
+    )
+    keep_programs: bool = option(
+        True, "keep compiled programs in the cache, for later runs on this kind of machine", decides=False
     )
     broken_images: str = option(
         "refuse", "what to do with images that cannot be decoded; skip: leave them out", choices=BROKEN

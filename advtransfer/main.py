@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 
 from advtransfer import foreign, parallel, storage, tasks
 from advtransfer.checkpoint import SaveError, UnreadableCheckpoints
+from advtransfer.compilation import compile_clock
 from advtransfer.config import ConfigError, check_keys, explain
 from advtransfer.data import LostWorker
 from advtransfer.train import DivergedError, Preempted
@@ -56,7 +57,10 @@ def main(argv: list[str]) -> None:
         if _PLAN.value:
             print(tasks.plan(config, workdir))
         else:
-            tasks.run(config, workdir, command=shlex.join(["python", "launch.py", *sys.argv[1:]]))
+            start = time.monotonic()
+            with compile_clock() as compiled:
+                tasks.run(config, workdir, command=shlex.join(["python", "launch.py", *sys.argv[1:]]))
+            print(f"{time.monotonic() - start:.0f} s, of which XLA compiled for {sum(compiled):.0f} s")
         sys.stdout.flush()
     except (ConfigError, UnreadableCheckpoints, parallel.NoCluster) as error:
         _stop(WRONG_INPUT, str(error))

@@ -87,7 +87,7 @@ KINDS = {  # (accepted, refused): the keys
     (((), (1,)), ((0,), (1.5,), 1)): "transfer.evaluate_epochs",
     ((True, False), (1, "yes")): (
         "train.attack_random_start train.sync_batch_norm transfer.stratified train.augmentation.flip "
-        "transfer.augmentation.flip"
+        "transfer.augmentation.flip keep_programs"
     ),
     (("", "text"), (1, None)): (
         "cache_dir source verify models data rows checkpoint.architecture checkpoint.weights "

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "options": set(),
     "parallel": set(),
     "optim": set(),
+    "compilation": set(),
     "labels": {"arrays"},
     "attacks": {"arrays", "labels"},
     "report": {"foreign", "intervals", "norms"},
@@ -50,9 +51,11 @@ MAY_IMPORT["config"] = {
 MAY_IMPORT["tasks"] = (
     MAY_IMPORT["study"]
     | MAY_IMPORT["config"]
-    | {"config", "study", "source", "analysis", "explain", "report", "torch_checkpoint"}
+    | {"compilation", "config", "study", "source", "analysis", "explain", "report", "torch_checkpoint"}
 )
-MAY_IMPORT["main"] = {"foreign", "parallel", "storage", "tasks", "checkpoint", "config", "data", "train"}
+MAY_IMPORT["main"] = {
+    *("compilation", "foreign", "parallel", "storage", "tasks", "checkpoint", "config", "data", "train")
+}
 
 COLLECTIVES = {
     "pmap",

@@ -36,9 +36,7 @@ def cached_arrays(
       cache_dir: None is `$XDG_CACHE_HOME/advtransfer` or `~/.cache/advtransfer`.
     """
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "advtransfer"
-    path = Path(cache_dir) / f"{kind}-{digest[:16]}.npz"
+    path = cache_folder(cache_dir) / f"{kind}-{digest[:16]}.npz"
     with contextlib.suppress(*_UNREADABLE), path.open("rb") as file, np.load(file) as archive:
         return dict(archive)
     arrays = make()
@@ -68,6 +66,12 @@ def content_digest(*arrays: Shaped[np.ndarray, " ..."]) -> str:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
+
+
+def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
+    """The folder of everything that is kept for later runs (see `cached_arrays`)."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache_dir or Path(base).expanduser() / "advtransfer")
 
 
 def _write_by_rename(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -15,7 +15,9 @@ from ml_collections import ConfigDict
 from advtransfer import config as configuration
 from advtransfer import parallel, storage
 from advtransfer.checkpoint import SaveError
+from advtransfer.compilation import keep_programs
 from advtransfer.config import ConfigError
+from advtransfer.data.cache import cache_folder
 from advtransfer.models import compute_dtype
 from advtransfer.study import NoLocks
 from advtransfer.tasks import evaluate, importing, interpret, report, source, study, transfer
@@ -53,6 +55,8 @@ def run(config: ConfigDict, workdir: str | Path, *, command: str = "") -> None:
     job = make_job(config, workdir, command)
     try:
         check_datasets(job.options)
+        if job.options.run.keep_programs:
+            keep_programs(cache_folder(job.options.run.cache_dir) / "programs")
         with on_sigterm(stop_on_sigterm):
             TASKS[job.options.run.stage].run(job)
     except NoLocks as error:
