@@ -155,7 +155,7 @@ def test_models_in_a_bucket(store, monkeypatch):
     save_model(model, folder)
     chex.assert_trees_all_equal(load_model(folder).variables, variables)
     storage.write(store / "thesis" / "text", "years of work")
-    with pytest.raises(ValueError, match="no model folder and is not overwritten"):
+    with pytest.raises(ValueError, match="not a model folder, so it is not overwritten"):
         save_model(model, store / "thesis", overwrite=True)
     assert (store / "thesis" / "text").read_text() == "years of work"
 
