@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import platform
-import shutil
 from collections.abc import Generator
 from importlib.metadata import version
 from pathlib import Path
@@ -24,19 +23,29 @@ def keep_programs(folder: Path) -> None:
     """Keeps compiled programs below a folder, for later runs and other processes on this kind of machine.
 
     JAX_COMPILATION_CACHE_DIR, if set, names the folder instead; JAX_ENABLE_COMPILATION_CACHE=0 turns the
-    cache off. Without a folder that can be written nothing is kept.
+    cache off. Without a folder that can be written nothing is kept. The oldest programs are deleted when all
+    take more than 2 GiB.
     """
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:  # ty: ignore[missing-attribute] JAX adds them at run time
         return
     here = folder / _machine()
-    with contextlib.suppress(OSError):
-        if folder.exists() and sum(file.stat().st_size for file in folder.rglob("*-cache")) > _MAX_BYTES:
-            shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another process may be deleting the same files
+        _delete_oldest(folder)
         here.mkdir(parents=True, exist_ok=True)
     if os.access(here, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(here))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _delete_oldest(folder: Path) -> None:
+    sizes = {file: file.stat() for file in folder.glob(f"{'[0-9a-f]' * 16}/*-cache")}
+    excess = sum(status.st_size for status in sizes.values()) - _MAX_BYTES
+    for file in sorted(sizes, key=lambda file: sizes[file].st_mtime):
+        if excess <= 0:
+            break
+        excess -= sizes[file].st_size
+        file.unlink()
 
 
 def _machine() -> str:

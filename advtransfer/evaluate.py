@@ -180,7 +180,7 @@ def evaluate(
     check_labels(split.labels, split.num_images, jax.eval_shape(network, batch).shape[1])
     step = _evaluate_on_devices(attack)
     if parallel.num_processes() == 1:
-        # `jax.pmap` never lets go of what it has compiled; inside of a `jax.jit` it compiles nothing itself.
+        # `jax.pmap` never lets go of what it has compiled; inside a `jax.jit` it compiles nothing itself.
         step = jit_for(network, step)
     network = parallel.replicate(network)
     num_images = len(split.labels)

@@ -60,7 +60,8 @@ def main(argv: list[str]) -> None:
             start = time.monotonic()
             with compile_clock() as compiled:
                 tasks.run(config, workdir, command=shlex.join(["python", "launch.py", *sys.argv[1:]]))
-            print(f"{time.monotonic() - start:.0f} s, of which XLA compiled for {sum(compiled):.0f} s")
+            if parallel.is_main_process():
+                print(f"{time.monotonic() - start:.0f} s, of which XLA compiled for {sum(compiled):.0f} s")
         sys.stdout.flush()
     except (ConfigError, UnreadableCheckpoints, parallel.NoCluster) as error:
         _stop(WRONG_INPUT, str(error))

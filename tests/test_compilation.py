@@ -39,10 +39,14 @@ def test_a_second_process_loads_what_the_first_compiled(tmp_path):
     assert _run(tmp_path / "off", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine")) == 0
     assert not (tmp_path / "off").exists() and (tmp_path / "mine").exists()
     assert _run(tmp_path / "kept") == 0 and _run(tmp_path / "kept") > 0
-    (large,) = (tmp_path / "kept").iterdir()
-    with (large / "old-cache").open("wb") as file:
-        file.truncate(2**31)
-    assert _run(tmp_path / "kept") == 0 and not (large / "old-cache").exists()  # it has grown too large
+    (own,) = (tmp_path / "kept").iterdir()
+    (tmp_path / "kept/mine").mkdir()
+    for place in (own, tmp_path / "kept/mine"):
+        with (place / "large-cache").open("wb") as file:
+            file.truncate(2**31 + 1)
+    os.utime(own / "large-cache", (0, 0))  # the oldest
+    assert _run(tmp_path / "kept") > 0 and not (own / "large-cache").exists()
+    assert (tmp_path / "kept/mine/large-cache").exists()  # of somebody else
     (tmp_path / "file").touch()
     assert _run(tmp_path / "file" / "below") == 0  # it cannot be made
 

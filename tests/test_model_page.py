@@ -61,6 +61,13 @@ def test_counts_and_mistakes_are_those_of_a_loop():
         assert list(confused_pairs(outcome, number).itertuples(index=False, name=None)) == expected[:number]
 
 
+@pytest.mark.parametrize(("correct", "total"), [(0, 1), (1, 1), (0, 30), (17, 30), (30, 30), (9_990, 10_000)])
+def test_intervals_are_wilsons(correct, total):
+    reference = binomtest(correct, total).proportion_ci(0.95, method="wilson")
+    assert wilson(correct, total) == pytest.approx((reference.low, reference.high), abs=1e-12)
+    assert all(map(math.isnan, wilson(0, 0)))
+
+
 @pytest.mark.parametrize(
     ("labels", "logits"), [((3,), (2, 2)), ((2,), (2, 3)), ((2, 1), (2, 2)), ((2,), (2,))]
 )
