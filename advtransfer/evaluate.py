@@ -159,7 +159,7 @@ def evaluate(
         `attacks.as_network`). For many networks of one kind pass a `jax.tree_util.Partial` of one
         function: any other callable is compiled separately.
       split: uint8 images and labels on the host.
-      batch_size: over all devices, which must divide it.
+      batch_size: over all devices; accelerators must divide it.
       attack: (logits_fn, images, labels, key=keys) to images; None measures natural accuracy.
       key: for the attack's randomness.
       image_size: side of the network's images, to which those of the split are resized on the device; None
@@ -175,14 +175,15 @@ def evaluate(
     """
     check_split(split)
     sides = (image_size, image_size) if image_size else split.images.shape[1:3]
-    batch = jax.ShapeDtypeStruct((batch_size // parallel.num_devices(), *sides, 3), jnp.float32)
+    devices = parallel.choose_devices(batch_size)
+    batch = jax.ShapeDtypeStruct((batch_size // devices, *sides, 3), jnp.float32)
     network = as_network(logits_fn(network) if isinstance(network, Model) else network, batch)
     check_labels(split.labels, split.num_images, jax.eval_shape(network, batch).shape[1])
-    step = _evaluate_on_devices(attack)
+    step = _evaluate_on_devices(attack, devices)
     if parallel.num_processes() == 1:
         # `jax.pmap` never lets go of what it has compiled; inside a `jax.jit` it compiles nothing itself.
         step = jit_for(network, step)
-    network = parallel.replicate(network)
+    network = parallel.replicate(network, devices)
     num_images = len(split.labels)
     keys = jax.random.split(jax.random.key(0) if key is None else key, num_images)
     totals = []
@@ -191,7 +192,7 @@ def evaluate(
         images = to_float(jnp.asarray(split.images[chosen]), image_size)
         batch = Batch(images, jnp.asarray(split.labels[chosen]), keys[chosen])
         batch, mask = parallel.pad(batch, batch_size)
-        totals.append(step(network, *parallel.split((batch, mask))))
+        totals.append(step(network, *parallel.split((batch, mask), devices)))
     totals = jax.tree.map(lambda *x: np.sum(np.asarray(x, np.float64), axis=0), *jax.device_get(totals))
     if lost := int(totals["not_finite"][0]):
         raise ValueError(f"the logits of {lost:,} of {num_images:,} images are not finite numbers")
@@ -202,10 +203,10 @@ def evaluate(
 
 
 @functools.lru_cache(maxsize=32)
-def _evaluate_on_devices(attack: Attack | None) -> Callable[..., Metrics]:
+def _evaluate_on_devices(attack: Attack | None, devices: int) -> Callable[..., Metrics]:
     """Compiled once for every attack (the same object) and shape, whatever the network's weights are."""
     return parallel.data_parallel(
-        make_evaluate_step(attack, axis_name=parallel.AXIS), num_shared=1, num_split=2
+        make_evaluate_step(attack, axis_name=parallel.AXIS), num_shared=1, num_split=2, devices=devices
     )
 
 

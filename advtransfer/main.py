@@ -54,6 +54,8 @@ def main(argv: list[str]) -> None:
         config = _config(_CONFIG.value, experiment)
         if _MULTIHOST.value:
             parallel.initialize()
+        else:
+            parallel.one_device_per_core()
         if _PLAN.value:
             print(tasks.plan(config, workdir))
         else:

@@ -11,10 +11,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
+import math
 import os
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,10 @@ from jaxtyping import Float32, PyTree
 AXIS = "devices"
 
 LOST_PROCESS = 3  # exit code of a process whose run has lost another one
+
+# Operations of a forward pass per weight on each CPU device. Images/s of training steps on two devices over
+# those on one were 0.71-0.96 at 200, 0.93-1.14 at 400 and 0.98-1.37 from 800 on (benchmarks/RESULTS.md).
+_LEAST_WORK = 500
 
 # Where a launcher says how many processes it has started; mpirun may have been called in a job of Slurm.
 _PROCESS_COUNTS = ("JAX_NUM_PROCESSES", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS")
@@ -136,18 +143,65 @@ def platform() -> str:
     return jax.local_devices()[0].platform
 
 
+def one_device_per_core() -> None:
+    """Makes every core of a CPU a device, for `choose_devices`; call it before anything touches a device.
+
+    XLA_FLAGS and JAX_NUM_CPU_DEVICES that name a number of devices hold. Where there may be an accelerator
+    nothing is changed.
+    """
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    if asked != "cpu" and (asked or entry_points(group="jax_plugins") or find_spec("libtpu")):
+        return
+    flags = {
+        "--xla_force_host_platform_device_count": num_cores(),
+        # By default XLA ends the process when one device keeps another waiting for 40 s.
+        "--xla_cpu_collective_call_terminate_timeout_seconds": 10**6,
+    }
+    given = os.environ.get("XLA_FLAGS", "")
+    ours = [f"{name}={value}" for name, value in flags.items() if name not in given]
+    os.environ["XLA_FLAGS"] = " ".join([*filter(None, [given]), *ours])
+
+
+def num_cores() -> int:
+    """CPU cores that this process may use: by its affinity, and by its control group's share of time."""
+    known = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, max(1, quota // period))
+    return cores
+
+
 def num_devices() -> int:
-    """Devices that this process feeds."""
-    return jax.local_device_count()
+    """Devices of this process that independent work is spread over: all accelerators, but one CPU device, in
+    which work shares the cores by threads (`cores_per_device`)."""
+    return 1 if platform() == "cpu" else jax.local_device_count()
 
 
 def cores_per_device() -> int:
-    """CPU cores of this process for each of its devices; of an accelerator, which runs one program, 1."""
+    """CPU cores for each of `num_devices`; of an accelerator, which runs one program, 1."""
+    return max(1, num_cores() // num_devices()) if platform() == "cpu" else 1
+
+
+def choose_devices(batch_size: int, *, flops_per_weight: float = math.inf) -> int:
+    """How many devices of each process a batch is divided among.
+
+    All accelerators. Of CPU devices (see `one_device_per_core`) the largest number that divides the batch and
+    leaves each enough to do: on one device XLA runs small convolutions on one core, but on several each
+    repeats what has to be done for every weight, such as its update.
+
+    Args:
+      batch_size: of all processes.
+      flops_per_weight: operations of a forward pass for an image, for each weight that is trained.
+    """
+    available = jax.local_device_count()
     if platform() != "cpu":
-        return 1
-    known = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
-    return max(1, cores // num_devices())
+        return available
+    own = batch_size // num_processes()
+    fitting = [
+        n for n in range(1, available + 1) if own % n == 0 and own // n * flops_per_weight >= _LEAST_WORK
+    ]
+    return max(fitting, default=1)
 
 
 def side_by_side(function: Callable[..., Any], calls: Sequence[tuple]) -> list[Any]:
@@ -166,10 +220,8 @@ def side_by_side(function: Callable[..., Any], calls: Sequence[tuple]) -> list[A
 
 
 def free_bytes() -> int:
-    """Memory that new arrays may take on each device of this process: the least that one of them has left.
-
-    CPU devices share what the machine has left, or what the control group of this process leaves.
-    """
+    """Memory that new arrays may take on each of `num_devices`: the least that one of them has left; on a CPU
+    what the machine has left, or what the control group of this process leaves."""
     known = [device.memory_stats() for device in jax.local_devices()]
     if all(known):
         return min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in known)
@@ -207,14 +259,15 @@ def data_parallel(
     *,
     num_shared: int,
     num_split: int,
+    devices: int | None = None,
     donate: tuple[int, ...] = (),
 ) -> Callable[..., Any]:
-    """`function(*shared, *split)`, run on all devices of all processes, each over its shard of what is split.
+    """`function(*shared, *split)`, run on devices of all processes, each over its shard of what is split.
 
     Shared arguments have no device axis (replicate them once with `replicate`); split arguments come from
-    `split`, with a leading axis [num_devices]. The results must be equal on all devices (combined by
+    `split`, with a leading axis [devices]. The results must be equal on all devices (combined by
     `mean` or `total` over `AXIS`) and carry no device axis either. Arguments numbered in `donate` are
-    given up to the call.
+    given up to the call. `devices` is their number in each process, here and below; None: all.
     """
     return jax.pmap(
         function,
@@ -222,18 +275,26 @@ def data_parallel(
         in_axes=(None,) * num_shared + (0,) * num_split,
         out_axes=None,
         donate_argnums=donate,
+        devices=None if devices is None else _of_all_processes(devices),
     )
 
 
-def map_parallel(function: Callable[..., Any], *, num_shared: int, num_split: int) -> Callable[..., Any]:
+def _of_all_processes(devices: int) -> list[jax.Device]:
+    return [device for i in range(num_processes()) for device in jax.local_devices(i)[:devices]]
+
+
+def map_parallel(
+    function: Callable[..., Any], *, num_shared: int, num_split: int, devices: int | None = None
+) -> Callable[..., Any]:
     """Like `data_parallel`, for independent work on this process's devices: split arguments come from
-    `split_locally`, and results keep their leading axis [num_devices]."""
-    return jax.pmap(function, in_axes=(None,) * num_shared + (0,) * num_split, devices=jax.local_devices())
+    `split_locally`, and results keep their leading axis [devices]."""
+    in_axes = (None,) * num_shared + (0,) * num_split
+    return jax.pmap(function, in_axes=in_axes, devices=jax.local_devices()[:devices])
 
 
-def replicate(tree: PyTree) -> PyTree:
-    """Copies of every array on every local device, as arrays without a device axis."""
-    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), (AXIS,))
+def replicate(tree: PyTree, devices: int | None = None) -> PyTree:
+    """Copies of every array on local devices, as arrays without a device axis."""
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:devices]), (AXIS,))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     return jax.device_put(tree, everywhere)
 
@@ -248,29 +309,29 @@ def replicate_globally(tree: PyTree) -> PyTree:
     )
 
 
-def split(tree: PyTree) -> PyTree:
-    """This process's rows of a batch [N, ...], as [num_devices, N / devices of all processes, ...].
+def split(tree: PyTree, devices: int | None = None) -> PyTree:
+    """This process's rows of a batch [N, ...], as [devices, N / devices of all processes, ...].
 
     Raises:
       ValueError: when the number of all processes' devices does not divide N.
     """
     processes = num_processes()
-    _check_divisible(tree, processes * num_devices())
+    _check_divisible(tree, processes * (devices or jax.local_device_count()))
 
     def own_rows(x):
         rows = x.shape[0] // processes
         return x[process() * rows :][:rows]
 
-    return split_locally(tree if processes == 1 else jax.tree.map(own_rows, tree))
+    return split_locally(tree if processes == 1 else jax.tree.map(own_rows, tree), devices)
 
 
-def split_locally(tree: PyTree) -> PyTree:
-    """Reshapes [N, ...] to [num_devices, N / num_devices, ...]: independent work for this process's devices.
+def split_locally(tree: PyTree, devices: int | None = None) -> PyTree:
+    """Reshapes [N, ...] to [devices, N / devices, ...]: independent work for this process's devices.
 
     Raises:
       ValueError: when the number of devices does not divide N.
     """
-    devices = num_devices()
+    devices = devices or jax.local_device_count()
     _check_divisible(tree, devices)
     return jax.tree.map(lambda x: x.reshape(devices, x.shape[0] // devices, *x.shape[1:]), tree)
 
@@ -285,7 +346,7 @@ def _check_divisible(tree: PyTree, devices: int) -> None:
 
 
 def join(tree: PyTree) -> PyTree:
-    """The inverse of `split_locally`: [num_devices, M, ...] to [num_devices * M, ...]."""
+    """The inverse of `split_locally`: [devices, M, ...] to [devices * M, ...]."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
 
 

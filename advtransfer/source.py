@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -21,12 +22,14 @@ from advtransfer.attacks import cross_entropy, make_attack
 from advtransfer.checkpoint import Checkpoints
 from advtransfer.data import Augmentation, Batch, Dataset, Feed, StreamedSplit, choose_augmentation, make_feed
 from advtransfer.evaluate import Evaluation, measure
+from advtransfer.foreign import AnyPath
 from advtransfer.models import (
     Model,
     ModelSpec,
     ResNet,
     compute_dtype,
     create_module,
+    flops_per_weight,
     init_variables,
     load_model,
     save_model,
@@ -62,6 +65,12 @@ class SourceRecipe:
     )
     num_epochs: int = option(8, "epochs; each drops the images of an incomplete last batch", low=1)
     batch_size: int = option(128, "images per step, over all devices", low=1)
+    num_devices: int = option(
+        0,
+        "devices of each process that a step is divided among; 0: all accelerators; CPU cores while it pays",
+        low=0,
+        decides=False,
+    )
     num_parts: int = option(
         1, "parts into which a batch is divided for gradient accumulation, to save memory", low=1
     )
@@ -130,10 +139,27 @@ def check_source(recipe: SourceRecipe, dataset: Dataset) -> None:
         raise ValueError(
             f"batch_size={recipe.batch_size} is larger than the {dataset.train.num_images} training images"
         )
-    (shards,) = {len(shard) for shard in parallel.split(np.empty(recipe.batch_size))}
+    devices = choose_devices(recipe, dataset)
+    (shards,) = {len(shard) for shard in parallel.split(np.empty(recipe.batch_size), devices)}
     if shards % recipe.num_parts:
         raise ValueError(f"num_parts={recipe.num_parts} must divide the {shards} images of a device")
-    create_source_module(recipe, dataset)
+
+
+def choose_devices(recipe: SourceRecipe, dataset: Dataset) -> int:
+    """How many devices of each process a step is divided among.
+
+    Raises:
+      ValueError: recipe.num_devices is more than there are, or an unknown architecture.
+    """
+    module = create_source_module(recipe, dataset)
+    if recipe.num_devices > jax.local_device_count():
+        raise ValueError(
+            f"num_devices={recipe.num_devices} is more than the {jax.local_device_count()} that there are"
+        )
+    # With BatchNorm statistics per device or part, another number would be another training.
+    alike = recipe.sync_batch_norm and recipe.num_parts == 1
+    work = flops_per_weight(module, recipe.image_size) if alike else 0.0
+    return recipe.num_devices or parallel.choose_devices(recipe.batch_size, flops_per_weight=work)
 
 
 def create_source_module(recipe: SourceRecipe, dataset: Dataset, dtype: str = "auto") -> ResNet:
@@ -180,13 +206,17 @@ class Training(NamedTuple):
     close: Callable[[], None]  # ends the workers that decode images
 
 
-def start_training(recipe: SourceRecipe, dataset: Dataset, *, seed: int = 0, dtype: str = "auto") -> Training:
-    """The training that a recipe describes, on all devices, from nothing but these arguments.
+def start_training(
+    recipe: SourceRecipe, dataset: Dataset, *, seed: int = 0, dtype: str = "auto", devices: int | None = None
+) -> Training:
+    """The training that a recipe describes, from nothing but these arguments; `devices` are those of
+    `choose_devices` where they are None.
 
     Raises:
       ValueError: as `check_source`.
     """
     check_source(recipe, dataset)
+    devices = devices or choose_devices(recipe, dataset)
     module = create_source_module(recipe, dataset, dtype)
     schedule = make_schedule(recipe.schedule, recipe.learning_rate, num_steps(recipe, dataset))
     tx = sgd(schedule, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
@@ -222,20 +252,23 @@ def start_training(recipe: SourceRecipe, dataset: Dataset, *, seed: int = 0, dty
         seed=seed,
         num_workers=recipe.num_workers,
         image_size=recipe.image_size,
+        devices=devices,
     )
-    run_step = _make_run_step(train_step, feed)
-    return Training(module, parallel.replicate(state), run_step, schedule, feed.close)
+    run_step = _make_run_step(train_step, feed, devices)
+    return Training(module, parallel.replicate(state, devices), run_step, schedule, feed.close)
 
 
 def _make_run_step(
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], feed: Feed
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]], feed: Feed, devices: int
 ) -> RunStep:
-    """The step on all devices."""
+    """The step on so many devices."""
 
     def step_on_device(state, shared, rows):
         return train_step(state, feed.make_batch(shared, rows, state.step))
 
-    step_on_devices = parallel.data_parallel(step_on_device, num_shared=2, num_split=1, donate=(0,))
+    step_on_devices = parallel.data_parallel(
+        step_on_device, num_shared=2, num_split=1, devices=devices, donate=(0,)
+    )
     return lambda state, step: step_on_devices(state, feed.shared, feed.rows(step))
 
 
@@ -273,12 +306,14 @@ def train_source(
     if (model := load_source(recipe, folder, dtype=dtype)) is not None:
         return model
     storage.check_ours(folder, "source.json", "config.json")
-    run = start_training(recipe, dataset, seed=seed, dtype=dtype)
-    described = deciding(recipe) | {"seed": seed, "dtype": dtype, "classes": dataset.class_names}
-    described = json.dumps(described, sort_keys=True).encode()
+    devices = _devices_as_before(recipe, dataset, folder / "source.json")
+    run = start_training(recipe, dataset, seed=seed, dtype=dtype, devices=devices)
+    decided = deciding(recipe) | {"seed": seed, "dtype": dtype, "classes": dataset.class_names}
+    described = json.dumps(decided, sort_keys=True).encode()
     if parallel.is_main_process():
         storage.make_folder(folder)
-        storage.write(folder / "source.json", described)
+        about = json.dumps(decided | {"num_devices": devices}, sort_keys=True)
+        storage.write(folder / "source.json", about.encode())
     checkpoints = Checkpoints(folder / "checkpoints", keep=_KEPT, run=hashlib.sha256(described).hexdigest())
 
     def to_model(state: TrainState) -> Model:
@@ -302,7 +337,7 @@ def train_source(
 
     with contextlib.closing(run):
         restored = checkpoints.restore(run.state)
-        state = run.state if restored is None else parallel.replicate(restored)
+        state = run.state if restored is None else parallel.replicate(restored, devices)
         first_step = int(state.step)
         with RunLog(folder, first_step=first_step) as log:
             state = fit(
@@ -323,6 +358,20 @@ def train_source(
         save_model(model, folder / "model")
         storage.remove(folder / "checkpoints")
     return model
+
+
+def _devices_as_before(recipe: SourceRecipe, dataset: Dataset, file: AnyPath) -> int:
+    """`choose_devices`; on a CPU, what an earlier call has chosen and written to `file`, so that a resumed
+    training goes on as it began, if there are still so many."""
+    devices = choose_devices(recipe, dataset)
+    if parallel.is_main_process() and parallel.platform() == "cpu" and not recipe.num_devices:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            before = replace(recipe, num_devices=json.loads(file.read_bytes())["num_devices"])
+            check_source(before, dataset)
+            devices = before.num_devices or devices
+    devices = int(parallel.from_main(np.int32(devices)))
+    logging.info("%s: a step is divided among %d devices of each process", recipe.name, devices)
+    return devices
 
 
 def load_source(recipe: SourceRecipe, folder: str | os.PathLike[str], *, dtype: str = "auto") -> Model | None:

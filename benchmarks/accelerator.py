@@ -36,8 +36,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from advtransfer import parallel
-from advtransfer.models import create_module
-from advtransfer.transfer.cost import block_flops, layers
+from advtransfer.models import block_flops, create_module
+from advtransfer.models.cost import layers
 from benchmarks import path, right, study
 from benchmarks.steps import Case, Step, alternate, num_attack_steps, our_steps, quartiles, torch_steps
 

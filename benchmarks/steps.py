@@ -57,13 +57,17 @@ class Step(NamedTuple):
 def our_steps(
     case: Case, images: np.ndarray, labels: np.ndarray, dtype: Any, names: Sequence[str] = STEPS
 ) -> tuple[dict[str, Step], Any, Any]:
-    """The compiled steps by name, the network and the weights that all sides start from."""
+    """The compiled steps by name, the network and the weights that all sides start from.
+
+    On as many devices as source training and evaluation take.
+    """
     import jax
     import jax.numpy as jnp
 
+    from advtransfer import parallel
     from advtransfer.attacks import L2, cross_entropy, pgd
     from advtransfer.data import Batch
-    from advtransfer.models import create_module, init_variables
+    from advtransfer.models import create_module, flops_per_weight, init_variables
     from advtransfer.optim import sgd
     from advtransfer.train import init_state, make_train_step, module_apply
 
@@ -83,18 +87,25 @@ def our_steps(
             use_best=False,
         )
 
-    def loss_fn(images, variables, labels):
+    def loss_fn(variables, images, labels):
         logits: Any = module.apply(variables, images)
         return cross_entropy(logits, labels).sum()
 
-    def build(function, *args, donate=()):
+    def build(function, *args):
         started = time.perf_counter()
-        compiled = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+        compiled = function.lower(*args).compile()
         memory = compiled.memory_analysis()
         return compiled, time.perf_counter() - started, getattr(memory, "temp_size_in_bytes", math.nan)
 
-    def passes(function, *args):
-        compiled, *costs = build(function, *args)
+    def place(tree, devices):
+        put = parallel.map_parallel(lambda tree: tree, num_shared=0, num_split=1, devices=devices)
+        return put(parallel.split_locally(tree, devices))
+
+    def passes(function, *split):
+        devices = parallel.choose_devices(case.batch_size)
+        mapped = parallel.map_parallel(function, num_shared=1, num_split=len(split), devices=devices)
+        args = parallel.replicate(variables, devices), *place(split, devices)
+        compiled, *costs = build(mapped, *args)
 
         def run(calls):
             for _ in range(calls):
@@ -105,23 +116,28 @@ def our_steps(
 
     def training(num_steps):
         attacked = functools.partial(attack, num_steps) if num_steps else None
-        state = init_state(jax.tree.map(jnp.copy, variables), tx)
-        step = make_train_step(module_apply(module), tx, attack=attacked)
-        compiled, *costs = build(step, state, batch, donate=0)
+        work = flops_per_weight(module, case.image_size)
+        devices = parallel.choose_devices(case.batch_size, flops_per_weight=work)
+        state = parallel.replicate(init_state(jax.tree.map(jnp.copy, variables), tx), devices)
+        apply = module_apply(module.clone(axis_name=parallel.AXIS))
+        step = make_train_step(apply, tx, attack=attacked, axis_name=parallel.AXIS)
+        step = parallel.data_parallel(step, num_shared=1, num_split=1, devices=devices, donate=(0,))
+        shards = place(batch, devices)
+        compiled, *costs = build(step, state, shards)
 
         def run(calls):
             nonlocal state
             for _ in range(calls):
-                state, metrics = compiled(state, batch)
+                state, metrics = compiled(state, shards)
             jax.block_until_ready((state, metrics))
 
         return Step(run, *costs)
 
     def make(name):
         if name == "forward":
-            return passes(module.apply, variables, batch.images)
+            return passes(module.apply, batch.images)
         if name == "attack":
-            return passes(jax.value_and_grad(loss_fn), batch.images, variables, batch.labels)
+            return passes(jax.value_and_grad(loss_fn, argnums=1), batch.images, batch.labels)
         return training(num_attack_steps(name))
 
     with ThreadPoolExecutor(len(names)) as threads:  # XLA compiles each on a core of its own
@@ -288,6 +304,10 @@ def main() -> None:
 
     import jax
     import jax.numpy as jnp
+
+    from advtransfer import parallel
+
+    parallel.one_device_per_core()
 
     dtype = jnp.float32 if arguments.platform == "cpu" else jnp.bfloat16
     versions = f"Python {platform.python_version()}, JAX {jax.__version__}"

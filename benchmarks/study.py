@@ -37,7 +37,7 @@ import numpy as np
 
 from advtransfer import parallel
 from advtransfer.data import Split
-from advtransfer.models import Model, ModelSpec, conv, create_module, init_variables
+from advtransfer.models import Model, ModelSpec, block_flops, conv, create_module, init_variables
 from advtransfer.source import compute_dtype
 from advtransfer.transfer import (
     Prepared,
@@ -49,7 +49,6 @@ from advtransfer.transfer import (
     prepare,
     tuning,
 )
-from advtransfer.transfer.cost import block_flops
 from advtransfer.transfer.program import Task, make_fine_tune
 
 CLASSES, FEATURES, POOL = 10, 2048, 3200

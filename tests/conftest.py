@@ -37,6 +37,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
+@pytest.fixture
+def two_devices(monkeypatch):
+    """As on two accelerators: all work goes to both, whatever the rule for a CPU's cores says."""
+    monkeypatch.setattr("advtransfer.parallel.num_devices", lambda: 2)
+    monkeypatch.setattr("advtransfer.parallel.choose_devices", lambda *_, **__: 2)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _few_memory_maps():
     """A compiled program maps memory, and Linux bounds the maps of a process (vm.max_map_count, 65,530)."""

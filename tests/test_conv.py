@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from advtransfer.models import conv
 from advtransfer.models.conv import _on_blocks, conv2d, max_pool
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -100,6 +101,29 @@ def test_oblong_maps_and_any_padding():
         return found
 
     assert_close(*(jax.jit(partial(run, f), compiler_options=QUICKLY)() for f in (conv2d, reference)))
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2, 6])
+@pytest.mark.parametrize(
+    ("size", "kernel_size", "stride"),
+    [((14, 17), 3, 1), ((29, 32), 3, 2), ((31, 28), 7, 2), ((16, 14), 5, 1)],
+)
+def test_kernel_gradients_of_a_few_images_at_a_time(size, kernel_size, stride, at_a_time, monkeypatch):
+    """Of 32 channels or more on maps of 14² or more, against sums in float64."""
+    x, kernel, g = operands(size, kernel_size, stride, channels=(32, 7), batch=6)
+    (h, w), padding = g.shape[1:3], kernel_size // 2
+    image = 4 * w * (kernel_size * 32 * (size[0] + 2 * padding) + h * 7)
+    monkeypatch.setattr(conv, "_CACHE", at_a_time * image)
+    scanned = []
+    monkeypatch.setattr(conv.lax, "scan", lambda *args, scan=lax.scan: scanned.append(args[2]) or scan(*args))
+    found = jax.jit(lambda *a: value_and_gradients(partial(ours, stride=stride), *a)[2])(x, kernel, g)
+    assert {a.shape[:2] for part in scanned for a in part} == {(6 // at_a_time, at_a_time)}
+    wide = np.pad(np.asarray(x, np.float64), ((0, 0), (padding,) * 2, (padding,) * 2, (0, 0)))
+    for i in range(kernel_size):
+        for j in range(kernel_size):
+            there = wide[:, i : i + stride * h : stride, j : j + stride * w : stride][:, :h, :w]
+            want = np.einsum("nhwc,nhwo->co", there, np.asarray(g, np.float64))
+            np.testing.assert_allclose(found[i, j], want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("size", "kernel_size", "stride"), SOME)

@@ -1,12 +1,16 @@
 """What fine-tuning costs, against published counts and a count by hand."""
 
+import math
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from advtransfer.data import Augmentation
-from advtransfer.models import create_module
-from advtransfer.transfer import Recipe, block_flops, fine_tune_flops
+from advtransfer.models import block_flops, create_module, flops_per_weight, init_variables
+from advtransfer.models.cost import layers
+from advtransfer.transfer import Recipe, fine_tune_flops
 
 
 @pytest.mark.parametrize(
@@ -39,3 +43,12 @@ def test_a_small_network_by_hand():
         moving = replace(recipe, augmentation=Augmentation(flip=True))
         recomputed = fine_tune_flops(module, 8, moving, num_unfrozen_blocks=k, **options)
         assert recomputed == steps * (3 * own + frozen) + measured * (own + frozen)
+
+
+def test_a_network_that_jax_has_traced_before_is_counted():
+    module = create_module("resnet_tiny", num_classes=7)
+    variables = jax.eval_shape(lambda: init_variables(module, jax.random.key(0), 8))
+    jax.eval_shape(module.apply, variables, jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.float32))
+    assert layers(module, 8)[-1] == ("fc", (1, 7), (128, 7))
+    weights = sum(math.prod(layer.kernel) for layer in layers(module, 8))
+    assert flops_per_weight(module, 8) == sum(block_flops(module, 8)) / weights

@@ -23,6 +23,7 @@ from test_data_folder import damage, load, serials_of, write_images
 from test_data_tfds import numbered, write_set
 
 from advtransfer import config as base
+from advtransfer import parallel
 from advtransfer.config import ConfigError, read
 from advtransfer.data import (
     AUGMENTATIONS,
@@ -89,7 +90,8 @@ def test_what_is_drawn_stays_what_it_is(train, monkeypatch):
     assert numbers == expected
 
 
-def test_every_epoch_of_a_set_on_the_device_has_another_order():
+def test_every_epoch_of_a_set_on_the_device_has_another_order(monkeypatch):
+    monkeypatch.setattr(parallel, "platform", lambda: "gpu")
     images, labels = np.zeros((21, 4, 4, 3), np.uint8), np.arange(21, dtype=np.int32)
     feed, epochs = _feed(Split(images, labels)), []
     for epoch in range(3):
@@ -284,8 +286,9 @@ def _feed(train, *, augmentation=AUGMENTATIONS["none"], batch_size=8, num_steps=
     )
 
 
-def test_a_set_on_the_device_is_enlarged_batch_by_batch():
+def test_a_set_on_the_device_is_enlarged_batch_by_batch(monkeypatch):
     """It is stored at its own size; a batch equals one of the enlarged set."""
+    monkeypatch.setattr(parallel, "platform", lambda: "gpu")
     rng = np.random.default_rng(0)
     small = Split(rng.integers(0, 256, (20, 5, 5, 3), dtype=np.uint8), np.arange(20, dtype=np.int32))
     feed = _feed(small, image_size=12)
@@ -295,6 +298,28 @@ def test_a_set_on_the_device_is_enlarged_batch_by_batch():
     for device in range(2):
         batch = make_batch(feed.shared, jax.tree.map(lambda x: x[device], feed.rows(1)), 1)  # noqa: B023
         np.testing.assert_allclose(batch.images, enlarged[batch.labels], atol=1e-6)
+
+
+def test_the_devices_of_a_cpu_share_one_copy_of_the_images(monkeypatch):
+    """They get the rows of each step, and make of them what a device makes that has all images."""
+    rng = np.random.default_rng(0)
+    split = Split(rng.integers(0, 256, (20, 5, 5, 3), dtype=np.uint8), np.arange(20, dtype=np.int32))
+    feeds = []
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(parallel, "platform", lambda platform=platform: platform)
+        feeds.append(_feed(split, image_size=12, augmentation=Augmentation(crop_padding=2, flip=True)))
+    assert sum(x.size for x in jax.tree.leaves(feeds[0].shared)) < split.images.size
+    for step in (0, 3):
+        for device in range(2):
+            batches = [
+                jax.jit(feed.make_batch)(
+                    feed.shared,
+                    jax.tree.map(lambda x: x[device], feed.rows(step)),  # noqa: B023
+                    step,
+                )
+                for feed in feeds
+            ]
+            chex.assert_trees_all_equal(*batches)
 
 
 def test_what_devices_get_and_make_of_it(train):

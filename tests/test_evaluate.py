@@ -112,10 +112,9 @@ def test_the_batch_size_changes_nothing(attack):
 
 def test_one_device_measures_what_two_do(monkeypatch):
     options = {"batch_size": 4, "attack": RANDOM_ATTACK, "key": jax.random.key(5)}
+    assert parallel.choose_devices(4) == 2
     two = evaluate(NETWORK, SPLIT, **options)
-    first = jax.local_devices()[:1]
-    monkeypatch.setattr(parallel.jax, "local_devices", lambda: first)
-    monkeypatch.setattr(parallel.jax, "local_device_count", lambda: 1)
+    monkeypatch.setattr(parallel, "choose_devices", lambda _: 1)
     one = evaluate(NETWORK, SPLIT, **options)
     for name in ("accuracy", "mean_per_class_accuracy"):
         assert one[name] == pytest.approx(two[name], abs=1e-7)
@@ -141,7 +140,7 @@ def test_the_key_decides_the_random_starts():
     assert measure()["loss"] == losses[0]
 
 
-def test_a_batch_that_the_devices_do_not_divide_is_refused_in_one_line():
+def test_a_batch_that_the_devices_do_not_divide_is_refused_in_one_line(two_devices):
     with pytest.raises(ValueError, match="batch of 5 examples .* 2 devices: use a multiple of 2") as error:
         evaluate(NETWORK, SPLIT, batch_size=5)
     assert "\n" not in str(error.value)

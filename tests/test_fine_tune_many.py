@@ -28,10 +28,9 @@ from test_transfer import (
 from advtransfer import parallel
 from advtransfer.data import Augmentation, Split
 from advtransfer.evaluate import evaluation_means
-from advtransfer.models import create_module
+from advtransfer.models import block_flops, create_module
 from advtransfer.transfer import (
     activations,
-    block_flops,
     dual,
     fine_tune_many,
     fine_tune_one,
@@ -41,6 +40,8 @@ from advtransfer.transfer import (
     resolve_recipe,
 )
 from advtransfer.transfer.program import Rates, Task, make_fine_tune
+
+pytestmark = pytest.mark.usefixtures("two_devices")
 
 POOL = _split(50, 4)
 SUBSETS = np.stack([np.random.default_rng(i).permutation(50)[:NUM_TRAIN] for i in range(3)])

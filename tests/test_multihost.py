@@ -24,6 +24,7 @@ RECIPE = (
     "--config.evaluate.norm=none",
 )
 NUM_STEPS = 32
+TWO_DEVICES = "--config.train.num_devices=2"
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def _until_step(step, workdir, processes):
 def lost(start, tmp_path_factory):
     """A training whose second process has been killed; the first one has yet to find out."""
     workdir = tmp_path_factory.mktemp("lost")
-    processes = together(start, workdir)
+    processes = together(start, workdir, TWO_DEVICES)
     _until_step(3, workdir, processes)
     processes[1].kill()
     processes[1].communicate()
@@ -57,7 +58,7 @@ def lost(start, tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_process(start, lost, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one")
-    finish(start(workdir, devices=4))
+    finish(start(workdir, "--config.train.num_devices=4", devices=4))
     model = load_model(workdir / "model")
     fresh = init_variables(model.module, jax.random.split(jax.random.key(0))[0], 8)
     moved = jax.tree.map(lambda x, y: abs(x - y).max(), model.variables["params"], fresh["params"])
@@ -72,7 +73,7 @@ def _assert_same(workdir, one_process):
 
 @pytest.mark.process
 def test_sigterm_at_one_saves_on_all_and_one_device_goes_on(start, one_process, tmp_path):
-    processes = together(start, tmp_path)
+    processes = together(start, tmp_path, TWO_DEVICES)
     _until_step(2, tmp_path, processes)
     processes[1].send_signal(signal.SIGTERM)
     output = [finish(process) for process in processes]
@@ -90,7 +91,9 @@ def test_a_lost_process_ends_the_other_and_both_go_on(start, lost, one_process):
     stderr = finish(process, code=3)
     assert "another process of this run has ended" in stderr.splitlines()[-1]
     assert not (workdir / "model").exists()
-    stdout = [process.communicate(timeout=300)[0] for process in together(start, workdir)]
+    stdout = [
+        process.communicate(timeout=300)[0] for process in together(start, workdir)
+    ]  # as many devices as before
     _assert_same(workdir, one_process)
     assert "natural accuracy" in stdout[0] and "natural accuracy" not in stdout[1]
     logged = [json.loads(line)["step"] for line in (workdir / "log.jsonl").read_text().splitlines()]
@@ -109,7 +112,7 @@ def test_the_processes_of_open_mpi_find_each_other(start, tmp_path):
     if not shutil.which("mpirun"):
         pytest.skip("Open MPI is absent: apt-get install openmpi-bin")
     under = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2")
-    process = start(tmp_path, "--multihost", "--config.train.batch_size=202", under=under)
+    process = start(tmp_path, "--multihost", TWO_DEVICES, "--config.train.batch_size=202", under=under)
     stderr = finish(process, code=2)
     assert stderr.count("a batch of 202 examples cannot be split evenly over 4 devices") == 2, stderr
 

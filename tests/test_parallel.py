@@ -1,5 +1,6 @@
 """Splitting work over two virtual devices, against NumPy."""
 
+import math
 import os
 import subprocess
 import sys
@@ -213,3 +214,95 @@ def test_cores_are_shared_by_the_devices_of_a_cpu(monkeypatch, kind, cores, devi
     monkeypatch.setattr(parallel, "num_devices", lambda: devices)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(cores)}, raising=False)
     assert parallel.cores_per_device() == expected
+
+
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("9900000 100000", 8)],
+)
+def test_cores_are_those_of_the_affinity_and_the_control_group(monkeypatch, tmp_path, quota, expected):
+    (tmp_path / "cpu.max").write_text(f"{quota}\n")
+    monkeypatch.setattr(parallel, "Path", lambda _: tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {*range(8)}, raising=False)
+    assert parallel.num_cores() == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "processes", "batch_size", "flops_per_weight", "expected"),
+    [
+        ("gpu", 1, 7, 0.0, 6),  # all of them, which may then refuse the batch
+        ("cpu", 1, 128, math.inf, 4),  # 6 and 5 do not divide it
+        ("cpu", 1, 120, math.inf, 6),
+        ("cpu", 1, 127, math.inf, 1),
+        ("cpu", 2, 6, math.inf, 3),
+        ("cpu", 1, 64, 6.7, 1),  # ResNet-50 at 32²
+        ("cpu", 1, 256, 6.7, 2),
+        ("cpu", 1, 64, 95.2, 4),  # ResNet-18 with the CIFAR stem at 32²
+        ("cpu", 1, 128, 0.0, 1),
+    ],
+)
+def test_a_batch_is_divided_among_as_many_cores_as_have_enough_to_do(
+    monkeypatch, kind, processes, batch_size, flops_per_weight, expected
+):
+    monkeypatch.setattr(parallel, "platform", lambda: kind)
+    monkeypatch.setattr(parallel, "num_processes", lambda: processes)
+    monkeypatch.setattr(parallel.jax, "local_device_count", lambda: 6)
+    assert parallel.choose_devices(batch_size, flops_per_weight=flops_per_weight) == expected
+
+
+def test_a_program_on_some_of_the_devices():
+    tree = _tree(6)
+    one = parallel.replicate(np.float32(2), 1)
+    assert one.sharding.device_set == {*jax.local_devices()[:1]}
+
+    def double(factor, tree):
+        return parallel.total(factor * jnp.sum(tree["x"]), parallel.AXIS)
+
+    doubled = parallel.data_parallel(double, num_shared=1, num_split=1, devices=1)(
+        one, parallel.split(tree, 1)
+    )
+    np.testing.assert_allclose(doubled, 2 * tree["x"].sum(), rtol=1e-5)
+    apart = parallel.map_parallel(lambda x: -x, num_shared=0, num_split=1, devices=1)
+    found = apart(parallel.split_locally(tree["x"], 1))
+    np.testing.assert_array_equal(found, -tree["x"][None])
+    assert {*found.sharding.device_set} == {*doubled.sharding.device_set} == {*one.sharding.device_set}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, parallel.num_cores()),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, 3),
+        ({"JAX_NUM_CPU_DEVICES": "3"}, 3),
+    ],
+)
+def test_every_core_of_a_cpu_is_a_device_unless_the_user_says_otherwise(environment, expected):
+    code = (
+        "from advtransfer import parallel\n"
+        "parallel.one_device_per_core()\n"
+        "import jax, os\n"
+        "print(jax.local_device_count(), 'terminate_timeout_seconds=1000000' in os.environ['XLA_FLAGS'])\n"
+    )
+    kept = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=kept | environment,
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == [str(expected), "True"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("platforms", "plugins", "changed"),
+    [("", [], True), ("", ["xla_cuda12"], False), ("cuda", [], False), ("cpu", ["xla_cuda12"], True)],
+)
+def test_flags_are_for_a_cpu_alone(monkeypatch, platforms, plugins, changed):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    monkeypatch.setattr(parallel, "entry_points", lambda group: plugins)
+    parallel.one_device_per_core()
+    assert (os.environ["XLA_FLAGS"] != "--xla_cpu_enable_fast_math=false") == changed
+    assert os.environ["XLA_FLAGS"].startswith("--xla_cpu_enable_fast_math=false")

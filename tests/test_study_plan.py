@@ -9,6 +9,7 @@ import pytest
 from test_study import DATASET, SOURCES, _grid, _models, _trial
 
 from advtransfer.data import Augmentation, Split
+from advtransfer.models import block_flops
 from advtransfer.study import (
     accelerator_hours,
     caches_of,
@@ -20,10 +21,10 @@ from advtransfer.study import (
 )
 from advtransfer.study.calibrate import Speed
 from advtransfer.study.plan import PEAKS, STEP_SECONDS, UTILISATION, Cache
-from advtransfer.transfer import Prepared, Recipe, activations, block_flops
+from advtransfer.transfer import Prepared, Recipe, activations
 from advtransfer.transfer.program import Task
 
-pytestmark = pytest.mark.usefixtures("unoptimised")
+pytestmark = pytest.mark.usefixtures("unoptimised", "two_devices")
 
 MODELS = {source.name: _models()[source.identity] for source in SOURCES}
 NETWORKS = {name: (model.module, 8) for name, model in MODELS.items()}

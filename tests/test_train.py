@@ -205,18 +205,13 @@ def test_the_attack_draws_its_own_numbers():
 
 def _train(recipe, dataset, num_steps, *, devices):
     """The states of a training on the first `devices` virtual devices."""
-    every_device = jax.local_devices()
-    try:
-        parallel.jax.local_devices, saved = (lambda: every_device[:devices]), jax.local_devices
-        parallel.jax.local_device_count, saved_count = (lambda: devices), jax.local_device_count
-        run = start_training(recipe, dataset)
-        state, states, metrics = run.state, [], []
-        for step in range(num_steps):
-            state, found = run.run_step(state, step)
-            states.append(jax.device_get(state))
-            metrics.append(means(found))
-    finally:
-        parallel.jax.local_devices, parallel.jax.local_device_count = saved, saved_count
+    run = start_training(replace(recipe, num_devices=devices), dataset)
+    state, states, metrics = run.state, [], []
+    for step in range(num_steps):
+        state, found = run.run_step(state, step)
+        assert len(state.step.sharding.device_set) == devices
+        states.append(jax.device_get(state))
+        metrics.append(means(found))
     return states, metrics
 
 
@@ -246,7 +241,9 @@ def test_batch_norm_per_device_is_another_training(alone):
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused():
     with pytest.raises(ValueError, match="a batch of 15 .* 2 devices: use a multiple of 2"):
-        start_training(replace(RECIPE, batch_size=15), _dataset())
+        start_training(replace(RECIPE, batch_size=15, num_devices=2), _dataset())
+    with pytest.raises(ValueError, match="num_devices=3 is more than the 2 that there are"):
+        start_training(replace(RECIPE, num_devices=3), _dataset())
 
 
 # --- fit ------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from advtransfer.optim import make_schedule, sgd
 from advtransfer.source import SourceRecipe, train_source
 from advtransfer.tasks import inputs
 from advtransfer.tasks.source import load_source_data
-from advtransfer.train import init_state, make_train_step
+from advtransfer.train import Preempted, init_state, make_train_step
 
 pytestmark = pytest.mark.usefixtures("two_blocks")
 
@@ -117,10 +117,16 @@ def test_training_with_all_of_it(tmp_path):
 
 
 def test_parts_that_do_not_divide_a_devices_share_are_refused():
-    config = _config(num_parts=3)
+    config = _config(num_parts=3, num_devices=2)
     with pytest.raises(ConfigError, match="config.train: num_parts=3 must divide the 40 images of a device"):
         load_source_data(read(config))
-    assert parallel.num_devices() == 2
+
+
+def test_an_evaluation_batch_that_accelerators_do_not_divide_is_refused(two_devices):
+    config = _config()
+    config.evaluate.batch_size = 255
+    with pytest.raises(ConfigError, match="config.evaluate.batch_size: .*2 devices"):
+        load_source_data(read(config))
 
 
 def _small(num_train):
@@ -239,3 +245,23 @@ def test_the_imagenet_recipe_is_the_published_one():
     assert choose_augmentation(cifar.augmentation) == AUGMENTATIONS["utrera_color"]
     with pytest.raises(ValueError, match="l2_3, linf_4"):
         _experiment("source_imagenet", "l2")
+
+
+def test_a_resumed_training_goes_on_with_as_many_devices_as_it_began(tmp_path, monkeypatch):
+    """Unless the recipe names a number, or there are fewer now."""
+    began = []
+
+    def stop(state, run_step, **_):
+        began.append(len(state.step.sharding.device_set))
+        raise Preempted("here")
+
+    def train(chosen, **options):
+        monkeypatch.setattr(parallel, "choose_devices", lambda *_, **__: chosen)
+        with pytest.raises(Preempted):
+            source.train_source(SourceRecipe(batch_size=8, **options), _small(16), folder=tmp_path)
+        return began.pop()
+
+    monkeypatch.setattr(source, "fit", stop)
+    assert [train(2), train(1), train(1, num_devices=1), train(2), train(2, num_devices=2)] == [2, 2, 1, 1, 2]
+    monkeypatch.setattr(parallel.jax, "local_device_count", lambda: 1)
+    assert train(1) == 1

@@ -40,6 +40,7 @@ def make_feed(
     seed: int,
     num_workers: int,
     image_size: int | None = None,
+    devices: int | None = None,
 ) -> Feed:
     """Batches that are a function of the step and the arguments.
 
@@ -57,9 +58,10 @@ def make_feed(
       num_workers: see `iterate`; streamed images only.
       image_size: side of the network's images, to which a dataset on the device is resized; None keeps its
         size.
+      devices: of each process, that a batch is divided among; None: all.
     """
     order_key, example_key = jax.random.split(key)
-    positions = parallel.split(np.arange(batch_size))
+    positions = parallel.split(np.arange(batch_size), devices)
 
     def example_keys(key, step, positions):
         step_key = jax.random.fold_in(key, step)
@@ -69,7 +71,7 @@ def make_feed(
         order = StreamOrder(
             seed, batch_size, parallel.process(), parallel.num_processes(), augmentation.resized_crop
         )
-        batches = DeviceBatches(train, order, num_steps, num_workers=num_workers)
+        batches = DeviceBatches(train, order, num_steps, num_workers=num_workers, devices=devices)
         uncropped = dataclasses.replace(augmentation, resized_crop=0.0)
 
         def make_streamed(shared, rows, step):
@@ -78,7 +80,7 @@ def make_feed(
             return Batch(augment(keys, to_float(images), uncropped), labels, keys)
 
         return Feed(
-            shared=parallel.replicate(example_key),
+            shared=parallel.replicate(example_key, devices),
             rows=lambda step: (*batches(step), positions),
             make_batch=make_streamed,
             close=batches.close,
@@ -92,12 +94,25 @@ def make_feed(
 
     def rows(step):
         epoch, i = divmod(step, train.num_images // batch_size)
-        return parallel.split(epoch_order(epoch)[i * batch_size : (i + 1) * batch_size]), positions
+        return parallel.split(epoch_order(epoch)[i * batch_size : (i + 1) * batch_size], devices), positions
 
     def make_gathered(shared, rows, step):
         (images, labels, key), (indices, positions) = shared, rows
         keys = example_keys(key, step, positions)
         return make_batch(images, labels, indices, keys, augmentation, image_size=image_size)
 
-    shared = parallel.replicate((jnp.asarray(train.images), jnp.asarray(train.labels), example_key))
-    return Feed(shared, rows, make_gathered, close=lambda: None)
+    if parallel.platform() == "cpu":  # its devices share the memory, which a copy for each would fill
+
+        def own_rows(step):
+            indices, positions = rows(step)
+            own = np.arange(indices.shape[1])
+            return train.images[indices], train.labels[indices], np.tile(own, (len(indices), 1)), positions
+
+        def make_from_rows(key, rows, step):
+            images, labels, indices, positions = rows
+            return make_gathered((images, labels, key), (indices, positions), step)
+
+        return Feed(parallel.replicate(example_key, devices), own_rows, make_from_rows, close=lambda: None)
+
+    shared = jnp.asarray(train.images), jnp.asarray(train.labels), example_key
+    return Feed(parallel.replicate(shared, devices), rows, make_gathered, close=lambda: None)

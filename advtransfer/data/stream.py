@@ -214,10 +214,21 @@ class DeviceBatches:
     Steps should be requested in order; any other step restarts the stream there.
     """
 
-    def __init__(self, split: StreamedSplit, order: StreamOrder, num_steps: int, *, num_workers: int):
+    def __init__(
+        self,
+        split: StreamedSplit,
+        order: StreamOrder,
+        num_steps: int,
+        *,
+        num_workers: int,
+        devices: int | None = None,
+    ):
         self._open = functools.partial(iterate, split, order, num_steps=num_steps, num_workers=num_workers)
         # The copy is asynchronous: the next batch is transferred while the devices compute.
-        self._put = parallel.map_parallel(lambda images, labels: (images, labels), num_shared=0, num_split=2)
+        self._put = parallel.map_parallel(
+            lambda images, labels: (images, labels), num_shared=0, num_split=2, devices=devices
+        )
+        self._devices = devices
         self._iterator: grain.DatasetIterator[HostBatch] | None = None
         self._next: int | None = None
         self._ready: deque[tuple[Array, Array]] = deque()
@@ -241,7 +252,7 @@ class DeviceBatches:
                 raise LostWorker(f"a process that decodes images has ended ({why})") from error
             self._say(batch.skipped)
             arrays = np.asarray(batch.images), np.asarray(batch.labels)
-            self._ready.append(self._put(*parallel.split_locally(arrays)))
+            self._ready.append(self._put(*parallel.split_locally(arrays, self._devices)))
         self._next = step + 1
         return self._ready.popleft()
 

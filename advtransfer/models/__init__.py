@@ -11,6 +11,7 @@ from advtransfer.models.bundle import (
     package_versions,
     save_model,
 )
+from advtransfer.models.cost import block_flops, flops_per_weight
 from advtransfer.models.resnet import (
     ARCHITECTURES,
     IMAGENET_MEAN,
@@ -27,9 +28,11 @@ __all__ = [
     "Model",
     "ModelSpec",
     "ResNet",
+    "block_flops",
     "compute_dtype",
     "create_module",
     "digest",
+    "flops_per_weight",
     "identity",
     "init_variables",
     "load_model",

@@ -26,6 +26,8 @@ from jaxtyping import Array, Float
 
 from advtransfer.arrays import AnyArray
 
+_CACHE = 4 << 20  # bytes of the operands of a product that are made for it
+
 
 def conv2d(
     x: Float[AnyArray, "n h w c"],
@@ -162,6 +164,8 @@ def _cpu_kernel_gradient(x, kernel, g, stride, padding):
         return vjp(_outer(x, g).reshape(matrix.shape))[0]
     if _is_small(x, kernel, stride):
         return _outer(_taps(x, size, stride, padding), g).reshape(kernel.shape)
+    if x.shape[3] >= 32 and min(g.shape[1:3]) >= 14:
+        return _kernel_gradient_by_rows(x, kernel, g, stride, padding)
     return _kernel_gradient_as_convolution(x, kernel, g, stride, padding)
 
 
@@ -236,6 +240,30 @@ def _input_gradient_by_phases(x, kernel, g, padding):
     )
     phases = phases.reshape(n, h // 2, w // 2, 2, 2, c)
     return phases.transpose(0, 1, 3, 2, 4, 5).reshape(x.shape)
+
+
+def _kernel_gradient_by_rows(x, kernel, g, stride, padding):
+    """The kernel gradient as matrix products, one for each row of the kernel.
+
+    A few images at a time, so that the copies of x, shifted along W and side by side, stay in the cache. The
+    smaller operand comes first, and the results are transposed once, at the end.
+    """
+    (n, h, w, out), size, channels = g.shape, kernel.shape[0], x.shape[3]
+    image_bytes = g.dtype.itemsize * w * (size * channels * (x.shape[1] + 2 * padding) + h * out)
+    number = max(m for m in range(1, n + 1) if n % m == 0 and (m == 1 or m * image_bytes <= _CACHE))
+
+    def add(total, images):
+        x, g = images
+        x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+        x = jnp.concatenate([x[:, :, j : j + stride * (w - 1) + 1 : stride] for j in range(size)], axis=-1)
+        rows = [x[:, i : i + stride * (h - 1) + 1 : stride] for i in range(size)]
+        axes = (((0, 1, 2), (0, 1, 2)), ((), ()))
+        products = [lax.dot_general(g, row, axes, preferred_element_type=jnp.float32) for row in rows]
+        return total + jnp.stack(products), None
+
+    parts = [a.reshape(n // number, number, *a.shape[1:]) for a in (x, g)]
+    total, _ = lax.scan(add, jnp.zeros((size, out, size * channels), jnp.float32), tuple(parts))
+    return total.reshape(size, out, size, channels).transpose(0, 2, 3, 1).astype(kernel.dtype)
 
 
 def _kernel_gradient_as_convolution(x, kernel, g, stride, padding):

@@ -183,7 +183,7 @@ def _prepare(trials: Sequence[Trial], model: Model, dataset: Dataset) -> Prepare
     used = np.unique(np.concatenate([trial.subset(train.labels) for trial in one_each]))
     test = dataset.in_memory(first.split)
     prepared = prepare(model, train, test, first.recipe, first.num_unfrozen_blocks, used=used)
-    shared = parallel.replicate((prepared.batch_stats, prepared.task))
+    shared = parallel.replicate((prepared.batch_stats, prepared.task), parallel.num_devices())
     return Prepared(*shared, prepared.rows)
 
 

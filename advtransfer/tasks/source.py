@@ -17,7 +17,14 @@ from advtransfer.data import Dataset, StreamedSplit
 from advtransfer.evaluate import Evaluation, describe, measure
 from advtransfer.foreign import AnyPath
 from advtransfer.models import Model, identity
-from advtransfer.source import SourceRecipe, check_source, num_steps, state_bytes, train_source
+from advtransfer.source import (
+    SourceRecipe,
+    check_source,
+    choose_devices,
+    num_steps,
+    state_bytes,
+    train_source,
+)
 from advtransfer.tasks.inputs import load_data
 from advtransfer.tasks.workdir import Job, check_workdir, claimed, keep, open_workdir
 
@@ -68,7 +75,8 @@ def load_source_data(options: Options, *, planned: bool = False) -> Dataset:
 def check_evaluation(evaluation: Evaluation) -> None:
     """Raises a ConfigError for a batch that the devices do not divide."""
     with names_key("evaluate.batch_size"):
-        parallel.split(np.empty(evaluation.batch_size))
+        size = evaluation.batch_size
+        parallel.split(np.empty(size), parallel.choose_devices(size))
 
 
 def training_plan(recipe: SourceRecipe, dataset: Dataset, folder: AnyPath) -> str:
@@ -80,7 +88,8 @@ def training_plan(recipe: SourceRecipe, dataset: Dataset, folder: AnyPath) -> st
     size = state_bytes(recipe, dataset) + dataset.train.nbytes
     return line + (
         f"train {recipe.architecture}, {num_steps(recipe, dataset):,} steps of "
-        f"{recipe.batch_size} images{attack}; state and images {size / 1e6:,.1f} MB a device"
+        f"{recipe.batch_size} images{attack} on {choose_devices(recipe, dataset)} devices; state and images "
+        f"{size / 1e6:,.1f} MB a device"
     )
 
 

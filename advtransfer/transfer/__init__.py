@@ -10,7 +10,7 @@ from advtransfer.transfer.choose_k import (
     possible_folds,
     rule_of_thumb,
 )
-from advtransfer.transfer.cost import block_flops, fine_tune_flops, prefix_flops
+from advtransfer.transfer.cost import fine_tune_flops, prefix_flops
 from advtransfer.transfer.freezing import (
     activation_shape,
     activations,
@@ -37,7 +37,6 @@ __all__ = [
     "Recipe",
     "activation_shape",
     "activations",
-    "block_flops",
     "cache_bytes",
     "choose_k",
     "depths",

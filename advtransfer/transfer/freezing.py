@@ -93,8 +93,8 @@ def activations(
         for i in range(0, len(images), batch_size):
             i = min(i, len(images) - batch_size)  # the last batch takes some again
             piece = images[i : i + batch_size], numbers[i : i + batch_size]
-            place = view * len(images) + i
-            found = _enter(found, place, module, variables, *piece, view, drawn, start, image_size)
+            part = _enter(module, variables, *piece, view, drawn, start, image_size)
+            found = _put(found, part, view * len(images) + i)
     return found
 
 
@@ -123,13 +123,17 @@ def target_batch_stats(
     return totals
 
 
-@jax.jit(static_argnames=("module", "augmentation", "start", "image_size"), donate_argnames="found")
-def _enter(found, place, module, variables, images, numbers, view, augmentation, start, image_size):
+@jax.jit(static_argnames=("module", "augmentation", "start", "image_size"))
+def _enter(module, variables, images, numbers, view, augmentation, start, image_size):
     key = jax.random.fold_in(jax.random.key(_VIEW_STREAM), view)
     keys = jax.vmap(lambda number: jax.random.fold_in(key, number))(numbers)
     images = augment(keys, to_float(images, image_size), augmentation)
-    entering = module.apply(variables, images, stop=start)
-    return jax.lax.dynamic_update_slice_in_dim(found, entering, place, axis=0)
+    return module.apply(variables, images, stop=start)
+
+
+@jax.jit(donate_argnames="found")  # apart from `_enter`, which is then compiled once for sets of all sizes
+def _put(found, part, place):
+    return jax.lax.dynamic_update_slice_in_dim(found, part, place, axis=0)
 
 
 @jax.jit(static_argnames=("module", "image_size"))

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float32, Integer, Key
 from advtransfer import parallel
 from advtransfer.data import Split, check_split
 from advtransfer.labels import check_labels
-from advtransfer.models import Model, ResNet
+from advtransfer.models import Model, ResNet, block_flops
 from advtransfer.transfer.activation_cache import Prepared, cache_bytes, own_statistics, prepare
-from advtransfer.transfer.cost import block_flops, prefix_flops
+from advtransfer.transfer.cost import prefix_flops
 from advtransfer.transfer.program import Rates, make_fine_tune
 from advtransfer.transfer.recipe import Recipe, resolve_recipe, without_rates
 
@@ -127,7 +127,7 @@ def fine_tune_many(
     module = model.module.clone(num_classes=num_classes)
     batch = _trials_per_batch(module, num_unfrozen_blocks, *subsets.shape)
     decided = without_rates(recipe), num_unfrozen_blocks, model.spec.image_size, batch
-    programs = _many(module, *decided)  # ty: ignore[invalid-argument-type]  # a Flax module is hashable
+    programs = _many(module, *decided, parallel.num_devices())  # ty: ignore[invalid-argument-type]  # hashable
     tried = rates or Rates(recipe.learning_rate, recipe.weight_decay)
     tried = Rates(*(jnp.atleast_1d(jnp.asarray(x, jnp.float32)) for x in tried))
     chex.assert_rank(tried, 1)
@@ -209,9 +209,9 @@ def _spread(program: Callable, shared: tuple, trials: tuple, streams: int) -> di
     num_trials, devices = trials[-1].shape[0], parallel.num_devices()
     size = -(-num_trials // (devices * streams)) * devices
     trials, _ = parallel.pad(trials, -(-num_trials // size) * size)
-    shared = parallel.replicate(shared)
+    shared = parallel.replicate(shared, devices)
     parts = [
-        (*shared, *parallel.split_locally(jax.tree.map(lambda x, i=i: x[i : i + size], trials)))
+        (*shared, *parallel.split_locally(jax.tree.map(lambda x, i=i: x[i : i + size], trials), devices))
         for i in range(0, num_trials, size)
     ]
     histories = [parallel.join(history) for history in parallel.side_by_side(program, parts)]
@@ -233,7 +233,9 @@ def _one(module: ResNet, recipe: Recipe, num_unfrozen_blocks: int, image_size: i
 
 
 @functools.lru_cache(maxsize=64)
-def _many(module: ResNet, recipe: Recipe, num_unfrozen_blocks: int, image_size: int, batch: int) -> _Programs:
+def _many(
+    module: ResNet, recipe: Recipe, num_unfrozen_blocks: int, image_size: int, batch: int, devices: int
+) -> _Programs:
     """Compiled once for every (network, recipe, k), whatever the source's weights, rates and images are;
     `batch` trials run as one batched computation."""
     run = make_fine_tune(module, recipe, num_unfrozen_blocks, image_size)
@@ -254,6 +256,6 @@ def _many(module: ResNet, recipe: Recipe, num_unfrozen_blocks: int, image_size: 
         return each(lambda trial: one(params, rates, *trial), trials)
 
     return _Programs(
-        sharing=parallel.map_parallel(sharing, num_shared=4, num_split=2),
-        separate=parallel.map_parallel(separate, num_shared=2, num_split=4),
+        sharing=parallel.map_parallel(sharing, num_shared=4, num_split=2, devices=devices),
+        separate=parallel.map_parallel(separate, num_shared=2, num_split=4, devices=devices),
     )
