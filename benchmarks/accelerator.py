@@ -260,6 +260,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/accelerator"))
     args = parser.parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
+    parallel.one_device_per_core()
     names = args.sections.split(",")
     if unknown := set(names) - set(SECTIONS):
         parser.error(f"unknown sections {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")

@@ -172,21 +172,21 @@ def _training(architecture: str, size: int, batch: int, dtype: Any, axis_name: s
     module, variables, images, labels = make_network(architecture, size, batch)
     tx = sgd(0.01, momentum=0.9, weight_decay=5e-4)
     attack = functools.partial(pgd, threat_model=L2(0.5), num_steps=1, step_size=0.5, use_best=False)
-    step = make_train_step(module_apply(module.clone(dtype=dtype)), tx, attack=attack, axis_name=axis_name)
+    apply = module_apply(module.clone(dtype=dtype, axis_name=axis_name))
+    step = make_train_step(apply, tx, attack=attack, axis_name=axis_name)
     data = Batch(jnp.asarray(images), jnp.asarray(labels), jax.random.split(jax.random.key(1), batch))
     return step, init_state(jax.tree.map(jnp.asarray, variables), tx), data
 
 
 def check_pmap(architecture: str, size: int, batch: int) -> Iterator[Check]:
     """A training step mapped over the devices, against the same step jitted on one."""
-    if parallel.num_devices() > 1:
-        return  # BatchNorm then sees other batches
+    devices = parallel.choose_devices(batch)
     with jax.default_matmul_precision("highest"):
         step, state, data = _training(architecture, size, batch, jnp.float32, None)
         alone = jax.jit(step)(state, data)[0]
         step, _, _ = _training(architecture, size, batch, jnp.float32, parallel.AXIS)
-        mapped = parallel.data_parallel(step, num_shared=1, num_split=1)
-        together = mapped(parallel.replicate(state), parallel.split(data))[0]
+        mapped = parallel.data_parallel(step, num_shared=1, num_split=1, devices=devices)
+        together = mapped(parallel.replicate(state, devices), parallel.split(data, devices))[0]
     moved, difference = (
         max(
             np.max(np.abs(np.asarray(x) - y))
@@ -195,7 +195,9 @@ def check_pmap(architecture: str, size: int, batch: int) -> Iterator[Check]:
         for a, b in ((alone.params, state.params), (together.params, alone.params))
     )
     yield Check(
-        f"{architecture}, one step under pmap from jit, of the largest update", difference / moved, 1e-3
+        f"{architecture}, one step under pmap on {devices} device(s) from jit, of the largest update",
+        difference / moved,
+        1e-3,
     )
 
 

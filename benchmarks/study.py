@@ -52,8 +52,7 @@ from advtransfer.transfer import (
 from advtransfer.transfer.program import Task, make_fine_tune
 
 CLASSES, FEATURES, POOL = 10, 2048, 3200
-RATES = Rates(jnp.float32(0.01), jnp.float32(5e-4))
-GRID = Rates(jnp.linspace(0.005, 0.02, 20), jnp.full(20, 5e-4))
+RATES = Rates(0.01, 5e-4)
 
 TORCH_HEAD = """
 import sys, numpy as np, torch
@@ -96,6 +95,10 @@ def compare(case: str, ways: list[Way], turns: int) -> Iterator[Row]:
         low, ratio, high = np.quantile(times[0] / found, [0.25, 0.5, 0.75])
         milliseconds = float(np.median(found)) * 1e3
         yield f"{case}: {way.name}", {"ms": milliseconds, "ratio": f"{ratio:.2f} [{low:.2f}, {high:.2f}]"}
+
+
+def rate_grid() -> Rates:
+    return Rates(jnp.linspace(0.005, 0.02, 20), jnp.full(20, 5e-4))
 
 
 @functools.cache
@@ -209,7 +212,7 @@ def make_heads(n: int) -> tuple[Task, Heads]:
         alone=lambda: alone(*one),
         alone_in_dual=lambda: alone_in_dual(*one),
         seeds=lambda: engine(subsets=subsets, keys=keys),
-        rates=lambda: engine(subsets=subsets[:1], keys=keys[:1], rates=GRID),
+        rates=lambda: engine(subsets=subsets[:1], keys=keys[:1], rates=rate_grid()),
     )
 
 
@@ -328,6 +331,7 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--batch-size", type=int, default=16)
     args = parser.parse_args()
+    parallel.one_device_per_core()
     device = jax.devices()[0].device_kind
     print(
         f"{device} ({os.cpu_count()} cores, {platform.machine()}), JAX {jax.__version__}, {args.turns} turns"

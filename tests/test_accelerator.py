@@ -73,7 +73,7 @@ def test_every_section_runs_on_a_cpu(tmp_path):
     found = json.loads((tmp_path / "accelerator.json").read_text())
     assert [*found] == ["device", "right", "steps", "study", "path"]
     assert {figures["verdict"] for _, figures in found["right"]} == {"right", ""}
-    assert len(found["right"]) == 20
+    assert len(found["right"]) == 21
     rates = dict(found["steps"])
     assert rates["resnet_tiny 16², batch 32, clean"]["ours, images/s"] > 0
     assert all(figures["roofline"] > 0 for _, figures in found["steps"] if "roofline" in figures)

@@ -80,7 +80,8 @@ KINDS = {  # (accepted, refused): the keys
         "interpret.integration_steps interpret.num_queries"
     ),
     ((0, 1), (-1, 0.5)): (
-        "checkpoint.num_classes checkpoint.image_size train.validate_every transfer.max_steps "
+        "checkpoint.num_classes checkpoint.image_size train.validate_every train.num_devices "
+        "transfer.max_steps "
         "transfer.num_views study.group_size evaluate.num_images report.num_pictures "
         "train.augmentation.crop_padding transfer.augmentation.crop_padding"
     ),

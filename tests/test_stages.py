@@ -193,8 +193,8 @@ def test_plans_say_of_how_many_blocks_images_steps_and_bytes(tmp_path):
         size += digits.train.images.nbytes + digits.train.labels.nbytes
         name = "natural" if norm == "none" else "linf:0.25"
         assert tasks.plan(config, tmp_path / "out") == (
-            f"source {name}: train resnet_tiny, {digits.train.num_images // 80} steps of 80 images{attack}; "
-            f"state and images {size / 1e6:,.1f} MB a device"
+            f"source {name}: train resnet_tiny, {digits.train.num_images // 80} steps of 80 images{attack} "
+            f"on 2 devices; state and images {size / 1e6:,.1f} MB a device"
         )
     assert not (tmp_path / "out").exists()
 

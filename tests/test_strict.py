@@ -239,7 +239,7 @@ def test_no_tracer_leaks_out_of_a_fine_tuning(model, kind):
 def test_no_tracer_leaks_out_of_many_fine_tunings(model, k, form):
     """Three subsets with two rates each, on two devices: of one task, or of a task each."""
     with strict():
-        programs = tuning._many.__wrapped__(model.module, RECIPE, k, 8, 1)
+        programs = tuning._many.__wrapped__(model.module, RECIPE, k, 8, 1, 2)
         params, rates = model.variables["params"], Rates(jnp.float32([0.1, 0.01]), jnp.float32([0, 5e-4]))
         own = jnp.zeros((2, 2, 4), jnp.int32), jax.random.split(KEY, (2, 2))
         start = model.variables["batch_stats"], _task(model.module, RECIPE, k, NUM_IMAGES)

@@ -86,9 +86,10 @@ def training_plan(recipe: SourceRecipe, dataset: Dataset, folder: AnyPath) -> st
         return line + "done"
     attack = "" if recipe.norm == "none" else f" against PGD-{recipe.attack_steps}"
     size = state_bytes(recipe, dataset) + dataset.train.nbytes
+    devices = choose_devices(recipe, dataset)
     return line + (
         f"train {recipe.architecture}, {num_steps(recipe, dataset):,} steps of "
-        f"{recipe.batch_size} images{attack} on {choose_devices(recipe, dataset)} devices; state and images "
+        f"{recipe.batch_size} images{attack} on {devices} device{'s' * (devices > 1)}; state and images "
         f"{size / 1e6:,.1f} MB a device"
     )
 
