@@ -275,7 +275,8 @@ def data_parallel(
         in_axes=(None,) * num_shared + (0,) * num_split,
         out_axes=None,
         donate_argnums=donate,
-        devices=None if devices is None else _of_all_processes(devices),
+        # None: in the order that suits the interconnect.
+        devices=None if devices in (None, jax.local_device_count()) else _of_all_processes(devices),
     )
 
 

@@ -6,8 +6,8 @@ Trains a natural and an ℓ2-robust network on rendered letters, fine-tunes both
 digits (head alone, and head with the last block; 20 seeds), and writes runs/quickstart/report.html.
 
 Takes four to five minutes on 2 cores, without a download. Expect natural accuracy of 99.6 to 100 % for both
-sources, and under ℓ2 PGD-20 with ε = 0.25 accuracy of 70 to 74 % (natural) and 91 to 94 % (ℓ2). With at most
-100 images and the head alone, the robust source leads by 2 to 5 points, depending on the pair of sources:
+sources, and under ℓ2 PGD-20 with ε = 0.25 accuracy of 66 to 74 % (natural) and 91 to 95 % (ℓ2). With at most
+100 images and the head alone, the robust source leads by 2 to 6 points, depending on the pair of sources:
 rounding differs between machines and so changes the sources, as --config.seed does on one machine. README.md
 has the figures.
 
