@@ -1,6 +1,7 @@
 """Images per second of the four steps that adversarial transfer is made of, ours beside PyTorch.
 
     python -m benchmarks.steps --platform=cpu --peer=torch
+    python -m benchmarks.steps --peer=one-device --devices=2 --step=clean --step=pgd3 --case=resnet18:64:32
 
 Per case (network, batch, resolution): the forward pass; one attack pass (loss and its gradient with
 respect to the images, evaluation mode); a clean training step; a PGD-3 training step (ℓ2, attack in
@@ -8,7 +9,8 @@ evaluation mode). Training is SGD with momentum and weight decay. Both sides tak
 and images in one process, in turn; `ratio` is ours / peer in images per second, taken per turn:
 median [quartiles]. The peer is eager PyTorch in channels_last with as many threads as there are
 cores, no torch.compile. Run it on an idle machine: a busy core costs PyTorch's threads, which wait
-for each other at every operation, far more than XLA's.
+for each other at every operation, far more than XLA's. The second command compares ours on several
+devices with ours on one.
 """
 
 from __future__ import annotations
@@ -55,11 +57,16 @@ class Step(NamedTuple):
 
 
 def our_steps(
-    case: Case, images: np.ndarray, labels: np.ndarray, dtype: Any, names: Sequence[str] = STEPS
+    case: Case,
+    images: np.ndarray,
+    labels: np.ndarray,
+    dtype: Any,
+    names: Sequence[str] = STEPS,
+    devices: int = 0,
 ) -> tuple[dict[str, Step], Any, Any]:
     """The compiled steps by name, the network and the weights that all sides start from.
 
-    On as many devices as source training and evaluation take.
+    On so many devices; 0: as many as source training and evaluation take.
     """
     import jax
     import jax.numpy as jnp
@@ -97,14 +104,14 @@ def our_steps(
         memory = compiled.memory_analysis()
         return compiled, time.perf_counter() - started, getattr(memory, "temp_size_in_bytes", math.nan)
 
-    def place(tree, devices):
-        put = parallel.map_parallel(lambda tree: tree, num_shared=0, num_split=1, devices=devices)
-        return put(parallel.split_locally(tree, devices))
+    def place(tree, count):
+        put = parallel.map_parallel(lambda tree: tree, num_shared=0, num_split=1, devices=count)
+        return put(parallel.split_locally(tree, count))
 
     def passes(function, *split):
-        devices = parallel.choose_devices(case.batch_size)
-        mapped = parallel.map_parallel(function, num_shared=1, num_split=len(split), devices=devices)
-        args = parallel.replicate(variables, devices), *place(split, devices)
+        count = devices or parallel.choose_devices(case.batch_size)
+        mapped = parallel.map_parallel(function, num_shared=1, num_split=len(split), devices=count)
+        args = parallel.replicate(variables, count), *place(split, count)
         compiled, *costs = build(mapped, *args)
 
         def run(calls):
@@ -117,12 +124,12 @@ def our_steps(
     def training(num_steps):
         attacked = functools.partial(attack, num_steps) if num_steps else None
         work = flops_per_weight(module, case.image_size)
-        devices = parallel.choose_devices(case.batch_size, flops_per_weight=work)
-        state = parallel.replicate(init_state(jax.tree.map(jnp.copy, variables), tx), devices)
+        count = devices or parallel.choose_devices(case.batch_size, flops_per_weight=work)
+        state = parallel.replicate(init_state(jax.tree.map(jnp.copy, variables), tx), count)
         apply = module_apply(module.clone(axis_name=parallel.AXIS))
         step = make_train_step(apply, tx, attack=attacked, axis_name=parallel.AXIS)
-        step = parallel.data_parallel(step, num_shared=1, num_split=1, devices=devices, donate=(0,))
-        shards = place(batch, devices)
+        step = parallel.data_parallel(step, num_shared=1, num_split=1, devices=count, donate=(0,))
+        shards = place(batch, count)
         compiled, *costs = build(step, state, shards)
 
         def run(calls):
@@ -292,13 +299,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--platform", default="cpu", choices=("cpu", "gpu", "tpu"))
-    parser.add_argument("--peer", default="torch", choices=("torch", "none"))
-    parser.add_argument("--case", action="append", choices=tuple(CASES), help="default: all")
+    parser.add_argument("--peer", default="torch", choices=("torch", "one-device", "none"))
+    known = ", ".join(CASES)
+    parser.add_argument("--case", action="append", help=f"{known} or ARCHITECTURE:BATCH:SIZE; default: those")
+    parser.add_argument("--devices", type=int, default=0, help="of ours; default: as the library chooses")
     parser.add_argument("--step", action="append", choices=STEPS, help="default: all")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--batch", type=int, default=None, help="instead of the case's own")
     arguments = parser.parse_args()
-    if arguments.platform != "cpu" and arguments.peer != "none":
+    if arguments.platform != "cpu" and arguments.peer == "torch":
         parser.error("the peer runs on the CPU: add --peer=none")
     os.environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(arguments.platform, arguments.platform)
 
@@ -321,16 +330,22 @@ def main() -> None:
     print("| network | batch | step | ours, images/s | peer, images/s | ratio |")
     print("|---|---|---|---|---|---|")
     for name in arguments.case or CASES:
-        case = CASES[name]
+        architecture, *sizes = name.split(":")
+        try:
+            case = Case(architecture, *map(int, sizes)) if sizes else CASES[name]
+        except (KeyError, TypeError, ValueError):
+            parser.error(f"--case={name}: write {known} or ARCHITECTURE:BATCH:SIZE, such as resnet18:64:32")
         case = case._replace(batch_size=arguments.batch or case.batch_size)
         rng = np.random.default_rng(0)
         images = rng.random((case.batch_size, case.image_size, case.image_size, 3), np.float32)
         labels = rng.integers(0, 1000, case.batch_size, np.int32)
         names = arguments.step or STEPS
-        ours, module, variables = our_steps(case, images, labels, dtype, names)
+        ours, module, variables = our_steps(case, images, labels, dtype, names, arguments.devices)
         sides = {"ours": ours}
         if arguments.peer == "torch":
             sides["peer"] = torch_steps(module, variables, images, labels, names=names)
+        elif arguments.peer == "one-device":
+            sides["peer"] = our_steps(case, images, labels, dtype, names, 1)[0]
         for step in names:
             print(measure(case, sides, step, arguments.repeats), flush=True)
 
