@@ -213,8 +213,10 @@ def study_parts(options: Options, peaks: Peaks) -> list[Part]:
             functools.partial(study.heads, 1, (20,)),
         ]
     return [
-        functools.partial(study.groups, options.turns, 224, 128, 20, (1,)),
-        functools.partial(study.groups, options.turns, 224, 128, 20, (3,)),
+        *(
+            functools.partial(study.groups, options.turns, 224, batch_size, 20, (k,))
+            for k, batch_size in ((1, 20), (1, 128), (3, 20), (3, 128))
+        ),
         functools.partial(study.heads, options.turns, (400,)),
         functools.partial(study.cache, options.turns, 224, 128),
     ]

@@ -27,7 +27,7 @@ from advtransfer import parallel
 from advtransfer.attacks import L2, Linf, cross_entropy, pgd
 from advtransfer.checkpoint import Checkpoints
 from advtransfer.data import Batch, Split
-from advtransfer.models import Model, ModelSpec, create_module, init_variables, logits_fn
+from advtransfer.models import Model, ModelSpec, create_module, init_variables, logits_fn, resnet
 from advtransfer.optim import sgd
 from advtransfer.train import init_state, make_train_step, module_apply
 from advtransfer.transfer import Recipe, fine_tune_many
@@ -69,6 +69,10 @@ def make_network(architecture: str, size: int, batch: int) -> tuple[Any, Any, np
     return module, jax.device_get({**variables, **changed}), images, labels
 
 
+def silu(x: jax.Array, train: bool) -> jax.Array:
+    return nn.silu(x)
+
+
 def ours(module: Any, variables: Any, images: np.ndarray, labels: np.ndarray, precision: str | None):
     """Logits, and the gradient of the summed cross-entropy to the images; SiLU stands for ReLU."""
 
@@ -76,7 +80,7 @@ def ours(module: Any, variables: Any, images: np.ndarray, labels: np.ndarray, pr
         logits = module.apply(variables, images)
         return cross_entropy(logits, labels).sum(), logits
 
-    with jax.default_matmul_precision(precision), mock.patch.object(nn, "relu", nn.silu):
+    with jax.default_matmul_precision(precision), mock.patch.object(resnet, "relu", silu):
         (_, logits), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(images, variables)
     return np.float64(logits), np.float64(gradient)
 

@@ -8,7 +8,7 @@ cache: a training step of ResNet-50's last k blocks from cached activations, aga
 heads: trials of 150 epochs on n images, 2,048 features and 10 classes, time for each: a compiled one alone in
   feature space, alone in dual form, 20 seeds in one program, 20 rates on one subset.
 groups: 8 seeds of ResNet-50's last k blocks in one program, in turn (lax.map) and side by side (vmap), there
-  also with convolutions as matrix products, against one compiled trial after another.
+  also with convolutions as matrix products (`ResNet.as_products`), against one compiled trial after another.
 streams: 8 trials, one at a time and as many at the same time as there are cores, on both sides of the bound
   that the engine goes by.
 torch: a process of PyTorch for every head (n = 400), against a head among 20 seeds, and among 20 rates.
@@ -37,7 +37,7 @@ import numpy as np
 
 from advtransfer import parallel
 from advtransfer.data import Split
-from advtransfer.models import Model, ModelSpec, block_flops, conv, create_module, init_variables
+from advtransfer.models import Model, ModelSpec, block_flops, create_module, init_variables
 from advtransfer.source import compute_dtype
 from advtransfer.transfer import (
     Prepared,
@@ -121,13 +121,14 @@ def make_task(
     return Task(*(jnp.asarray(x) for x in (inputs, labels, inputs[:1], labels[:1])))
 
 
-def make_trial(recipe: Recipe, k: int, *, in_dual: bool = True) -> Callable:
+def make_trial(recipe: Recipe, k: int, *, in_dual: bool = True, as_products: bool = False) -> Callable:
     """(task, indices, key, rates) -> (trained head, history)."""
     module, variables = network()
+    run = make_fine_tune(module.clone(as_products=as_products), recipe, k)
 
     def trial(*args):
         with mock.patch.object(dual, "is_cheaper", lambda *_: in_dual):
-            tuned, history = make_fine_tune(module, recipe, k)(*variables, *args)
+            tuned, history = run(*variables, *args)
         return tuned["params"]["fc"], history
 
     return trial
@@ -234,10 +235,12 @@ def groups(
     keys = jax.random.split(jax.random.key(1), trials)
     for k in ks:
         task = make_entering(k, size, 4 * batch_size)
-        run = make_trial(Recipe(num_epochs=1, evaluate_epochs=(1,), batch_size=batch_size), k)
-        trial = functools.partial(last_metrics, run)
-        alone, beside = jax.jit(trial), jax.jit(jax.vmap(trial, in_axes=(None, 0)))
-        products = jax.jit(jax.vmap(functools.partial(as_products, trial), in_axes=(None, 0)))
+        recipe = Recipe(num_epochs=1, evaluate_epochs=(1,), batch_size=batch_size)
+        trial, other = (
+            functools.partial(last_metrics, make_trial(recipe, k, as_products=form)) for form in (False, True)
+        )
+        alone = jax.jit(trial)
+        beside, products = (jax.jit(jax.vmap(form, in_axes=(None, 0))) for form in (trial, other))
         in_turn = jax.jit(lambda task, keys, trial=trial: jax.lax.map(lambda key: trial(task, key), keys))
         ways = [
             Way("one after another", lambda f=alone, x=task: [f(x, key) for key in keys], trials),
@@ -253,18 +256,6 @@ def make_entering(k: int, size: int, num_images: int) -> Task:
     module, _ = network()
     entering = activation_shape(module, module.num_blocks - k, size)
     return make_task(entering.shape[1:], num_images, dtype=entering.dtype)
-
-
-def as_products(trial: Callable, *args: Any) -> Any:
-    """A trial whose convolutions are matrix products, which vmap makes batched ones of."""
-
-    def product(x, kernel, stride, padding, groups=1):
-        size = kernel.shape[0]
-        taps = x[:, ::stride, ::stride] if size == 1 else conv._taps(x, size, stride, padding)
-        return conv._product(taps, kernel.reshape(-1, kernel.shape[-1]))
-
-    with mock.patch.object(conv, "_native", product):
-        return trial(*args)
 
 
 def last_metrics(run: Callable, task: Task, key: jax.Array) -> Any:

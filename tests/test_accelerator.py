@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -79,3 +80,55 @@ def test_every_section_runs_on_a_cpu(tmp_path):
     assert all(figures["roofline"] > 0 for _, figures in found["steps"] if "roofline" in figures)
     assert len(found["path"]) == len(path.EPS) + len(path.DEPTHS)
     assert "| source natural |" in (tmp_path / "accelerator.md").read_text()
+
+
+# XLA compiles for a GPU that is not there, by a plugin that the tests do not ask for (BUILD.md).
+needs_cuda_plugin = pytest.mark.skipif(
+    not (find_spec("jax_plugins") and find_spec("jax_plugins.xla_cuda13")), reason="no jax-cuda13-plugin"
+)
+
+
+@needs_cuda_plugin
+def test_a_gpu_takes_bias_and_relu_into_the_convolutions():
+    """All of them but the three on the way around a block, which have no ReLU."""
+    options = ["--case=resnet18_cifar:1024:32", "--steps=attack,clean"]
+    command = [sys.executable, "-m", "benchmarks.traffic", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    attack, clean = ([cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines()[-2:])
+    assert (attack[1], attack[6]) == ("attack", "17")
+    assert (clean[1], clean[6]) == ("clean", "0")
+
+
+GROUP = """
+import os
+# Autotuning and CUB ask a device.
+os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0 --xla_gpu_enable_cub_radix_sort=false"
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_platforms", "cpu")
+from advtransfer.models import create_module, init_variables
+from advtransfer.transfer import Recipe
+from advtransfer.transfer.program import Rates, Task, make_fine_tune
+from benchmarks.traffic import lower
+
+module = create_module("resnet18_cifar", num_classes=10, dtype=jnp.bfloat16).clone(as_products=True)
+variables = jax.eval_shape(lambda: init_variables(module, jax.random.key(0)))
+run = make_fine_tune(module, Recipe(num_epochs=1, evaluate_epochs=(1,), batch_size=20), 3)
+entering, labels = np.zeros((300, 8, 8, 256), jnp.bfloat16), np.zeros(300, np.int32)
+
+def group(params, batch_stats, task, subsets, keys):
+    trial = lambda subset, key: run(params, batch_stats, task, subset, key, Rates(0.01, 5e-4))[1]
+    return jax.vmap(trial)(subsets, keys)
+
+task = Task(entering[:80], labels[:80], entering, labels)
+keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 20))
+args = variables["params"], variables["batch_stats"], task, np.zeros((20, 80), np.int32), keys
+program = lower(group, *args).compile().as_text()
+print("gemm" in program, "__cudnn$conv" in program)
+"""
+
+
+@needs_cuda_plugin
+def test_a_group_of_trials_compiles_to_products_for_a_gpu():
+    """XLA fails a check of its own on this one if it may take the taps into the products."""
+    done = subprocess.run([sys.executable, "-c", GROUP], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "False"], done.stderr[-2000:]

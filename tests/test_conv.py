@@ -72,6 +72,18 @@ SOME = [(8, 1, 1), (8, 1, 2), (4, 3, 1), (2, 3, 1), (2, 3, 2), (1, 3, 1), (16, 3
 EVERY = [*SOME, *(pytest.param(*shape, marks=pytest.mark.sweep) for shape in SHAPES if shape not in SOME)]
 
 
+@pytest.mark.parametrize(("size", "kernel_size", "stride"), SOME)
+def test_as_products_of_kernels_side_by_side(size, kernel_size, stride):
+    arrays = operands(size, kernel_size, stride, lead=(3,))
+    form = partial(conv2d, stride=stride, padding=kernel_size // 2, as_product=True)
+    found = jax.jit(jax.vmap(partial(value_and_gradients, form)))
+    assert "convolution" not in found.lower(*arrays).as_text()
+    known = [
+        value_and_gradients(partial(reference, stride=stride), *each) for each in zip(*arrays, strict=True)
+    ]
+    assert_close(found(*arrays), jax.tree.map(lambda *x: jnp.stack(x), *known))
+
+
 @pytest.mark.parametrize(("size", "kernel_size", "stride"), EVERY)
 def test_values_and_both_gradients(size, kernel_size, stride):
     arrays = operands(size, kernel_size, stride)

@@ -30,6 +30,7 @@ from advtransfer.data import Augmentation, Split
 from advtransfer.evaluate import evaluation_means
 from advtransfer.models import block_flops, create_module
 from advtransfer.transfer import (
+    Recipe,
     activations,
     dual,
     fine_tune_many,
@@ -261,7 +262,7 @@ def test_trials_with_statistics_of_their_own_take_half_of_what_is_free(monkeypat
 
 @pytest.mark.parametrize("size", [7, 10, 256])
 def test_sets_are_measured_in_pieces(size, monkeypatch):
-    monkeypatch.setattr(program, "_EVALUATION_BATCH", size)
+    monkeypatch.setattr(program, "EVALUATION_BATCH", size)
     rng = np.random.default_rng(0)
     logits, labels = rng.normal(size=(40, 3)).astype(np.float32), rng.integers(0, 3, 40)
     chosen = rng.permutation(40)[:30]
@@ -273,13 +274,56 @@ def test_sets_are_measured_in_pieces(size, monkeypatch):
     np.testing.assert_allclose(means["accuracy"], (own.argmax(1) == labels[chosen]).mean(), rtol=1e-6)
 
 
+def _at_once(architecture, k, *, size=32, cached=True):
+    module = create_module(architecture, num_classes=3)
+    return tuning._trials_per_batch(module, Recipe(), k, size, 20, 400, cached=cached)
+
+
 def test_heads_run_side_by_side_as_memory_allows(monkeypatch):
     """On an accelerator: the Gram matrix of each, and its features twice, in an eighth of what is free."""
-    module, at_once = create_module("resnet18", num_classes=3), tuning._trials_per_batch
-    assert at_once(module, 0, 20, 400) == 1  # on a CPU
-    monkeypatch.setattr(parallel, "platform", lambda: "gpu")
+    assert _at_once("resnet18", 0) == 1  # on a CPU
+    monkeypatch.setattr(parallel, "platform", lambda: "tpu")
     one = 4 * (400 * 400 + 2 * 400 * 512)
     for fit, expected in ((0, 1), (1, 1), (5, 4), (8, 8), (10**6, 20)):
         monkeypatch.setattr(parallel, "free_bytes", lambda fit=fit: 8 * fit * one + 7)
-        assert at_once(module, 0, 20, 400) == expected
-    assert at_once(module, 1, 20, 400) == 1
+        assert _at_once("resnet18", 0) == expected
+    assert _at_once("resnet18", 0, cached=False) == 1
+
+
+def test_trained_blocks_run_side_by_side_on_a_gpu(monkeypatch):
+    """Where their maps are small, from a cache, in one group, and half of what is free holds them."""
+    monkeypatch.setattr(parallel, "free_bytes", lambda: 10**12)
+    for platform, expected in (("cpu", 1), ("tpu", 1), ("gpu", 20)):
+        monkeypatch.setattr(parallel, "platform", lambda platform=platform: platform)
+        assert _at_once("resnet18_cifar", 3) == expected
+    assert _at_once("resnet18_cifar", 3, cached=False) == _at_once("resnet18_cifar", -1) == 1
+    assert _at_once("resnet50", 9, size=224) == 1  # a map of 28²
+    assert _at_once("resnet50", 8, size=224) == 20
+    assert _at_once("resnext50_32x4d", 1, size=224) == 1
+    weights = 512 * 512 * 9 * 2 + 512 * 3
+    numbers = 512 * 9 * 16 * 2 + 512 + 2 * (512 * 16 * 2 + 3)  # two 3×3 convolutions on 4², and the head
+    one = 16 * weights + 4 * 128 * numbers
+    for fit, expected in ((0, 1), (1, 1), (5, 4), (10**6, 20)):
+        monkeypatch.setattr(parallel, "free_bytes", lambda fit=fit: 2 * fit * one + 7)
+        assert _at_once("resnet18_cifar", 1) == expected
+
+
+@pytest.mark.parametrize("mode", ["source", "target"])
+def test_side_by_side_trials_are_those_in_turn(mode, monkeypatch):
+    """As batched products, as a GPU takes them."""
+    options = {
+        "subsets": SUBSETS,
+        "keys": KEYS,
+        "num_classes": len(CLASSES),
+        "num_unfrozen_blocks": 1,
+        "recipe": replace(RECIPE, frozen_batch_norm=mode, learning_rate=0.01),
+        "rates": Rates(jnp.asarray([0.01, 0.03]), jnp.asarray([0.0, 1e-3])),
+    }
+    in_turn = fine_tune_many(MODEL, POOL, TEST, **options)
+    batches, many = [], tuning._many
+    monkeypatch.setattr(tuning, "_many", lambda *args: batches.append(args[-2]) or many(*args))
+    monkeypatch.setattr(parallel, "platform", lambda: "gpu")
+    monkeypatch.setattr(parallel, "num_devices", lambda: 1)
+    together = fine_tune_many(MODEL, POOL, TEST, **options)
+    assert set(batches) == {3}
+    chex.assert_trees_all_close(together, in_turn, rtol=2e-3, atol=2e-3)

@@ -36,6 +36,7 @@ def conv2d(
     stride: int = 1,
     padding: int = 0,
     groups: int = 1,
+    as_product: bool = False,
 ) -> Float[Array, "n _ _ o"]:
     """`lax.conv_general_dilated` for square kernels, NHWC.
 
@@ -45,12 +46,19 @@ def conv2d(
         stride: of both axes.
         padding: zeros on each of the four sides; (k - 1) / 2 for odd k keeps H and W at stride 1.
         groups: of channels; grouped convolutions are XLA's own everywhere.
+        as_product: write it as a matrix product, which `vmap` over kernels turns into a batched one. A
+            convolution it turns into a grouped one, which is slow on a GPU.
 
     Returns:
         [N, (H + 2 padding - k) / stride + 1, ..., O], of x's type.
     """
     if groups > 1:
         return _native(x, kernel, stride, padding, groups)
+    if as_product:
+        # Without the barrier XLA:GPU can take slices of stride 2 into the product, and on some a check of its
+        # own fails (JAX 0.11.2, triton_tiling_propagation.cc).
+        taps = lax.optimization_barrier(_taps(x, kernel.shape[0], stride, padding))
+        return _product(taps, kernel.reshape(-1, kernel.shape[3]))
     return _conv2d(x, kernel, stride, padding)
 
 

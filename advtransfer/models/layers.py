@@ -25,6 +25,24 @@ def _per_channel(vector: Array) -> Array:
     return vector.reshape(1, 1, 1, -1)
 
 
+@jax.custom_jvp
+def _relu_by_result(x):
+    return jnp.maximum(x, 0)
+
+
+# Not result > 0: XLA would turn that into x > 0.
+_relu_by_result.defjvps(lambda g, result, x: jax.lax.select(result != 0, g, jnp.zeros_like(g)))
+
+
+def relu(x: Float[Array, " ..."], train: bool) -> Float[Array, " ..."]:
+    """max(x, 0), whose gradient at 0 is 0.
+
+    In evaluation mode the gradient looks at the result, so that nothing else reads x, and a GPU takes bias,
+    residual sum and ReLU into the convolution. In training BatchNorm's gradient needs what x is made of.
+    """
+    return nn.relu(x) if train else _relu_by_result(x)
+
+
 class Conv(nn.Module):
     """A k×k convolution without bias, padded by (k - 1) / 2 on every side whatever its stride."""
 
@@ -33,6 +51,7 @@ class Conv(nn.Module):
     stride: int = 1
     groups: int = 1
     dtype: DTypeLike = jnp.float32
+    as_product: bool = False
 
     @nn.compact
     def __call__(
@@ -52,6 +71,7 @@ class Conv(nn.Module):
             stride=self.stride,
             padding=self.kernel_size // 2,
             groups=self.groups,
+            as_product=self.as_product,
         )
         return y if scale is None or fold else (y * _per_channel(scale)).astype(self.dtype)
 
@@ -82,7 +102,8 @@ class BatchNorm(nn.Module):
         if not train:
             scale = scale * jax.lax.rsqrt(var.value + self.epsilon)
             x = convolve(scale)
-            return (x + _per_channel(bias - mean.value * scale)).astype(x.dtype)
+            # Of x's type, or a GPU would not take the sum into the convolution.
+            return x + _per_channel(bias - mean.value * scale).astype(x.dtype)
 
         x = convolve(None)
         axis_name = None if self.is_initializing() else self.axis_name
@@ -92,8 +113,11 @@ class BatchNorm(nn.Module):
             mean.value += (1.0 - self.momentum) * (batch_mean - mean.value)
             var.value += (1.0 - self.momentum) * (unbiased - var.value)
         scale = scale * jax.lax.rsqrt(batch_var + self.epsilon)
-        x32 = x.astype(jnp.float32) - _per_channel(batch_mean)
-        return (x32 * _per_channel(scale) + _per_channel(bias)).astype(x.dtype)
+        # The mean's gradient flows through the bias, whose sum over the batch then serves both.
+        center = jax.lax.stop_gradient(batch_mean)
+        shift = bias + (center - batch_mean) * scale
+        x32 = x.astype(jnp.float32) - _per_channel(center)
+        return (x32 * _per_channel(scale) + _per_channel(shift)).astype(x.dtype)
 
 
 def batch_statistics(

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from advtransfer.arrays import AnyArray, Variables
 from advtransfer.models.conv import max_pool
-from advtransfer.models.layers import BatchNorm, Conv
+from advtransfer.models.layers import BatchNorm, Conv, relu
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -46,31 +46,33 @@ class ResidualBlock(nn.Module):
     dtype: DTypeLike
     axis_name: str | None
     momentum: float
+    as_products: bool
 
     @nn.compact
     def __call__(
         self, x: Float[AnyArray, "n h w c"], train: bool, fake_relu: bool = False
     ) -> Float[Array, "n _ _ features"]:
         def conv_bn(x, name, features, kernel_size, **options):
-            conv = Conv(features, kernel_size, dtype=self.dtype, name=name.format("conv"), **options)
+            options |= {"dtype": self.dtype, "as_product": self.as_products}
+            conv = Conv(features, kernel_size, name=name.format("conv"), **options)
             norm = BatchNorm(features, self.axis_name, self.momentum, name=name.format("bn"))
             return norm(partial(conv, x), train)
 
         if self.bottleneck:
             width = self.planes * self.base_width // 64 * self.groups
             features = 4 * self.planes
-            y = nn.relu(conv_bn(x, "{}1", width, 1))
-            y = nn.relu(conv_bn(y, "{}2", width, 3, stride=self.stride, groups=self.groups))
+            y = relu(conv_bn(x, "{}1", width, 1), train)
+            y = relu(conv_bn(y, "{}2", width, 3, stride=self.stride, groups=self.groups), train)
             y = conv_bn(y, "{}3", features, 1)
         else:
             features = self.planes
-            y = nn.relu(conv_bn(x, "{}1", features, 3, stride=self.stride))
+            y = relu(conv_bn(x, "{}1", features, 3, stride=self.stride), train)
             y = conv_bn(y, "{}2", features, 3)
         if self.stride != 1 or x.shape[-1] != features:
             x = conv_bn(x, "downsample_{}", features, 1, stride=self.stride)
         x = x + y
         # Forward the same bits: what is added is 0, or cancels x.
-        return x + jax.lax.stop_gradient(nn.relu(x) - x) if fake_relu else nn.relu(x)
+        return x + jax.lax.stop_gradient(nn.relu(x) - x) if fake_relu else relu(x, train)
 
 
 class ResNet(nn.Module):
@@ -88,6 +90,7 @@ class ResNet(nn.Module):
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
     momentum: float = 0.9  # of the running statistics; 0: those of the last batch
+    as_products: bool = False  # the blocks' convolutions, for `vmap` over kernels; see `conv2d`
 
     @property
     def num_blocks(self) -> int:
@@ -170,6 +173,7 @@ class ResNet(nn.Module):
                     dtype=self.dtype,
                     axis_name=self.axis_name,
                     momentum=self.momentum,
+                    as_products=self.as_products,
                     name=f"layer{stage + 1}_{i}",
                 )(x, train, fake_relu and index == last_block)
         if first < num_blocks <= last:
@@ -184,7 +188,7 @@ class ResNet(nn.Module):
         kernel_size, stride = (3, 1) if self.cifar_stem else (7, 2)
         conv = Conv(self.width, kernel_size, stride, dtype=self.dtype, name="conv1")
         norm = BatchNorm(self.width, self.axis_name, self.momentum, name="bn1")
-        x = nn.relu(norm(partial(conv, x), train))
+        x = relu(norm(partial(conv, x), train), train)
         return x if self.cifar_stem else max_pool(x)
 
     def _head(self, features: AnyArray) -> Array:

@@ -48,7 +48,7 @@ class Rates(NamedTuple):
 
 History = dict[str, Array]  # "train_loss", ... at the recipe's evaluate_epochs, float32 [..., E]
 
-_EVALUATION_BATCH = 256
+EVALUATION_BATCH = 256
 
 
 class _Form(NamedTuple):
@@ -222,7 +222,7 @@ def _measure_both(logits_fn: Callable, task: Task, indices: jax.Array) -> dict[s
 
 def _measure(logits_fn: Callable, inputs: Array, labels: Array, indices: AnyArray) -> Metrics:
     """`evaluation_metrics` of the inputs at `indices`, a piece at a time to bound the memory."""
-    size = min(_EVALUATION_BATCH, len(indices))
+    size = min(EVALUATION_BATCH, len(indices))
     num_pieces = -(-len(indices) // size)
     padded, mask = parallel.pad(indices, num_pieces * size)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,9 +18,11 @@ from advtransfer import parallel
 from advtransfer.data import Split, check_split
 from advtransfer.labels import check_labels
 from advtransfer.models import Model, ResNet, block_flops
+from advtransfer.models.cost import layers
 from advtransfer.transfer.activation_cache import Prepared, cache_bytes, own_statistics, prepare
 from advtransfer.transfer.cost import prefix_flops
-from advtransfer.transfer.program import Rates, make_fine_tune
+from advtransfer.transfer.freezing import activation_shape, first_unfrozen_block
+from advtransfer.transfer.program import EVALUATION_BATCH, Rates, make_fine_tune
 from advtransfer.transfer.recipe import Recipe, resolve_recipe, without_rates
 
 _SMALL = 1e7  # FLOPs of a forward pass for an image; less than this leaves a CPU's cores idle
@@ -125,9 +128,12 @@ def fine_tune_many(
         raise ValueError(f"subsets hold other numbers than those of the {train.num_images:,} training images")
     recipe = resolve_recipe(recipe, subsets.shape[1], train.images)
     module = model.module.clone(num_classes=num_classes)
-    batch = _trials_per_batch(module, num_unfrozen_blocks, *subsets.shape)
-    decided = without_rates(recipe), num_unfrozen_blocks, model.spec.image_size, batch
-    programs = _many(module, *decided, parallel.num_devices())  # ty: ignore[invalid-argument-type]  # hashable
+    decided = without_rates(recipe), num_unfrozen_blocks, model.spec.image_size
+
+    def programs(task):
+        batch = _trials_per_batch(module, *decided, *subsets.shape, cached=task.is_cached)
+        return _many(module, *decided, batch, parallel.num_devices())  # ty: ignore[invalid-argument-type]  # hashable
+
     tried = rates or Rates(recipe.learning_rate, recipe.weight_decay)
     tried = Rates(*(jnp.atleast_1d(jnp.asarray(x, jnp.float32)) for x in tried))
     chex.assert_rank(tried, 1)
@@ -150,15 +156,17 @@ def fine_tune_many(
             ]
             own_images = np.broadcast_to(np.arange(subsets.shape[1]), (len(inputs), subsets.shape[1]))
             trials = (*jax.tree.map(lambda *x: jnp.stack(x), *inputs), own_images, keys[i : i + step])
-            histories.append(_spread(programs.separate, (params, tried), trials, streams(trials[1])))
+            task = trials[1]
+            histories.append(_spread(programs(task).separate, (params, tried), trials, streams(task)))
         history = {name: np.concatenate([part[name] for part in histories]) for name in histories[0]}
     else:
         if prepared is None:
             used = np.unique(subsets)
             prepared = prepare(model, train, test, recipe, num_unfrozen_blocks, used=used)
         own = subsets if prepared.rows is None else prepared.rows[subsets]
-        shared = (params, tried, prepared.batch_stats, prepared.task)
-        history = _spread(programs.sharing, shared, (jnp.asarray(own), keys), streams(prepared.task))
+        task = prepared.task
+        shared, trials = (params, tried, prepared.batch_stats, task), (jnp.asarray(own), keys)
+        history = _spread(programs(task).sharing, shared, trials, streams(task))
     return history if rates is not None else {name: x[:, 0] for name, x in history.items()}
 
 
@@ -182,17 +190,57 @@ def num_streams(module: ResNet, num_unfrozen_blocks: int, image_size: int, *, ca
     return parallel.cores_per_device() if flops < _SMALL else 1
 
 
-def _trials_per_batch(module: ResNet, num_unfrozen_blocks: int, num_trials: int, num_images: int) -> int:
-    """How many trials one program takes side by side, as measured best, if there is memory for them.
+def _trials_per_batch(
+    module: ResNet,
+    recipe: Recipe,
+    num_unfrozen_blocks: int,
+    image_size: int,
+    num_trials: int,
+    num_images: int,
+    *,
+    cached: bool,
+) -> int:
+    """How many trials one program takes side by side, as measured best (benchmarks/RESULTS.md), if there is
+    memory for them.
 
-    With kernels of their own their convolutions would be grouped ones; and on a CPU heads side by side, each
-    on rows of its own, gain nothing.
+    Small batches leave most of a GPU idle. On a CPU nothing is gained by heads side by side, each on rows of
+    its own.
     """
-    if num_unfrozen_blocks != 0 or parallel.platform() == "cpu":
+    if parallel.platform() == "cpu" or not cached:
         return 1
-    one = 4 * num_images * (num_images + 2 * module.num_features)  # the Gram matrix, the features twice
+    if num_unfrozen_blocks == 0:
+        # Of an eighth of what is free: the Gram matrix, and the features twice.
+        one = 8 * 4 * num_images * (num_images + 2 * module.num_features)
+    elif _may_be_products(module, num_unfrozen_blocks, image_size):
+        one = 2 * _trial_bytes(module, recipe, num_unfrozen_blocks, image_size)
+    else:
+        return 1
     # A power of two: what is free changes a little all the time, and the program is compiled for the number.
-    return min(num_trials, 2 ** max(0, (parallel.free_bytes() // 8 // one).bit_length() - 1))
+    return min(num_trials, 2 ** max(0, (parallel.free_bytes() // one).bit_length() - 1))
+
+
+def _may_be_products(module: ResNet, num_unfrozen_blocks: int, image_size: int) -> bool:
+    """Whether trials' own blocks run as batched matrix products: on a GPU, in one group, and on maps of up to
+    14², as measured."""
+    start = first_unfrozen_block(module, num_unfrozen_blocks)
+    if parallel.platform() != "gpu" or module.groups > 1 or start is None:
+        return False
+    entering = activation_shape(module, start, image_size)  # ty: ignore[invalid-argument-type]  # hashable
+    return max(entering.shape[1:3]) <= 14
+
+
+def _trial_bytes(module: ResNet, recipe: Recipe, num_unfrozen_blocks: int, image_size: int) -> int:
+    """Memory of a trial whose blocks are products: the weights four times; for each image the taps of every
+    layer and its output twice. An upper bound in what XLA allocates for a GPU, by less than 2."""
+    trained = {*module.block_names[-num_unfrozen_blocks:], "fc"}
+    weights = numbers = 0
+    for layer in layers(module, image_size):  # ty: ignore[invalid-argument-type]  # hashable
+        if layer.place in trained:
+            weights += 4 * math.prod(layer.kernel)
+            taps = math.prod(layer.kernel[:-1]) * math.prod(layer.output[1:-1])
+            numbers += taps + 2 * math.prod(layer.output)
+    num_images = max(recipe.batch_size, EVALUATION_BATCH // 2)  # what is measured keeps one layer at a time
+    return 4 * weights + num_images * np.dtype(module.dtype).itemsize * numbers
 
 
 def _subsets_at_once(model: Model, recipe: Recipe, k: int, num_train: int, num_test: int) -> int:
@@ -238,6 +286,8 @@ def _many(
 ) -> _Programs:
     """Compiled once for every (network, recipe, k), whatever the source's weights, rates and images are;
     `batch` trials run as one batched computation."""
+    if batch > 1 and num_unfrozen_blocks > 0:
+        module = module.clone(as_products=True)
     run = make_fine_tune(module, recipe, num_unfrozen_blocks, image_size)
     each = functools.partial(jax.lax.map, batch_size=batch if batch > 1 else None)
 
