@@ -93,7 +93,7 @@ def lower_step(case: Case, name: str) -> Any:
     step = make_train_step(module_apply(module), tx, attack=attack if num_steps else None)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), case.batch_size))
     state = jax.eval_shape(lambda variables: init_state(variables, tx), variables)
-    return lower(step, state, Batch(images, labels, keys))
+    return lower(step, state, jax.eval_shape(Batch, images, labels, keys))
 
 
 def kernels(program: str) -> Iterator[Kernel]:
