@@ -57,6 +57,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "tfds-prepare": ["tensorflow>=2.18"],  # to prepare sets; to read them nothing is needed
         "hub": ["huggingface_hub>=0.30"],
+        "ray": ["ray>=2.50"],
         "gcs": ["gcsfs>=2025.2"],
         "s3": ["s3fs>=2025.2"],
         "test": [
@@ -66,6 +67,7 @@ setup(
             "pyarrow>=18",
             "pytest>=8",
             "pytest-xdist>=3.7",
+            "ray>=2.50",
             "ruff>=0.14",
             "ty==0.0.107",
             *BUCKETS,

@@ -126,6 +126,21 @@ class StudyNames:
         (), "views of the targets' images; (): config.transfer.view", choices=tuple(VIEWS)
     )
     group_size: int = option(0, "trials in one compiled program; 0: all of one shape", low=0)
+    engine: str = option(
+        "local",
+        "what runs the groups: this process, with others on the same workdir, or a Ray cluster",
+        choices=("local", "ray"),
+        decides=False,
+    )
+    ray_address: str = option(
+        "", "HOST:PORT of the Ray cluster's head; '': RAY_ADDRESS, or this machine", decides=False
+    )
+    ray_device: str = option(
+        "auto",
+        "what each task on Ray has for itself; auto: a GPU where the cluster has any",
+        choices=("auto", "gpu", "core"),
+        decides=False,
+    )
     calibration: float = option(
         30.0, "seconds for which --plan runs trials to predict the hours; 0: no prediction", low=0
     )

@@ -163,9 +163,12 @@ def one_device_per_core() -> None:
 
 
 def num_cores() -> int:
-    """CPU cores that this process may use: by its affinity, and by its control group's share of time."""
+    """CPU cores that this process may use: by its affinity, its control group's share of time, and NPROC, to
+    which XLA keeps too."""
     known = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+    with contextlib.suppress(ValueError):
+        cores = min(cores, max(1, int(os.environ.get("NPROC", ""))))
     with contextlib.suppress(OSError, ValueError):  # "max" is no limit
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         cores = min(cores, max(1, quota // period))

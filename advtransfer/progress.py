@@ -18,10 +18,10 @@ def progress_bar(
     items: Iterable, description: str, unit: str, *, done: int = 0, total: int | None = None
 ) -> Iterator:
     """Iterates over `items` and draws a bar with an ETA; `done` items were done before. For items without a
-    length `total` gives it."""
+    length `total` gives it. What their method `status` says, if they have one, stands behind the bar."""
     if total is None and isinstance(items, Sized):
         total = done + len(items)
-    yield from tqdm(
+    bar = tqdm(
         items,
         desc=f"{description:<24}",
         unit=f" {unit}",
@@ -30,6 +30,11 @@ def progress_bar(
         dynamic_ncols=True,
         disable=not parallel.is_main_process(),
     )
+    status = getattr(items, "status", None)
+    for item in bar:
+        if callable(status):
+            bar.set_postfix_str(status())
+        yield item
 
 
 class RunLog:

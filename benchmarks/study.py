@@ -1,6 +1,6 @@
 """What a study costs by the engine, and one fine-tuning after another, as ratios taken turn by turn.
 
-    python -m benchmarks.study [--parts=cache,heads,groups,streams,torch] [--turns=7]
+    python -m benchmarks.study [--parts=cache,heads,groups,streams,torch,engines] [--turns=7]
 
 cache: a training step of ResNet-50's last k blocks from cached activations, against the same step that
   computes its frozen prefix; the bound is what the floating-point operations alone allow. At k = 0 a training
@@ -12,6 +12,8 @@ groups: 8 seeds of ResNet-50's last k blocks in one program, in turn (lax.map) a
 streams: 8 trials, one at a time and as many at the same time as there are cores, on both sides of the bound
   that the engine goes by.
 torch: a process of PyTorch for every head (n = 400), against a head among 20 seeds, and among 20 rates.
+engines: 2,000 trials of `resnet_tiny` in 100 groups, with programs kept from a run before, by this process
+  and on a Ray cluster of this machine, a worker a core. The cluster's start is not counted, the workers' is.
 
 `ratio` is the first way's time over each way's: median [quartiles] over the turns.
 """
@@ -28,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -36,9 +39,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from advtransfer import parallel
-from advtransfer.data import Split
-from advtransfer.models import Model, ModelSpec, block_flops, create_module, init_variables
+from advtransfer.compilation import keep_programs
+from advtransfer.data import Dataset, Split
+from advtransfer.models import Model, ModelSpec, block_flops, create_module, identity, init_variables
 from advtransfer.source import compute_dtype
+from advtransfer.study import Grid, Source, Start, connect, make_cells, run_cells, run_here, run_on
 from advtransfer.transfer import (
     Prepared,
     Rates,
@@ -301,6 +306,37 @@ def streams(turns: int, trials: int = 8) -> Iterator[Row]:
         yield from compare(f"{architecture} {size}², k = {k}, n = {n} ({engine})", named, turns)
 
 
+def engines(turns: int, num_seeds: int = 20) -> Iterator[Row]:
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (400, 8, 8, 3)).astype(np.uint8), rng.integers(0, CLASSES, 400)
+    split = Split(images, labels.astype(np.int32))
+    dataset = Dataset("random", tuple(map(str, range(CLASSES))), split, split, split)
+    module = create_module("resnet_tiny", num_classes=CLASSES)
+    variables = jax.device_get(init_variables(module, jax.random.key(0), 8))
+    model = Model(module, variables, ModelSpec("resnet_tiny", CLASSES, 8, module.mean, module.std))
+    sizes = tuple(range(20, 40, 2))
+    grid = Grid(num_train_images=sizes, num_unfrozen_blocks=(0, 1), num_seeds=5 * num_seeds)
+    cells = make_cells(grid, ["natural"], ["random"])
+    start = Start(Source("natural", "none", 0.0, identity(model)), model, dataset)
+    recipe = Recipe(num_epochs=20, evaluate_epochs=(20,), learning_rate=0.01)
+
+    def run(engine):
+        with tempfile.TemporaryDirectory() as folder:
+            found = run_cells(
+                grid, recipe, cells, lambda *_: start, folder, group_size=num_seeds, engine=engine
+            )
+            return len(found.rows)
+
+    with tempfile.TemporaryDirectory() as programs:
+        keep_programs(Path(programs))
+        with connect("local", device="core", programs=Path(programs)) as cluster:
+            ways = [
+                Way("here", functools.partial(run, run_here), len(cells) * 5 * num_seeds),
+                Way("on Ray", functools.partial(run, run_on(cluster)), len(cells) * 5 * num_seeds),
+            ]
+            yield from compare(f"a trial of {ways[0].trials:,}", ways, turns)
+
+
 def torch(turns: int) -> Iterator[Row]:
     task, ways = make_heads(400)
     with tempfile.TemporaryDirectory() as folder:
@@ -334,6 +370,7 @@ def main() -> None:
         "groups": (groups, shape),
         "streams": (streams, {}),
         "torch": (torch, {}),
+        "engines": (engines, {}),
     }
     for name in args.parts.split(","):
         part, options = parts[name]

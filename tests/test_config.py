@@ -35,6 +35,8 @@ BOUNDS = {
     "study.weight_decays": ([(), (0.0,)], [(0.1, -1e-9)]),
     "study.epochs": ([(), (1,)], [(1, 0)]),
     "study.split": (["test", "validation"], ["train"]),
+    "study.engine": (["local", "ray"], ["slurm"]),
+    "study.ray_device": (["auto", "gpu", "core"], ["tpu"]),
     "interpret.analyses": ([("shape", "influence")], [(), ("shape", "size")]),
     "report.analyses": ([(), ("shape", "influence")], [("shape", "size")]),
     "interpret.num_train": ([2], [1]),
@@ -93,6 +95,7 @@ KINDS = {  # (accepted, refused): the keys
     (("", "text"), (1, None)): (
         "cache_dir source verify models data rows checkpoint.architecture checkpoint.weights "
         "checkpoint.sha256 train.dataset train.architecture transfer.target study.sources study.targets "
+        "study.ray_address "
         "evaluate.model evaluate.dataset report.title interpret.cue_conflict"
     ),
     (((), ("text",)), ((1,), "text")): "report.remarks",

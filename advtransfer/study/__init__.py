@@ -8,9 +8,10 @@ processes may run the same study in the same folder: each group is one's.
 
 from advtransfer.study.calibrate import measure_speed, predict_seconds
 from advtransfer.study.claims import NoLocks, claim
+from advtransfer.study.cluster import Cluster, LostGroup, call_each, connect, run_on
 from advtransfer.study.plan import accelerator_hours, caches_of, format_seconds, pieces_of
 from advtransfer.study.rows import finished_rows, history_rows
-from advtransfer.study.run import StudyResult, run_cells, run_group, run_study, run_trials
+from advtransfer.study.run import StudyResult, run_cells, run_group, run_here, run_study, run_trials
 from advtransfer.study.search import HyperParameters, Search, candidates, choose, with_choices
 from advtransfer.study.trials import (
     Cell,
@@ -28,8 +29,10 @@ from advtransfer.study.trials import (
 
 __all__ = [
     "Cell",
+    "Cluster",
     "Grid",
     "HyperParameters",
+    "LostGroup",
     "NoLocks",
     "Search",
     "Source",
@@ -38,9 +41,11 @@ __all__ = [
     "Trial",
     "accelerator_hours",
     "caches_of",
+    "call_each",
     "candidates",
     "choose",
     "claim",
+    "connect",
     "finished_rows",
     "flatten",
     "format_seconds",
@@ -54,6 +59,8 @@ __all__ = [
     "predict_seconds",
     "run_cells",
     "run_group",
+    "run_here",
+    "run_on",
     "run_study",
     "run_trials",
     "trial_steps",

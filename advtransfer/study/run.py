@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ import numpy as np
 
 from advtransfer import parallel, storage
 from advtransfer.data import Dataset
+from advtransfer.foreign import AnyPath
 from advtransfer.models import Model, identity
 from advtransfer.options import to_dict
 from advtransfer.study.claims import divide
@@ -94,6 +95,74 @@ def run_group(
     return rows
 
 
+class GroupRunner:
+    """Runs groups one after another; what several share is prepared once for those that follow each other.
+
+    Args:
+      groups: of the whole grid, finished ones too: rounding depends on the number of images that are prepared
+        together, and must not on what is left.
+      models, datasets: as `run_trials`.
+    """
+
+    def __init__(
+        self,
+        groups: Mapping[str, Sequence[Trial]],
+        models: Mapping[str, Model],
+        datasets: Mapping[str, Dataset],
+    ):
+        self._groups, self._models, self._datasets = groups, models, datasets
+        self._prepared_for: tuple = ()
+        self._prepared: Prepared | None = None
+
+    def run(self, trials: Sequence[Trial]) -> list[Row]:
+        """Rows of the trials of a group."""
+        first = trials[0]
+        model, dataset = self._models[first.source.identity], self._datasets[first.data]
+        if shared_inputs(first) != self._prepared_for:
+            self._prepared = None  # before the next: both may not fit into memory
+            self._prepared_for = shared_inputs(first)
+            alike = [ts for ts in self._groups.values() if shared_inputs(ts[0]) == self._prepared_for]
+            self._prepared = _prepare(list(itertools.chain(*alike)), model, dataset)
+        rows = []
+        for members in group(trials):
+            rows += run_group(members, model, dataset, self._prepared)
+        return rows
+
+
+class Groups(NamedTuple):
+    """The groups of a study."""
+
+    folder: AnyPath  # of their files
+    all: Mapping[str, Sequence[Trial]]  # by the names of their files
+    missing: Mapping[str, Sequence[Trial]]  # the trials of each that are not finished
+    models: Mapping[str, Model]
+    datasets: Mapping[str, Dataset]
+
+    @property
+    def left(self) -> list[str]:
+        """Those that are not finished, longest first."""
+        return [name for name in _longest_first(self.all) if self.missing[name]]
+
+    def is_done(self, name: str) -> bool:
+        return holds(self.folder / f"{name}.jsonl", self.missing[name])
+
+    def write(self, name: str, rows: Iterable[Row]) -> None:
+        storage.write(self.folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+Engine = Callable[[Groups], Iterable[str]]  # runs groups, and gives the name of each that is finished
+
+
+def run_here(groups: Groups) -> Generator[str]:
+    """The engine of this process, and of others that share the folder."""
+    runner = GroupRunner(groups.all, groups.models, groups.datasets)
+    # Closed here, or the traceback of an exception would hold its claim for as long as a notebook keeps it.
+    with contextlib.closing(divide(groups.left, groups.folder, groups.is_done)) as own:
+        for name in own:
+            groups.write(name, runner.run(groups.missing[name]))
+            yield name
+
+
 def run_trials(
     trials: Sequence[Trial],
     models: dict[str, Model],
@@ -101,6 +170,7 @@ def run_trials(
     folder: str | os.PathLike[str],
     *,
     group_size: int = 0,
+    engine: Engine = run_here,
     progress: Callable[[Iterable, int], Iterable] = lambda groups, number: groups,
 ) -> list[Row]:
     """Rows of all trials; those that `folder` already holds are not run again, damaged files are set aside.
@@ -111,37 +181,23 @@ def run_trials(
       datasets: targets by the digest that trials know them by, `Trial.data`.
       folder: where every finished group leaves its file.
       group_size: as `group`.
-      progress: (groups of this process, number of all that are left) to the same groups, to draw a bar.
+      engine: what runs the groups.
+      progress: (groups of this process as they are finished, number of all that are left) to the same groups,
+        to draw a bar.
     """
     folder = storage.to_path(folder)
     storage.make_folder(folder)
     finished = finished_rows(folder, set_aside=True)
     # The same weights under two names are one trial. Groups are of the whole grid, whatever is finished, so
     # that all processes divide it in the same way.
-    groups, missing = {}, {}
+    every, missing = {}, {}
     for members in group({t.identity(): t for t in trials}.values(), size=group_size):
         name = hashlib.sha256("".join(t.identity() for t in members).encode()).hexdigest()[:32]
-        groups[name] = members
+        every[name] = members
         missing[name] = [trial for trial in members if trial.identity() not in finished]
-    left = [name for name in _longest_first(groups) if missing[name]]
-    prepared_for, prepared = None, None
-    # Closed here, or the traceback of an exception would hold its claim for as long as a notebook keeps it.
-    with contextlib.closing(
-        divide(left, folder, lambda name: holds(folder / f"{name}.jsonl", missing[name]))
-    ) as own:
-        for name in progress(own, len(left)):
-            first = missing[name][0]
-            model, dataset = models[first.source.identity], datasets[first.data]
-            if shared_inputs(first) != prepared_for:
-                prepared = None  # before the next: both may not fit into memory
-                prepared_for = shared_inputs(first)
-                # Finished ones too: rounding depends on the number of images, and must not on what is left.
-                alike = [ts for ts in groups.values() if shared_inputs(ts[0]) == prepared_for]
-                prepared = _prepare(list(itertools.chain(*alike)), model, dataset)
-            rows = []
-            for members in group(missing[name]):
-                rows += run_group(members, model, dataset, prepared)
-            storage.write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    groups = Groups(folder, every, missing, models, datasets)
+    for _ in progress(engine(groups), len(groups.left)):
+        pass
     finished = finished_rows(folder)
     return [
         row | {"source": trial.source.name, "config": trial.config()}
@@ -204,6 +260,7 @@ def run_cells(
     search: Search = Search(),
     stratified: bool = True,
     group_size: int = 0,
+    engine: Engine = run_here,
     progress: Callable[[str, Iterable, int], Iterable] = lambda name, groups, number: groups,
 ) -> StudyResult:
     """Runs the trials of all cells, after the search of hyper-parameters where one is asked for.
@@ -213,7 +270,7 @@ def run_cells(
       cells: the grid's, in the order of its rows.
       start_of: as for `make_trials`.
       folder: where finished groups leave their rows, in `rows/` and `search/`.
-      group_size: as `group`.
+      group_size, engine: as `run_trials`.
       progress: as in `run_trials`, with a name before.
 
     Raises:
@@ -227,7 +284,13 @@ def run_cells(
         datasets = {start.dataset.digest("train", split): start.dataset for start in starts}
         bar = functools.partial(progress, name)
         return run_trials(
-            flatten(trials), models, datasets, workdir / name, group_size=group_size, progress=bar
+            flatten(trials),
+            models,
+            datasets,
+            workdir / name,
+            group_size=group_size,
+            engine=engine,
+            progress=bar,
         )
 
     trials, table = make_trials(grid, recipe, cells, start_of, stratified=stratified), []
@@ -249,6 +312,7 @@ def run_study(
     search: Search = Search(),
     stratified: bool = True,
     input_norm: str = "source",
+    engine: Engine = run_here,
 ) -> DataFrame:
     """Fine-tunes every source on every target for every n, k and seed of a grid.
 
@@ -262,6 +326,7 @@ def run_study(
       search: hyper-parameters that are chosen on validation images first.
       stratified: see `subset_indices`.
       input_norm: "source", or "target": natural sources normalise by the target's training images.
+      engine: what runs the groups, such as `run_on` a cluster.
 
     Returns:
       A pandas DataFrame of the columns of `report.COLUMNS`, a row per trial and evaluated epoch, which
@@ -293,5 +358,7 @@ def run_study(
     make_trials(grid, recipe, cells, start_of)  # whether there are as many images, before anything is written
     storage.make_folder(folder)
     storage.write(folder / "study.json", json.dumps(to_dict(grid), indent=1) + "\n")
-    found = run_cells(grid, recipe, cells, start_of, folder, search=search, stratified=stratified)
+    found = run_cells(
+        grid, recipe, cells, start_of, folder, search=search, stratified=stratified, engine=engine
+    )
     return pd.DataFrame(found.rows)

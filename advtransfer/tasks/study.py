@@ -7,21 +7,25 @@ Leaves in the workdir: `sources/NAME/` as stage=source does, `rows/` with a file
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 
 from advtransfer import parallel, storage
-from advtransfer.config import Options
+from advtransfer.config import ConfigError, Options
 from advtransfer.data import Dataset, to_float
+from advtransfer.data.cache import cache_folder
 from advtransfer.evaluate import evaluation_key, predict
 from advtransfer.foreign import AnyPath
 from advtransfer.models import Model, logits_fn
 from advtransfer.progress import progress_bar
 from advtransfer.report import Evidence, headline, write_report, write_rows
 from advtransfer.report.files import csv_text
-from advtransfer.study import claim, run_cells
+from advtransfer.source import SourceRecipe
+from advtransfer.study import Cluster, call_each, claim, connect, run_cells, run_here, run_on
 from advtransfer.tasks.interpret import study_sections
 from advtransfer.tasks.source import train_and_measure
 from advtransfer.tasks.study_inputs import StudyInputs, look_up
@@ -38,27 +42,23 @@ _SEARCHED = (
 
 def run(job: Job) -> None:
     inputs, options, workdir = look_up(job), job.options, job.workdir
-    open_workdir(job)
-    own: dict[str, Model] = {}
-    evaluations = []
-    with _one_at_a_time(workdir / "sources.lock"):
-        for source, recipe, dataset in inputs.trained_here:
-            own[source.name], found = train_and_measure(
-                options, recipe, dataset, storage.to_path(source.place)
-            )
-            evaluations.append({"name": source.name, "norm": recipe.norm, "eps": recipe.eps} | found)
-    start_of = inputs.start_of({source.name: source.model for source in inputs.sources} | own)
-    result = run_cells(
-        options.grid,
-        options.recipe,
-        inputs.cells,
-        start_of,
-        workdir,
-        search=options.search,
-        stratified=options.target.stratified,
-        group_size=options.study.group_size,
-        progress=_progress,
-    )
+    with _cluster(job, inputs) as cluster:
+        open_workdir(job)
+        with _one_at_a_time(workdir / "sources.lock"):
+            own, evaluations = _sources(options, inputs, cluster)
+        start_of = inputs.start_of({source.name: source.model for source in inputs.sources} | own)
+        result = run_cells(
+            options.grid,
+            options.recipe,
+            inputs.cells,
+            start_of,
+            workdir,
+            search=options.search,
+            stratified=options.target.stratified,
+            group_size=options.study.group_size,
+            engine=run_on(cluster) if cluster else run_here,
+            progress=_progress,
+        )
     if not parallel.is_main_process():
         return
     split = options.grid.split
@@ -91,6 +91,50 @@ def plan(job: Job) -> str:
     inputs = look_up(job, planned=True)
     check_workdir(job)
     return "\n".join(plan_lines(job, inputs))
+
+
+@contextlib.contextmanager
+def _cluster(job: Job, inputs: StudyInputs) -> Generator[Cluster | None]:
+    """The Ray cluster that config.study asks for; None: this process runs everything."""
+    options = job.options
+    if options.study.engine == "local":
+        yield None
+        return
+    if parallel.num_processes() > 1:
+        raise ConfigError("config.study.engine=ray runs in one process: leave --multihost away")
+    check_workdir(job)
+    run = options.run
+    with connect(
+        options.study.ray_address,
+        device=options.study.ray_device,
+        folder=job.workdir if inputs.trained_here else None,
+        programs=cache_folder(run.cache_dir) / "programs" if run.keep_programs else None,
+    ) as cluster:
+        yield cluster
+
+
+def _sources(
+    options: Options, inputs: StudyInputs, cluster: Cluster | None
+) -> tuple[dict[str, Model], list[dict[str, Any]]]:
+    """The sources that the study trains, by name, and what was measured of each."""
+    trained = inputs.trained_here
+    if cluster:  # which leaves each in its folder, where the following finds it
+        left = {
+            x.name: (options, recipe, dataset, x.place)
+            for x, recipe, dataset in trained
+            if not (storage.to_path(x.place) / "evaluation.json").exists()
+        }
+        for _ in progress_bar(call_each(cluster, _train, left), "train", "sources", total=len(left)):
+            pass
+    own, evaluations = {}, []
+    for source, recipe, dataset in trained:
+        own[source.name], found = train_and_measure(options, recipe, dataset, storage.to_path(source.place))
+        evaluations.append({"name": source.name, "norm": recipe.norm, "eps": recipe.eps} | found)
+    return own, evaluations
+
+
+def _train(options: Options, recipe: SourceRecipe, dataset: Dataset, place: str) -> None:
+    train_and_measure(options, recipe, dataset, storage.to_path(place))
 
 
 def _progress(name: str, groups: Iterable, number: int) -> Iterable:

@@ -20,6 +20,7 @@ from advtransfer.study import (
     caches_of,
     candidates,
     choose,
+    connect,
     finished_rows,
     flatten,
     format_seconds,
@@ -67,10 +68,19 @@ def plan_lines(job: Job, inputs: StudyInputs) -> list[str]:
     fetched = all(source.model is None or source.model.variables for source in inputs.sources)
     is_here = fetched and not any(dataset.is_placeholder for dataset in datasets)
     calibration = options.study.calibration if is_here else 0.0
+    workers = 0
+    if options.study.engine == "ray":
+        groups = len(group([*tried, *left], size=options.study.group_size))
+        with connect(options.study.ray_address, device=options.study.ray_device) as cluster:
+            workers = cluster.num_workers()
+        lines.append(
+            f"on Ray: {len(missing):,} trainings of sources and {groups:,} groups, each a task; {workers:,} "
+            f"workers with {cluster.device} each"
+        )
     if tried or left:
         known = {name: model for name, model in models.items() if model is not None}
         known |= {name: _untrained(recipe, dtype) for name, (recipe, _) in missing.items()}
-        lines += _costs(inputs, [*tried, *left], known, calibration)
+        lines += _costs(inputs, [*tried, *left], known, calibration, workers)
     if missing and calibration:
         seconds = sum(_training_seconds(*each, dtype) for each in missing.values())
         lines.append(f"predicted here before that, training of the sources: {format_seconds(seconds)}")
@@ -100,10 +110,10 @@ def _trials(
 
 
 def _costs(
-    inputs: StudyInputs, trials: list[Trial], models: dict[str, Model], calibration: float
+    inputs: StudyInputs, trials: list[Trial], models: dict[str, Model], calibration: float, workers: int
 ) -> list[str]:
-    """What trials take; `calibration` seconds are measured to predict how long it takes here, 0: no
-    prediction."""
+    """What trials take; `calibration` seconds are measured to predict how long it takes here and on Ray's
+    workers; 0: no prediction."""
     splits = {trial.split for trial in trials}
     datasets = {
         target.digest("train", split): target
@@ -128,11 +138,17 @@ def _costs(
     if calibration:
         speeds = measure_speed(pieces, models, datasets, budget=calibration)
         device = jax.local_devices()[0].device_kind
+        seconds = predict_seconds(pieces, caches, speeds)
         lines.append(
             f"predicted here ({parallel.num_devices()} × {device}), by running the beginning of k = "
             f"{', '.join('all' if k == -1 else str(k) for k in sorted(speeds))}: "
-            f"{format_seconds(predict_seconds(pieces, caches, speeds))}"
+            f"{format_seconds(seconds)}"
         )
+        if workers:
+            lines.append(
+                f"on {workers:,} workers that are as fast: {format_seconds(seconds / workers)}, but no less "
+                "than the longest group"
+            )
     return lines
 
 
