@@ -8,6 +8,7 @@ and its rows go back to the process that asked, which writes them.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -74,7 +75,7 @@ def connect(
         `folder`.
     """
     try:
-        import ray
+        ray = _ray()
     except ImportError:
         raise NoCluster("engine=ray: Ray is not installed: pip install 'advtransfer[ray]'") from None
     _knock(address or os.environ.get("RAY_ADDRESS", ""))
@@ -107,6 +108,11 @@ def _knock(address: str) -> None:
         ) from error
 
 
+def _ray() -> Any:
+    """Ray, whose own annotations leave out most of what it takes."""
+    return importlib.import_module("ray")
+
+
 def _choose(device: str) -> tuple[dict[str, float], dict[str, str]]:
     has_gpu = any(node["Resources"].get("GPU", 0) >= 1 for node in _nodes())
     if device == "gpu" and not has_gpu:
@@ -121,8 +127,7 @@ def _choose(device: str) -> tuple[dict[str, float], dict[str, str]]:
 
 
 def _nodes() -> list[dict[str, Any]]:
-    import ray
-
+    ray = _ray()
     return [node for node in ray.nodes() if node["Alive"]]
 
 
@@ -145,13 +150,12 @@ def _check(folder: AnyPath | None) -> None:
 
 
 def _ask_nodes(seen: AnyPath | None, token: str) -> None:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
+    ray = _ray()
+    affinity = importlib.import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
     look = ray.remote(name="look", num_cpus=0, max_retries=0)(_look)
     for node in _nodes():
         where = f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}) of the Ray cluster"
-        there = look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        there = look.options(scheduling_strategy=affinity(node["NodeID"], soft=False))
         try:
             found, text = ray.get(there.remote(seen and str(seen.resolve())))
         except ray.exceptions.RayError as error:
@@ -222,8 +226,7 @@ class Tasks:
         return f"{running} running, {sum(self._losses.values())} lost"
 
     def __iter__(self) -> Iterator[str]:
-        import ray
-
+        ray = _ray()
         environment = {"env_vars": dict(self._cluster.environment)}
         worker = ray.remote(_Worker).options(**self._cluster.resources, runtime_env=environment)
         groups, programs = self._groups, self._cluster.programs
@@ -286,8 +289,7 @@ def run_on(cluster: Cluster) -> Callable[[Groups], Tasks]:
 def call_each(cluster: Cluster, function: Callable[..., Any], calls: Mapping[str, tuple]) -> Iterator[str]:
     """Calls `function` with the arguments of each call, and gives the name of each that is done: tasks that
     have a GPU each, or all cores of a node, and start again where their node is lost."""
-    import ray
-
+    ray = _ray()
     resources = dict(cluster.resources)
     if "num_gpus" not in resources:
         resources["num_cpus"] = max(int(node["Resources"].get("CPU", 0)) for node in _nodes())
