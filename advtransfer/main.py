@@ -22,7 +22,6 @@ from advtransfer.checkpoint import SaveError, UnreadableCheckpoints
 from advtransfer.compilation import compile_clock
 from advtransfer.config import ConfigError, check_keys, explain
 from advtransfer.data import LostWorker
-from advtransfer.study import LostGroup
 from advtransfer.train import DivergedError, Preempted
 
 _QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.py"
@@ -72,7 +71,7 @@ def main(argv: list[str]) -> None:
         _stop(DONE, f"{stopped}; resume with the same command")
     except DivergedError as error:
         _stop(DIVERGED, str(error))
-    except (SaveError, LostWorker, LostGroup) as error:
+    except (SaveError, LostWorker) as error:
         _stop(UNFINISHED, f"{error}; resume with the same command")
     except KeyboardInterrupt:
         _stop(INTERRUPTED, "interrupted; resume with the same command")

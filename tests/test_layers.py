@@ -40,7 +40,7 @@ MAY_IMPORT["train"] = MAY_IMPORT["models"] | {"labels", "attacks", "optim", "che
 MAY_IMPORT["evaluate"] = MAY_IMPORT["train"] | {"train", "options", "progress"}
 MAY_IMPORT["source"] = MAY_IMPORT["evaluate"] | {"evaluate"}
 MAY_IMPORT["transfer"] = MAY_IMPORT["evaluate"] | {"evaluate", "report"}
-MAY_IMPORT["study"] = MAY_IMPORT["transfer"] | {"transfer"}
+MAY_IMPORT["study"] = MAY_IMPORT["transfer"] | {"compilation", "transfer"}
 MAY_IMPORT["analysis"] = {
     *("arrays", "intervals", "labels", "parallel", "attacks", "models", "data", "evaluate")
 }

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from advtransfer.data import Dataset, Split
+from advtransfer.data import Dataset, LostWorker, Split
 from advtransfer.models import Model, ModelSpec, create_module, identity, init_variables
 from advtransfer.parallel import NoCluster
-from advtransfer.study import Grid, LostGroup, Source, Start, cluster, connect, make_cells, run_cells, run_on
+from advtransfer.study import Grid, Source, Start, cluster, connect, make_cells, run_cells, run_on
 from advtransfer.transfer import Recipe
 
 ray = pytest.importorskip("ray")
@@ -135,7 +135,7 @@ class Failing(Worker):
 
 def test_a_group_that_ends_its_workers_is_given_up(two_nodes, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "_Worker", Deadly)
-    ends = pytest.raises(LostGroup, match="3 times while it ran the same group")
+    ends = pytest.raises(LostWorker, match="3 times while it ran the same group")
     with connect(two_nodes.address) as found, ends:
         rows_of(tmp_path, engine=run_on(found))
 

@@ -8,7 +8,7 @@ processes may run the same study in the same folder: each group is one's.
 
 from advtransfer.study.calibrate import measure_speed, predict_seconds
 from advtransfer.study.claims import NoLocks, claim
-from advtransfer.study.cluster import Cluster, LostGroup, call_each, connect, run_on
+from advtransfer.study.cluster import Cluster, call_each, connect, run_on
 from advtransfer.study.plan import accelerator_hours, caches_of, format_seconds, pieces_of
 from advtransfer.study.rows import finished_rows, history_rows
 from advtransfer.study.run import StudyResult, run_cells, run_group, run_here, run_study, run_trials
@@ -32,7 +32,6 @@ __all__ = [
     "Cluster",
     "Grid",
     "HyperParameters",
-    "LostGroup",
     "NoLocks",
     "Search",
     "Source",

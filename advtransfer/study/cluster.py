@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from advtransfer import parallel, storage
 from advtransfer.compilation import keep_programs
-from advtransfer.data import Dataset
+from advtransfer.data import Dataset, LostWorker
 from advtransfer.foreign import AnyPath
 from advtransfer.models import Model
 from advtransfer.parallel import NoCluster
@@ -33,10 +33,6 @@ from advtransfer.study.trials import Trial
 
 _LOOK_EVERY = 5.0  # seconds, for devices that have joined
 _MAX_LOSSES = 3  # of the same group, after which it is taken for the cause
-
-
-class LostGroup(RuntimeError):
-    """A group whose workers end again and again."""
 
 
 class Cluster(NamedTuple):
@@ -273,7 +269,7 @@ class Tasks:
         self._losses[name] += 1
         if self._losses[name] >= _MAX_LOSSES:
             doing = "ran the same group" if name else "started"
-            raise LostGroup(
+            raise LostWorker(
                 f"a worker of the Ray cluster ended {_MAX_LOSSES} times while it {doing}: {_last_line(error)}"
             ) from error
         if name:
