@@ -49,8 +49,8 @@ class Cluster(NamedTuple):
 
     def num_workers(self) -> int:
         """How many workers fit into the cluster as it is now."""
-        kind, number = ("GPU", "num_gpus") if "num_gpus" in self.resources else ("CPU", "num_cpus")
-        return sum(int(node["Resources"].get(kind, 0) // self.resources[number]) for node in _nodes())
+        kind = "GPU" if "num_gpus" in self.resources else "CPU"
+        return sum(int(node["Resources"].get(kind, 0)) for node in _nodes())
 
 
 @contextlib.contextmanager
@@ -241,13 +241,12 @@ class Tasks:
                         self._lose(task.name, error)
                         continue
                     except ray.exceptions.RayTaskError as error:
-                        raise (error.cause if isinstance(error.cause, Exception) else error) from None
-                    previous = task.name
+                        raise _cause(error) from None
                     if self._queue:
-                        self._submit(task.worker, previous)
-                    if previous:
-                        groups.write(previous, rows)
-                        yield previous
+                        self._submit(task.worker, task.name)
+                    if task.name:
+                        groups.write(task.name, rows)
+                        yield task.name
         finally:
             for task in self._running.values():
                 ray.kill(task.worker)
@@ -299,7 +298,7 @@ def call_each(cluster: Cluster, function: Callable[..., Any], calls: Mapping[str
             ray.get(done)
             yield running.pop(done)
     except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        raise _cause(error) from None
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
@@ -308,6 +307,11 @@ def call_each(cluster: Cluster, function: Callable[..., Any], calls: Mapping[str
 def _call(function: Callable[..., Any], args: tuple) -> None:
     parallel.one_device_per_core()
     function(*args)
+
+
+def _cause(error: Any) -> Exception:
+    """What a task has raised, as it was there."""
+    return error.cause if isinstance(error.cause, Exception) else error
 
 
 def _first_line(error: Exception) -> str:

@@ -24,7 +24,6 @@ from advtransfer.models import Model, logits_fn
 from advtransfer.progress import progress_bar
 from advtransfer.report import Evidence, headline, write_report, write_rows
 from advtransfer.report.files import csv_text
-from advtransfer.source import SourceRecipe
 from advtransfer.study import Cluster, call_each, claim, connect, run_cells, run_here, run_on
 from advtransfer.tasks.interpret import study_sections
 from advtransfer.tasks.source import train_and_measure
@@ -120,21 +119,19 @@ def _sources(
     trained = inputs.trained_here
     if cluster:  # which leaves each in its folder, where the following finds it
         left = {
-            x.name: (options, recipe, dataset, x.place)
+            x.name: (options, recipe, dataset, storage.to_path(x.place))
             for x, recipe, dataset in trained
             if not (storage.to_path(x.place) / "evaluation.json").exists()
         }
-        for _ in progress_bar(call_each(cluster, _train, left), "train", "sources", total=len(left)):
+        for _ in progress_bar(
+            call_each(cluster, train_and_measure, left), "train", "sources", total=len(left)
+        ):
             pass
     own, evaluations = {}, []
     for source, recipe, dataset in trained:
         own[source.name], found = train_and_measure(options, recipe, dataset, storage.to_path(source.place))
         evaluations.append({"name": source.name, "norm": recipe.norm, "eps": recipe.eps} | found)
     return own, evaluations
-
-
-def _train(options: Options, recipe: SourceRecipe, dataset: Dataset, place: str) -> None:
-    train_and_measure(options, recipe, dataset, storage.to_path(place))
 
 
 def _progress(name: str, groups: Iterable, number: int) -> Iterable:

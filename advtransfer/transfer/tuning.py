@@ -231,7 +231,7 @@ def _may_be_products(module: ResNet, num_unfrozen_blocks: int, image_size: int) 
 
 def _trial_bytes(module: ResNet, recipe: Recipe, num_unfrozen_blocks: int, image_size: int) -> int:
     """Memory of a trial whose blocks are products: the weights four times; for each image the taps of every
-    layer and its output twice. An upper bound in what XLA allocates for a GPU, by less than 2."""
+    layer and its output twice. What XLA allocates for a GPU is 0.24 to 0.81 of it (17 networks and sizes)."""
     trained = {*module.block_names[-num_unfrozen_blocks:], "fc"}
     weights = numbers = 0
     for layer in layers(module, image_size):  # ty: ignore[invalid-argument-type]  # hashable
