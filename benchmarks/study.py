@@ -12,8 +12,8 @@ groups: 8 seeds of ResNet-50's last k blocks in one program, in turn (lax.map) a
 streams: 8 trials, one at a time and as many at the same time as there are cores, on both sides of the bound
   that the engine goes by.
 torch: a process of PyTorch for every head (n = 400), against a head among 20 seeds, and among 20 rates.
-engines: 2,000 trials of `resnet_tiny` in 100 groups, with programs kept from a run before, by this process
-  and on a Ray cluster of this machine, a worker a core. The cluster's start is not counted, the workers' is.
+engines: 2,000 trials of `resnet_tiny` in 100 groups, with programs kept from a run before, by a new process
+  and by one that gives them to the Ray cluster of this machine, a worker a core (before: `ray start --head`).
 
 `ratio` is the first way's time over each way's: median [quartiles] over the turns.
 """
@@ -56,7 +56,7 @@ from advtransfer.transfer import (
 )
 from advtransfer.transfer.program import Task, make_fine_tune
 
-CLASSES, FEATURES, POOL = 10, 2048, 3200
+CLASSES, FEATURES, POOL, SMALL_TRIALS = 10, 2048, 3200, 2000
 RATES = Rates(0.01, 5e-4)
 
 TORCH_HEAD = """
@@ -306,7 +306,22 @@ def streams(turns: int, trials: int = 8) -> Iterator[Row]:
         yield from compare(f"{architecture} {size}², k = {k}, n = {n} ({engine})", named, turns)
 
 
-def engines(turns: int, num_seeds: int = 20) -> Iterator[Row]:
+def engines(turns: int) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as programs:
+        command = [sys.executable, "-c", "from benchmarks import study; study.small_trials()", programs]
+        ways = [
+            Way(name, functools.partial(subprocess.run, [*command, *where], check=True), SMALL_TRIALS)
+            for name, where in (("here", []), ("on Ray", ["auto"]))
+        ]
+        # `compare` would wait for what a process returns.
+        named = [way._replace(run=lambda run=way.run: run().returncode) for way in ways]
+        yield from compare(f"a trial of {SMALL_TRIALS:,}", named, turns)
+
+
+def small_trials() -> None:
+    """What each process of `engines` does: programs are kept in the folder of the first argument; the second
+    is the address of a cluster."""
+    programs, *address = sys.argv[1:]
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 256, (400, 8, 8, 3)).astype(np.uint8), rng.integers(0, CLASSES, 400)
     split = Split(images, labels.astype(np.int32))
@@ -315,26 +330,18 @@ def engines(turns: int, num_seeds: int = 20) -> Iterator[Row]:
     variables = jax.device_get(init_variables(module, jax.random.key(0), 8))
     model = Model(module, variables, ModelSpec("resnet_tiny", CLASSES, 8, module.mean, module.std))
     sizes = tuple(range(20, 40, 2))
-    grid = Grid(num_train_images=sizes, num_unfrozen_blocks=(0, 1), num_seeds=5 * num_seeds)
+    grid = Grid(num_train_images=sizes, num_unfrozen_blocks=(0, 1), num_seeds=SMALL_TRIALS // 20)
     cells = make_cells(grid, ["natural"], ["random"])
     start = Start(Source("natural", "none", 0.0, identity(model)), model, dataset)
-    recipe = Recipe(num_epochs=20, evaluate_epochs=(20,), learning_rate=0.01)
-
-    def run(engine):
-        with tempfile.TemporaryDirectory() as folder:
-            found = run_cells(
-                grid, recipe, cells, lambda *_: start, folder, group_size=num_seeds, engine=engine
-            )
-            return len(found.rows)
-
-    with tempfile.TemporaryDirectory() as programs:
-        keep_programs(Path(programs))
-        with connect("local", device="core", programs=Path(programs)) as cluster:
-            ways = [
-                Way("here", functools.partial(run, run_here), len(cells) * 5 * num_seeds),
-                Way("on Ray", functools.partial(run, run_on(cluster)), len(cells) * 5 * num_seeds),
-            ]
-            yield from compare(f"a trial of {ways[0].trials:,}", ways, turns)
+    recipe = Recipe(num_epochs=100, evaluate_epochs=(100,), learning_rate=0.01)
+    keep_programs(Path(programs))
+    with tempfile.TemporaryDirectory() as folder:
+        run = functools.partial(run_cells, grid, recipe, cells, lambda *_: start, folder, group_size=20)
+        if address:
+            with connect(*address, device="core", programs=Path(programs)) as cluster:
+                run(engine=run_on(cluster))
+        else:
+            run(engine=run_here)
 
 
 def torch(turns: int) -> Iterator[Row]:

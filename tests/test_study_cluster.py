@@ -2,15 +2,19 @@
 
 import os
 import re
+import signal
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from faults import launcher
 
 from advtransfer.data import Dataset, LostWorker, Split
 from advtransfer.models import Model, ModelSpec, create_module, identity, init_variables
 from advtransfer.parallel import NoCluster
+from advtransfer.report.rows import read_rows
 from advtransfer.study import Grid, Source, Start, cluster, connect, make_cells, run_cells, run_on
 from advtransfer.transfer import Recipe
 
@@ -76,6 +80,38 @@ def test_rows_are_those_of_the_local_engine_though_a_node_is_lost(two_nodes, tmp
     assert len(names) == len(set(names)) == 18
     assert seen[0][1] == "2 running, 0 lost" and seen[-1][1] == "0 running, 1 lost"
     assert rows == rows_of(tmp_path / "local")
+
+
+def test_after_ctrl_c_the_other_engine_goes_on(two_nodes, tmp_path):
+    start, workdir = launcher(tmp_path), tmp_path / "study"
+    on_ray = ["--config.study.engine=ray", f"--config.study.ray_address={two_nodes.address}"]
+    small = ["--config.study.num_seeds=3", "--config.study.group_size=1", "--config.study.calibration=0."]
+    planned, errors = start("study", workdir, *small, *on_ray, "--plan").communicate(timeout=300)
+    tasks = "on Ray: 2 trainings of sources and 24 groups, each a task; 2 workers with a core each"
+    assert tasks in planned.splitlines(), planned + errors
+    assert not workdir.exists()
+
+    begun = start("study", workdir, *small, *on_ray)
+    while len(list((workdir / "rows").glob("*.jsonl"))) < 3:
+        assert begun.poll() is None, begun.communicate()
+        time.sleep(0.05)
+    begun.send_signal(signal.SIGINT)
+    _, errors = begun.communicate(timeout=60)
+    assert begun.returncode == 130
+    assert errors.splitlines()[-1] == "interrupted; resume with the same command"
+    with connect(two_nodes.address):
+        deadline = time.monotonic() + 30
+        while ray.available_resources().get("CPU") != 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert ray.available_resources()["CPU"] == 2  # no worker goes on
+    kept = {path: path.read_bytes() for path in (workdir / "rows").glob("*.jsonl")}
+    assert 3 <= len(kept) < 24
+
+    _, errors = start("study", workdir, *small).communicate(timeout=300)
+    assert (workdir / "report.html").exists(), errors
+    assert kept.items() <= {path: path.read_bytes() for path in (workdir / "rows").iterdir()}.items()
+    trials = [row["trial_id"] for row in read_rows(workdir / "rows")]
+    assert len(set(trials)) == 24 and len(trials) == 24 * 2
 
 
 def look_elsewhere(path):

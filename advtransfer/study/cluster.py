@@ -80,7 +80,10 @@ def connect(
     try:
         ray.init(address or None, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise NoCluster(f"Ray at {address or 'this machine'}: {_first_line(error)}") from error
+        where, about = address or "this machine", _first_line(error)
+        if "AuthenticationError" in str(error.__cause__):
+            about = "it wants a token: set RAY_AUTH_MODE=token and copy its head's ~/.ray/auth_token here"
+        raise NoCluster(f"Ray at {where}: {about}") from error
     try:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray has set its own
