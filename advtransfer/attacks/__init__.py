@@ -1,8 +1,15 @@
-"""Attacks: threat models (what an adversary may do) and PGD (how it does it).
+"""Attacks: threat models (what an adversary may do), PGD (how it does it), and signs that it failed.
 
 Nothing here knows Flax. An attack sees `logits_fn`, a function from images [N, H, W, C] in [0, 1] to logits.
 """
 
+from advtransfer.attacks.checks import (
+    RobustnessWarning,
+    check_black_box,
+    check_large_eps,
+    check_network,
+    check_steps,
+)
 from advtransfer.attacks.losses import LossFn, cross_entropy, log_odds, margin
 from advtransfer.attacks.network import LogitsFn, as_network, jit_for
 from advtransfer.attacks.pgd import SLACK, Attack, check_images, make_attack, pgd
@@ -16,10 +23,15 @@ __all__ = [
     "Linf",
     "LogitsFn",
     "LossFn",
+    "RobustnessWarning",
     "ThreatModel",
     "Unconstrained",
     "as_network",
+    "check_black_box",
     "check_images",
+    "check_large_eps",
+    "check_network",
+    "check_steps",
     "cross_entropy",
     "jit_for",
     "log_odds",
