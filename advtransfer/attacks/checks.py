@@ -101,11 +101,12 @@ def check_network(
     return tuple(found)
 
 
-def check_steps(losses: Mapping[int, float]) -> tuple[RobustnessWarning, ...]:
+def check_steps(losses: Mapping[int, float], *, attack: str = "PGD") -> tuple[RobustnessWarning, ...]:
     """Whether more steps of an attack raise the loss, as they should.
 
     Args:
       losses: mean loss of the attacked images by number of steps, with 0 (no attack) among them, and 1.
+      attack: in words.
 
     Returns:
       "steps", where the most steps raise the loss not at all, or by less than fewer steps do.
@@ -114,10 +115,10 @@ def check_steps(losses: Mapping[int, float]) -> tuple[RobustnessWarning, ...]:
     last, best = losses[numbers[-1]], max(losses, key=lambda number: losses[number])
     source = "Carlini et al., 2019, §5.2"
     if last <= natural:
-        message = f"{numbers[-1]} steps of PGD do not raise the loss, which is {natural:.3g}."
+        message = f"{numbers[-1]} steps of {attack} do not raise the loss, which is {natural:.3g}."
     elif last < losses[best] - _FALL * (losses[best] - natural):
         message = (
-            f"The loss does not rise with the steps of PGD: {losses[best]:.3g} after {best}, "
+            f"The loss does not rise with the steps of {attack}: {losses[best]:.3g} after {best}, "
             f"{last:.3g} after {numbers[-1]}."
         )
     else:
