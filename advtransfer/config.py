@@ -20,6 +20,7 @@ from advtransfer.data import BROKEN, LOADING, SPLITS, VIEWS
 from advtransfer.evaluate import Evaluation
 from advtransfer.explain.options import ANALYSES, Interpretation
 from advtransfer.options import option, options, to_dict
+from advtransfer.robustness import Curves
 from advtransfer.source import SourceRecipe, parse_source
 from advtransfer.study import Grid, Search
 from advtransfer.torch_checkpoint.options import CheckpointOptions
@@ -150,7 +151,7 @@ class StudyNames:
 class MeasuredModel:
     """What stage=evaluate measures."""
 
-    model: str = option("", "stage=evaluate: a model by name")
+    model: str = option("", "stage=evaluate: a model by name, or several, comma-separated")
     dataset: str = option("builtin:glyphs", "stage=evaluate: name of the dataset")
     split: str = option("test", "split that networks are measured on", choices=SPLITS)
 
@@ -191,6 +192,7 @@ class Options(NamedTuple):
     search: Search = Search()
     measured: MeasuredModel = MeasuredModel()
     evaluation: Evaluation = Evaluation()
+    curves: Curves = Curves()
     interpretation: Interpretation = Interpretation()
     report: Report = Report()
 
@@ -208,6 +210,7 @@ _SECTIONS = {
     "search": "study.",
     "measured": "evaluate.",
     "evaluation": "evaluate.",
+    "curves": "evaluate.",
     "interpretation": "interpret.",
     "report": "report.",
 }
@@ -259,6 +262,11 @@ def _check_together(found: Options) -> None:
         raise ConfigError(
             f"config.checkpoint.{key} is for config.stage=import: import the file first "
             "(experiments/import_source.py), and name the workdir of the import"
+        )
+    if stage != "evaluate" and found.curves.is_asked:
+        key = next(k for k, x in vars(found.curves).items() if x != getattr(Curves(), k))
+        raise ConfigError(
+            f"config.evaluate.{key} is for config.stage=evaluate: evaluate the model afterwards"
         )
     for key in ("choose_num_unfrozen_blocks", "num_folds"):
         if stage == "study" and getattr(target, key) != getattr(TargetData(), key):

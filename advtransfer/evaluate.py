@@ -57,6 +57,13 @@ class Evaluation:
     num_images: int = option(0, "first images of the split; 0: all", low=0)
     batch_size: int = option(256, "images per batch, over all devices", low=1)
 
+    def check(self) -> None:
+        if self.norm == "linf" and self.eps >= 1:
+            raise ValueError(
+                f"eps={self.eps:g} of norm=linf allows every image, as pixels are in [0, 1]: did you mean "
+                f"{self.eps:g}/255, {self.eps / 255:.4f}?"
+            )
+
     @property
     def attack(self) -> Attack | None:
         """The attack, or None."""

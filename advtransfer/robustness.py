@@ -61,6 +61,13 @@ class Curves:
     def is_asked(self) -> bool:
         return self != Curves()
 
+    def check_with(self, evaluation: Evaluation) -> None:
+        """Raises a ValueError unless they go together."""
+        if evaluation.norm == "none" and self.is_asked:
+            raise ValueError("norm=none measures natural accuracy alone: set norm and eps as well")
+        if self.auto_attack != "none" and not evaluation.eps:
+            raise ValueError(f"eps=0 leaves auto_attack={self.auto_attack} nothing to change: set eps")
+
     def radii(self, evaluation: Evaluation) -> dict[str, list[float]]:
         """Of every norm in ascending order, without 0; that of `evaluation` is always among them."""
         asked = {"l2": {*self.l2_epsilons}, "linf": {*self.linf_epsilons}}
@@ -132,10 +139,7 @@ def measure_robustness(
       ValueError: labels that are not classes, logits that are not finite, or norm=none with attacks.
     """
     check_split(split)
-    if evaluation.norm == "none" and curves.is_asked:
-        raise ValueError("norm=none measures natural accuracy alone: set norm and eps as well")
-    if curves.auto_attack != "none" and not evaluation.eps:
-        raise ValueError(f"eps=0 leaves auto_attack={curves.auto_attack} nothing to change: set eps")
+    curves.check_with(evaluation)
     if isinstance(network, Model):
         network, image_size = logits_fn(network), network.spec.image_size
     if evaluation.num_images:
@@ -163,6 +167,13 @@ def measure_robustness(
         known = {warning.name for warning in warnings}
         warnings += tuple(flag for flag in flags if flag.name not in known)
     return Robustness(rows, warnings)
+
+
+def num_gradients(num_images: int, evaluation: Evaluation, curves: Curves) -> int:
+    """Images × steps of PGD, at most, for one network."""
+    radii = curves.radii(evaluation).values()
+    curve, probes = num_images * sum(map(len, radii)), 2 * min(num_images, NUM_PROBED) * len(radii)
+    return (curve + probes) * evaluation.num_steps * evaluation.num_restarts
 
 
 def probed(split: Split, seed: int) -> Split:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Num, UInt8
 
 from advtransfer.foreign import printable
-from advtransfer.report.sections import Axis, Dumbbell, Panel, Series, SourceInfo, Style
+from advtransfer.report.sections import Axis, Dumbbell, Panel, Scatter, Series, SourceInfo, Style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,10 +93,11 @@ def value_range(lines: Iterable[Series], *, lead: bool = False) -> tuple[float, 
     return max(bottom - pad, -0.02), min(top + pad, 1.02)
 
 
-def draw(panel: Panel | Dumbbell) -> bytes:
+def draw(panel: Panel | Dumbbell | Scatter) -> bytes:
     """The panel as SVG."""
+    drawers: dict[type, Any] = {Panel: _lines, Dumbbell: _dumbbell, Scatter: _scatter}
     with _defaults():
-        figure = _lines(panel) if isinstance(panel, Panel) else _dumbbell(panel)
+        figure = drawers[type(panel)](panel)
         buffer = io.BytesIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         with warnings.catch_warnings():  # of characters that DejaVu Sans has not: the reader's font may
@@ -106,13 +107,16 @@ def draw(panel: Panel | Dumbbell) -> bytes:
     return printable(buffer.getvalue().decode()).encode().replace(b"'DejaVu Sans'", fonts)
 
 
-def describe(panel: Panel | Dumbbell) -> str:
-    """What a reader who cannot see the panel needs from it: both ends of every line."""
+def describe(panel: Panel | Dumbbell | Scatter) -> str:
+    """What a reader who cannot see the panel needs from it: both ends of every line, or every point."""
     if isinstance(panel, Dumbbell):
         rows = [(row[0], *(f"{100 * y:.1f}".replace("nan", "–") for y in row[1:])) for row in panel.rows]
         return "; ".join(f"{label}: natural {a}, adversarial {b}" for label, a, b in rows)
+    if isinstance(panel, Scatter):
+        rows = [f"{style.label} {100 * y[0]:.1f} at {100 * x[0]:.1f}" for style, x, y in panel.points]
+        return f"{panel.title}: {panel.ylabel} against {panel.xlabel}. {'; '.join(rows)}."
     lines = []
-    for style, x, mean, _ in panel.series:
+    for style, x, mean, *_ in panel.series:
         places = [panel.axis.ticks[int(at)] if panel.axis.ticks else f"{at:,}" for at in x]
         ends = (f"{100 * mean[i]:.1f} at {places[i]}" for i in sorted({0, len(x) - 1}))
         lines.append(f"{style.label} {' to '.join(ends)}")
@@ -184,14 +188,15 @@ def _lines(panel: Panel) -> Figure:
 
 
 def _line(axes: Axes, line: Series, axis: Axis, shift: float) -> None:
-    x, mean, ci95 = (np.asarray(values, float) for values in line[1:])
+    x, mean, ci95 = (np.asarray(values, float) for values in line[1:4])
     x, mean, ci95, colour = x + shift, 100 * mean, 100 * np.nan_to_num(ci95), line.style.colour
+    low, high = 100 * np.asarray(line.bounds).T if line.bounds else (mean - ci95, mean + ci95)
     stroke = DASHES[line.style.line] if axis.joined else ""
     axes.plot(x, mean, color=colour, linestyle=stroke, zorder=3, **_mark(line.style))
     if axis.ticks:
-        axes.vlines(x, mean - ci95, mean + ci95, color=colour, linewidth=1.4, zorder=2.5)
+        axes.vlines(x, low, high, color=colour, linewidth=1.4, zorder=2.5)
     else:
-        axes.fill_between(x, mean - ci95, mean + ci95, color=colour, alpha=0.16, linewidth=0, zorder=1)
+        axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0, zorder=1)
 
 
 def _dumbbell(panel: Dumbbell) -> Figure:
@@ -218,6 +223,24 @@ def _dumbbell(panel: Dumbbell) -> Figure:
     axes.set_xticks(range(0, 101, 20))
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks(range(len(rows)), [_short(label) for label, _, _ in rows], parse_math=False)
+    return figure
+
+
+def _scatter(panel: Scatter) -> Figure:
+    right = 0.4 + 0.072 * max(len(_short(style.label)) for style, _, _ in panel.points)
+    figure, axes = _panel(panel, height=3.3, left=0.45, right=right, top=0.62, bottom=0.5)
+    for style, across, up in panel.points:
+        (x, *xs), (y, *ys) = (100 * np.asarray(share, float) for share in (across, up))
+        axes.plot(xs, [y, y], color=style.colour, linewidth=1.4, zorder=2.5)
+        axes.plot([x, x], ys, color=style.colour, linewidth=1.4, zorder=2.5)
+        axes.plot(x, y, linestyle="", zorder=3, **_mark(style))
+    for values, limit in ((1, axes.set_xlim), (2, axes.set_ylim)):
+        ends = 100 * np.asarray([point[values] for point in panel.points], float)
+        pad = max(0.06 * np.ptp(ends), 1.0)
+        limit(ends.min() - pad, ends.max() + pad)
+    axes.grid(visible=True)
+    axes.set_xlabel(panel.xlabel, labelpad=4, parse_math=False)
+    _label_ends(axes, [(100 * up[0], style) for style, _, up in panel.points])
     return figure
 
 
@@ -249,7 +272,7 @@ def _defaults() -> AbstractContextManager[None]:
 
 
 def _panel(
-    panel: Panel | Dumbbell, *, height: float, left: float, right: float, top: float, bottom: float
+    panel: Panel | Dumbbell | Scatter, *, height: float, left: float, right: float, top: float, bottom: float
 ) -> tuple[Figure, Axes]:
     """A figure with margins in inches: the same space for text whatever the panel's size."""
     from matplotlib.figure import Figure
@@ -259,7 +282,7 @@ def _panel(
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes(box)
     axes.grid(visible=False, axis="x" if isinstance(panel, Panel) else "y")
-    ylabel = panel.ylabel if isinstance(panel, Panel) else "Test accuracy, %"
+    ylabel = "Test accuracy, %" if isinstance(panel, Dumbbell) else panel.ylabel
     heading: dict[str, Any] = {"xycoords": ("figure points", "axes fraction"), "textcoords": "offset points"}
     axes.annotate(panel.title, (1, 1), xytext=(0, 27), **heading, fontsize=11, fontweight="bold")
     axes.annotate(ylabel, (1, 1), xytext=(0, 12), **heading, color=MUTED)

@@ -123,7 +123,8 @@ def _epochs(page: ModelPage) -> Section:
             if math.isfinite(y)
         ]
         if known:
-            lines.append(Series(style, *zip(*known, strict=True), [math.nan] * len(known)))
+            x, y = zip(*known, strict=True)
+            lines.append(Series(style, x, y, [math.nan] * len(known)))
     last = "; ".join(
         f"{line.style.label}: {_percent(line.mean[-1])} % after epoch {line.x[-1]}" for line in lines
     )

@@ -50,12 +50,14 @@ class Style(NamedTuple):
 
 
 class Series(NamedTuple):
-    """One line: `x`, `mean` (finite) and `ci95` (NaN: no interval), of equal length."""
+    """One line: `x`, `mean` (finite) and `ci95` (NaN: no interval), of equal length; `bounds`, the ends of
+    every interval, where it is not mean ± ci95."""
 
     style: Style
     x: Sequence[float]
     mean: Sequence[float]
     ci95: Sequence[float]
+    bounds: Sequence[tuple[float, float]] = ()
 
 
 class Axis(NamedTuple):
@@ -95,6 +97,16 @@ class Dumbbell(NamedTuple):
     file: str = ""
 
 
+class Scatter(NamedTuple):
+    """A point for each network: its style, and (value, low, high) of two shares, across and up."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    points: Sequence[tuple[Style, Sequence[float], Sequence[float]]]
+    file: str = ""
+
+
 class Entry(NamedTuple):
     """A table's cell, or a picture's label: text, then some in bold, then some in small print.
 
@@ -128,7 +140,7 @@ class Plot(NamedTuple):
     """Figures beside one another."""
 
     caption: str
-    panels: Sequence[Panel | Dumbbell]
+    panels: Sequence[Panel | Dumbbell | Scatter]
     numbers: str = ""
 
 

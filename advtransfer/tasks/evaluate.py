@@ -1,50 +1,188 @@
-"""stage=evaluate: natural and adversarial accuracy of a model; leaves `evaluation.json`."""
+"""stage=evaluate: natural and adversarial accuracy of a model; leaves `evaluation.json`. With several models,
+curves or AutoAttack a page that compares: `report.html`, `evaluation.csv`."""
 
 from __future__ import annotations
 
-from advtransfer import parallel
-from advtransfer.config import names_key
-from advtransfer.data import Dataset
-from advtransfer.evaluate import align_classes, check_head, describe
-from advtransfer.models import Model
-from advtransfer.tasks.inputs import find_model, load_data, model_name
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from advtransfer import parallel, storage
+from advtransfer.analysis import visualise
+from advtransfer.analysis.head_bound import feature_sensitivity, head_bound
+from advtransfer.attacks import THREAT_MODELS
+from advtransfer.config import ConfigError, Options, names_key
+from advtransfer.data import Dataset, to_float
+from advtransfer.evaluate import align_classes, check_head, describe, evaluation_key, predict
+from advtransfer.models import Model, identity
+from advtransfer.report.render import write_page
+from advtransfer.report.robustness_page import Measured, robustness_sections
+from advtransfer.report.sections import Page, SourceInfo
+from advtransfer.robustness import PROBE, measure_robustness, num_gradients, probed
+from advtransfer.tasks.inputs import find_models, load_data
 from advtransfer.tasks.source import check_evaluation, measure_once
-from advtransfer.tasks.workdir import Job, check_workdir, open_workdir
+from advtransfer.tasks.workdir import Job, check_workdir, keep, open_workdir, versions
+
+
+class _Subject(NamedTuple):
+    model: Model
+    dataset: Dataset  # with the model's labels
 
 
 def run(job: Job) -> None:
-    model, dataset = _check(job)
+    subjects = _check(job)
     open_workdir(job)
-    name = model_name(job.options.measured.model)
+    if _is_comparison(job.options, subjects):
+        _compare(job, subjects)
+        return
+    ((name, (model, dataset)),) = subjects.items()
     found = measure_once(job.options, model, dataset, job.workdir, name=name)
     if parallel.is_main_process():
         print(describe(found))
 
 
 def plan(job: Job) -> str:
-    model, dataset = _check(job, planned=True)
-    evaluation, measured = job.options.evaluation, job.options.measured
-    number = len(getattr(dataset, measured.split).labels)
+    subjects = _check(job, planned=True)
+    evaluation, measured, curves = job.options.evaluation, job.options.measured, job.options.curves
+    number = len(getattr(next(iter(subjects.values())).dataset, measured.split).labels)
     number = min(evaluation.num_images or number, number)
     attack = "" if evaluation.norm == "none" else f", {evaluation.num_restarts} × PGD-{evaluation.num_steps}"
-    return f"evaluate {model.spec.architecture} on {number:,} images of {measured.dataset}{attack}"
+    names = ", ".join(dict.fromkeys(subject.model.spec.architecture for subject in subjects.values()))
+    if not _is_comparison(job.options, subjects):
+        return f"evaluate {names} on {number:,} images of {measured.dataset}{attack}"
+    radii = " and ".join(f"{len(values)} ε of {norm}" for norm, values in curves.radii(evaluation).items())
+    at = f"{attack} at {radii}" if radii else ""
+    steps = num_gradients(number, evaluation, curves)
+    more = f", then AutoAttack ({curves.auto_attack})" if curves.auto_attack != "none" else ""
+    return (
+        f"evaluate {len(subjects)} models ({names}) on {number:,} images of {measured.dataset}{at}: at most "
+        f"{steps:,} images × steps a model{more}"
+    )
 
 
-def _check(job: Job, *, planned: bool = False) -> tuple[Model, Dataset]:
+def _is_comparison(options: Options, subjects: dict[str, _Subject]) -> bool:
+    return len(subjects) > 1 or options.curves.is_asked
+
+
+def _check(job: Job, *, planned: bool = False) -> dict[str, _Subject]:
+    """The models by name, each with the images at its size."""
     options, measured = job.options, job.options.measured
     with names_key("evaluate.model"):
-        model = find_model(measured.model, options.run.dtype, planned=planned)
-        check_head(model.spec)
-    dataset = load_data(
-        options.run,
-        "evaluate.dataset",
-        measured.dataset,
-        image_size=model.spec.image_size,
-        splits=(measured.split,),
-        planned=planned,
-    )
+        models = find_models(measured.model, options.run.dtype, planned=planned)
+        for model in models.values():
+            check_head(model.spec)
+    datasets = {
+        size: load_data(
+            options.run,
+            "evaluate.dataset",
+            measured.dataset,
+            image_size=size,
+            splits=(measured.split,),
+            planned=planned,
+        )
+        for size in dict.fromkeys(model.spec.image_size for model in models.values())
+    }
     with names_key("evaluate.dataset"):
-        dataset = align_classes(dataset, model.spec)
+        subjects = {
+            name: _Subject(model, align_classes(datasets[model.spec.image_size], model.spec))
+            for name, model in models.items()
+        }
+    with names_key("evaluate"):
+        options.curves.check_with(options.evaluation)
     check_evaluation(options.evaluation)
+    if _is_comparison(options, subjects) and parallel.num_processes() > 1:
+        raise ConfigError(
+            "config.evaluate: several models, curves and AutoAttack run in one process: leave --multihost "
+            "away, and start one process"
+        )
     check_workdir(job)
-    return model, dataset
+    return subjects
+
+
+def _compare(job: Job, subjects: dict[str, _Subject]) -> None:
+    options, evaluation = job.options, job.options.evaluation
+    storage.make_folder(job.workdir / "measured")
+    measured = [_measure_once(job, name, subject) for name, subject in subjects.items()]
+    sections = robustness_sections(measured, norm=evaluation.norm, eps=evaluation.eps)
+    facts = [
+        ("Data", f"{options.measured.dataset} ({options.measured.split})"),
+        ("Images", f"{measured[0].rows[0]['num_images']:,}"),
+        ("Attack", evaluation.attack_name),
+    ]
+    page = Page(
+        title="Accuracy and robustness",
+        sections=sections,
+        headline=[section.finding for section in sections],
+        facts=facts,
+        command=job.command,
+        versions=versions(),
+        config={name: job.settings[name] for name in ("evaluate", "seed", "dtype")},
+    )
+    path = write_page(page, job.workdir)
+    print(*(section.finding for section in sections), f"report: {path}", sep="\n")
+
+
+def _measure_once(job: Job, name: str, subject: _Subject) -> Measured:
+    """What is kept in `measured`/NAME.json, as long as the model and the images stay the same."""
+    options, (model, dataset) = job.options, subject
+    split, spec = options.measured.split, model.spec
+    known = {"model": identity(model), "dataset": dataset.name, "data": dataset.digest(split)}
+    source = spec.provenance.get("source")
+    is_transferred = isinstance(source, dict) and {"norm", "eps"} <= source.keys()
+    threat = (source["norm"], source["eps"]) if is_transferred else (spec.norm, spec.eps)
+
+    def read(kept: dict[str, Any]) -> Measured:
+        return Measured(
+            SourceInfo(name, *threat),
+            is_transferred,
+            kept["rows"],
+            [(sign["name"], sign["message"], sign["source"]) for sign in kept["warnings"]],
+            kept["bound"],
+        )
+
+    with names_key("evaluate"):
+        path = job.workdir / "measured" / f"{name}.json"
+        return keep(path, known, lambda: _measure(options, name, subject), read)
+
+
+def _measure(options: Options, name: str, subject: _Subject) -> dict[str, Any]:
+    evaluation, seed = options.evaluation, options.run.seed
+    split = getattr(subject.dataset, options.measured.split)
+    found = measure_robustness(subject.model, split, evaluation, options.curves, seed=seed, name=name)
+    signs = [warning._asdict() for warning in found.warnings]
+    return {"rows": found.rows, "warnings": signs, "bound": _bound(options, subject, found.rows)}
+
+
+def _bound(options: Options, subject: _Subject, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the features' sensitivity says of the head, on the images that were probed; nothing without an
+    attack."""
+    evaluation, model = options.evaluation, subject.model
+    at = {"norm": evaluation.norm, "eps": evaluation.eps}
+    probes = [row for row in rows if row["attack"] == PROBE and at.items() <= row.items()]
+    if not probes:
+        return {}
+    split = getattr(subject.dataset, options.measured.split)
+    chosen = probed(type(split)(*(x[: evaluation.num_images or None] for x in split)), options.run.seed)
+    images = np.asarray(to_float(jnp.asarray(chosen.images), model.spec.image_size))
+    features_fn = visualise.features_fn(model, model.module.num_blocks, fake_relu=False)
+    sensitivity = feature_sensitivity(
+        features_fn,
+        images,
+        THREAT_MODELS[evaluation.norm](evaluation.eps),
+        key=evaluation_key(options.run.seed),
+        num_steps=evaluation.num_steps,
+        num_restarts=evaluation.num_restarts,
+        batch_size=evaluation.batch_size,
+    )
+    head = {name: np.asarray(x) for name, x in model.variables["params"]["fc"].items()}
+    features = predict(features_fn, images, batch_size=evaluation.batch_size)
+    found = head_bound(features, chosen.labels, head["kernel"], head["bias"], sensitivity)
+    means = found._asdict() | {"sensitivity": sensitivity}
+    attacked = {"attacked_loss": probes[-1]["loss"], "attacked_accuracy": probes[-1]["accuracy"]}
+    return (
+        at
+        | {"num_images": chosen.num_images}
+        | {name: float(np.mean(x)) for name, x in means.items()}
+        | attacked
+    )

@@ -75,6 +75,21 @@ def find_model(name: str, dtype: str, *, planned: bool = False) -> Model:
     return load_model(name, dtype=compute_dtype(dtype))
 
 
+def find_models(names: str, dtype: str, *, planned: bool = False) -> dict[str, Model]:
+    """The models of a comma-separated list by what rows call them; as `find_model`.
+
+    Raises:
+      ValueError: as `find_model`, or two are called the same.
+    """
+    models: dict[str, Model] = {}
+    for name in split_names(names) or [""]:
+        model, called = find_model(name, dtype, planned=planned), model_name(name)
+        if called in models:
+            raise ValueError(f"two models are called {called!r}: rename a folder, or leave one away")
+        models[called] = model
+    return models
+
+
 def is_trained_here(source: str) -> bool:
     """Whether a name in config.study.sources, natural or NORM:EPS, is of a network that the study trains."""
     return source == "natural" or source.partition(":")[0] in NORMS[1:]

@@ -21,7 +21,7 @@ from advtransfer.report.figures import styles
 from advtransfer.report.kept import from_data, to_data
 from advtransfer.report.render import draw, write_page
 from advtransfer.report.sections import Page, Section, SourceInfo
-from advtransfer.tasks.inputs import find_model, load_data, model_name, split_names
+from advtransfer.tasks.inputs import find_models, load_data, model_name, split_names
 from advtransfer.tasks.workdir import Job, check_workdir, keep, open_workdir, versions
 from advtransfer.transfer import Recipe
 
@@ -175,17 +175,12 @@ def _check(job: Job, *, planned: bool = False) -> Case:
 
 def _models(options: Options, *, planned: bool) -> dict[str, Model]:
     """The networks by what they are called; they take images of one size."""
-    names = split_names(options.run.models)
     with names_key("models"):
-        if not names:
+        if not split_names(options.run.models):
             raise ValueError("name models, comma-separated: folders, hf:REPO/FILE or PyTorch files")
-        models: dict[str, Model] = {}
-        for name in names:
-            called = model_name(name)
-            if called in models:
-                raise ValueError(f"two models are called {called!r}: rename a folder, or leave one away")
-            models[called] = find_model(name, options.run.dtype, planned=planned)
-            if not models[called].spec.has_head and {*options.interpretation.analyses} - {"influence"}:
+        models = find_models(options.run.models, options.run.dtype, planned=planned)
+        for called, model in models.items():
+            if not model.spec.has_head and {*options.interpretation.analyses} - {"influence"}:
                 raise ValueError(
                     f"{called} was imported without a head, and only influence trains one: fine-tune it "
                     "first, or ask for --config.interpret.analyses=influence alone"
