@@ -12,7 +12,7 @@ computed, with an AssertionError or a ValueError.
 """
 
 from advtransfer import config, models, report, study, tasks
-from advtransfer.analysis import influence, matches, saliency, shape, visualise
+from advtransfer.analysis import head_bound, influence, matches, saliency, shape, visualise
 from advtransfer.attacks import L2, Linf, Unconstrained, cross_entropy, log_odds, make_attack, margin, pgd
 from advtransfer.data import (
     Augmentation,
@@ -33,6 +33,7 @@ from advtransfer.models import (
     logits_fn,
     save_model,
 )
+from advtransfer.robustness import Curves, measure_robustness
 from advtransfer.source import SourceRecipe, train_source
 from advtransfer.study import Grid, Search, run_study
 from advtransfer.torch_checkpoint import CheckpointError, export_torch_state_dict, import_torch_checkpoint
@@ -46,6 +47,7 @@ __all__ = [
     "Augmentation",
     "Batch",
     "CheckpointError",
+    "Curves",
     "Dataset",
     "Evaluation",
     "FineTuned",
@@ -67,6 +69,7 @@ __all__ = [
     "fine_tune",
     "fine_tune_many",
     "fit",
+    "head_bound",
     "import_torch_checkpoint",
     "influence",
     "init_variables",
@@ -79,6 +82,7 @@ __all__ = [
     "margin",
     "matches",
     "measure",
+    "measure_robustness",
     "models",
     "pgd",
     "predict",

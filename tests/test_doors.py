@@ -16,6 +16,7 @@ from jax.tree_util import Partial
 
 from advtransfer import intervals, models, optim, report, train, transfer
 from advtransfer.analysis import (
+    head_bound,
     head_hessian,
     influence,
     krylov,
@@ -51,6 +52,7 @@ from advtransfer.evaluate import (
     predict,
 )
 from advtransfer.models import Model, ModelSpec, create_module
+from advtransfer.robustness import measure_robustness
 from advtransfer.train import TrainState
 from advtransfer.transfer import Rates, Recipe, choose_k, dual, one_model, resolve_recipe
 from advtransfer.transfer.program import Task, make_fine_tune
@@ -277,6 +279,11 @@ DOORS = [
         "split.images rank, split.images kind, split.labels length, split.labels kind",
     ),
     Door(predict, {"network": flat, "images": FLOATS}, "images rank, images kind"),
+    Door(
+        measure_robustness,
+        {"network": flat, "split": SPLIT, "evaluation": Evaluation(norm="none", batch_size=2)},
+        "split.images rank, split.images kind, split.labels length, split.labels kind",
+    ),
     # transfer
     Door(
         transfer.fine_tune_one,
@@ -379,6 +386,16 @@ DOORS = [
     ),
     Door(shape.half_point, {"strengths": MASK, "biases": MASK}, "strengths length, biases rank"),
     Door(intervals.share, {"count": LABELS, "total": LABELS}, "count rank, total length"),
+    Door(
+        head_bound.feature_sensitivity,
+        {"features_fn": flat, "images": FLOATS, "threat_model": L2(0.5), "key": KEYS[0]},
+        "images rank, images kind",
+    ),
+    Door(
+        head_bound.head_bound,
+        {"features": FEATURES, "labels": LABELS, **HEAD, "sensitivity": MASK},
+        f"features rank, {ON_LABELS}, kernel rank, kernel length, bias rank, bias length, sensitivity length",
+    ),
     Door(matches.most_helpful, {"scores": SCORES, "num": 1}, "scores rank"),
     Door(matches.most_harmful, {"scores": SCORES, "num": 1}, "scores rank"),
     Door(matches.match_rates, RANKED, ON_SCORES),
@@ -450,6 +467,7 @@ EXCEPTIONS = {
     "data.views.otsu_threshold": "pixels in any arrangement",
     "transfer.choose_k.make_folds": "`cross_validate` calls it behind `possible_folds`",
     "transfer.choose_k.cross_validate": "`choose_k`'s second half; `possible_folds` checks its labels",
+    "robustness.probed": "of the split that `measure_robustness` checks",
     "study.rows.history_rows": "the history of a fine-tuning as it came",
 }
 
@@ -465,6 +483,7 @@ MODULES = [
     "models",
     "optim",
     "report",
+    "robustness",
     "transfer.one_model",
     "study",
     "torch_checkpoint",
@@ -473,6 +492,7 @@ MODULES = [
     "transfer.choose_k",
     "transfer.dual",
     "analysis.cue_conflict",
+    "analysis.head_bound",
     "analysis.head_hessian",
     "analysis.influence",
     "analysis.krylov",

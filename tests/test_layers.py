@@ -38,6 +38,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["train"] = MAY_IMPORT["models"] | {"labels", "attacks", "optim", "checkpoint", "models"}
 MAY_IMPORT["evaluate"] = MAY_IMPORT["train"] | {"train", "options", "progress"}
+MAY_IMPORT["robustness"] = MAY_IMPORT["evaluate"] | {"evaluate", "intervals"}
 MAY_IMPORT["source"] = MAY_IMPORT["evaluate"] | {"evaluate"}
 MAY_IMPORT["transfer"] = MAY_IMPORT["evaluate"] | {"evaluate", "report"}
 MAY_IMPORT["study"] = MAY_IMPORT["transfer"] | {"compilation", "transfer"}
@@ -46,7 +47,8 @@ MAY_IMPORT["analysis"] = {
 }
 MAY_IMPORT["explain"] = MAY_IMPORT["transfer"] | {"analysis", "intervals", "options", "report", "transfer"}
 MAY_IMPORT["config"] = {
-    *("foreign", "options", "data", "evaluate", "explain", "source", "study", "torch_checkpoint", "transfer")
+    *("foreign", "options", "data", "evaluate", "explain", "robustness", "source", "study"),
+    *("torch_checkpoint", "transfer"),
 }
 MAY_IMPORT["tasks"] = (
     MAY_IMPORT["study"]

@@ -134,7 +134,8 @@ def head_bound(
       ValueError: labels that are not classes, or a negative sensitivity.
     """
     chex.assert_rank([features, kernel, bias], [2, 2, 1])
-    chex.assert_shape(kernel, (features.shape[1], len(bias)))
+    chex.assert_shape(kernel, (features.shape[1], None))
+    chex.assert_shape(bias, kernel.shape[1:])
     chex.assert_shape(sensitivity, (len(features),))
     check_labels(labels, len(features), len(bias))
     if np.min(sensitivity, initial=0) < 0:

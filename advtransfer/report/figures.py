@@ -328,6 +328,7 @@ def _label_ends(axes: Axes, ends: list[tuple[float, Style]]) -> None:
         overlap = np.maximum(0, gap - np.diff(heights)) / 2
         heights[:-1] -= overlap
         heights[1:] += overlap
+    heights = np.maximum(heights, low + gap * np.arange(len(ends)))  # none on what is below the axis
     beside: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "clip_on": False}
     for height, (_, style) in zip(heights, ends, strict=True):
         axes.plot([1.035], [height], linestyle="", **_mark(style), **beside)

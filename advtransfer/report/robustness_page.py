@@ -27,10 +27,15 @@ from advtransfer.report.sections import (
     format_eps,
 )
 
+# Of evaluation.csv and head_bound.csv, after "model".
+_COLUMNS = ("norm", "eps", "attack", "num_steps", "accuracy", "lower", "upper", "loss", "num_images")
+_LOSSES = ("sensitivity", "loss", "sharp_bound", "bound", "attacked_loss")
+_SHARES = ("keeps_label", "attacked_accuracy")
 _LEAST_RANKED = 3  # networks, for a rank correlation
+_MOST_LISTED = 3  # networks in a sentence
 _CHECKS = (
-    "randomness, probabilities in place of logits, a saturated softmax, zero gradients, a loss that does not "
-    "rise with the steps, and accuracy above chance where every ball holds plain grey"
+    "randomness; probabilities in place of logits; a saturated softmax; zero gradients; a loss that does not "
+    "rise with the steps; accuracy above chance where every ball holds plain grey"
 )
 
 
@@ -40,9 +45,9 @@ class Measured(NamedTuple):
     Attributes:
       info: its name, and what it, or the source that it was fine-tuned from, was trained against.
       is_transferred: whether it was fine-tuned.
-      rows: as `robustness.Robustness` has them.
+      rows: as `robustness.Robustness` has them, natural accuracy first.
       warnings: (name, sentence, source) of each.
-      bound: of the head, in means over the same images: "norm", "eps", "num_images", "sensitivity", "loss",
+      bound: of the head, "norm", "eps", "num_images", and in means over these images "sensitivity", "loss",
         "sharp_bound", "bound", "attacked_loss", "keeps_label" and "attacked_accuracy" (shares); or empty.
     """
 
@@ -65,13 +70,18 @@ def robustness_sections(networks: Sequence[Measured], *, norm: str, eps: float) 
 
 
 def _accuracy(networks: Sequence[Measured], looks: Mapping[str, Style]) -> Section:
-    records = [{"model": network.info.name, **row} for network in networks for row in network.rows]
+    records = [{"model": n.info.name} | {c: row[c] for c in _COLUMNS} for n in networks for row in n.rows]
     files = {"evaluation": records}
     natural = {network.info.name: network.rows[0] for network in networks}
     images = f"{records[0]['num_images']:,} images"
-    shares = (f"{name} {_percent(row['accuracy'])} %" for name, row in natural.items())
-    finding = f"Natural accuracy: {', '.join(shares)} of {images}."
-    trained = [("source: " if n.is_transferred else "") + n.info.constraint for n in networks]
+    shares = [f"{name} {_percent(row['accuracy'])} %" for name, row in natural.items()]
+    if len(networks) > _MOST_LISTED:
+        low, *_, high = sorted(row["accuracy"] for row in natural.values())
+        shares = [f"{_percent(low)} to {_percent(high)} %, of {len(networks)} networks"]
+    finding = f"Natural accuracy on {images}: {', '.join(shares)}."
+    heads = [
+        Entry(n.info.name, small=("from " if n.is_transferred else "") + n.info.constraint) for n in networks
+    ]
     norms = [norm for norm in SYMBOLS if any(row["norm"] == norm for row in _curve(networks[0]))]
     panels, tables = [], []
     for norm in norms:
@@ -95,21 +105,16 @@ def _accuracy(networks: Sequence[Measured], looks: Mapping[str, Style]) -> Secti
         ]
         axis = Axis(f"ε ({SYMBOLS[norm]}{unit})")
         panels.append(Panel(f"{SYMBOLS[norm]} attacks", "Accuracy, %", axis, lines))
-        heads = ["Network", "Trained against", "Natural"]
         rows = points[networks[0].info.name][1:]
-        heads += [f"ε = {format_eps(norm, row['eps'])}" for row in rows]
-        cells = [
-            [name, about, *map(_cell, points[name])] for name, about in zip(points, trained, strict=True)
-        ]
+        columns = ["Network", "Natural", *(f"ε = {format_eps(norm, row['eps'])}" for row in rows)]
+        cells = [[head, *map(_cell, each)] for head, each in zip(heads, points.values(), strict=True)]
         steps = f"PGD-{rows[0]['num_steps']}"
         caption = f"Accuracy under {SYMBOLS[norm]} {steps}, in %, with Wilson’s 95 % intervals; {images}."
-        tables.append(Table(caption, heads, cells, "evaluation"))
+        tables.append(Table(caption, columns, cells, "evaluation"))
     if not norms:
-        cells = [
-            [name, about, _cell(row)] for (name, row), about in zip(natural.items(), trained, strict=True)
-        ]
+        cells = [[head, _cell(row)] for head, row in zip(heads, natural.values(), strict=True)]
         caption = f"Natural accuracy, in %, with Wilson’s 95 % intervals; {images}."
-        table = Table(caption, ["Network", "Trained against", "Natural"], cells, "evaluation")
+        table = Table(caption, ["Network", "Natural"], cells, "evaluation")
         return Section("Accuracy", finding, [table], files)
     caption = (
         "Accuracy against the radius ε of the attack; at 0 natural accuracy. What is fooled at one ε counts "
@@ -165,8 +170,8 @@ def _auto_attack(networks: Sequence[Measured]) -> Section:
         f"Accuracy after each attack of {version} (Croce & Hein, 2020), {SYMBOLS[norm]} "
         f"ε = {format_eps(norm, eps)}, in %, with Wilson’s 95 % intervals. Each attacks what is left."
     )
-    left = (f"{name} {_percent(rows[-1]['accuracy'])} %" for name, rows in stages.items())
-    finding = f"{version} leaves {', '.join(left)}."
+    left = [f"{name} {_percent(rows[-1]['accuracy'])} %" for name, rows in stages.items()]
+    finding = f"{version} leaves {', '.join(left)}." if len(left) <= _MOST_LISTED else ""
     return Section("AutoAttack", finding, [Table(caption, heads, cells, "evaluation.csv")])
 
 
@@ -177,10 +182,11 @@ def _warnings(networks: Sequence[Measured]) -> Section:
         for warning in network.warnings
     ]
     if not found:
-        checks = _CHECKS + (", and Square against attacks by gradients" if _stages(networks[0]) else "")
-        return Section("Warnings", f"No sign that this is not robustness. Looked for: {checks}.")
-    signs = "One sign" if len(found) == 1 else f"{len(found)} signs"
-    finding = f"{signs} that an accuracy above is not robustness: read it as what these attacks missed."
+        checks = _CHECKS + ("; Square that beats attacks by gradients" if _stages(networks[0]) else "")
+        return Section("Warnings", f"No check found a sign that these are not robustness: {checks}.")
+    signs = "One warning" if len(found) == 1 else f"{len(found)} warnings"
+    models = ", ".join(dict.fromkeys(each["model"] for each in found))
+    finding = f"{signs}: the accuracy under attack of {models} may not be robustness."
     lines = [f"{each['model']}: {each['message']} ({each['source']})" for each in found]
     return Section("Warnings", finding, [Text("\n".join(lines), "list")], {"warnings": found})
 
@@ -188,16 +194,16 @@ def _warnings(networks: Sequence[Measured]) -> Section:
 def _bounds(networks: Sequence[Measured]) -> Section:
     """The estimates of the heads' bounds, and whether they rank the networks as the attack does."""
     title = "What the features’ sensitivity says of the heads"
+    columns = ("norm", "eps", "num_images", *_LOSSES, *_SHARES)
     found: list[dict[str, Any]] = [
-        {"model": network.info.name, **network.bound} for network in networks if network.bound
+        {"model": n.info.name} | {c: n.bound[c] for c in columns} for n in networks if n.bound
     ]
     if not found:
         return Section(title)
     norm, eps, number = (found[0][name] for name in ("norm", "eps", "num_images"))
-    columns = ("sensitivity", "loss", "sharp_bound", "bound", "attacked_loss")
     cells = [
-        [x["model"], *(f"{x[c]:.3g}" for c in columns)]
-        + [_percent(x[share]) for share in ("keeps_label", "attacked_accuracy")]
+        [x["model"], *(f"{x[c]:.3g}" if x[c] < 1000 else f"{x[c]:,.0f}" for c in _LOSSES)]
+        + [_percent(x[share]) for share in _SHARES]
         for x in found
     ]
     heads = ["Network", "Sensitivity", "Natural loss", "Sharp bound", "Bound", "Loss under attack"]
