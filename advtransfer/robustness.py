@@ -27,7 +27,7 @@ from advtransfer.attacks import (
     pgd,
 )
 from advtransfer.data import Split, check_split, to_float
-from advtransfer.evaluate import Evaluation, evaluation_key
+from advtransfer.evaluate import Evaluation, check_head, evaluation_key
 from advtransfer.intervals import wilson
 from advtransfer.labels import check_labels
 from advtransfer.models import Model, logits_fn
@@ -102,7 +102,8 @@ class _Search(NamedTuple):
 class _Subject(NamedTuple):
     """A network and the images that it is measured on."""
 
-    network: Partial
+    logits_fn: LogitsFn  # as it was given
+    network: Partial  # for the batches of one device
     split: Split
     keys: Key[Array, " n"]
     image_size: int | None
@@ -136,11 +137,13 @@ def measure_robustness(
       name: in the progress bar.
 
     Raises:
-      ValueError: labels that are not classes, logits that are not finite, or norm=none with attacks.
+      ValueError: a model without a head, labels that are not classes, logits that are not finite, or an
+        evaluation that does not go with the curves.
     """
     check_split(split)
     curves.check_with(evaluation)
     if isinstance(network, Model):
+        check_head(network.spec)
         network, image_size = logits_fn(network), network.spec.image_size
     if evaluation.num_images:
         split = Split(*(array[: evaluation.num_images] for array in split))
@@ -189,15 +192,15 @@ def probe_eps(evaluation: Evaluation, norm: str, epsilons: Sequence[float]) -> f
 
 
 def _subject(
-    network: LogitsFn, split: Split, evaluation: Evaluation, seed: int, image_size: int | None, name: str
+    logits_fn: LogitsFn, split: Split, evaluation: Evaluation, seed: int, image_size: int | None, name: str
 ) -> _Subject:
     sides = (image_size, image_size) if image_size else split.images.shape[1:3]
     rows = evaluation.batch_size // parallel.choose_devices(evaluation.batch_size)
     batch = jax.ShapeDtypeStruct((rows, *sides, 3), jnp.float32)
-    network = as_network(network, batch)
+    network = as_network(logits_fn, batch)
     check_labels(split.labels, split.num_images, jax.eval_shape(network, batch).shape[1])
     keys = jax.random.split(evaluation_key(seed), split.num_images)
-    return _Subject(network, split, keys, image_size, evaluation.batch_size, name)
+    return _Subject(logits_fn, network, split, keys, image_size, evaluation.batch_size, name)
 
 
 def _still_right(
@@ -262,7 +265,7 @@ def _probe(
     everything, rows = np.arange(num_images), []
     some = slice(max(1, evaluation.batch_size // parallel.choose_devices(evaluation.batch_size)))
     images = to_float(jnp.asarray(subject.split.images[some]), subject.image_size)
-    warnings = list(check_network(subject.network, images, labels[some]))
+    warnings = list(check_network(subject.logits_fn, images, labels[some]))
     # One answer for grey, which every ball holds, is right for no more images than this.
     chance = float(np.bincount(labels).max() / num_images)
     restarts = evaluation.num_restarts
@@ -300,7 +303,7 @@ def _run_auto_attack(
         for i in range(0, split.num_images, size)
     ]
     found = auto_attack(
-        subject.network,
+        subject.logits_fn,
         np.concatenate(images),
         split.labels,
         THREAT_MODELS[evaluation.norm](evaluation.eps),

@@ -1,9 +1,12 @@
 """The sensitivity of features against closed forms, and the bound of a head against attacks on it."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from advtransfer.analysis.head_bound import feature_sensitivity, head_bound
 from advtransfer.attacks import L2, Linf, cross_entropy, pgd
@@ -54,29 +57,28 @@ def test_where_features_do_not_move_it_is_zero():
     np.testing.assert_array_equal(found, 0.0)
 
 
-@pytest.mark.parametrize("scale", [0.3, 3.0])
-@pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("threat", [L2(0.2), Linf(0.05)], ids=["l2", "linf"])
 @pytest.mark.parametrize("features_fn", [linear, curved], ids=["linear", "curved"])
-def test_no_attack_on_a_head_finds_more_than_its_bound(features_fn, threat, seed, scale):
+def test_no_attack_on_a_head_finds_more_than_its_bound(features_fn, threat):
     """Of random heads; and where the bound keeps the label, so does the attacked head."""
-    kernel, bias = head(seed=seed, scale=scale)
-
-    def network(x):
-        return features_fn(x) @ kernel + bias[None]
-
-    labels = np.asarray(network(IMAGES)).argmax(1)
-    labels[-1] = (labels[-1] + 1) % 4
     sensitivity = feature_sensitivity(features_fn, IMAGES, threat, key=KEY, num_steps=50, num_restarts=10)
-    found = head_bound(np.asarray(features_fn(IMAGES)), labels, kernel, bias, sensitivity)
-    np.testing.assert_allclose(found.loss, cross_entropy(network(IMAGES), labels), rtol=1e-4, atol=1e-5)
-    attacked = network(pgd(network, IMAGES, labels, threat, num_steps=50))
-    losses = np.asarray(cross_entropy(attacked, labels), np.float64)
-    assert np.all(losses <= found.sharp_bound + 1e-4)
-    assert np.all(found.sharp_bound <= found.bound + 1e-9)
-    assert losses.mean() > found.loss.mean() + 1e-3
-    assert np.all(np.asarray(attacked).argmax(1)[found.keeps_label] == labels[found.keeps_label])
-    assert not found.keeps_label[-1]
+    features, kept = np.asarray(features_fn(IMAGES)), []
+    for seed, scale in itertools.product((1, 2, 3), (0.3, 3.0)):
+        kernel, bias = head(seed=seed, scale=scale)
+        network = Partial(lambda w, b, x: features_fn(x) @ w + b[None], kernel, bias)
+        labels = np.asarray(network(IMAGES)).argmax(1)
+        labels[-1] = (labels[-1] + 1) % 4
+        found = head_bound(features, labels, kernel, bias, sensitivity)
+        np.testing.assert_allclose(found.loss, cross_entropy(network(IMAGES), labels), rtol=1e-4, atol=1e-5)
+        attacked = network(pgd(network, IMAGES, labels, threat, num_steps=50))
+        losses = np.asarray(cross_entropy(attacked, labels), np.float64)
+        assert np.all(losses <= found.sharp_bound + 1e-4)
+        assert np.all(found.sharp_bound <= found.bound + 1e-9)
+        assert losses.mean() > found.loss.mean() + 1e-3
+        assert np.all(np.asarray(attacked).argmax(1)[found.keeps_label] == labels[found.keeps_label])
+        assert not found.keeps_label[-1]
+        kept.append(found.keeps_label[:-1].mean())
+    assert np.any(np.array(kept) > 0)
 
 
 def test_the_bound_is_met_where_the_head_looks_along_what_moves_most():

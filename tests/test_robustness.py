@@ -1,5 +1,6 @@
 """Curves against closed forms and plain counts; what is compiled; AutoAttack's place; warnings."""
 
+import itertools
 import types
 from dataclasses import replace
 
@@ -169,6 +170,23 @@ def test_a_network_that_hides_its_gradients_is_warned_of():
     assert "ℓ2 PGD, ε = 0.2" in steps[0] and "ℓ∞ PGD, ε = 0.02" in steps[1]
     (large,) = {eps: row for (norm, eps), row in points(found, LARGE).items() if norm == "l2"}.items()
     assert large[0] == pytest.approx(0.5 * 48**0.5) and large[1]["accuracy"] == 1.0
+
+
+def test_a_network_is_any_callable_and_one_that_draws_is_found_out(monkeypatch):
+    """Whose state is looked at anew; and AutoAttack may call it with other batches."""
+    numbers = itertools.count()
+
+    def noisy(x):
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(0), next(numbers)), (len(x), 2))
+        return LINE(x) + 1e-3 * noise
+
+    found = measure_robustness(noisy, SPLIT, EVALUATION)
+    assert [warning.name for warning in found.warnings] == ["randomness"]
+    calls = []
+    monkeypatch.setattr(attacks, "auto_attack", stand_in(({"clean": 1.0}, ()), calls), raising=False)
+    plain = measure_robustness(lambda x: LINE(x), SPLIT, EVALUATION, Curves(auto_attack="plus"))
+    assert calls[0][0] == (37, 2) and plain.warnings == ()
+    assert plain.rows == measure_robustness(LINE, SPLIT, EVALUATION).rows
 
 
 def stand_in(found, calls=None):

@@ -17,10 +17,11 @@ import pytest
 from advtransfer import parallel, source
 from advtransfer.analysis import influence, matches, saliency, shape, visualise
 from advtransfer.analysis.cue_conflict import CueConflict
+from advtransfer.analysis.head_bound import feature_sensitivity
 from advtransfer.attacks import L2, Linf, Unconstrained, make_attack, pgd
 from advtransfer.data import Augmentation, Batch, Dataset, Split, make_batch
 from advtransfer.data.views import VIEWS
-from advtransfer.evaluate import evaluate, make_evaluate_step, predict
+from advtransfer.evaluate import Evaluation, evaluate, make_evaluate_step, predict
 from advtransfer.models import (
     ARCHITECTURES,
     Model,
@@ -31,6 +32,7 @@ from advtransfer.models import (
 )
 from advtransfer.optim import sgd
 from advtransfer.report import make_outcome
+from advtransfer.robustness import Curves, measure_robustness
 from advtransfer.train import init_state, make_train_step, module_apply
 from advtransfer.transfer import (
     Rates,
@@ -191,6 +193,14 @@ def test_a_step_where_the_gradient_is_zero(norm):
     with strict():
         moved = THREATS[norm].step(IMAGES, jnp.zeros_like(IMAGES), 0.1)
         np.testing.assert_array_equal(THREATS[norm].project(moved, IMAGES), IMAGES)
+
+
+def test_curves_warnings_and_the_sensitivity_of_features_without_nan():
+    with strict():
+        evaluation = Evaluation(norm="linf", eps=0.1, num_steps=2, num_restarts=2, batch_size=4)
+        found = measure_robustness(_linear, SPLIT, evaluation, Curves(l2_epsilons=(0.5,)))
+        assert all(np.isfinite(row["accuracy"]) for row in found.rows)
+        assert _finite(feature_sensitivity(_linear, IMAGES, L2(0.5), key=KEY, num_steps=2, batch_size=4))
 
 
 # --- fine-tuning ----------------------------------------------------------------------------------
