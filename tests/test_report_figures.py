@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from advtransfer.report import figures
-from advtransfer.report.sections import Axis, Dumbbell, Panel, Series, SourceInfo
+from advtransfer.report.sections import Axis, Dumbbell, Panel, Scatter, Series, SourceInfo
 
 SOURCES = [SourceInfo("nat", "none", 0.0), SourceInfo("a", "l2", 0.5), SourceInfo("b", "linf", 0.1)]
 NATURAL, ROBUST, OTHER = figures.styles(SOURCES).values()
@@ -223,3 +223,27 @@ def test_a_range_holds_every_interval():
     assert figures.value_range([*lines, high]) == pytest.approx((0.1 - 0.051, 0.95 + 0.051))
     assert figures.value_range([Series(None, [1], [0.5], [0.0])]) == pytest.approx((0.49, 0.51))
     assert figures.value_range([]) == (0.0, 1.0)
+
+
+def test_bounds_take_the_place_of_a_symmetric_band(axes_with):
+    line = Series(ROBUST, [0, 2], [0.0, 0.5], [math.nan] * 2, [(0.0, 0.1), (0.4, 0.7)])
+    (band,) = axes_with([line], Axis("ε")).collections
+    corners = {tuple(np.round(corner, 9)) for corner in band.get_paths()[0].vertices}
+    assert corners == {(0, 0), (0, 10), (2, 40), (2, 70)}
+
+
+def test_names_of_lines_that_end_at_zero_stay_above_the_axis(axes_with):
+    lines = [Series(style, [0, 1], [1.0, 0.0], [math.nan] * 2) for style in (NATURAL, ROBUST, OTHER)]
+    heights = sorted(_names(axes_with(lines, Axis("ε"))).values())
+    assert heights == pytest.approx([0, 7.5, 15])
+
+
+def test_a_scatter_has_marks_and_intervals_in_both_directions(axes_of):
+    points = [(ROBUST, (0.9, 0.88, 0.91), (0.5, 0.4, 0.65)), (NATURAL, (0.99, 0.98, 1.0), (0.1, 0.08, 0.2))]
+    axes = axes_of(Scatter("T", "natural", "robust", points))
+    drawn = {tuple(map(tuple, np.round(line.get_xydata(), 9))) for line in axes.lines}
+    assert {((88, 50), (91, 50)), ((90, 40), (90, 65)), ((90, 50),)} <= drawn
+    assert {((98, 10), (100, 10)), ((99, 8), (99, 20)), ((99, 10),)} <= drawn
+    assert axes.get_xlim() == pytest.approx((87, 101)) and axes.get_ylim() == pytest.approx((4.58, 68.42))
+    assert _names(axes) == {"ℓ2 (ε = 0.5)": pytest.approx(50), "natural": pytest.approx(10)}
+    assert (axes.get_xlabel(), axes.texts[1].get_text()) == ("natural", "robust")

@@ -183,7 +183,8 @@ def _warnings(networks: Sequence[Measured]) -> Section:
     ]
     if not found:
         checks = _CHECKS + ("; Square that beats attacks by gradients" if _stages(networks[0]) else "")
-        return Section("Warnings", f"No check found a sign that these are not robustness: {checks}.")
+        finding = "No check found a sign that these accuracies are not robustness."
+        return Section("Warnings", finding, [Text(f"Checked: {checks}.", "muted")])
     signs = "One warning" if len(found) == 1 else f"{len(found)} warnings"
     models = ", ".join(dict.fromkeys(each["model"] for each in found))
     finding = f"{signs}: the accuracy under attack of {models} may not be robustness."
@@ -225,15 +226,15 @@ def _bounds(networks: Sequence[Measured]) -> Section:
 def _ranking(found: Sequence[Mapping[str, Any]]) -> str:
     attacked = [x["attacked_loss"] for x in found]
     missed = [x["model"] for x in found if x["attacked_loss"] > x["sharp_bound"]]
-    said = f" The attack found more than the estimate allows: {', '.join(missed)}." if missed else ""
+    said = f"The attack found more than the estimate allows: {', '.join(missed)}." if missed else ""
     if len(found) < _LEAST_RANKED:
-        return f"How the estimate ranks networks takes {_LEAST_RANKED} of them.{said}"
+        return said
     names = {"sensitivity": "the sensitivity alone", "sharp_bound": "the sharp bound", "bound": "the bound"}
     ranks = {name: _rank_correlation([x[name] for x in found], attacked) for name in names}
-    told = ", ".join(f"{words} {ranks[name]:.2f}".replace("-", "−") for name, words in names.items())
+    told = ", ".join(f"{ranks[name]:.2f} for {words}".replace("-", "−") for name, words in names.items())
     return (
-        f"Rank correlation (Spearman’s ρ) with the loss under attack, over {len(found)} networks: {told}. "
-        f"1 is the same order.{said}"
+        f"Estimates from the features’ sensitivity (Nern et al., 2023) rank {len(found)} networks as the "
+        f"loss under attack does with Spearman’s ρ of {told}. {said}".rstrip()
     )
 
 

@@ -105,6 +105,7 @@ def _compare(job: Job, subjects: dict[str, _Subject]) -> None:
     storage.make_folder(job.workdir / "measured")
     measured = [_measure_once(job, name, subject) for name, subject in subjects.items()]
     sections = robustness_sections(measured, norm=evaluation.norm, eps=evaluation.eps)
+    findings = [section.finding for section in sections if section.finding]
     facts = [
         ("Data", f"{options.measured.dataset} ({options.measured.split})"),
         ("Images", f"{measured[0].rows[0]['num_images']:,}"),
@@ -113,14 +114,14 @@ def _compare(job: Job, subjects: dict[str, _Subject]) -> None:
     page = Page(
         title="Accuracy and robustness",
         sections=sections,
-        headline=[section.finding for section in sections],
+        headline=findings,
         facts=facts,
         command=job.command,
         versions=versions(),
         config={name: job.settings[name] for name in ("evaluate", "seed", "dtype")},
     )
     path = write_page(page, job.workdir)
-    print(*(section.finding for section in sections), f"report: {path}", sep="\n")
+    print(*findings, f"report: {path}", sep="\n")
 
 
 def _measure_once(job: Job, name: str, subject: _Subject) -> Measured:
