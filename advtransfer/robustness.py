@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +35,7 @@ from advtransfer.norms import SYMBOLS
 from advtransfer.options import option, options
 from advtransfer.progress import progress_bar
 
+COLUMNS = ("norm", "eps", "attack", "num_steps", "accuracy", "lower", "upper", "loss", "num_images")
 NATURAL, PGD, PROBE, LARGE, AUTO_ATTACK = "none", "PGD", "PGD, all steps", "PGD, large ε", "AutoAttack"
 NUM_PROBED = 256  # images on which losses and warnings are measured
 _STEPS = (0, 1)  # of the losses that are compared with the loss after all steps
@@ -80,10 +81,10 @@ class Curves:
 class Robustness(NamedTuple):
     """What was measured of a network.
 
-    `rows` have "norm", "eps", "attack", "num_steps", "accuracy" with its 95 % interval (Wilson) "lower" and
-    "upper", "loss" (cross-entropy; None where attacks stop at the first error) and "num_images". "attack" is
-    one of `NATURAL`, `PGD`, `PROBE` (all steps are taken, on `probed` images), `LARGE` (ε so large that all
-    balls hold grey) and, with what it has run so far, "AutoAttack (VERSION): ATTACK".
+    `rows` have `COLUMNS`: "lower" and "upper" are Wilson's 95 % interval; "loss" is cross-entropy, None where
+    attacks stop at the first error. "attack" is one of `NATURAL`, `PGD`, `PROBE` (all steps are taken, on
+    `probed` images), `LARGE` (ε so large that all balls hold grey) and, with what it has run so far,
+    "AutoAttack (VERSION): ATTACK".
     """
 
     rows: list[dict[str, Any]]
@@ -126,7 +127,7 @@ def measure_robustness(
     An image that is fooled at one ε is fooled at every larger one, as the smaller ball lies in the larger. So
     as ε grows only those that are still classified rightly are attacked: curves never rise, and cost less
     than their points one by one. PGD stops at an image's first error; losses are measured apart, with all
-    steps, on `probed` images, in each norm at `probe_eps`.
+    steps, on `probed` images, in each norm at the ε of `evaluation` or in the middle of the curve.
 
     Args:
       network, image_size: as for `evaluate.evaluate`; a model's image size is known.
@@ -158,7 +159,7 @@ def measure_robustness(
         standing = right
         for eps in epsilons:
             standing = _still_right(subject, standing, norm, eps, search)
-            rows.append(_row(norm, eps, PGD, len(standing), len(everything), num_steps=search.num_steps))
+            rows.append(_row(norm, eps, PGD, len(standing), len(everything), search.num_steps))
     warnings = ()
     if radii:
         some = _subject(network, probed(split, seed), evaluation, seed, image_size, name)
@@ -183,12 +184,6 @@ def probed(split: Split, seed: int) -> Split:
     """The `NUM_PROBED` images, or all, whose losses are measured: the same for every network."""
     chosen = np.random.default_rng(seed).permutation(split.num_images)[:NUM_PROBED]
     return Split(*(array[np.sort(chosen)] for array in split))
-
-
-def probe_eps(evaluation: Evaluation, norm: str, epsilons: Sequence[float]) -> float:
-    """At which of its radii a norm's losses are measured: that of `evaluation`, or the middle one."""
-    is_named = norm == evaluation.norm and evaluation.eps in epsilons
-    return evaluation.eps if is_named else epsilons[len(epsilons) // 2]
 
 
 def _subject(
@@ -270,7 +265,8 @@ def _probe(
     chance = float(np.bincount(labels).max() / num_images)
     restarts = evaluation.num_restarts
     for norm, epsilons in radii.items():
-        eps, losses = probe_eps(evaluation, norm, epsilons), {}
+        is_named = norm == evaluation.norm and evaluation.eps in epsilons
+        eps, losses = evaluation.eps if is_named else epsilons[len(epsilons) // 2], {}
         for num_steps in sorted({*_STEPS, evaluation.num_steps}):
             # A step of 2.5 eps / num_steps reaches the edge, however few there are.
             ratio = evaluation.step_ratio if num_steps == evaluation.num_steps else 2.5 / max(num_steps, 1)
@@ -278,14 +274,12 @@ def _probe(
             logits = _attacked_logits(subject, everything, norm, eps, search)
             losses[num_steps] = _loss(logits, labels)
             right = int(np.sum(logits.argmax(1) == labels))
-            rows.append(
-                _row(norm, eps, PROBE, right, num_images, num_steps=num_steps, loss=losses[num_steps])
-            )
+            rows.append(_row(norm, eps, PROBE, right, num_images, num_steps, losses[num_steps]))
         warnings += check_steps(losses, attack=f"{SYMBOLS[norm]} PGD, ε = {eps:.3g}")
         large = 0.5 if norm == "linf" else 0.5 * float(np.sqrt(images[0].size))
         search = _Search(evaluation.num_steps, evaluation.step_ratio, restarts, True)
         standing = len(_still_right(subject, everything, norm, large, search))
-        rows.append(_row(norm, large, LARGE, standing, num_images, num_steps=evaluation.num_steps))
+        rows.append(_row(norm, large, LARGE, standing, num_images, evaluation.num_steps))
         attack = f"{SYMBOLS[norm]} PGD-{evaluation.num_steps}, ε = {large:.3g}"
         warnings += check_large_eps(rows[-1]["lower"], chance, attack=attack)
     return rows, tuple(warnings)
@@ -331,21 +325,11 @@ def _row(
     norm: str,
     eps: float,
     attack: str,
-    num_right: int,
-    num_images: int,
-    *,
+    right: int,
+    total: int,
     num_steps: int | None = None,
     loss: float | None = None,
 ) -> dict[str, Any]:
-    lower, upper = map(float, wilson(num_right, num_images))
-    return {
-        "norm": norm,
-        "eps": eps,
-        "attack": attack,
-        "num_steps": num_steps,
-        "accuracy": num_right / num_images,
-        "lower": lower,
-        "upper": upper,
-        "loss": loss,
-        "num_images": num_images,
-    }
+    lower, upper = map(float, wilson(right, total))
+    values = norm, eps, attack, num_steps, right / total, lower, upper, loss, total
+    return dict(zip(COLUMNS, values, strict=True))

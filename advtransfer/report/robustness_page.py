@@ -124,7 +124,7 @@ def _accuracy(networks: Sequence[Measured], looks: Mapping[str, Style]) -> Secti
 
 
 def _trade_off(networks: Sequence[Measured], looks: Mapping[str, Style], norm: str, eps: float) -> Section:
-    """Of several networks, natural accuracy against the least that an attack left."""
+    """Of several networks, natural accuracy against that under AutoAttack, or else PGD."""
     title, robust = "Accuracy and robustness", {}
     for network in networks:
         attacked = [
