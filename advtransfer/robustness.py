@@ -174,10 +174,10 @@ def measure_robustness(
 
 
 def num_gradients(num_images: int, evaluation: Evaluation, curves: Curves) -> int:
-    """Images × steps of PGD, at most, for one network."""
-    radii = curves.radii(evaluation).values()
-    curve, probes = num_images * sum(map(len, radii)), 2 * min(num_images, NUM_PROBED) * len(radii)
-    return (curve + probes) * evaluation.num_steps * evaluation.num_restarts
+    """Images × steps of PGD, at most, for one network, the sensitivity of its features included."""
+    radii, steps = curves.radii(evaluation).values(), evaluation.num_steps
+    probes = min(num_images, NUM_PROBED) * (len(radii) * (2 * steps + 1) + steps * bool(radii))
+    return evaluation.num_restarts * (num_images * sum(map(len, radii)) * steps + probes)
 
 
 def probed(split: Split, seed: int) -> Split:

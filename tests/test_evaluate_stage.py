@@ -55,7 +55,7 @@ def test_several_models_stand_side_by_side(models, tmp_path, capsys):
     """Each at its own size, with the numbers of `measure_robustness`; again, nothing is measured."""
     config = configured(models, l2_epsilons=(0.05,), linf_epsilons=(0.02, 0.01))
     plan = tasks.plan(config, tmp_path / "out")
-    steps = 2 * (40 * 4 + 2 * 40 * 2)
+    steps = 40 * (4 * 2 + 2 * (2 + 1 + 2) + 2)  # four radii; in two norms all steps, one, large ε; features
     assert plan == (
         "evaluate 3 models (resnet_tiny) on 40 images of builtin:digits, 1 × PGD-2 at 2 ε of l2 and 2 ε of "
         f"linf: at most {steps} images × steps a model"
@@ -124,7 +124,8 @@ def test_autoattack_is_shown_and_its_flags_are_told(models, tmp_path, monkeypatc
 
     monkeypatch.setattr(attacks, "auto_attack", auto_attack, raising=False)
     config = configured(models[:1], auto_attack="plus")
-    assert tasks.plan(config, tmp_path / "out").endswith("a model, then AutoAttack (plus)")
+    plan = tasks.plan(config, tmp_path / "out")
+    assert plan.startswith("evaluate 1 model (") and plan.endswith("a model, then AutoAttack (plus)")
     tasks.run(config, tmp_path / "out")
     page = read_page(tmp_path / "out/report.html")
     assert "AutoAttack (plus) leaves small 5.0 %." in page.text

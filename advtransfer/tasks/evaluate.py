@@ -56,8 +56,8 @@ def plan(job: Job) -> str:
     steps = num_gradients(number, evaluation, curves)
     more = f", then AutoAttack ({curves.auto_attack})" if curves.auto_attack != "none" else ""
     return (
-        f"evaluate {len(subjects)} models ({names}) on {number:,} images of {measured.dataset}{at}: at most "
-        f"{steps:,} images × steps a model{more}"
+        f"evaluate {len(subjects)} model{'s' * (len(subjects) > 1)} ({names}) on {number:,} images of "
+        f"{measured.dataset}{at}: at most {steps:,} images × steps a model{more}"
     )
 
 
