@@ -25,7 +25,7 @@ from advtransfer.analysis import (
     visualise,
 )
 from advtransfer.analysis.cue_conflict import CueConflict
-from advtransfer.attacks import L2, Linf, Unconstrained, cross_entropy, log_odds, margin, pgd
+from advtransfer.attacks import L2, Linf, Unconstrained, check_network, cross_entropy, log_odds, margin, pgd
 from advtransfer.data import (
     Augmentation,
     Batch,
@@ -156,6 +156,7 @@ DOORS = [
         {**ATTACKED, "threat_model": L2(0.5), "key": KEYS, "random_start": True},
         f"{ON_IMAGES}, key length",
     ),
+    Door(check_network, ATTACKED, ON_IMAGES),
     *threats(L2(0.5)),
     *threats(Linf(0.1)),
     *threats(Unconstrained()),
