@@ -99,7 +99,7 @@ def peer(case: Case, number: int) -> tuple[np.ndarray, float]:
     images = torch.tensor(case.images[:number].transpose(0, 3, 1, 2).copy())
     labels = torch.tensor(case.labels[:number].astype(np.int64))
     norm, eps = case.official["norm"], case.official["eps"]
-    auto = AutoAttack(network, norm=norm, eps=eps, seed=0, version="standard", device="cpu", verbose=False)
+    auto = AutoAttack(network, norm=norm, eps=eps, seed=0, version="standard", device="cpu")
     started = time.monotonic()
     adversarial, _ = auto.run_standard_evaluation(images, labels, batch_size=256)
     seconds = time.monotonic() - started
