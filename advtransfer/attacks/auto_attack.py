@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,15 +69,17 @@ def auto_attack(
     """
     if not isinstance(threat_model, L2 | Linf):
         raise ValueError(f"auto_attack takes L2(eps) or Linf(eps), not {type(threat_model).__name__}")
+    chex.assert_rank(images, 4)
     if not jnp.issubdtype(images.dtype, jnp.floating):
         raise ValueError(f"images are {images.dtype}: pass floats in [0, 1], such as images / 255")
     check_sizes(threat_model, 0.0)
     check_images(images)
-    images, labels = np.clip(np.asarray(images, np.float32), 0.0, 1.0), np.asarray(labels, np.int32)
+    images = np.clip(np.asarray(images, np.float32), 0.0, 1.0)
     batch = jax.ShapeDtypeStruct((min(batch_size, max(len(images), 1)), *images.shape[1:]), jnp.float32)
     network = as_network(logits_fn, batch)
     num_classes = jax.eval_shape(network, batch).shape[1]
     check_labels(labels, len(images), num_classes)
+    labels = np.asarray(labels, np.int32)
     attacks = searches(version, num_classes) if attacks is None else attacks
     threat_model = jax.tree.map(jnp.float32, threat_model)
     if not len(images):

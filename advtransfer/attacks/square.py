@@ -55,7 +55,7 @@ def square(*, num_queries: int = 5000) -> Search:
     return Search(start, step, num_queries, steps_at_once=100)
 
 
-def sides_of(shape: tuple[int, int], num_queries: int, *, odd: bool) -> Int32[np.ndarray, " queries"]:
+def sides_of(shape: tuple[int, ...], num_queries: int, *, odd: bool) -> Int32[np.ndarray, " queries"]:
     """The side of the square of each query, in pixels; in ℓ2 (`odd`) odd and 3 at least."""
     query = (np.arange(num_queries) / num_queries * 10_000).astype(int)
     halvings = np.searchsorted(_HALVED_AFTER, query, side="left")
@@ -86,7 +86,7 @@ def _colour_square(
     return best + 2 * eps * jax.vmap(one)(keys, jnp.asarray(sizes)[size])
 
 
-def _window(key: Key[Array, ""], shape: tuple[int, int], side: Array) -> tuple[tuple[Array, Array], Array]:
+def _window(key: Key[Array, ""], shape: tuple[int, ...], side: Array) -> tuple[tuple[Array, Array], Array]:
     """The first row and column of a square at random, and its mask [h, w]."""
     first = [
         jax.random.randint(key, (), 0, length - side + 1)
