@@ -19,6 +19,7 @@ from advtransfer import parallel
 from advtransfer.attacks.network import LogitsFn, as_network, jit_for
 from advtransfer.attacks.threat_models import L2, Linf
 
+_SHAPES = 8  # of batches, for any number of images
 _IDLE = 0.25  # of the places of a batch, from which on they are filled again: that takes a step of all
 
 
@@ -114,6 +115,8 @@ def run_search(
             job = next((job for job in next_jobs if not fooled[job[0]]), None)
             held[place] = None if job is None else job[0]
             chosen[place] = job or chosen[place]
+        if batch is not None and all(held[place] is None for place in free):
+            return batch
         image, target, start = np.array(chosen).T
         job = images[image], labels[image], targets[image, target], start.astype(np.int32)
         is_free = np.isin(np.arange(places), free)
@@ -146,8 +149,11 @@ def run_search(
 
 
 def _num_places(jobs: int, batch_size: int) -> int:
-    """Few shapes, whatever the number of jobs."""
-    return min(batch_size, 1 << max(jobs - 1, 0).bit_length())
+    """So many that the last round is nearly full too, in eighths of a batch: few shapes are compiled."""
+    devices = parallel.choose_devices(batch_size)
+    unit = max(batch_size // _SHAPES // devices, 1) * devices
+    rounds = -(-jobs // batch_size)
+    return -(-jobs // (rounds * unit)) * unit
 
 
 @functools.lru_cache(maxsize=64)
