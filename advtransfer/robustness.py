@@ -15,10 +15,11 @@ from jaxtyping import Array, Float32, Integer, Key
 from advtransfer import parallel
 from advtransfer.attacks import (
     THREAT_MODELS,
+    VERSIONS,
     LogitsFn,
     RobustnessWarning,
     as_network,
-    check_black_box,
+    auto_attack,
     check_large_eps,
     check_network,
     check_steps,
@@ -55,7 +56,7 @@ class Curves:
     auto_attack: str = option(
         "none",
         "stage=evaluate: version of AutoAttack (Croce & Hein, 2020), in the threat model norm and eps",
-        choices=("none", "standard", "plus"),
+        choices=("none", *VERSIONS),
     )
 
     @property
@@ -289,8 +290,6 @@ def _run_auto_attack(
     subject: _Subject, evaluation: Evaluation, version: str, seed: int
 ) -> tuple[list[dict[str, Any]], tuple[RobustnessWarning, ...]]:
     """Robust accuracy after each attack, and its flags."""
-    from advtransfer.attacks import auto_attack  # ty: ignore[missing-module-member]
-
     size, split = evaluation.batch_size, subject.split
     images = [
         np.asarray(to_float(jnp.asarray(split.images[i : i + size]), subject.image_size))
@@ -310,11 +309,7 @@ def _run_auto_attack(
         _row(evaluation.norm, evaluation.eps, f"{AUTO_ATTACK} ({version}): {attack}", right, split.num_images)
         for attack, right in ((attack, round(share * split.num_images)) for attack, share in accuracy.items())
     ]
-    white_box = [share for attack, share in accuracy.items() if attack != "square"]
-    flags = {flag.name: flag for flag in found.warnings}
-    if "square" in accuracy and white_box:
-        flags |= {flag.name: flag for flag in check_black_box(min(white_box), accuracy["square"])}
-    return rows, tuple(flags.values())
+    return rows, found.warnings
 
 
 def _loss(logits: Float32[np.ndarray, "n classes"], labels: Integer[np.ndarray, " n"]) -> float:

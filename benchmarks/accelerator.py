@@ -6,6 +6,7 @@ right: against float64, the CPU and itself (benchmarks/right.py).
 steps: images per second of the forward pass, an attack pass, and training steps, clean and against PGD-1, 3
   and 7, in bfloat16, beside PyTorch (benchmarks/steps.py). "roofline" is the share of what the measured peaks
   of a matrix product and of a copy allow (see `bound`).
+attacks: what AutoAttack's four attacks evaluate a second, on a network that none of them fools.
 study: fine-tuning from cached activations, and many trials in one program (benchmarks/study.py).
 path: sources on CIFAR-10, transferred to MNIST (benchmarks/path.py); `--data` names the folder that
   benchmarks.subsets made, without it letters go to digits.
@@ -34,14 +35,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from advtransfer import parallel
-from advtransfer.models import block_flops, create_module
+from advtransfer.attacks import L2, Linf, auto_attack
+from advtransfer.attacks.apgd import apgd, targeted_apgd
+from advtransfer.attacks.fab import targeted_fab
+from advtransfer.attacks.square import square
+from advtransfer.evaluate import predict
+from advtransfer.models import block_flops, create_module, init_variables
 from advtransfer.models.cost import layers
 from benchmarks import path, right, study
 from benchmarks.steps import Case, Step, alternate, num_attack_steps, our_steps, quartiles, torch_steps
 
-SECTIONS = ("right", "steps", "study", "path")
+SECTIONS = ("right", "steps", "study", "path", "attacks")
 STEPS = ("clean", "pgd3", "attack", "forward", "pgd7", "pgd1")
 
 Row = tuple[str, dict[str, Any]]  # what was measured, and the figures by name
@@ -222,6 +229,44 @@ def study_parts(options: Options, peaks: Peaks) -> list[Part]:
     ]
 
 
+def attacks_parts(options: Options, peaks: Peaks) -> list[Part]:
+    case, steps = Case("resnet18_cifar", 1024, 32), 100
+    if options.tiny:
+        case, steps = Case("resnet_tiny", 16, 16), 2
+    module = create_module(case.architecture, num_classes=10, dtype=options.dtype)
+    network = Partial(module.apply, init_variables(module, jax.random.key(0), case.image_size))
+    images = np.random.default_rng(0).random(
+        (case.batch_size, case.image_size, case.image_size, 3), np.float32
+    )
+    labels = np.argmax(predict(network, images), axis=1)
+    attacks = {
+        "apgd-ce": (apgd(num_steps=steps), steps),
+        "apgd-t": (targeted_apgd(num_targets=1, num_steps=steps), steps),
+        "fab-t": (targeted_fab(num_targets=1, num_steps=steps), steps),
+        "square": (square(num_queries=10 * steps), 10 * steps),
+    }
+
+    def rows(norm):
+        for name, (search, evaluations) in attacks.items():
+            seconds = []
+            for _ in range(2):  # the first compiles
+                started = time.monotonic()
+                # Nothing is found within a ball this small.
+                auto_attack(
+                    network,
+                    images,
+                    labels,
+                    norm(1e-6),
+                    attacks={name: search},
+                    batch_size=case.batch_size,
+                )
+                seconds.append(time.monotonic() - started)
+            what = f"{case.architecture} {case.image_size}², batch {case.batch_size}, {norm.__name__}, {name}"
+            yield what, {"image-steps/s": case.batch_size * evaluations / seconds[1], "first s": seconds[0]}
+
+    return [functools.partial(rows, norm) for norm in (Linf, L2)]
+
+
 def path_parts(options: Options, peaks: Peaks) -> list[Part]:
     def rows():
         made = path.setting(
@@ -291,7 +336,13 @@ def main() -> None:
 
     peaks = measure_peaks(tiny)
     keep("device", describe(peaks, options))
-    sections = {"right": right_parts, "steps": steps_parts, "study": study_parts, "path": path_parts}
+    sections = {
+        "right": right_parts,
+        "steps": steps_parts,
+        "study": study_parts,
+        "path": path_parts,
+        "attacks": attacks_parts,
+    }
     failed = False
     for name in names:
         for part in sections[name](options, peaks):

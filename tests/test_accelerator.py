@@ -68,17 +68,18 @@ def test_a_prepared_set_is_cut(tmp_path, monkeypatch):
 @pytest.mark.process
 def test_every_section_runs_on_a_cpu(tmp_path):
     command = [sys.executable, "-m", "benchmarks.accelerator", "--minutes=60", f"--out={tmp_path}"]
-    options = ["--sections=right,steps,study,path", "--turns=1", "--source-seconds=0.2"]
+    options = ["--sections=right,steps,study,path,attacks", "--turns=1", "--source-seconds=0.2"]
     done = subprocess.run([*command, *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "accelerator.json").read_text())
-    assert [*found] == ["device", "right", "steps", "study", "path"]
+    assert [*found] == ["device", "right", "steps", "study", "path", "attacks"]
     assert {figures["verdict"] for _, figures in found["right"]} == {"right", ""}
     assert len(found["right"]) == 21
     rates = dict(found["steps"])
     assert rates["resnet_tiny 16², batch 32, clean"]["ours, images/s"] > 0
     assert all(figures["roofline"] > 0 for _, figures in found["steps"] if "roofline" in figures)
     assert len(found["path"]) == len(path.EPS) + len(path.DEPTHS)
+    assert len(found["attacks"]) == 8
     assert "| source natural |" in (tmp_path / "accelerator.md").read_text()
 
 

@@ -80,7 +80,7 @@ KINDS = {  # (accepted, refused): the keys
     ((1, 2**40), (0, -1, 1.5, True, 10**400)): (
         "train.image_size train.attack_steps train.num_epochs train.batch_size train.num_parts "
         "train.save_every train.log_every transfer.num_epochs transfer.batch_size study.num_seeds "
-        "study.search_seeds evaluate.num_steps evaluate.num_restarts evaluate.batch_size "
+        "study.source_seeds study.search_seeds evaluate.num_steps evaluate.num_restarts evaluate.batch_size "
         "interpret.num_images interpret.num_measured interpret.num_steps interpret.smooth_samples "
         "interpret.integration_steps interpret.num_queries"
     ),
@@ -130,6 +130,17 @@ def test_a_bad_value_is_named_by_its_key():
         read(config)
     config.transfer.augmentation.jitter, config.train.eps = 0.1, 0.5
     with pytest.raises(ConfigError, match=r"^config.train.eps=0.5 does not go with norm=none"):
+        read(config)
+
+
+def test_the_last_source_seed_is_a_seed():
+    config = base.default()
+    config.seed, config.study.source_seeds = 2**32 - 5, 5
+    read(config)
+    config.study.source_seeds = 6
+    with pytest.raises(
+        ConfigError, match=r"config.study.source_seeds=6 from config.seed=4294967291 goes beyond"
+    ):
         read(config)
 
 

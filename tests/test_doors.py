@@ -26,7 +26,19 @@ from advtransfer.analysis import (
     visualise,
 )
 from advtransfer.analysis.cue_conflict import CueConflict
-from advtransfer.attacks import L2, Linf, Unconstrained, check_network, cross_entropy, log_odds, margin, pgd
+from advtransfer.attacks import (
+    L2,
+    Linf,
+    Unconstrained,
+    auto_attack,
+    check_network,
+    cross_entropy,
+    dlr,
+    log_odds,
+    margin,
+    pgd,
+    targeted_dlr,
+)
 from advtransfer.data import (
     Augmentation,
     Batch,
@@ -151,7 +163,7 @@ DOORS = [
     # attacks
     *(
         Door(loss, {"logits": LOGITS, "labels": LABELS}, f"logits rank, {ON_LABELS}")
-        for loss in (cross_entropy, log_odds, margin)
+        for loss in (cross_entropy, dlr, log_odds, margin)
     ),
     Door(
         pgd,
@@ -159,6 +171,12 @@ DOORS = [
         f"{ON_IMAGES}, key length",
     ),
     Door(check_network, ATTACKED, ON_IMAGES),
+    Door(auto_attack, ATTACKED | {"threat_model": L2(1.0)}, ON_IMAGES),
+    Door(
+        targeted_dlr,
+        {"logits": LOGITS, "labels": LABELS, "targets": LABELS},
+        f"logits rank, {ON_LABELS}, targets length, targets kind",
+    ),
     *threats(L2(0.5)),
     *threats(Linf(0.1)),
     *threats(Unconstrained()),

@@ -183,6 +183,10 @@ def test_a_workdir_of_another_config_is_left_alone(tmp_path):
         tasks.run(other, tmp_path)
     wider = _set(_config(), {"study.num_seeds": 1, "report.title": "x", "train.log_every": 7})
     assert "fine-tune" in tasks.plan(wider, tmp_path)
+    older = _config().to_dict()
+    del older["study"]["source_seeds"]  # a key that changes nothing of what the workdir holds
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    assert "fine-tune" in tasks.plan(wider, tmp_path)
     settings = _config().to_dict() | {"colour": 1}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(

@@ -31,6 +31,7 @@ def make_row(**changes):
         1 / 3,
         0.2,
         0.3,
+        0,
         "a",
         '{"lr": 0.1}',
     )
@@ -242,7 +243,7 @@ def test_refusals_name_the_place_in_one_line(tmp_path):
     table.write_text(text + "\n")
     assert len(read_rows(table)) == 1
     for content, words in (
-        (text + "natural,none,0\n", "rows.csv:3: 3 cells under 15 columns"),
+        (text + "natural,none,0\n", "rows.csv:3: 3 cells under 16 columns"),
         ("source,target\n", "holds no rows"),
     ):
         table.write_text(content)

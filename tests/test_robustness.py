@@ -1,7 +1,6 @@
 """Curves against closed forms and plain counts; what is compiled; AutoAttack's place; warnings."""
 
 import itertools
-import types
 from dataclasses import replace
 
 import jax
@@ -10,11 +9,11 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from advtransfer import attacks, parallel
-from advtransfer.attacks import Linf, RobustnessWarning, cross_entropy, pgd
+from advtransfer import parallel
+from advtransfer.attacks import Linf, auto_attack, cross_entropy, pgd
 from advtransfer.compilation import compile_clock
 from advtransfer.data import Split, to_float
-from advtransfer.evaluate import Evaluation, evaluate
+from advtransfer.evaluate import Evaluation, evaluate, evaluation_key
 from advtransfer.intervals import wilson
 from advtransfer.robustness import LARGE, NATURAL, PGD, PROBE, Curves, measure_robustness, probed
 
@@ -172,8 +171,8 @@ def test_a_network_that_hides_its_gradients_is_warned_of():
     assert large[0] == pytest.approx(0.5 * 48**0.5) and large[1]["accuracy"] == 1.0
 
 
-def test_a_network_is_any_callable_and_one_that_draws_is_found_out(monkeypatch):
-    """Whose state is looked at anew; and AutoAttack may call it with other batches."""
+def test_a_network_is_any_callable_and_one_that_draws_is_found_out():
+    """Whose state is looked at anew."""
     numbers = itertools.count()
 
     def noisy(x):
@@ -182,40 +181,30 @@ def test_a_network_is_any_callable_and_one_that_draws_is_found_out(monkeypatch):
 
     found = measure_robustness(noisy, SPLIT, EVALUATION)
     assert [warning.name for warning in found.warnings] == ["randomness"]
-    calls = []
-    monkeypatch.setattr(attacks, "auto_attack", stand_in(({"clean": 1.0}, ()), calls), raising=False)
-    plain = measure_robustness(lambda x: LINE(x), SPLIT, EVALUATION, Curves(auto_attack="plus"))
-    assert calls[0][0] == (37, 2) and plain.warnings == ()
-    assert plain.rows == measure_robustness(LINE, SPLIT, EVALUATION).rows
+    plain = measure_robustness(lambda x: LINE(x), SPLIT, EVALUATION)
+    assert plain.warnings == () and plain.rows == measure_robustness(LINE, SPLIT, EVALUATION).rows
 
 
-def stand_in(found, calls=None):
-    def auto_attack(logits_fn, images, labels, threat_model, *, version, key, batch_size):
-        if calls is not None:
-            calls.append((logits_fn(images).shape, images, labels, threat_model, version, batch_size))
-        return types.SimpleNamespace(accuracy=found[0], warnings=found[1])
+def test_autoattack_is_shown_attack_by_attack():
+    """In the norm and ε of the evaluation, with its batches, and with the warnings of both once."""
 
-    return auto_attack
+    def flat(x):  # no gradient, and logits of all attacks alike
+        return jnp.round(LINE(x) * 50) / 50
 
-
-def test_autoattack_is_asked_once_and_shown_attack_by_attack(monkeypatch):
-    accuracy = {"clean": 33 / 37, "apgd-ce": 20 / 37, "apgd-t": 19 / 37, "fab-t": 19 / 37, "square": 18 / 37}
-    own, calls = RobustnessWarning("randomness", "It draws.", "AutoAttack"), []
-    monkeypatch.setattr(attacks, "auto_attack", stand_in((accuracy, (own, own)), calls), raising=False)
-    found = measure_robustness(LINE, SPLIT, EVALUATION, Curves(auto_attack="standard"))
+    found = measure_robustness(flat, SPLIT, EVALUATION, Curves(auto_attack="standard"))
+    images = IMAGES / np.float32(255)
+    own = auto_attack(flat, images, SPLIT.labels, Linf(0.02), key=evaluation_key(0), batch_size=8)
     rows = [row for row in found.rows if row["attack"].startswith("AutoAttack")]
     assert [row["attack"] for row in rows] == [
         f"AutoAttack (standard): {name}" for name in ("apgd-ce", "apgd-t", "fab-t", "square")
     ]
-    assert [row["accuracy"] for row in rows] == [20 / 37, 19 / 37, 19 / 37, 18 / 37]
+    assert [row["accuracy"] for row in rows] == pytest.approx([*own.accuracy.values()][1:])
     assert {(row["norm"], row["eps"], row["num_steps"], row["num_images"]) for row in rows} == {
         ("linf", 0.02, None, 37)
     }
-    assert [warning.name for warning in found.warnings] == ["randomness", "black box"]
-    ((shape, images, labels, threat, version, batch_size),) = calls
-    assert (shape, threat, version, batch_size) == ((37, 2), Linf(0.02), "standard", 8)
-    np.testing.assert_allclose(images, IMAGES / np.float32(255), rtol=1e-6)
-    assert images.dtype == np.float32 and labels is SPLIT.labels
+    names = [warning.name for warning in found.warnings]
+    assert "zero gradient" in names and len(names) == len(set(names))
+    assert {warning.name for warning in own.warnings} <= set(names)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -125,6 +126,60 @@ def test_the_same_command_again_only_rewrites_the_report(study, monkeypatch):
     assert not {name for name in changed if name.startswith(("rows/", "sources/"))}
     assert (study / "report.html").read_bytes() == page
     assert "fine-tune 0 of 8 models" in tasks.plan(tiny(), study)
+
+
+def test_more_source_seeds_train_what_is_missing(study, tmp_path, monkeypatch):
+    """In a workdir of one seed: the first networks and their rows stay; folders are taken as well."""
+    workdir, config = tmp_path / "study", tiny()
+    shutil.copytree(study, workdir)
+    config.study.source_seeds = 3
+    plan = tasks.plan(config, workdir).splitlines()
+    names = [f"{name}{seed}" for name in ("natural", "l2:0.25") for seed in ("", "_seed_1", "_seed_2")]
+    assert [line.split(": ")[0] for line in plan[:6]] == [f"source {name}" for name in names]
+    assert [line.endswith(": done") for line in plan[:6]] == [True, False, False] * 2
+    assert plan[6].startswith("fine-tune 16 of 24 models in 8 groups")
+    before = _files(workdir)
+    tasks.run(config, workdir)
+    kept = ("rows/", "sources/natural/", "sources/l2_0.25/")
+    after = _files(workdir)
+    assert {name for name in before if name.startswith(kept)} <= {
+        name for name, time in before.items() if after[name] == time
+    }
+    places = [workdir / "sources" / name.replace(":", "_") / "model" for name in names]
+    models = [load_model(place) for place in places]
+    assert [model.spec.provenance["seed"] for model in models] == [0, 1, 2] * 2
+    assert len({identity(model) for model in models}) == 6
+
+    rows = _rows(workdir / "rows.csv")
+    assert len(rows) == 3 * len(_rows(study / "rows.csv"))
+    for row, old in zip([r for r in rows if r["source_seed"] == "0"], _rows(study / "rows.csv"), strict=True):
+        assert row == old
+    places_of = {(r["source"], r["source_seed"]): json.loads(r["config"])["source"]["identity"] for r in rows}
+    seeds = [(name, seed) for name in ("natural", "l2:0.25") for seed in "012"]
+    assert places_of == dict(zip(seeds, map(identity, models), strict=True))
+    (cell, *_), page = _rows(workdir / "summary.csv"), (workdir / "report.html").read_text()
+    place = {"source": "natural", "num_train_images": cell["num_train_images"], "epoch": "3"}
+    own = [float(row["test_accuracy"]) for row in rows if place.items() <= row.items()]
+    assert len(own) == 6 and float(cell["mean"]) == pytest.approx(np.mean(own))
+    assert (cell["num_seeds"], cell["num_source_seeds"]) == ("2", "3")
+    assert "3 sources of each kind × 2 subsets" in page and "training the sources again" not in page
+    assert "natural, seed 2" in page and page.count("data:image/png") == 3 * (1 + 2 * 2) + 3
+
+    monkeypatch.setattr("advtransfer.tasks.study.train_and_measure", lambda *_: pytest.fail("trains"))
+    config.study.sources = f"nat={workdir}/sources/natural*/model,l2={workdir}/sources/l2_0.25*/model"
+    assert "fine-tune 0 of 24 models" in tasks.plan(config, workdir)
+    tasks.run(config, workdir)
+    assert _rows(workdir / "summary.csv")[0] == cell | {"source": "nat"}
+    for sources, words in (
+        (f"{workdir}/sources/natural*/model", "write NAME=PATTERN"),
+        ("nat=nowhere/*/model", "nothing on this machine matches 'nowhere/"),
+        (f"all={workdir}/sources/*/model", "all: the networks of a source, one or more, have the same norm"),
+        (f"natural={workdir}/sources/natural*/model,natural", "two sources are called 'natural'"),
+    ):
+        config.study.sources = sources
+        with pytest.raises(ConfigError, match=f"^config.study.sources: .*{re.escape(words)}"):
+            tasks.run(config, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_report_of_its_rows_has_the_same_summary(study, tmp_path):

@@ -182,7 +182,7 @@ def test_identity_is_the_hash_of_everything_but_the_sources_name():
     }
     digest = hashlib.sha256(json.dumps(expected, sort_keys=True).encode()).hexdigest()
     assert _trial().identity() == digest
-    expected["source"]["name"] = "natural"
+    expected["source"] |= {"name": "natural", "seed": 0}
     assert json.loads(_trial().config()) == expected
 
 
@@ -231,8 +231,8 @@ def test_identity_depends_on_every_field():
     num_fields = len(Trial._fields) + len(Source._fields) + len(vars(RECIPE)) + len(vars(Augmentation())) - 3
     assert len(changes) == num_fields
     identities = {path: changed.identity() for path, changed in changes.items()}
-    assert identities.pop("/source/name") == trial.identity()
-    assert len({trial.identity(), *identities.values()}) == num_fields
+    assert identities.pop("/source/name") == identities.pop("/source/seed") == trial.identity()
+    assert len({trial.identity(), *identities.values()}) == num_fields - 1
 
 
 def test_a_grid_is_every_source_n_k_and_seed():
@@ -409,6 +409,7 @@ def test_rows_say_what_was_run_and_measured(undisturbed):
                     "seed": t,
                     "epoch": e + 1,
                     **{name: float(history[name][t, e]) for name in METRICS},
+                    "source_seed": 0,
                     "trial_id": trial.identity(),
                     "config": trial.config(),
                 }
@@ -483,6 +484,40 @@ def test_a_study_in_a_notebook_is_the_study_of_its_trials(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "study").rglob("*.jsonl")}
     again = run_study(*args, recipe=RECIPE, folder=tmp_path / "study")
     assert again.equals(found) and before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_networks_of_one_name_are_source_seeds(tmp_path, ran):
+    """On the same images; of rows that were there before their column, too."""
+    first, second = _models().values()
+    other = first._replace(variables=jax.tree.map(lambda x: x + 1, first.variables))
+    second = second._replace(spec=replace(second.spec, norm="l2", eps=0.5))
+    grid = Grid(num_train_images=(6,), num_unfrozen_blocks=(0,), num_seeds=2)
+
+    def run(sources):
+        return run_study(grid, sources, {"random": DATASET}, recipe=RECIPE, folder=tmp_path)
+
+    run({"natural": first, "robust": second})
+    for path in (tmp_path / "rows").glob("*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(f"{json.dumps(row | {'source_seed': None})}\n" for row in rows))
+    ran.clear()
+    found = run({"natural": [first, other], "robust": second})
+    assert [[(t.source.name, t.source.seed, t.seed) for t in members] for members in ran] == [
+        [("natural", 1, 0), ("natural", 1, 1)]
+    ]
+    assert found.groupby(["source", "source_seed"])["seed"].unique().map(list).to_dict() == {
+        ("natural", 0): [0, 1],
+        ("natural", 1): [0, 1],
+        ("robust", 0): [0, 1],
+    }
+    for sources, words in (
+        ({"a": [first, first]}, "a: two networks have the same weights"),
+        ({"a": [first, second]}, "a: the networks of a source, one or more, have the same norm and eps"),
+        ({"a": []}, "a: the networks of a source, one or more"),
+        ({"a": [first, other], "a_seed_1": second}, "two sources are called 'a_seed_1'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(sources)
 
 
 def test_a_study_in_a_notebook_refuses_what_cannot_be(tmp_path):

@@ -1,8 +1,9 @@
-"""Attacks: threat models (what an adversary may do), PGD (how it does it), and signs that it failed.
+"""Attacks: threat models (what an adversary may do), PGD and AutoAttack (how), signs that they failed.
 
 Nothing here knows Flax. An attack sees `logits_fn`, a function from images [N, H, W, C] in [0, 1] to logits.
 """
 
+from advtransfer.attacks.autoattack import VERSIONS, AutoAttackResult, auto_attack
 from advtransfer.attacks.checks import (
     RobustnessWarning,
     check_black_box,
@@ -10,7 +11,7 @@ from advtransfer.attacks.checks import (
     check_network,
     check_steps,
 )
-from advtransfer.attacks.losses import LossFn, cross_entropy, log_odds, margin
+from advtransfer.attacks.losses import LossFn, cross_entropy, dlr, log_odds, margin, targeted_dlr
 from advtransfer.attacks.network import LogitsFn, as_network, jit_for
 from advtransfer.attacks.pgd import SLACK, Attack, check_images, make_attack, pgd
 from advtransfer.attacks.threat_models import L2, THREAT_MODELS, Linf, ThreatModel, Unconstrained
@@ -19,7 +20,9 @@ __all__ = [
     "L2",
     "SLACK",
     "THREAT_MODELS",
+    "VERSIONS",
     "Attack",
+    "AutoAttackResult",
     "Linf",
     "LogitsFn",
     "LossFn",
@@ -27,15 +30,18 @@ __all__ = [
     "ThreatModel",
     "Unconstrained",
     "as_network",
+    "auto_attack",
     "check_black_box",
     "check_images",
     "check_large_eps",
     "check_network",
     "check_steps",
     "cross_entropy",
+    "dlr",
     "jit_for",
     "log_odds",
     "make_attack",
     "margin",
     "pgd",
+    "targeted_dlr",
 ]

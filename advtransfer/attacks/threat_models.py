@@ -19,6 +19,7 @@ from advtransfer.arrays import AnyArray
 
 Images = Float[AnyArray, " n *image"]  # of one shape throughout a call
 Size = float | Float[Array, ""]  # of an allowed set, or of a step: a length in pixel units
+Sizes = Size | Float[Array, " n *ones"]  # for all images, or for each
 
 # Keeps the ℓ2 step finite at a zero gradient, which then moves nothing (Engstrom et al., robustness, 2019).
 _TINY = 1e-10
@@ -30,7 +31,7 @@ class ThreatModel(Protocol):
 
     def project(self, images: Images, centers: Images) -> Float[Array, " n *image"]: ...
 
-    def step(self, images: Images, gradients: Images, step_size: Size) -> Images: ...
+    def step(self, images: Images, gradients: Images, step_size: Sizes) -> Images: ...
 
     def random_start(self, keys: Key[Array, " n"], centers: Images) -> Float[Array, " n *image"]: ...
 
@@ -44,7 +45,7 @@ class Linf(NamedTuple):
         chex.assert_equal_shape([images, centers])
         return jnp.clip(jnp.clip(images, centers - self.eps, centers + self.eps), 0.0, 1.0)
 
-    def step(self, images: Images, gradients: Images, step_size: Size) -> Images:
+    def step(self, images: Images, gradients: Images, step_size: Sizes) -> Images:
         chex.assert_equal_shape([images, gradients])
         return images + step_size * jnp.sign(gradients)
 
@@ -69,7 +70,7 @@ class L2(NamedTuple):
         scales = jnp.minimum(1.0, self.eps / jnp.maximum(norms, _TINY))
         return jnp.clip(centers + offsets * scales, 0.0, 1.0)
 
-    def step(self, images: Images, gradients: Images, step_size: Size) -> Images:
+    def step(self, images: Images, gradients: Images, step_size: Sizes) -> Images:
         chex.assert_equal_shape([images, gradients])
         # At first by the largest entry, whose square may be too small, or too large, for a float32.
         peaks = jnp.max(jnp.abs(gradients), axis=tuple(range(1, gradients.ndim)), keepdims=True)
@@ -97,7 +98,7 @@ class Unconstrained(NamedTuple):
         chex.assert_equal_shape([images, centers])
         return jnp.clip(images, 0.0, 1.0)
 
-    def step(self, images: Images, gradients: Images, step_size: Size) -> Images:
+    def step(self, images: Images, gradients: Images, step_size: Sizes) -> Images:
         chex.assert_equal_shape([images, gradients])
         return images + step_size * gradients
 

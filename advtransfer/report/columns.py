@@ -65,6 +65,11 @@ def _seed(value: Any) -> int | str:
         return _name(value)
 
 
+def _source_seed(value: Any) -> int | str:
+    """0 where there is none: of a source that was trained once."""
+    return 0 if value is None or value == "" or value != value else _seed(value)
+
+
 def _float(value: Any) -> float:
     if value is None or value == "":
         return math.nan
@@ -117,6 +122,7 @@ CONVERSIONS: dict[str, tuple[Callable[[Any], Any], str]] = {  # and the dtype of
     "test_accuracy": (_accuracy, "float64"),
     "test_loss": (_float, "float64"),
     "seconds": (_float, "float64"),
+    "source_seed": (_source_seed, "object"),
     "trial_id": (_text, "object"),
     "config": (_text, "object"),
 }
@@ -124,7 +130,7 @@ COLUMNS = tuple(CONVERSIONS)
 REQUIRED = COLUMNS[:11]
 ACCURACIES = ["train_accuracy", "test_accuracy"]
 MEASURED = [name for name, (_, dtype) in CONVERSIONS.items() if dtype == "float64"]
-COUNTS = ["seed", *(name for name, (_, dtype) in CONVERSIONS.items() if dtype == "int64")]
+COUNTS = ["seed", "source_seed", *(name for name, (_, dtype) in CONVERSIONS.items() if dtype == "int64")]
 
 
 @functools.lru_cache(4096)

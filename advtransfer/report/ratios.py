@@ -13,6 +13,12 @@ Intervals are percentiles over 2,000 resamples of the seeds, with levels widened
 times the resamples' standard deviation, on the logarithm. A seed is resampled with all that belongs to it:
 both sources, every n. Seeds that are there at other n, or for one source only, are resampled among their
 like, so a point with a single seed adds nothing to the interval.
+
+Where a source was trained from several seeds, source seeds of both and the seeds of subsets are resampled
+one level at a time, and the interval is that of `intervals.half_width_of_levels`, on the logarithm; where a
+resample is beyond an end of the robust curve, widened percentiles over resamples of all levels at once. Of
+600 simulated studies with 20 subsets, intervals of the whole curve's factor covered the truth in 94, 96, 95
+and 95 % with 2, 3, 5 and 8 networks of each source, those of one network each in 37 to 42 %.
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ import numpy as np
 import scipy
 from jaxtyping import Float64
 
+from advtransfer.intervals import half_width_of_levels
 from advtransfer.report.statistics import Results, SeedTable, seed_tables
 
 if TYPE_CHECKING:
@@ -97,18 +104,26 @@ def compare(natural: SeedTable, robust: SeedTable) -> Comparison | None:
     (x, ours), (z, theirs) = (_points(curve, seeds) for curve in (natural, robust))
     if len(x) < 2 or len(z) < 2:
         return None
-    there = np.isfinite(np.hstack([ours, theirs]))
-    weights = _resamples(tuple(np.unique(there, axis=0, return_inverse=True)[1].ravel().tolist()))
-    base, mine = _rising(ours, weights), _rising(theirs, weights)
+    there = np.isfinite(np.hstack([*ours, *theirs]))
+    strata = tuple(np.unique(there, axis=0, return_inverse=True)[1].ravel().tolist())
+    networks = len(ours), len(theirs)
+    crossed = max(networks) > 1
+    weights = _crossed_resamples(strata, *networks) if crossed else [_resamples(strata)] * 2
+    base, mine = (
+        _rising(table.reshape(-1, table.shape[-1]), own)
+        for table, own in zip((ours, theirs), weights, strict=True)
+    )
     log_x, log_z = np.log(x), np.log(z)
-    num_seeds = min(len(natural.seeds), len(robust.seeds))
+    num_seeds = min(len(np.unique(curve.seeds)) for curve in (natural, robust))
+    levels = (*networks, num_seeds) if crossed else ()
     shifts = _first_reach(log_x, base, base) - _first_reach(log_z, mine, base)
     factors = [
-        _factor(shift, num_seeds, least=at - log_z[0], most=at - log_z[-1])
+        _factor(shift, num_seeds, least=at - log_z[0], most=at - log_z[-1], levels=levels)
         for shift, at in zip(shifts.T, log_x, strict=True)
     ]
     shift = _mean_shift(log_x, base, log_z, mine)
-    whole = _factor(shift, num_seeds, least=log_x[-1] - log_z[0], most=log_x[0] - log_z[-1])
+    ends = {"least": log_x[-1] - log_z[0], "most": log_x[0] - log_z[-1]}
+    whole = _factor(shift, num_seeds, **ends, levels=levels)
     return Comparison(x, base[0], factors, whole, num_seeds)
 
 
@@ -126,13 +141,16 @@ def _records(compared: Comparison, place: dict[str, Any], axis: str) -> list[dic
 
 
 def _points(curve: SeedTable, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The positive places of a curve where anything was measured [m], and its accuracies [seeds, m]."""
-    table = np.full((len(seeds), len(curve.places)), np.nan)
-    table[np.searchsorted(seeds, curve.seeds)] = curve.values
-    known = np.flatnonzero((curve.places > 0) & np.isfinite(table).any(axis=0))
+    """The positive places of a curve where every source seed was measured [m], and its accuracies [source
+    seeds, seeds, m]."""
+    own = np.zeros_like(curve.seeds) if curve.source_seeds is None else curve.source_seeds
+    numbers, network = np.unique(own, return_inverse=True)
+    table = np.full((len(numbers), len(seeds), len(curve.places)), np.nan)
+    table[network, np.searchsorted(seeds, curve.seeds)] = curve.values
+    known = np.flatnonzero((curve.places > 0) & np.isfinite(table).any(axis=1).all(axis=0))
     if len(known) > _MOST_POINTS:
         known = known[np.unique(np.linspace(0, len(known) - 1, _MOST_POINTS).round().astype(int))]
-    return curve.places[known].astype(float), table[:, known]
+    return curve.places[known].astype(float), table[..., known]
 
 
 @functools.lru_cache(maxsize=64)
@@ -146,15 +164,39 @@ def _resamples(strata: tuple[int, ...]) -> np.ndarray:
     return weights
 
 
+@functools.lru_cache(maxsize=8)
+def _crossed_resamples(
+    strata: tuple[int, ...], num_natural: int, num_robust: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """How often each pair of a source seed and a seed is drawn, for both sources [1 + resamples, pairs]:
+    first the sample itself, then a quarter each with natural, robust and subset seeds alone drawn, then with
+    all."""
+    rng = np.random.default_rng(1)
+    quarter = NUM_RESAMPLES // 4
+    natural, robust, subsets = (
+        np.ones((5, quarter, number)) for number in (num_natural, num_robust, len(strata))
+    )
+    for level, drawn in ((1, natural), (2, robust)):
+        number = drawn.shape[-1]
+        drawn[[level, 4]] = rng.multinomial(number, [1 / number] * number, (2, quarter))
+    subsets[3:] = _resamples(strata)[1 : 1 + 2 * quarter].reshape(2, quarter, -1)
+    natural, robust = (
+        (drawn[..., None] * subsets[..., None, :]).reshape(5 * quarter, -1)[quarter - 1 :]
+        for drawn in (natural, robust)
+    )
+    return natural, robust
+
+
 def _rising(table: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Means over the weighted seeds [resamples, m], made non-decreasing by least squares."""
     there = np.isfinite(table)
-    counts = there.sum(0)  # the same in every resample, because strata are by what is there
-    totals = np.cumsum(np.pad(weights @ np.where(there, table, 0), ((0, 0), (1, 0))), axis=1, dtype=float)
-    counts = np.cumsum(np.pad(counts, (1, 0)), dtype=float)
+    counts, totals = (
+        np.cumsum(np.pad(weights @ values, ((0, 0), (1, 0))), axis=1, dtype=float)
+        for values in (there, np.where(there, table, 0))  # something everywhere, because of the strata
+    )
     best = np.full((len(weights), table.shape[1]), -np.inf)
     for j in range(table.shape[1]):  # max over j <= i of min over l >= i of the mean of points j..l
-        means = (totals[:, j + 1 :] - totals[:, j, None]) / (counts[j + 1 :] - counts[j])
+        means = (totals[:, j + 1 :] - totals[:, j, None]) / (counts[:, j + 1 :] - counts[:, j, None])
         least = np.minimum.accumulate(means[:, ::-1], axis=1)[:, ::-1]
         best[:, j:] = np.maximum(best[:, j:], least)
     return best
@@ -191,18 +233,26 @@ def _area(x: np.ndarray, y: np.ndarray, low: np.ndarray, high: np.ndarray) -> np
     return ((b - a) * (x[:-1] + middle * np.diff(x))).sum(1)
 
 
-def _factor(shifts: np.ndarray, num_seeds: int, *, least: float, most: float) -> Factor:
-    """From log factors, the sample's first; `least` and `most`: to the ends of the robust curve."""
+def _factor(
+    shifts: np.ndarray, num_seeds: int, *, least: float, most: float, levels: tuple[int, ...] = ()
+) -> Factor:
+    """From log factors, the sample's first; `least` and `most`: to the ends of the robust curve; `levels`:
+    how many there are of what `_crossed_resamples` draws."""
     shift, low, high = shifts[0], math.nan, math.nan
     if num_seeds > 1 and not math.isnan(shift):
-        t = scipy.special.stdtrit(num_seeds - 1, 0.975) * math.sqrt(num_seeds / (num_seeds - 1))
+        alone, drawn = np.split(shifts[1:], [-NUM_RESAMPLES // 4]) if levels else ((), shifts[1:])
+        fewest = min((number for number in levels if number > 1), default=num_seeds)
+        t = scipy.special.stdtrit(fewest - 1, 0.975) * math.sqrt(fewest / (fewest - 1))
         # What lies beyond an end of the robust curve is known on one side only, and a flat curve on neither.
-        at_least = np.nan_to_num(shifts[1:], nan=-math.inf, posinf=least, neginf=-math.inf)
-        at_most = np.nan_to_num(shifts[1:], nan=math.inf, posinf=math.inf, neginf=most)
+        at_least = np.nan_to_num(drawn, nan=-math.inf, posinf=least, neginf=-math.inf)
+        at_most = np.nan_to_num(drawn, nan=math.inf, posinf=math.inf, neginf=most)
         low = np.quantile(at_least, scipy.special.ndtr(-t), method="lower")
         high = np.quantile(at_most, scipy.special.ndtr(t), method="higher")
-        if num_seeds < _FEW_SEEDS and np.isfinite(shifts).all():
-            half = t * shifts[1:].std()
+        if (levels or num_seeds < _FEW_SEEDS) and np.isfinite(shifts).all():
+            half = t * drawn.std()
+            if levels:
+                spread = np.split(alone, 3)
+                half = half_width_of_levels(zip((x.var() for x in spread), levels, strict=True))
             low, high = shift - half, shift + half
     bound = {math.inf: "at least", -math.inf: "not reached"}.get(shift, "")
     shift = {math.inf: least, -math.inf: most}.get(shift, shift)

@@ -338,7 +338,9 @@ def _clean(files: Iterable[Iterable[Record]], unit: str) -> tuple[DataFrame, lis
     table[ACCURACIES] = _fractions(raw, table[ACCURACIES].to_numpy(), of_file, unit, problems)
     table = table[usable].drop(columns="place")
     # trial_id alone would do for our own rows; other writers may number trials anew in every cell.
-    kept = table.drop_duplicates(["trial_id", "epoch", *COLUMNS[:7]], keep="last", ignore_index=True)
+    kept = table.drop_duplicates(
+        ["trial_id", "epoch", *COLUMNS[:7], "source_seed"], keep="last", ignore_index=True
+    )
     repeats = []
     if dropped := len(table) - len(kept):
         rows = count(dropped, "duplicate row")

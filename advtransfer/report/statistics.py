@@ -1,8 +1,9 @@
 """Statistics of a study: means, intervals and differences to the natural source, paired by seed.
 
-Every interval is Student's t at 95 % over seeds; one seed has none. The natural source is the one with
-`source_norm` "none"; where a target has several or none, there is nothing to subtract and the differences
-stay NaN.
+Every interval is Student's t at 95 % over seeds; one seed has none. Where a source was trained from several
+seeds, it is over both (`intervals.crossed_mean_and_ci95`), and a difference pairs subset seeds alone. The
+natural source is the one with `source_norm` "none"; where a target has several or none, there is nothing to
+subtract and the differences stay NaN.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, Integer
 
-from advtransfer.intervals import half_width, mean_and_ci95
+from advtransfer.intervals import Crossed, crossed_mean_and_ci95, half_width, mean_and_ci95
 from advtransfer.norms import NORMS
 from advtransfer.report.reference import column_of
 from advtransfer.report.sections import SourceInfo
@@ -40,10 +41,11 @@ class Results:
 
     Attributes:
       sources: by name, natural ones first, then by norm, radius and name.
-      trials: a row per `POINT`, seed and epoch: `accuracy` (NaN where it was not measured) and `lead`, that
-        minus the natural source's of the same seed and epoch. By target, k, n and source; seeds are numbered.
+      trials: a row per `POINT`, source seed, seed and epoch: `accuracy` (NaN where it was not measured) and
+        `lead`, that minus the natural source's of the same seed and epoch (the mean of its source seeds).
+        By target, k, n and source; seeds of both kinds are numbered.
       last: the same at each seed's last epoch, where `lead` is over the natural source's last epoch.
-      repeated: how many (`POINT`, seed, epoch) have more than one trial.
+      repeated: how many (`POINT`, source seed, seed, epoch) have more than one trial.
     """
 
     sources: dict[str, SourceInfo]
@@ -54,13 +56,46 @@ class Results:
     @functools.cached_property
     def summary(self) -> DataFrame:
         """As `summarise` says."""
-        return _over_seeds(self.last, POINT)
+        return self._means(self.last, POINT)
 
     @functools.cached_property
     def curves(self) -> DataFrame:
         """As the summary, but at every epoch: `CURVE_COLUMNS`."""
         order = ("target", "num_unfrozen_blocks", "num_train_images", "source", "epoch")
-        return in_order(_over_seeds(self.trials, (*POINT, "epoch")), order, self.sources)
+        return in_order(self._means(self.trials, (*POINT, "epoch")), order, self.sources)
+
+    @functools.cached_property
+    def num_networks(self) -> dict[str, int]:
+        """From how many seeds each source was trained."""
+        return self.last.groupby("source")["source_seed"].nunique().to_dict()
+
+    @property
+    def is_crossed(self) -> bool:
+        """Whether any source was trained from several seeds."""
+        return max(self.num_networks.values(), default=1) > 1
+
+    def _means(self, table: DataFrame, by: Sequence[str]) -> DataFrame:
+        """Means, leads and their intervals of every group of `table`."""
+        import pandas as pd
+
+        if not self.is_crossed:
+            return _over_seeds(table, by)
+        names = ("accuracy", "source_seed", "seed")
+        columns = Crossed(*(table[name].to_numpy() for name in names))
+        known = np.isfinite(columns.values)
+        groups: dict[Any, Crossed] = {
+            key: Crossed(*(column[rows[known[rows]]] for column in columns))
+            for key, rows in table.groupby(list(by), sort=False).indices.items()
+        }
+        base = {target: own[0] for target in self.targets if len(own := self.natural(target)) == 1}
+        found = []
+        for (source, target, *place), measured in groups.items():
+            minus = groups.get((base.get(target), target, *place))
+            is_led = minus is not None and source in self.robust(target)
+            lead = crossed_mean_and_ci95(measured, minus)[:2] if is_led else (math.nan, math.nan)
+            networks = len(np.unique(measured.source_seeds))
+            found.append((source, target, *place, *crossed_mean_and_ci95(measured), *lead, networks))
+        return pd.DataFrame(found, columns=(*by, *SUMMARY_COLUMNS[4:], "num_source_seeds"))
 
     @functools.cached_property
     def pooled(self) -> list[PooledLead]:
@@ -72,21 +107,29 @@ class Results:
         pooled = []
         by = ("target", "num_unfrozen_blocks", "source")
         tables = seed_tables(self.last.dropna(subset="lead"), by, "num_train_images", "lead")
+        accuracies = seed_tables(self.last, by, "num_train_images") if self.is_crossed else {}
         for target in self.targets:
             sizes = [n for n in self.sizes(target) if n <= FEW_IMAGES] or self.sizes(target)[:1]
             for blocks, name in itertools.product(self.blocks(target), self.robust(target)):
                 if (target, blocks, name) not in tables:
                     continue
-                _, places, leads = tables[target, blocks, name]
+                seeds, places, leads, _ = tables[target, blocks, name]
                 known = np.isin(places, sizes) & np.isfinite(leads).any(axis=0)
                 places, leads = places[known], leads[:, known]
                 if not len(places):
                     continue
-                paired = leads[np.isfinite(leads).all(axis=1)]
-                if len(paired) < 2:
-                    places, paired = places[:1], leads[np.isfinite(leads[:, 0]), :1]
+                paired = np.isfinite(leads).all(axis=1)
+                if len(np.unique(seeds[paired])) < 2:
+                    places, leads, paired = places[:1], leads[:, :1], np.isfinite(leads[:, 0])
                 place = (self.sources[name], target, blocks, tuple(places.tolist()))
-                pooled.append(PooledLead(*place, *mean_and_ci95(paired.mean(axis=1)), len(paired)))
+                if self.is_crossed:
+                    names = (name, *self.natural(target))
+                    both = [_mean_over(accuracies[target, blocks, each], places) for each in names]
+                    networks = [len(np.unique(each.source_seeds)) for each in both]
+                    pooled.append(PooledLead(*place, *crossed_mean_and_ci95(*both), *networks))
+                else:
+                    mean = leads[paired].mean(axis=1)
+                    pooled.append(PooledLead(*place, *mean_and_ci95(mean), len(mean)))
         return pooled
 
     @functools.cached_property
@@ -105,16 +148,15 @@ class Results:
             for name, size in itertools.product(self.by_name(target), self.sizes(target)):
                 if (target, name, size) not in tables:
                     continue
-                _, blocks, table = tables[target, name, size]
+                seeds, blocks, table, networks = tables[target, name, size]
                 scores = {k: y for k, y in zip(blocks.tolist(), table.T, strict=True) if np.isfinite(y).any()}
                 if len(scores) < 2:
                     continue
                 best, *others = sorted(scores, key=lambda k: (-np.nanmean(scores[k]), _blocks_order(k)))
-                leads = {k: mean_and_ci95(_finite(scores[best] - scores[k])) for k in others}
+                leads = {k: _interval(scores[best] - scores[k], networks, seeds) for k in others}
                 tied = " ".join(str(k) for k in others if not leads[k][0] > leads[k][1])
-                mine = _finite(scores[best])
-                values = (name, target, size, best, *mean_and_ci95(mine), len(mine))
-                found.append((*values, others[0], *leads[others[0]], tied))
+                mine = _interval(scores[best], networks, seeds)
+                found.append((name, target, size, best, *mine, others[0], *leads[others[0]][:2], tied))
         return pd.DataFrame(found, columns=BEST_COLUMNS)
 
     @functools.cached_property
@@ -162,6 +204,8 @@ class PooledLead(NamedTuple):
     delta: float
     ci95: float
     num_seeds: int
+    num_networks: int = 1  # of this source
+    num_natural: int = 1  # networks of the natural one
 
 
 def collect(rows: DataFrame | Iterable[Mapping[str, Any]]) -> Results:
@@ -169,24 +213,27 @@ def collect(rows: DataFrame | Iterable[Mapping[str, Any]]) -> Results:
     import pandas as pd
 
     network, point = ["source", "source_norm", "source_eps"], list(POINT)
-    columns = [*network, *point[1:], "seed", "epoch", "test_accuracy", "trial_id"]
+    columns = [*network, *point[1:], "source_seed", "seed", "epoch", "test_accuracy", "trial_id"]
     rows = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows), columns=columns)
     rows = rows.reindex(columns=columns).astype({"source_eps": float, "test_accuracy": float})
     rows["source_eps"] = rows["source_eps"].mask(rows["source_norm"] == "none", 0.0)
     which = rows.groupby(network, sort=False, dropna=False).ngroup()
     found = _distinct(map(SourceInfo._make, rows.loc[~which.duplicated(), network].itertuples(index=False)))
     rows["source"] = which.map(dict(enumerate(info.name for info in found)))
-    seeds = {seed: number for number, seed in enumerate(sorted(rows["seed"].unique(), key=str))}
-    rows["seed"] = rows["seed"].map(seeds)
+    rows["source_seed"] = rows["source_seed"].astype(object).where(rows["source_seed"].notna(), 0)
+    for name in ("source_seed", "seed"):
+        seeds = {seed: number for number, seed in enumerate(sorted(rows[name].unique(), key=str))}
+        rows[name] = rows[name].map(seeds)
     sources = {info.name: info for info in sorted(found, key=_rank)}
 
     place = [*point[1:], "seed", "epoch"]
-    rows = rows.drop_duplicates(["source", *place, "trial_id"], keep="last")
-    trials = rows.groupby(["source", *place], sort=False)["test_accuracy"].agg(["sum", "count", "size"])
+    trial = ["source", "source_seed", *place]
+    rows = rows.drop_duplicates([*trial, "trial_id"], keep="last")
+    trials = rows.groupby(trial, sort=False)["test_accuracy"].agg(["sum", "count", "size"])
     trials["accuracy"] = (trials["sum"] / trials["size"]).where(trials["count"] == trials["size"])
-    order = ["target", "num_unfrozen_blocks", "num_train_images", "source", "seed", "epoch"]
+    order = ["target", "num_unfrozen_blocks", "num_train_images", "source", "source_seed", "seed", "epoch"]
     trials = in_order(trials.reset_index(), order, sources)
-    last = trials.groupby([*point, "seed"], sort=False).tail(1)
+    last = trials.groupby([*point, "source_seed", "seed"], sort=False).tail(1)
     leads = [_with_leads(table, sources, on) for table, on in ((trials, place), (last, place[:-1]))]
     return Results(sources, *leads, repeated=int((trials["size"] > 1).sum()))
 
@@ -212,13 +259,13 @@ def _rank(info: SourceInfo) -> tuple[Any, ...]:
 
 
 def _with_leads(table: DataFrame, sources: Mapping[str, SourceInfo], on: list[str]) -> DataFrame:
-    """`accuracy` minus that of the target's only natural source at the same place."""
+    """`accuracy` minus that of the target's only natural source at the same place, mean over its seeds."""
     is_natural = table["source"].isin([name for name, info in sources.items() if info.norm == "none"])
     natural = table[is_natural]
     single = natural.groupby("target")["source"].transform("nunique") == 1
-    base = natural[single].set_index(on)["accuracy"].rename("base")
+    base = natural[single].groupby(on, sort=False)["accuracy"].mean().rename("base")
     lead = (table["accuracy"] - table.join(base, on=on)["base"]).mask(is_natural)
-    return table[[*POINT, "seed", "epoch", "accuracy"]].assign(lead=lead)
+    return table[[*POINT, "source_seed", "seed", "epoch", "accuracy"]].assign(lead=lead)
 
 
 def summarise(rows: DataFrame | Iterable[Mapping[str, Any]] | Results) -> DataFrame:
@@ -226,7 +273,8 @@ def summarise(rows: DataFrame | Iterable[Mapping[str, Any]] | Results) -> DataFr
 
     `mean` and `ci95` are over the last epoch of each seed; `delta` is this source minus the natural
     one, over the seeds that both have, and `delta_ci95` the half-width of its interval paired by
-    seed. What cannot be computed is NaN (an empty cell in summary.csv).
+    seed. What cannot be computed is NaN (an empty cell in summary.csv). Where any source was trained from
+    several seeds, a last column `num_source_seeds` says how many.
     """
     return (rows if isinstance(rows, Results) else collect(rows)).summary
 
@@ -268,9 +316,10 @@ def paper_tables(results: Results) -> dict[int, DataFrame]:
 class SeedTable(NamedTuple):
     """Values by seed and n, k or epoch."""
 
-    seeds: Integer[np.ndarray, " s"]  # rising
+    seeds: Integer[np.ndarray, " s"]  # rising; those of a source seed after those of the one before
     places: Integer[np.ndarray, " m"]  # rising
     values: Float64[np.ndarray, "s m"]  # NaN where missing
+    source_seeds: Integer[np.ndarray, " s"] | None = None  # None: one
 
 
 def seed_tables(
@@ -281,23 +330,40 @@ def seed_tables(
     Raises:
       ValueError: one would have more than `_MAX_CELLS`.
     """
-    columns = [table[name].to_numpy() for name in ("seed", places, values)]
+    number = table["seed"].max() + 1
+    pairs = table["source_seed"].to_numpy() * number + table["seed"].to_numpy()
+    columns = [pairs, *(table[name].to_numpy() for name in (places, values))]
     found = {}
     for key, rows in table.groupby(list(by), sort=False).indices.items():
-        seeds, x, y = (column[rows] for column in columns)
-        (seeds, i), (x, j) = (np.unique(column, return_inverse=True) for column in (seeds, x))
+        own, x, y = (column[rows] for column in columns)
+        (own, i), (x, j) = (np.unique(column, return_inverse=True) for column in (own, x))
+        networks, seeds = np.divmod(own, number)
         if len(seeds) * len(x) > _MAX_CELLS:
             raise ValueError(
                 f"{key}: {len(seeds):,} seeds at {len(x):,} {places} are too many: leave some out"
             )
         cells = np.full((len(seeds), len(x)), np.nan)
         cells[i, j] = y
-        found[key] = SeedTable(seeds, x, cells)
+        found[key] = SeedTable(seeds, x, cells, networks if np.ptp(networks) else None)
     return found
 
 
-def _finite(values: np.ndarray) -> np.ndarray:
-    return values[np.isfinite(values)]
+def _interval(
+    values: np.ndarray, source_seeds: np.ndarray | None, seeds: np.ndarray
+) -> tuple[float, float, int]:
+    """Of the finite values: mean, half-width of the interval, number of seeds."""
+    known = np.isfinite(values)
+    if source_seeds is None:
+        return *mean_and_ci95(values[known]), int(known.sum())
+    return crossed_mean_and_ci95(Crossed(values[known], source_seeds[known], seeds[known]))
+
+
+def _mean_over(table: SeedTable, places: np.ndarray) -> Crossed:
+    """Of each seed that has a value at all of these places their mean."""
+    values = table.values[:, np.searchsorted(table.places, places)].mean(axis=1)
+    networks = np.zeros_like(table.seeds) if table.source_seeds is None else table.source_seeds
+    known = np.isfinite(values)
+    return Crossed(values[known], networks[known], table.seeds[known])
 
 
 def in_order(table: DataFrame, by: Iterable[str], sources: Mapping[str, SourceInfo]) -> DataFrame:

@@ -42,17 +42,24 @@ _INTERVAL = (
     "seeds. It covers the choice of target images and the new layers’ initialisation, but not the training "
     "of the sources: there is one network per source. Differences are in percentage points of test accuracy."
 )
-_ONE_SEED = (
-    "One seed says nothing about the spread over target images and initialisations, and one network per "
-    "source nothing about the training of the sources. Differences are in percentage points of test accuracy."
+_CROSSED = (
+    "Each seed’s difference is averaged over the numbers of images first; the interval is Student’s t over "
+    "networks and seeds. It covers the choice of target images, the new layers’ initialisation and the "
+    "training of every source that has several networks. Differences are in percentage points of test "
+    "accuracy."
 )
+_ONE_SEED = (
+    "One seed says nothing about the spread over target images and initialisations{}. Differences are in "
+    "percentage points of test accuracy."
+)
+_ONE_NETWORK = ", and one network per source nothing about the training of the sources"
 
 
 class Evidence(NamedTuple):
     """What a report shows beside the rows; any part may be empty.
 
     Attributes:
-      sources: one dict per source network: its `name` (as in the rows) and any of `norm`, `eps`,
+      sources: one dict per source network: its `name` (as in the rows) and any of `seed`, `norm`, `eps`,
         `natural_accuracy` and `adversarial_accuracy` (in [0, 1]), `num_images` (measured on),
         `attack` (in words).
       pictures: `source_images` [M, H, W, 3] in [0, 1]; `adversarial/NAME` [M, H, W, 3], the same images
@@ -123,12 +130,11 @@ def write_report(
         beside[f"table_k{k_text(blocks)}.csv"] = (what, table)
     files = {path: csv_text(table) for path, (_, table) in beside.items()}
     files |= {path: csv_text(pd.concat(tables)) for path, tables in material.shown.items()}
-    pooled = results.pooled
     page = Page(
         title,
         sections=[section for section in sections if section.parts],
         headline=headline(results) or ["There are no result rows, so nothing can be said about transfer."],
-        note=(_ONE_SEED if all(math.isnan(p.ci95) for p in pooled) else _INTERVAL) if pooled else "",
+        note=_note(results),
         facts=_facts(results),
         command=evidence.command,
         versions=evidence.versions,
@@ -137,6 +143,14 @@ def write_report(
         folder="figures/",
     )
     return write_page(page, workdir, files)
+
+
+def _note(results: Results) -> str:
+    if not results.pooled:
+        return ""
+    if all(math.isnan(p.ci95) for p in results.pooled):
+        return _ONE_SEED.format("" if results.is_crossed else _ONE_NETWORK)
+    return _CROSSED if results.is_crossed else _INTERVAL
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:
@@ -149,7 +163,8 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         ("Targets", f"{len(results.targets)}"),
         ("Labelled images", span(last["num_train_images"])),
         ("Unfrozen blocks", ", ".join(map(k_text, blocks))),
-        ("Seeds", span(last.groupby(list(POINT)).size())),
+        *([("Networks of a source", span(results.num_networks.values()))] if results.is_crossed else []),
+        ("Seeds", span(last.groupby(list(POINT))["seed"].nunique())),
         ("Fine-tuned models", f"{len(last):,}"),
     ]
 
@@ -161,8 +176,8 @@ def _limits(material: Material, evidence: Evidence, problems: list[str]) -> list
         sentences.append("No published numbers are drawn: no rows have the paper’s k = 3, target and source.")
     if not material.results.last.empty:
         sentences.append(
-            "Intervals are Student’s t, 95 % over seeds (of factors, a bootstrap), each alone: not corrected "
-            "for looking at several cells at once."
+            f"Intervals are Student’s t, 95 % over {'networks and ' * material.results.is_crossed}seeds "
+            "(of factors, a bootstrap), each alone: not corrected for looking at several cells at once."
         )
     return sentences
 
@@ -187,18 +202,20 @@ def _source(entry: Mapping[str, Any]) -> SourceInfo:
 def _sources(material: Material, known: Mapping[str, SourceInfo], evidence: Evidence) -> list[Part]:
     import pandas as pd
 
-    entries = {str(entry.get("name", "unnamed")): entry for entry in evidence.sources}
+    entries: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in evidence.sources:
+        entries.setdefault(str(entry.get("name", "unnamed")), []).append(entry)
     kinds = ("natural_accuracy", "adversarial_accuracy")
     measured, rows = [], []
-    for name, source in known.items():
-        entry = entries.get(name, {})
+    for name, source, entry in ((n, x, entry) for n, x in known.items() for entry in entries.get(n, [{}])):
+        seed = f", seed {entry.get('seed', '?')}" if len(entries.get(name, ())) > 1 else ""
         natural, adversarial = (_number(entry.get(kind)) for kind in kinds)
         if not (math.isnan(natural) and math.isnan(adversarial)):
-            measured.append((material.styles[name].label, natural, adversarial))
+            measured.append((f"{material.styles[name].label}{seed}", natural, adversarial))
         accuracies = ("–" if math.isnan(share) else f"{100 * share:.1f}" for share in (natural, adversarial))
         images = f"{entry['num_images']:,}" if entry.get("num_images") else "–"
         threat = "nothing" if source.norm == "none" else source.constraint
-        rows.append([name, threat, *accuracies, images, str(entry.get("attack") or "–")])
+        rows.append([f"{name}{seed}", threat, *accuracies, images, str(entry.get("attack") or "–")])
     parts: list[Part] = [Text("The sources’ own accuracies were not measured in this run.", "muted")]
     if measured:
         path = material.add("source_accuracy", pd.DataFrame(measured, columns=("source", *kinds)))

@@ -13,7 +13,7 @@ from advtransfer.report import figures, reference
 from advtransfer.report.sections import Axis, Panel, Plot, Series, SourceInfo, Style, Text
 from advtransfer.report.statistics import in_order
 from advtransfer.report.target_tables import Material
-from advtransfer.report.words import blocks_text, k_text, listing, span
+from advtransfer.report.words import blocks_text, k_text, listing, networks_text, span
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -108,7 +108,8 @@ def _figure(
         file = f"figures/{name}_{slug(material.results.targets, target)}_{suffix}.svg"
         zero = "natural" if lead else ""
         drawn.append(Panel(title, ylabel, axis, series, yrange, zero, thin, file))
-    caption = _caption(target, where, span(table["num_seeds"]), by_size, lead)
+    networks = networks_text(material.results)
+    caption = _caption(target, where, networks + span(table["num_seeds"]), by_size, lead)
     if behind:
         caption += f" Thin lines with crosses: published numbers ({reference.CITATION}; k = 3, no interval)."
     yield Text(f"{'Lead over the natural source' if lead else 'Accuracy'} against {kind.noun}", "heading")

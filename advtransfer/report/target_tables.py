@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from advtransfer.report.sections import Entry, Part, Style, Table, Text
 from advtransfer.report.statistics import FEW_IMAGES, PooledLead, Results
-from advtransfer.report.words import blocks_text, count, is_clear, k_text, listing, points
+from advtransfer.report.words import (
+    blocks_text,
+    count,
+    is_clear,
+    k_text,
+    listing,
+    networks_text,
+    points,
+    sample_text,
+)
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -112,7 +121,7 @@ def few_images(material: Material, target: str) -> list[Table]:
     def lead(p: PooledLead) -> Entry:
         if math.isnan(p.ci95):
             return Entry(points(p.delta), small="(1 seed)")
-        ends = f"({points(p.delta - p.ci95)} … {points(p.delta + p.ci95)}, {p.num_seeds} seeds)"
+        ends = f"({points(p.delta - p.ci95)} … {points(p.delta + p.ci95)}, {sample_text(p)})"
         return _marked(points(p.delta), is_clear(p.delta, p.ci95), ends)
 
     columns = ("target", "num_unfrozen_blocks", "source", "delta", "ci95", "num_seeds", "sizes")
@@ -181,7 +190,8 @@ def all_numbers(material: Material, target: str) -> list[Part]:
             cells = _cells(found, place, names, accuracy) + _cells(found, place, robust, lead)
             rows.append([f"{size:,}", *cells])
     caption = (
-        f"Test accuracy on {target} in %: mean ± half-width of the 95 % interval over {count(most, 'seed')}"
+        f"Test accuracy on {target} in %: mean ± half-width of the 95 % interval over "
+        f"{networks_text(results)}{count(most, 'seed')}"
         f"{', fewer where given in brackets' if fewest < most else ''}."
     )
     if robust:

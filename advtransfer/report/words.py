@@ -32,15 +32,33 @@ def _sentence(results: Results, target: str) -> str:
     at_most = "at most " if any(len(p.sizes) > 1 for p in here) else ""
     few = f"with {at_most}{count(largest, 'labelled image')}"
     if len(here) > 1:
-        clauses = "; ".join(_verdict(p, count(p.num_seeds, "seed"), short=True) for p in here)
+        clauses = "; ".join(_verdict(p, sample_text(p), short=True) for p in here)
         sentence = f"On {target}, {few} ({blocks}), against the natural source: {clauses}."
     else:
-        verdict = _verdict(here[0], f"{count(here[0].num_seeds, 'seed')}, {blocks}")
+        verdict = _verdict(here[0], f"{sample_text(here[0])}, {blocks}")
         sentence = f"On {target}, {few}, {verdict}."
-    if all(math.isnan(p.ci95) for p in here):
+    once = ["the natural source"] if here[0].num_natural == 1 else []
+    once += [f"the {p.source.constraint} source" for p in here if p.num_networks == 1]
+    if not once or all(math.isnan(p.ci95) for p in here):
         return sentence
+    trained = "the sources" if len(once) > len(here) else " and ".join(once)
     interval = "The intervals leave" if len(here) > 1 else "The interval leaves"
-    return f"{sentence} {interval} out what training the sources again would change."
+    return f"{sentence} {interval} out what training {trained} again would change."
+
+
+def sample_text(p: PooledLead) -> str:
+    """What a lead's interval is over: "20 seeds", "5 sources of each kind × 20 subsets"."""
+    if p.num_networks == p.num_natural == 1:
+        return count(p.num_seeds, "seed")
+    networks = f"{p.num_networks} sources of each kind"
+    if p.num_networks != p.num_natural:
+        networks = f"{count(p.num_networks, 'robust source')} and {p.num_natural} natural"
+    return f"{networks} × {count(p.num_seeds, 'subset')}"
+
+
+def networks_text(results: Results) -> str:
+    """What goes before a number of seeds: "5 networks × ", or nothing where sources were trained once."""
+    return f"{span(results.num_networks.values())} networks × " if results.is_crossed else ""
 
 
 def _verdict(p: PooledLead, settings: str, *, short: bool = False) -> str:
@@ -78,7 +96,7 @@ def notes(results: Results, ratios: DataFrame) -> list[str]:
     """What is incomplete in the rows and how the numbers deal with it, one sentence each."""
     sentences = []
     points = results.last.groupby(list(POINT), sort=False)
-    seeds, targets = points["accuracy"].count(), results.last.drop_duplicates(POINT)["target"]
+    seeds, targets = results.summary["num_seeds"], results.last.drop_duplicates(POINT)["target"]
     if lost := int(results.last["accuracy"].isna().sum()):
         sentences.append(
             f"{count(lost, 'trial')} without a test accuracy at the last epoch (empty or NaN) "
@@ -105,6 +123,10 @@ def notes(results: Results, ratios: DataFrame) -> list[str]:
             f"Cells have between {seeds.min()} and {seeds.max()} seeds; a difference uses only the "
             "seeds that both sources have, so it need not equal the difference of the two means."
         )
+    networks = results.num_networks
+    if len(set(networks.values())) > 1:
+        numbers = ", ".join(f"{name} {number}" for name, number in networks.items())
+        sentences.append(f"Sources were trained from different numbers of seeds: {numbers}.")
     if (seeds == 1).any():
         sentences.append("A single seed has no interval; cells with one seed show the value alone.")
     if (points["epoch"].nunique() > 1).any():

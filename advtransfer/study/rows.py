@@ -35,6 +35,7 @@ def history_rows(trial: Trial, history: dict[str, Num[np.ndarray, " epochs"]], s
             "epoch": epoch,
             **{name: _number(history[name][e]) for name in _METRICS},
             "seconds": round(seconds, 4),
+            "source_seed": trial.source.seed,
             "trial_id": trial.identity(),
             "config": trial.config(),
         }

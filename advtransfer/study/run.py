@@ -31,6 +31,7 @@ from advtransfer.study.trials import (
     Source,
     Start,
     Trial,
+    check_trainings,
     flatten,
     group,
     make_cells,
@@ -200,7 +201,7 @@ def run_trials(
         pass
     finished = finished_rows(folder)
     return [
-        row | {"source": trial.source.name, "config": trial.config()}
+        row | {"source": trial.source.name, "source_seed": trial.source.seed, "config": trial.config()}
         for trial in trials
         for row in finished[trial.identity()]
     ]
@@ -304,7 +305,7 @@ def run_cells(
 
 def run_study(
     grid: Grid,
-    sources: Mapping[str, Model],
+    sources: Mapping[str, Model | Sequence[Model]],
     targets: Mapping[str, Dataset],
     *,
     recipe: Recipe = Recipe(),
@@ -320,7 +321,8 @@ def run_study(
 
     Args:
       grid: which n, k and seeds, and the split that is measured.
-      sources, targets: networks and datasets by the names that rows give them.
+      sources, targets: networks and datasets by the names that rows give them; several networks of one name
+        are trainings from several seeds, which rows number from 0.
       recipe: how each is fine-tuned.
       folder: where finished trials are kept.
       search: hyper-parameters that are chosen on validation images first.
@@ -333,28 +335,37 @@ def run_study(
       `report.write_report` takes.
 
     Raises:
-      ValueError: more blocks or images than there are, or `folder` holds files of something else.
+      ValueError: more blocks or images than there are, networks of one name that are not of one kind, or
+        `folder` holds files of something else.
     """
     import pandas as pd
 
     folder = storage.to_path(folder)
     storage.check_ours(folder, "study.json", "config.json")
-    for model in sources.values():
-        for k in grid.num_unfrozen_blocks:
-            first_unfrozen_block(model.module, k)
+    networks: dict[str, tuple[Model, str, int]] = {}
+    for name, own in sources.items():
+        several = [own] if isinstance(own, Model) else own
+        check_trainings(name, several)
+        for seed, model in enumerate(several):
+            for k in grid.num_unfrozen_blocks:
+                first_unfrozen_block(model.module, k)
+            key = f"{name}_seed_{seed}" if seed else name
+            if key in networks:
+                raise ValueError(f"two sources are called {key!r}: rename one")
+            networks[key] = model, name, seed
 
     @functools.cache
-    def start(name: str, target: str) -> Start:
-        model, dataset = sources[name], targets[target]
+    def start(key: str, target: str) -> Start:
+        (model, name, seed), dataset = networks[key], targets[target]
         if input_norm == "target" and model.spec.norm == "none":
             model = normalised_by(model, dataset.in_memory("train").images)
-        source = Source(name, model.spec.norm, model.spec.eps, identity(model))
+        source = Source(name, model.spec.norm, model.spec.eps, identity(model), seed)
         return Start(source, model, dataset._replace(name=target))
 
     def start_of(cell: Cell, split: str) -> Start:
         return start(cell.source, cell.target)
 
-    cells = make_cells(grid, sources, targets)
+    cells = make_cells(grid, networks, targets)
     make_trials(grid, recipe, cells, start_of)  # whether there are as many images, before anything is written
     storage.make_folder(folder)
     storage.write(folder / "study.json", json.dumps(to_dict(grid), indent=1) + "\n")

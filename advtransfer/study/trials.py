@@ -14,7 +14,7 @@ from jaxtyping import Array, Int32, Integer, Key
 
 from advtransfer.arrays import AnyArray
 from advtransfer.data import Dataset, check_subset, subset_indices
-from advtransfer.models import Model
+from advtransfer.models import Model, identity
 from advtransfer.options import NOT_EMPTY, option, options, to_dict
 from advtransfer.transfer import Recipe, resolve_recipe, without_rates
 
@@ -29,6 +29,15 @@ class Source(NamedTuple):
     norm: str
     eps: float
     identity: str  # SHA-256 of its weights, architecture and normalisation
+    seed: int = 0  # that tells networks of one name apart
+
+
+def check_trainings(name: str, models: Sequence[Model]) -> None:
+    """Raises a ValueError for networks that are not one source, trained once or from several seeds."""
+    if len({(model.spec.norm, model.spec.eps) for model in models}) != 1:
+        raise ValueError(f"{name}: the networks of a source, one or more, have the same norm and eps")
+    if len(models) > 1 and len(set(map(identity, models))) < len(models):
+        raise ValueError(f"{name}: two networks have the same weights: leave one of them away")
 
 
 class Trial(NamedTuple):
@@ -51,9 +60,9 @@ class Trial(NamedTuple):
         return json.dumps(fields, sort_keys=True)
 
     def identity(self) -> str:
-        """SHA-256 of `config`, without the source's name: the same weights are the same source."""
+        """SHA-256 of `config`, without the source's name and seed: the same weights are the same source."""
         fields = json.loads(self.config())
-        del fields["source"]["name"]
+        del fields["source"]["name"], fields["source"]["seed"]
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
     def subset(self, labels: Integer[AnyArray, " all"]) -> Int32[np.ndarray, " n"]:
@@ -98,7 +107,7 @@ class Grid:
 class Cell(NamedTuple):
     """A point of the grid: its trials differ in their seed."""
 
-    source: str  # name
+    source: str  # which network
     target: str
     view: str
     num_train_images: int  # as asked for; -1: all

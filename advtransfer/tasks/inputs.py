@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,23 @@ def find_models(names: str, dtype: str, *, planned: bool = False) -> dict[str, M
             raise ValueError(f"two models are called {called!r}: rename a folder, or leave one away")
         models[called] = model
     return models
+
+
+def find_source_models(text: str, dtype: str) -> tuple[str, list[tuple[str, Model]]]:
+    """Of NAME=PATTERN the name, and every model whose path matches, in the order of their paths.
+
+    Raises:
+      ValueError: no name, no match, or a model that cannot be read.
+    """
+    name, _, pattern = text.partition("=")
+    if not pattern or "/" in name or not name:
+        raise ValueError(
+            f"{text!r} names several models: write NAME=PATTERN, with the name that rows give them"
+        )
+    places = sorted(glob.glob(pattern, recursive=True))
+    if not places:
+        raise ValueError(f"nothing on this machine matches {pattern!r}")
+    return name, [(place, find_model(place, dtype)) for place in places]
 
 
 def is_trained_here(source: str) -> bool:

@@ -79,9 +79,9 @@ def check_evaluation(evaluation: Evaluation) -> None:
         parallel.split(np.empty(size), parallel.choose_devices(size))
 
 
-def training_plan(recipe: SourceRecipe, dataset: Dataset, folder: AnyPath) -> str:
+def training_plan(recipe: SourceRecipe, dataset: Dataset, folder: AnyPath, *, name: str = "") -> str:
     """One line: what training this source in `folder` takes."""
-    line = f"source {recipe.name}: "
+    line = f"source {name or recipe.name}: "
     if (folder / "model" / "model.json").exists():
         return line + "done"
     attack = "" if recipe.norm == "none" else f" against PGD-{recipe.attack_steps}"

@@ -1,6 +1,7 @@
 """stage=study: trains the sources that are not there yet, runs the grid, writes the report.
 
-Leaves in the workdir: `sources/NAME/` as stage=source does, `rows/` with a file per finished group,
+Leaves in the workdir: `sources/NAME/` as stage=source does (`sources/NAME_seed_SEED/` for other seeds than
+the first), `rows/` with a file per finished group,
 `rows.csv`, `summary.csv`, `figures/`, `report.html`; with a search of hyper-parameters also `search/` and
 `search.csv`.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +47,7 @@ def run(job: Job) -> None:
         open_workdir(job)
         with _one_at_a_time(workdir / "sources.lock"):
             own, evaluations = _sources(options, inputs, cluster)
-        start_of = inputs.start_of({source.name: source.model for source in inputs.sources} | own)
+        start_of = inputs.start_of({source.key: source.model for source in inputs.sources} | own)
         result = run_cells(
             options.grid,
             options.recipe,
@@ -61,10 +63,13 @@ def run(job: Job) -> None:
     if not parallel.is_main_process():
         return
     split = options.grid.split
-    first = next((cell for cell in inputs.cells if cell.source in own), inputs.cells[0])
-    starts = {name: m for name in own if (m := start_of(first._replace(source=name), split).model)}
+    shown = {
+        source.name: own[source.key] for source in inputs.sources if source.key in own and source.is_first
+    }
+    first = next((cell for cell in inputs.cells if cell.source in shown), inputs.cells[0])
+    starts = {name: m for name in shown if (m := start_of(first._replace(source=name), split).model)}
     target = start_of(first, split).dataset
-    pictures, captions = _pictures(options, own, inputs.training, target)
+    pictures, captions = _pictures(options, shown, inputs.training, target)
     evidence = Evidence(
         sources=evaluations,
         pictures=pictures,
@@ -73,7 +78,7 @@ def run(job: Job) -> None:
         versions=versions(),
         command=job.command,
         remarks=(*options.report.remarks, *([_SEARCHED] if result.search else []), *_remarks(inputs)),
-        sections=study_sections(options, own, inputs.training, starts, target, workdir / "sections"),
+        sections=study_sections(options, shown, inputs.training, starts, target, workdir / "sections"),
     )
     with _one_at_a_time(workdir / "report.lock"):
         if result.search:
@@ -115,11 +120,11 @@ def _cluster(job: Job, inputs: StudyInputs) -> Generator[Cluster | None]:
 def _sources(
     options: Options, inputs: StudyInputs, cluster: Cluster | None
 ) -> tuple[dict[str, Model], list[dict[str, Any]]]:
-    """The sources that the study trains, by name, and what was measured of each."""
+    """The sources that the study trains, by key, and what was measured of each."""
     trained = inputs.trained_here
     if cluster:  # which leaves each in its folder, where the following finds it
         left = {
-            x.name: (options, recipe, dataset, storage.to_path(x.place))
+            x.key: (_from_seed(options, x.seed), recipe, dataset, storage.to_path(x.place))
             for x, recipe, dataset in trained
             if not (storage.to_path(x.place) / "evaluation.json").exists()
         }
@@ -129,9 +134,15 @@ def _sources(
             pass
     own, evaluations = {}, []
     for source, recipe, dataset in trained:
-        own[source.name], found = train_and_measure(options, recipe, dataset, storage.to_path(source.place))
-        evaluations.append({"name": source.name, "norm": recipe.norm, "eps": recipe.eps} | found)
+        from_seed, place = _from_seed(options, source.seed), storage.to_path(source.place)
+        own[source.key], found = train_and_measure(from_seed, recipe, dataset, place)
+        about = {"name": source.name, "seed": source.seed, "norm": recipe.norm, "eps": recipe.eps}
+        evaluations.append(about | found)
     return own, evaluations
+
+
+def _from_seed(options: Options, seed: int) -> Options:
+    return options._replace(run=replace(options.run, seed=seed))
 
 
 def _progress(name: str, groups: Iterable, number: int) -> Iterable:

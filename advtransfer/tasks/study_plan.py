@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 import time
+from collections import Counter
 
 import jax
 
@@ -43,15 +44,15 @@ def plan_lines(job: Job, inputs: StudyInputs) -> list[str]:
     """A line for each source, and what the trials take that are not finished."""
     options, training = job.options, inputs.training
     dtype = options.run.dtype
-    models = {source.name: source.model for source in inputs.sources}
-    plans = {x.name: f"source {x.name}: {x.place}, {x.spec.architecture}" for x in inputs.sources}
-    missing = {}
+    models = {source.key: source.model for source in inputs.sources}
+    plans = {x.key: f"source {x.key}: {x.place}, {x.spec.architecture}" for x in inputs.sources}
+    missing = []
     for source, recipe, dataset in inputs.trained_here:
         place = storage.to_path(source.place)
-        models[source.name] = load_source(recipe, place, dtype=dtype)
-        plans[source.name] = training_plan(recipe, dataset, place)
-        if models[source.name] is None:
-            missing[source.name] = recipe, dataset
+        models[source.key] = load_source(recipe, place, dtype=dtype)
+        plans[source.key] = training_plan(recipe, dataset, place, name=source.key)
+        if models[source.key] is None:
+            missing.append((source.name, recipe))
     lines = list(plans.values())
     trials, tried = _trials(job, inputs, models)
     rows = finished_rows(job.workdir / "rows")
@@ -78,11 +79,12 @@ def plan_lines(job: Job, inputs: StudyInputs) -> list[str]:
             f"workers with {cluster.device} each"
         )
     if tried or left:
-        known = {name: model for name, model in models.items() if model is not None}
-        known |= {name: _untrained(recipe, dtype) for name, (recipe, _) in missing.items()}
+        known = {x.name: model for x in inputs.sources if (model := models[x.key]) is not None}
+        known |= {name: _untrained(recipe, dtype) for name, recipe in missing if name not in known}
         lines += _costs(inputs, [*tried, *left], known, calibration, workers)
-    if missing and calibration:
-        seconds = sum(_training_seconds(*each, dtype) for each in missing.values())
+    if training and missing and calibration:
+        recipes = Counter(recipe for _, recipe in missing)  # each is timed once for all seeds
+        seconds = sum(recipes[recipe] * _training_seconds(recipe, training, dtype) for recipe in recipes)
         lines.append(f"predicted here before that, training of the sources: {format_seconds(seconds)}")
     if options.study.calibration and not is_here:
         lines.append("nothing is measured here before all of the following is there")
