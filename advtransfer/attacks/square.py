@@ -16,7 +16,7 @@ from advtransfer.attacks.searches import Found, Job, Search
 from advtransfer.attacks.threat_models import L2
 
 _SHARE = 0.8  # of the pixels that the first squares cover; p
-# Halved after each of these queries of 10,000 (§5 and appendix).
+# Halved after each of these queries; AutoAttack's code does not scale them to the number of queries.
 _HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _TINY = 1e-12
 
@@ -57,8 +57,7 @@ def square(*, num_queries: int = 5000) -> Search:
 
 def sides_of(shape: tuple[int, ...], num_queries: int, *, odd: bool) -> Int32[np.ndarray, " queries"]:
     """The side of the square of each query, in pixels; in ℓ2 (`odd`) odd and 3 at least."""
-    query = (np.arange(num_queries) / num_queries * 10_000).astype(int)
-    halvings = np.searchsorted(_HALVED_AFTER, query, side="left")
+    halvings = np.searchsorted(_HALVED_AFTER, np.arange(num_queries), side="left")
     sides = np.rint(np.sqrt(_SHARE / 2.0**halvings * math.prod(shape)))
     if odd:
         sides = np.maximum(sides, 3)
