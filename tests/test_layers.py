@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "optim": set(),
     "compilation": set(),
     "labels": {"arrays"},
-    "attacks": {"arrays", "labels"},
+    "attacks": {"arrays", "labels", "parallel"},
     "report": {"foreign", "intervals", "norms"},
     "storage": {"foreign", "parallel"},
     "checkpoint": {"foreign", "parallel", "storage"},
