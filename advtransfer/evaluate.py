@@ -22,6 +22,7 @@ from advtransfer.attacks import (
     as_network,
     check_images,
     cross_entropy,
+    in_batches,
     jit_for,
     make_attack,
 )
@@ -239,12 +240,7 @@ def predict(
     batch_size = min(batch_size, len(images))
     batch = jax.ShapeDtypeStruct((batch_size, *images.shape[1:]), jnp.float32)
     network = as_network(logits_fn(network) if isinstance(network, Model) else network, batch)
-    apply = jit_for(network, _apply)
-    batches = [
-        apply(network, parallel.pad(images[i : i + batch_size], batch_size)[0])
-        for i in range(0, len(images), batch_size)
-    ]
-    return np.concatenate([np.asarray(batch) for batch in batches])[: len(images)]
+    return in_batches(network, _apply, images, batch_size)
 
 
 def _check_pixels(images: AnyArray, *, of_model: bool) -> None:

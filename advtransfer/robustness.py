@@ -92,7 +92,7 @@ class Robustness(NamedTuple):
     warnings: tuple[RobustnessWarning, ...]
 
 
-class _Search(NamedTuple):
+class _Settings(NamedTuple):
     """How PGD searches."""
 
     num_steps: int
@@ -151,26 +151,27 @@ def measure_robustness(
         split = Split(*(array[: evaluation.num_images] for array in split))
     subject = _subject(network, split, evaluation, seed, image_size, name)
     everything = np.arange(split.num_images)
-    natural = _attacked_logits(subject, everything, "linf", 0.0, _Search(0, 1.0, 1, False))
+    natural = _attacked_logits(subject, everything, "linf", 0.0, _Settings(0, 1.0, 1, False))
     right = everything[natural.argmax(1) == split.labels]
     rows = [_row("none", 0.0, NATURAL, len(right), len(everything), loss=_loss(natural, split.labels))]
-    search = _Search(evaluation.num_steps, evaluation.step_ratio, evaluation.num_restarts, True)
+    settings = _Settings(evaluation.num_steps, evaluation.step_ratio, evaluation.num_restarts, True)
     radii = curves.radii(evaluation)
     for norm, epsilons in radii.items():
         standing = right
         for eps in epsilons:
-            standing = _still_right(subject, standing, norm, eps, search)
-            rows.append(_row(norm, eps, PGD, len(standing), len(everything), search.num_steps))
+            standing = _still_right(subject, standing, norm, eps, settings)
+            rows.append(_row(norm, eps, PGD, len(standing), len(everything), settings.num_steps))
     warnings = ()
     if radii:
         some = _subject(network, probed(split, seed), evaluation, seed, image_size, name)
         more, warnings = _probe(some, evaluation, radii)
         rows += more
+        if curves.auto_attack == "none":  # which checks the network itself
+            warnings = _check_network(some, evaluation) + warnings
     if curves.auto_attack != "none":
         more, flags = _run_auto_attack(subject, evaluation, curves.auto_attack, seed)
         rows += more
-        known = {warning.name for warning in warnings}
-        warnings += tuple(flag for flag in flags if flag.name not in known)
+        warnings = flags + warnings
     return Robustness(rows, warnings)
 
 
@@ -200,23 +201,23 @@ def _subject(
 
 
 def _still_right(
-    subject: _Subject, standing: Integer[np.ndarray, " m"], norm: str, eps: float, search: _Search
+    subject: _Subject, standing: Integer[np.ndarray, " m"], norm: str, eps: float, settings: _Settings
 ) -> Integer[np.ndarray, " k"]:
     """Those of the images whose attacked versions are classified rightly."""
-    logits = _attacked_logits(subject, standing, norm, eps, search)
+    logits = _attacked_logits(subject, standing, norm, eps, settings)
     return standing[logits.argmax(1) == subject.split.labels[standing]]
 
 
 def _attacked_logits(
-    subject: _Subject, chosen: Integer[np.ndarray, " m"], norm: str, eps: float, search: _Search
+    subject: _Subject, chosen: Integer[np.ndarray, " m"], norm: str, eps: float, settings: _Settings
 ) -> Float32[np.ndarray, "m classes"]:
     """Logits of the attacked images of these numbers, on all devices; one program whatever eps is."""
     size, split = subject.batch_size, subject.split
     devices = parallel.choose_devices(size)
-    step = jit_for(subject.network, _on_devices(search, devices))
+    step = jit_for(subject.network, _on_devices(settings, devices))
     shared = parallel.replicate((subject.network, THREAT_MODELS[norm](jnp.float32(eps))), devices)
     starts = range(0, len(chosen), size)
-    if search.num_steps:
+    if settings.num_steps:
         starts = progress_bar(starts, f"{SYMBOLS[norm]} ε = {eps:.3g} {subject.name}", "batches")
     found = []
     for start in starts:
@@ -232,7 +233,7 @@ def _attacked_logits(
 
 
 @functools.lru_cache(maxsize=32)
-def _on_devices(search: _Search, devices: int) -> Callable[..., Array]:
+def _on_devices(settings: _Settings, devices: int) -> Callable[..., Array]:
     """(network, threat model, images, labels, keys) to the logits of attacked images, on devices."""
 
     def attacked_logits(network, threat_model, images, labels, keys):
@@ -241,12 +242,12 @@ def _on_devices(search: _Search, devices: int) -> Callable[..., Array]:
             images,
             labels,
             threat_model,
-            num_steps=search.num_steps,
-            step_size=search.step_ratio * threat_model.eps,
+            num_steps=settings.num_steps,
+            step_size=settings.step_ratio * threat_model.eps,
             key=keys,
-            random_start=search.num_restarts > 1,
-            num_restarts=search.num_restarts,
-            early_finish=search.early_finish,
+            random_start=settings.num_restarts > 1,
+            num_restarts=settings.num_restarts,
+            early_finish=settings.early_finish,
         )
         return network(found).astype(jnp.float32)
 
@@ -258,10 +259,8 @@ def _probe(
 ) -> tuple[list[dict[str, Any]], tuple[RobustnessWarning, ...]]:
     """Losses by the number of steps, and accuracy at an ε at which there can be none; what warns of what."""
     labels, num_images = subject.split.labels, subject.split.num_images
-    everything, rows = np.arange(num_images), []
-    some = slice(max(1, evaluation.batch_size // parallel.choose_devices(evaluation.batch_size)))
-    images = to_float(jnp.asarray(subject.split.images[some]), subject.image_size)
-    warnings = list(check_network(subject.logits_fn, images, labels[some]))
+    everything, rows, warnings = np.arange(num_images), [], ()
+    num_pixels = 3 * subject.image_size**2 if subject.image_size else subject.split.images[0].size
     # One answer for grey, which every ball holds, is right for no more images than this.
     chance = float(np.bincount(labels).max() / num_images)
     restarts = evaluation.num_restarts
@@ -271,19 +270,25 @@ def _probe(
         for num_steps in sorted({*_STEPS, evaluation.num_steps}):
             # A step of 2.5 eps / num_steps reaches the edge, however few there are.
             ratio = evaluation.step_ratio if num_steps == evaluation.num_steps else 2.5 / max(num_steps, 1)
-            search = _Search(num_steps, ratio, restarts if num_steps else 1, False)
-            logits = _attacked_logits(subject, everything, norm, eps, search)
+            settings = _Settings(num_steps, ratio, restarts if num_steps else 1, False)
+            logits = _attacked_logits(subject, everything, norm, eps, settings)
             losses[num_steps] = _loss(logits, labels)
             right = int(np.sum(logits.argmax(1) == labels))
             rows.append(_row(norm, eps, PROBE, right, num_images, num_steps, losses[num_steps]))
         warnings += check_steps(losses, attack=f"{SYMBOLS[norm]} PGD, ε = {eps:.3g}")
-        large = 0.5 if norm == "linf" else 0.5 * float(np.sqrt(images[0].size))
-        search = _Search(evaluation.num_steps, evaluation.step_ratio, restarts, True)
-        standing = len(_still_right(subject, everything, norm, large, search))
+        large = 0.5 if norm == "linf" else 0.5 * float(np.sqrt(num_pixels))
+        settings = _Settings(evaluation.num_steps, evaluation.step_ratio, restarts, True)
+        standing = len(_still_right(subject, everything, norm, large, settings))
         rows.append(_row(norm, large, LARGE, standing, num_images, evaluation.num_steps))
         attack = f"{SYMBOLS[norm]} PGD-{evaluation.num_steps}, ε = {large:.3g}"
         warnings += check_large_eps(rows[-1]["lower"], chance, attack=attack)
-    return rows, tuple(warnings)
+    return rows, warnings
+
+
+def _check_network(subject: _Subject, evaluation: Evaluation) -> tuple[RobustnessWarning, ...]:
+    some = slice(max(1, evaluation.batch_size // parallel.choose_devices(evaluation.batch_size)))
+    images = to_float(jnp.asarray(subject.split.images[some]), subject.image_size)
+    return check_network(subject.logits_fn, images, subject.split.labels[some])
 
 
 def _run_auto_attack(

@@ -23,7 +23,7 @@ import numpy as np
 
 import advtransfer as at
 from advtransfer import parallel
-from advtransfer.attacks.autoattack import searches
+from advtransfer.attacks.autoattack import attacks_of
 from benchmarks.steps import quartiles
 
 ALONE = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -59,7 +59,7 @@ def cases(folder: Path) -> Iterator[Case]:
 
 def attack(case: Case, name: str, number: int, seed: int = 0) -> tuple[np.ndarray, float]:
     """Flags of the images that are robust, and seconds."""
-    own = searches("standard", case.model.spec.num_classes)
+    own = attacks_of("standard", case.model.spec.num_classes)
     started = time.monotonic()
     found = at.auto_attack(
         at.logits_fn(case.model),

@@ -12,7 +12,7 @@ from scipy.optimize import linprog, minimize
 import advtransfer as at
 from advtransfer.attacks import L2, Linf, dlr, targeted_dlr
 from advtransfer.attacks.apgd import apgd, next_schedule, start_schedule, targeted_apgd
-from advtransfer.attacks.autoattack import auto_attack, searches
+from advtransfer.attacks.autoattack import attacks_of, auto_attack
 from advtransfer.attacks.fab import project_to_hyperplane, targeted_fab
 from advtransfer.attacks.square import sides_of, square
 from advtransfer.compilation import compile_clock
@@ -70,7 +70,7 @@ def test_a_linear_network_is_robust_up_to_its_margin(attack, norm, num_classes):
     images = _images(40)
     labels, distances = _linear_distances(weights, images, THREATS[norm])
     threat_model = type(THREATS[norm])(float(np.median(distances)))
-    all_attacks = searches("plus" if attack == "plus" else "standard", num_classes)
+    all_attacks = attacks_of("plus" if attack == "plus" else "standard", num_classes)
     # Square finds nothing more here, and takes long to say so.
     names = [attack] if attack in all_attacks else [name for name in all_attacks if name != "square"]
     chosen = {name: all_attacks[name] for name in names}
@@ -110,7 +110,7 @@ def test_images_at_the_edge_of_the_box(norm):
     _, network = _linear(5)
     images = np.round(_images(12, low=0.0, high=1.0))
     labels = np.argmax(network(images), axis=1)
-    attacks = searches("standard", 5) | {"square": square(num_queries=200)}
+    attacks = attacks_of("standard", 5) | {"square": square(num_queries=200)}
     for name, search in attacks.items():
         found = auto_attack(network, images, labels, THREATS[norm], attacks={name: search})
         _check_found(found, network, images, labels, THREATS[norm])
@@ -120,7 +120,7 @@ def test_the_batch_size_changes_nothing_and_fewer_images_compile_nothing():
     weights, network = _linear(5)
     images = _images(48)
     labels, distances = _linear_distances(weights, images, L2(1))
-    attacks = {name: search for name, search in searches("standard", 5).items() if name != "square"}
+    attacks = {name: search for name, search in attacks_of("standard", 5).items() if name != "square"}
     attacks["square"] = square(num_queries=300)
 
     def robust(number, batch_size):
@@ -159,7 +159,7 @@ def test_warnings_come_with_the_numbers():
     images = _images(40)
     labels, distances = _linear_distances(weights, images, Linf(1))
     threat_model = Linf(float(np.quantile(distances, 0.8)))
-    attacks = searches("standard", 3) | {"square": square(num_queries=2000)}
+    attacks = attacks_of("standard", 3) | {"square": square(num_queries=2000)}
     found = auto_attack(
         lambda x: jnp.round(network(x) * 20) / 20, images, labels, threat_model, attacks=attacks
     )
@@ -214,7 +214,7 @@ def test_the_authors_code_says_the_same_of_a_network(norm, name):
     facts, network, images, labels = _official()
     theirs = np.array([*facts[norm][name]]) == "1"
     threat_model = (L2 if norm == "l2" else Linf)(facts[norm]["eps"])
-    all_attacks = searches("standard", 10)
+    all_attacks = attacks_of("standard", 10)
     attacks = all_attacks if name == "standard" else {name: all_attacks[name]}
     found = auto_attack(network, images, labels, threat_model, attacks=attacks, batch_size=64)
     _check_found(found, network, images, labels, threat_model)

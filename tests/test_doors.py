@@ -466,6 +466,7 @@ DOORS = [
 # What takes arrays, or may, and has no door of its own.
 EXCEPTIONS = {
     "attacks.network.as_network": "images of any shape that the network takes",
+    "attacks.network.in_batches": "a network of `as_network`, and images that it takes",
     "attacks.network.jit_for": "a network of `as_network`",
     "attacks.pgd.check_images": "`pgd` checks their shape",
     "attacks.pgd.make_attack": "names and numbers",

@@ -12,7 +12,7 @@ from advtransfer.attacks.checks import (
     check_steps,
 )
 from advtransfer.attacks.losses import LossFn, cross_entropy, dlr, log_odds, margin, targeted_dlr
-from advtransfer.attacks.network import LogitsFn, as_network, jit_for
+from advtransfer.attacks.network import LogitsFn, as_network, in_batches, jit_for
 from advtransfer.attacks.pgd import SLACK, Attack, check_images, make_attack, pgd
 from advtransfer.attacks.threat_models import L2, THREAT_MODELS, Linf, ThreatModel, Unconstrained
 
@@ -38,6 +38,7 @@ __all__ = [
     "check_steps",
     "cross_entropy",
     "dlr",
+    "in_batches",
     "jit_for",
     "log_odds",
     "make_attack",

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32
 
+from advtransfer.arrays import per_example
+from advtransfer.attacks.iterative import Found, IterativeAttack
 from advtransfer.attacks.losses import dlr, is_fooled, log_odds, margin, targeted_dlr, targeted_margin
-from advtransfer.attacks.searches import Found, Search
 
 _MOMENTUM = 0.75  # share of the new step; alpha of eq. 1
 _RISES = 0.75  # of the steps since the last look that raise the loss at a good step size; rho of condition 1
@@ -74,7 +75,7 @@ def next_schedule(
 
 
 @functools.lru_cache
-def apgd(loss: str = "ce", *, num_steps: int = 100, num_starts: int = 1) -> Search:
+def apgd(loss: str = "ce", *, num_steps: int = 100, num_starts: int = 1) -> IterativeAttack:
     """APGD against a loss.
 
     Args:
@@ -84,17 +85,17 @@ def apgd(loss: str = "ce", *, num_steps: int = 100, num_starts: int = 1) -> Sear
       num_starts: random starts, of which one has to succeed.
     """
     loss_fn = {"ce": log_odds, "dlr": dlr, "margin": margin}[loss]
-    return _search(lambda logits, job: loss_fn(logits, job.labels), num_steps, 0, num_starts)
+    return _attack(lambda logits, job: loss_fn(logits, job.labels), num_steps, 0, num_starts)
 
 
 @functools.lru_cache
-def targeted_apgd(loss: str = "dlr", *, num_targets: int = 9, num_steps: int = 100) -> Search:
+def targeted_apgd(loss: str = "dlr", *, num_targets: int = 9, num_steps: int = 100) -> IterativeAttack:
     """APGD towards the most probable other classes in turn (APGD-T); "margin" needs two classes only."""
     loss_fn = {"dlr": targeted_dlr, "margin": targeted_margin}[loss]
-    return _search(lambda logits, job: loss_fn(logits, job.labels, job.targets), num_steps, num_targets, 1)
+    return _attack(lambda logits, job: loss_fn(logits, job.labels, job.targets), num_steps, num_targets, 1)
 
 
-def _search(loss_fn: Callable, num_steps: int, num_targets: int, num_starts: int) -> Search:
+def _attack(loss_fn: Callable, num_steps: int, num_targets: int, num_starts: int) -> IterativeAttack:
     def look(network, job, images):
         def total(images):
             logits = network(images)
@@ -115,9 +116,9 @@ def _search(loss_fn: Callable, num_steps: int, num_targets: int, num_starts: int
         return Found(state, images, fooled)
 
     def step(network, threat_model, job, index, state):
-        images, size = state.images, state.schedule.step_size[:, None, None, None]
+        images, size = state.images, per_example(state.schedule.step_size, job.images)
         moved = threat_model.project(threat_model.step(images, state.gradients, size), job.images)
-        share = jnp.where(index > 0, _MOMENTUM, 1.0)[:, None, None, None]
+        share = per_example(jnp.where(index > 0, _MOMENTUM, 1.0), images)
         moved = images + share * (moved - images) + (1 - share) * (images - state.previous)
         moved = threat_model.project(moved, job.images)
         gradients, loss, fooled = look(network, job, moved)
@@ -131,8 +132,8 @@ def _search(loss_fn: Callable, num_steps: int, num_targets: int, num_starts: int
         iterate = _where(back, best[0], moved), images, _where(back, best[1], gradients)
         return Found(_State(*iterate, loss, *best, schedule), moved, fooled)
 
-    return Search(start, step, num_steps, num_targets, num_starts)
+    return IterativeAttack(start, step, num_steps, num_targets, num_starts)
 
 
 def _where(flags: Array, new: Array, old: Array) -> Array:
-    return jnp.where(flags[:, None, None, None], new, old)
+    return jnp.where(per_example(flags, new), new, old)

@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Bool, Float, Float32, Integer, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Float32, Integer, PRNGKeyArray
 
 from advtransfer.arrays import AnyArray
 from advtransfer.attacks.apgd import apgd, targeted_apgd
 from advtransfer.attacks.checks import RobustnessWarning, check_black_box, check_network
 from advtransfer.attacks.fab import targeted_fab
-from advtransfer.attacks.network import LogitsFn, as_network, jit_for
-from advtransfer.attacks.pgd import check_images, check_sizes
-from advtransfer.attacks.searches import Search, run_search
+from advtransfer.attacks.iterative import IterativeAttack, run_attack
+from advtransfer.attacks.network import LogitsFn, as_network, in_batches
+from advtransfer.attacks.pgd import check_images, check_sizes, typed
 from advtransfer.attacks.square import square
 from advtransfer.attacks.threat_models import L2, Linf
 from advtransfer.labels import check_labels
@@ -44,7 +44,7 @@ def auto_attack(
     version: str = "standard",
     key: PRNGKeyArray | None = None,
     batch_size: int = 256,
-    attacks: dict[str, Search] | None = None,
+    attacks: dict[str, IterativeAttack] | None = None,
 ) -> AutoAttackResult:
     """The accuracy that is left after an ensemble of attacks (Croce and Hein, 2020, §5).
 
@@ -80,36 +80,34 @@ def auto_attack(
     num_classes = jax.eval_shape(network, batch).shape[1]
     check_labels(labels, len(images), num_classes)
     labels = np.asarray(labels, np.int32)
-    attacks = searches(version, num_classes) if attacks is None else attacks
+    attacks = attacks_of(version, num_classes) if attacks is None else attacks
     threat_model = jax.tree.map(jnp.float32, threat_model)
     if not len(images):
         return AutoAttackResult(images, np.zeros(0, bool), dict.fromkeys(["clean", *attacks], np.nan), ())
-    key = jax.random.key(0) if key is None else key
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)  # jax.random.PRNGKey's form
+    key = jax.random.key(0) if key is None else typed(key)
 
-    logits = _logits(network, images, batch.shape[0])
+    logits = in_batches(network, _logits, images, batch.shape[0])
     if lost := int(np.sum(~np.isfinite(logits).all(axis=1))):
         raise ValueError(f"the logits of {lost:,} of {len(images):,} images are not finite numbers")
     classes = np.argsort(-logits, axis=1, kind="stable").astype(np.int32)  # the most probable first
     found, robust = images.copy(), classes[:, 0] == labels
     accuracy = {"clean": float(robust.mean())}
-    for number, (name, search) in enumerate(attacks.items()):
+    for number, (name, attack) in enumerate(attacks.items()):
         left = np.flatnonzero(robust)
         if len(left) and num_classes > 1:
-            fooled, shown = run_search(
+            fooled, shown = run_attack(
                 logits_fn,
-                search,
+                attack,
                 threat_model,
                 images[left],
                 labels[left],
-                classes[left, 1 : 1 + search.num_targets] if search.num_targets else labels[left, None],
+                classes[left, 1 : 1 + attack.num_targets] if attack.num_targets else labels[left, None],
                 key=jax.random.fold_in(key, number),
                 numbers=left,
                 batch_size=batch_size,
             )
             # In a batch of another shape sums are rounded differently.
-            logits = _logits(network, shown, batch.shape[0])
+            logits = in_batches(network, _logits, shown, batch.shape[0])
             fooled &= (np.argmax(logits, axis=1) != labels[left]) | ~np.isfinite(logits).all(axis=1)
             found[left[fooled]] = shown[fooled]
             robust[left[fooled]] = False
@@ -121,7 +119,7 @@ def auto_attack(
     return AutoAttackResult(found, robust, accuracy, warnings)
 
 
-def searches(version: str, num_classes: int) -> dict[str, Search]:
+def attacks_of(version: str, num_classes: int) -> dict[str, IterativeAttack]:
     """The attacks of a version by name, in their order. DLR needs three classes and targeted DLR four: with
     fewer their place takes the margin.
 
@@ -156,16 +154,5 @@ def _check_square(accuracy: dict[str, float]) -> tuple[RobustnessWarning, ...]:
     return check_black_box(accuracy[names[-2]], accuracy["square"])
 
 
-def _logits(
-    network: Partial, images: Float32[np.ndarray, "n h w c"], batch_size: int
-) -> Float32[np.ndarray, "n classes"]:
-    apply, places = jit_for(network, _apply), np.arange(batch_size)
-    batches = [
-        np.asarray(apply(network, images[np.minimum(i + places, len(images) - 1)]))
-        for i in range(0, len(images), batch_size)
-    ]
-    return np.concatenate(batches)[: len(images)]
-
-
-def _apply(network: Partial, images: Float32[AnyArray, "n h w c"]) -> Float32[AnyArray, "n classes"]:
+def _logits(network: Partial, images: Float32[AnyArray, "n h w c"]) -> Float32[Array, "n classes"]:
     return network(images).astype(jnp.float32)

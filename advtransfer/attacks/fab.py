@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from advtransfer.arrays import per_example
+from advtransfer.attacks.iterative import Found, IterativeAttack
 from advtransfer.attacks.losses import is_fooled, targeted_margin
-from advtransfer.attacks.searches import Found, Search
 from advtransfer.attacks.threat_models import L2, Linf
 
 _OVERSHOOT = 1.05  # eta of algorithm 1
@@ -31,9 +32,9 @@ def project_to_hyperplane(
 ) -> Float32[Array, "n d"]:
     """The shortest move from an image in [0, 1] to a point of [0, 1] on a hyperplane (eq. 6).
 
-    Towards the hyperplane each pixel moves by min(t · pace, room): at pace 1 in ℓ∞, |normal| in ℓ2, until it
-    reaches the edge of the box. What is covered, Σ |normal| · min(t · pace, room), is concave and piecewise
-    linear in t, so Newton's method from t = 0 rises to the solution in finitely many steps.
+    Towards the hyperplane each pixel moves by min(t · rate, limit): at rate 1 in ℓ∞, |normal| in ℓ2, until
+    it reaches the edge of the box. The height gained, Σ |normal| · min(t · rate, limit), is concave and
+    piecewise linear in t, so Newton's method from t = 0 rises to the solution in finitely many steps.
 
     Args:
       images: in [0, 1].
@@ -45,8 +46,8 @@ def project_to_hyperplane(
     """
     weights = jnp.abs(normals)
     directions = jnp.sign(normals) * jnp.sign(heights)[:, None]
-    room = jnp.where(directions > 0, 1.0 - images, images)
-    pace = weights if isinstance(threat_model, L2) else jnp.ones_like(weights)
+    limits = jnp.where(directions > 0, 1.0 - images, images)
+    rates = weights if isinstance(threat_model, L2) else jnp.ones_like(weights)
     needed = jnp.abs(heights)
 
     def go_on(carry):
@@ -54,26 +55,26 @@ def project_to_hyperplane(
 
     def newton(carry):
         t, _ = carry
-        reach = t[:, None] * pace
-        covered = jnp.sum(weights * jnp.minimum(reach, room), axis=1)
-        slope = jnp.sum(weights * pace * (reach < room), axis=1)
-        new = t + (needed - covered) / jnp.where(slope > 0, slope, 1.0)
-        rises = (needed - covered > _CLOSE * needed) & (slope > 0)
+        reach = t[:, None] * rates
+        gained = jnp.sum(weights * jnp.minimum(reach, limits), axis=1)
+        slope = jnp.sum(weights * rates * (reach < limits), axis=1)
+        new = t + (needed - gained) / jnp.where(slope > 0, slope, 1.0)
+        rises = (needed - gained > _CLOSE * needed) & (slope > 0)
         return jnp.where(rises, new, t), rises
 
     t, _ = jax.lax.while_loop(go_on, newton, (jnp.zeros_like(needed), needed > 0))
-    return directions * jnp.minimum(t[:, None] * pace, room)
+    return directions * jnp.minimum(t[:, None] * rates, limits)
 
 
 @functools.lru_cache
-def targeted_fab(*, num_targets: int = 9, num_steps: int = 100, num_starts: int = 1) -> Search:
+def targeted_fab(*, num_targets: int = 9, num_steps: int = 100, num_starts: int = 1) -> IterativeAttack:
     """FAB towards the most probable other classes in turn (FAB-T). The first start is the image, others lie
     at random within half of ε. An image counts as fooled once a point within ε fools the network."""
 
     def start(network, threat_model, job):
         keys = jax.vmap(jax.random.fold_in)(job.keys, job.targets * num_starts + job.starts)
         near = (job.images + threat_model.random_start(keys, job.images)) / 2
-        images = jnp.where((job.starts > 0)[:, None, None, None], near, job.images)
+        images = jnp.where(per_example(job.starts > 0, near), near, job.images)
         return Found(images, images, is_fooled(network(images), job.labels))
 
     def step(network, threat_model, job, index, images):
@@ -94,20 +95,13 @@ def targeted_fab(*, num_targets: int = 9, num_steps: int = 100, num_starts: int 
             threat_model,
         )
         own, biased = jnp.split(moves, 2)
-        lengths = jnp.maximum(_length(moves, threat_model), _LEAST)
-        bias = jnp.minimum(lengths[: len(flat)] / (lengths[: len(flat)] + lengths[len(flat) :]), _MOST_BIAS)
-        bias = bias[:, None]
+        own_length, biased_length = jnp.split(jnp.maximum(threat_model.norms(moves), _LEAST), 2)
+        bias = jnp.minimum(own_length / (own_length + biased_length), _MOST_BIAS)[:, None]
         moved = (flat + _OVERSHOOT * own) * (1 - bias) + (center + _OVERSHOOT * biased) * bias
         moved = jnp.clip(moved, 0.0, 1.0)
         errs = is_fooled(network(moved.reshape(images.shape)), job.labels)
-        within = _length(moved - center, threat_model) <= threat_model.eps
+        within = threat_model.norms(moved - center) <= threat_model.eps
         back = jnp.where(errs[:, None], center + _BACKWARD * (moved - center), moved)
         return Found(back.reshape(images.shape), moved.reshape(images.shape), errs & within)
 
-    return Search(start, step, num_steps, num_targets, num_starts)
-
-
-def _length(moves: Float[Array, "n d"], threat_model: Linf | L2) -> Float32[Array, " n"]:
-    if isinstance(threat_model, L2):
-        return jnp.sqrt(jnp.sum(jnp.square(moves), axis=1))
-    return jnp.max(jnp.abs(moves), axis=1)
+    return IterativeAttack(start, step, num_steps, num_targets, num_starts)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Num
@@ -98,6 +99,15 @@ def jit_for(network: Partial, function: Callable, **options: Any) -> Callable:
     if function not in functions:
         functions[function] = jax.jit(functools.partial(function), **options)
     return functions[function]
+
+
+def in_batches(
+    network: Partial, function: Callable[..., Array], images: Num[AnyArray, "n ..."], batch_size: int
+) -> Num[np.ndarray, "n ..."]:
+    """`function(network, images)`, compiled for batches of one size, the last of which ends with copies."""
+    apply, rows, last = jit_for(network, function), np.arange(batch_size), len(images) - 1
+    found = [apply(network, images[np.minimum(i + rows, last)]) for i in range(0, last + 1, batch_size)]
+    return np.concatenate([np.asarray(batch) for batch in found])[: last + 1]
 
 
 def _program(logits_fn: LogitsFn, closed: core.ClosedJaxpr) -> _Program:

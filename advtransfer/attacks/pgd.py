@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Float32, Integer, Key, Num, PRNGKeyArray, UInt32
 
-from advtransfer.arrays import AnyArray
+from advtransfer.arrays import AnyArray, per_example
 from advtransfer.attacks.losses import LossFn, cross_entropy, log_odds
 from advtransfer.attacks.network import LogitsFn, as_network, jit_for
 from advtransfer.attacks.threat_models import THREAT_MODELS, Linf, Size, ThreatModel, Unconstrained
@@ -137,11 +137,16 @@ def _eps(threat_model: Any) -> float | Array:
 
 def _keys(key: Array, number: int) -> Array:
     """A key for each example."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)  # jax.random.PRNGKey's form
+    key = typed(key)
     keys = jax.random.split(key, number) if key.ndim == 0 else key
     chex.assert_shape(keys, (number,))
     return keys
+
+
+def typed(key: PRNGKeyArray | Key[Array, " n"] | UInt32[Array, "n _"]) -> Key[Array, ...]:
+    """Keys of `jax.random.key`, also from those of `jax.random.PRNGKey`."""
+    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key if is_typed else jax.random.wrap_key_data(key)
 
 
 def check_images(images: Num[AnyArray, " ..."]) -> None:
@@ -214,7 +219,7 @@ def _pgd(
     def remember(search, ranked, done):
         better = ranked > search.best_objective
         return search._replace(
-            best_images=jnp.where(_per_example(better, images), search.images, search.best_images),
+            best_images=jnp.where(per_example(better, images), search.images, search.best_images),
             best_objective=jnp.where(better, ranked, search.best_objective),
             done=search.done | (done & options.early_finish),
             lost=search.lost | jnp.isnan(ranked),
@@ -227,14 +232,14 @@ def _pgd(
         is_lost = jnp.isnan(ranked) | jnp.any(~jnp.isfinite(gradients), axis=tuple(range(1, images.ndim)))
         search = search._replace(lost=search.lost | is_lost)
         moved = threat_model.project(threat_model.step(search.images, gradients, step_size), images)
-        frozen = _per_example(search.done, images)
+        frozen = per_example(search.done, images)
         return search._replace(images=jnp.where(frozen, search.images, moved))
 
     def restart(index, search):
         if keys is not None:
             restart_keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
             start = threat_model.random_start(restart_keys, images)
-            frozen = _per_example(search.done, images)
+            frozen = per_example(search.done, images)
             search = search._replace(images=jnp.where(frozen, search.images, start))
         search = _loop(step, options.num_steps, search, stop_when_done=options.early_finish)
         if options.remembers:
@@ -250,7 +255,7 @@ def _pgd(
     )
     search = _loop(restart, options.num_restarts, start, stop_when_done=options.early_finish)
     found = search.best_images if options.remembers else search.images
-    return jnp.where(_per_example(search.lost, images), jnp.nan, found), search.lost
+    return jnp.where(per_example(search.lost, images), jnp.nan, found), search.lost
 
 
 def _loop(body, num_iterations: int, search: _Search, *, stop_when_done: bool) -> _Search:
@@ -267,11 +272,6 @@ def _loop(body, num_iterations: int, search: _Search, *, stop_when_done: bool) -
         (0, search),
     )
     return search
-
-
-def _per_example(flags: Array, images: Array) -> Array:
-    """bool [N] shaped to broadcast against images [N, ...]."""
-    return flags.reshape(-1, *(1,) * (images.ndim - 1))
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32, Key
 
+from advtransfer.arrays import per_example
+from advtransfer.attacks.iterative import Found, IterativeAttack, Job
 from advtransfer.attacks.losses import is_fooled, margin
-from advtransfer.attacks.searches import Found, Job, Search
 from advtransfer.attacks.threat_models import L2
 
 _SHARE = 0.8  # of the pixels that the first squares cover; p
@@ -27,7 +28,7 @@ class _State(NamedTuple):
 
 
 @functools.lru_cache
-def square(*, num_queries: int = 5000) -> Search:
+def square(*, num_queries: int = 5000) -> IterativeAttack:
     """Square Attack with so many queries, the first of them at stripes (ℓ∞) or a grid of tiles (ℓ2)."""
 
     def start(network, threat_model, job):
@@ -48,11 +49,11 @@ def square(*, num_queries: int = 5000) -> Search:
         logits = network(images)
         margins = margin(logits, job.labels)
         better = margins > state.margins
-        best = jnp.where(better[:, None, None, None], images, state.images)
+        best = jnp.where(per_example(better, images), images, state.images)
         state = _State(best, jnp.where(better, margins, state.margins))
         return Found(state, images, is_fooled(logits, job.labels))
 
-    return Search(start, step, num_queries, steps_at_once=100)
+    return IterativeAttack(start, step, num_queries, steps_at_once=100)
 
 
 def sides_of(shape: tuple[int, ...], num_queries: int, *, odd: bool) -> Int32[np.ndarray, " queries"]:

@@ -55,6 +55,10 @@ class Linf(NamedTuple):
         noise = jax.vmap(lambda key: jax.random.uniform(key, centers.shape[1:], jnp.float32, -1.0, 1.0))(keys)
         return self.project(centers + self.eps * noise, centers)
 
+    def norms(self, moves: Images) -> Float[Array, " n"]:
+        """The largest entry of each."""
+        return jnp.max(jnp.abs(moves), axis=tuple(range(1, moves.ndim)))
+
 
 class L2(NamedTuple):
     """Euclidean distance to the original at most `eps`."""
@@ -89,6 +93,10 @@ class L2(NamedTuple):
 
         offsets = jax.vmap(lambda key: noise(key, centers.shape[1:]))(keys)
         return self.project(centers + self.eps * offsets, centers)
+
+    def norms(self, moves: Images) -> Float[Array, " n"]:
+        """The Euclidean length of each."""
+        return _norms(moves).ravel()
 
 
 class Unconstrained(NamedTuple):

@@ -25,47 +25,47 @@ from advtransfer.tasks.source import check_evaluation, measure_once
 from advtransfer.tasks.workdir import Job, check_workdir, keep, open_workdir, versions
 
 
-class _Subject(NamedTuple):
+class _Compared(NamedTuple):
     model: Model
     dataset: Dataset  # with the model's labels
 
 
 def run(job: Job) -> None:
-    subjects = _check(job)
+    compared = _check(job)
     open_workdir(job)
-    if _is_comparison(job.options, subjects):
-        _compare(job, subjects)
+    if _is_comparison(job.options, compared):
+        _compare(job, compared)
         return
-    ((name, (model, dataset)),) = subjects.items()
+    ((name, (model, dataset)),) = compared.items()
     found = measure_once(job.options, model, dataset, job.workdir, name=name)
     if parallel.is_main_process():
         print(describe(found))
 
 
 def plan(job: Job) -> str:
-    subjects = _check(job, planned=True)
+    compared = _check(job, planned=True)
     evaluation, measured, curves = job.options.evaluation, job.options.measured, job.options.curves
-    number = len(getattr(next(iter(subjects.values())).dataset, measured.split).labels)
+    number = len(getattr(next(iter(compared.values())).dataset, measured.split).labels)
     number = min(evaluation.num_images or number, number)
     attack = "" if evaluation.norm == "none" else f", {evaluation.num_restarts} × PGD-{evaluation.num_steps}"
-    names = ", ".join(dict.fromkeys(subject.model.spec.architecture for subject in subjects.values()))
-    if not _is_comparison(job.options, subjects):
+    names = ", ".join(dict.fromkeys(one.model.spec.architecture for one in compared.values()))
+    if not _is_comparison(job.options, compared):
         return f"evaluate {names} on {number:,} images of {measured.dataset}{attack}"
     radii = " and ".join(f"{len(values)} ε of {norm}" for norm, values in curves.radii(evaluation).items())
     at = f"{attack} at {radii}" if radii else ""
     steps = num_gradients(number, evaluation, curves)
     more = f", then AutoAttack ({curves.auto_attack})" if curves.auto_attack != "none" else ""
     return (
-        f"evaluate {len(subjects)} model{'s' * (len(subjects) > 1)} ({names}) on {number:,} images of "
+        f"evaluate {len(compared)} model{'s' * (len(compared) > 1)} ({names}) on {number:,} images of "
         f"{measured.dataset}{at}: at most {steps:,} images × steps a model{more}"
     )
 
 
-def _is_comparison(options: Options, subjects: dict[str, _Subject]) -> bool:
-    return len(subjects) > 1 or options.curves.is_asked
+def _is_comparison(options: Options, compared: dict[str, _Compared]) -> bool:
+    return len(compared) > 1 or options.curves.is_asked
 
 
-def _check(job: Job, *, planned: bool = False) -> dict[str, _Subject]:
+def _check(job: Job, *, planned: bool = False) -> dict[str, _Compared]:
     """The models by name, each with the images at its size."""
     options, measured = job.options, job.options.measured
     with names_key("evaluate.model"):
@@ -84,26 +84,26 @@ def _check(job: Job, *, planned: bool = False) -> dict[str, _Subject]:
         for size in dict.fromkeys(model.spec.image_size for model in models.values())
     }
     with names_key("evaluate.dataset"):
-        subjects = {
-            name: _Subject(model, align_classes(datasets[model.spec.image_size], model.spec))
+        compared = {
+            name: _Compared(model, align_classes(datasets[model.spec.image_size], model.spec))
             for name, model in models.items()
         }
     with names_key("evaluate"):
         options.curves.check_with(options.evaluation)
     check_evaluation(options.evaluation)
-    if _is_comparison(options, subjects) and parallel.num_processes() > 1:
+    if _is_comparison(options, compared) and parallel.num_processes() > 1:
         raise ConfigError(
             "config.evaluate: several models, curves and AutoAttack run in one process: leave --multihost "
             "away, and start one process"
         )
     check_workdir(job)
-    return subjects
+    return compared
 
 
-def _compare(job: Job, subjects: dict[str, _Subject]) -> None:
+def _compare(job: Job, compared: dict[str, _Compared]) -> None:
     options, evaluation = job.options, job.options.evaluation
     storage.make_folder(job.workdir / "measured")
-    measured = [_measure_once(job, name, subject) for name, subject in subjects.items()]
+    measured = [_measure_once(job, name, one) for name, one in compared.items()]
     sections = robustness_sections(measured, norm=evaluation.norm, eps=evaluation.eps)
     findings = [section.finding for section in sections if section.finding]
     facts = [
@@ -124,9 +124,9 @@ def _compare(job: Job, subjects: dict[str, _Subject]) -> None:
     print(*findings, f"report: {path}", sep="\n")
 
 
-def _measure_once(job: Job, name: str, subject: _Subject) -> Measured:
+def _measure_once(job: Job, name: str, one: _Compared) -> Measured:
     """What is kept in `measured`/NAME.json, as long as the model and the images stay the same."""
-    options, (model, dataset) = job.options, subject
+    options, (model, dataset) = job.options, one
     split, spec = options.measured.split, model.spec
     known = {"model": identity(model), "dataset": dataset.name, "data": dataset.digest(split)}
     source = spec.provenance.get("source")
@@ -144,26 +144,26 @@ def _measure_once(job: Job, name: str, subject: _Subject) -> Measured:
 
     with names_key("evaluate"):
         path = job.workdir / "measured" / f"{name}.json"
-        return keep(path, known, lambda: _measure(options, name, subject), read)
+        return keep(path, known, lambda: _measure(options, name, one), read)
 
 
-def _measure(options: Options, name: str, subject: _Subject) -> dict[str, Any]:
+def _measure(options: Options, name: str, one: _Compared) -> dict[str, Any]:
     evaluation, seed = options.evaluation, options.run.seed
-    split = getattr(subject.dataset, options.measured.split)
-    found = measure_robustness(subject.model, split, evaluation, options.curves, seed=seed, name=name)
+    split = getattr(one.dataset, options.measured.split)
+    found = measure_robustness(one.model, split, evaluation, options.curves, seed=seed, name=name)
     signs = [warning._asdict() for warning in found.warnings]
-    return {"rows": found.rows, "warnings": signs, "bound": _bound(options, subject, found.rows)}
+    return {"rows": found.rows, "warnings": signs, "bound": _bound(options, one, found.rows)}
 
 
-def _bound(options: Options, subject: _Subject, rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _bound(options: Options, one: _Compared, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What the features' sensitivity says of the head, on the images that were probed; nothing without an
     attack."""
-    evaluation, model = options.evaluation, subject.model
+    evaluation, model = options.evaluation, one.model
     at = {"norm": evaluation.norm, "eps": evaluation.eps}
     probes = [row for row in rows if row["attack"] == PROBE and at.items() <= row.items()]
     if not probes:
         return {}
-    split = getattr(subject.dataset, options.measured.split)
+    split = getattr(one.dataset, options.measured.split)
     chosen = probed(type(split)(*(x[: evaluation.num_images or None] for x in split)), options.run.seed)
     images = np.asarray(to_float(jnp.asarray(chosen.images), model.spec.image_size))
     features_fn = visualise.features_fn(model, model.module.num_blocks, fake_relu=False)
