@@ -30,6 +30,7 @@ setup(
         "absl-py>=2.1",
         "chex>=0.1.90",
         "etils[epath]>=1.12",
+        "flatbuffers>=24",  # jax.export writes files with it
         "flax>=0.12",
         "fsspec>=2025.2",
         "grain>=0.2.15",

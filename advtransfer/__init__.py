@@ -24,6 +24,7 @@ from advtransfer.attacks import (
     margin,
     pgd,
 )
+from advtransfer.calibration import Calibration, calibrate
 from advtransfer.data import (
     Augmentation,
     Batch,
@@ -38,6 +39,7 @@ from advtransfer.models import (
     Model,
     ModelSpec,
     create_module,
+    export,
     init_variables,
     load_model,
     logits_fn,
@@ -56,6 +58,7 @@ __all__ = [
     "L2",
     "Augmentation",
     "Batch",
+    "Calibration",
     "CheckpointError",
     "Curves",
     "Dataset",
@@ -72,10 +75,12 @@ __all__ = [
     "TrainState",
     "Unconstrained",
     "auto_attack",
+    "calibrate",
     "config",
     "create_module",
     "cross_entropy",
     "evaluate",
+    "export",
     "export_torch_state_dict",
     "fine_tune",
     "fine_tune_many",

@@ -19,14 +19,15 @@ from advtransfer import options as fields
 from advtransfer.data import BROKEN, LOADING, SPLITS, VIEWS
 from advtransfer.evaluate import Evaluation
 from advtransfer.explain.options import ANALYSES, Interpretation
-from advtransfer.options import option, options, to_dict
+from advtransfer.models.export import INPUTS, PLATFORMS
+from advtransfer.options import NOT_EMPTY, option, options, to_dict
 from advtransfer.robustness import Curves
 from advtransfer.source import SourceRecipe, parse_source
 from advtransfer.study import Grid, Search
 from advtransfer.torch_checkpoint.options import CheckpointOptions
 from advtransfer.transfer import METHODS, Recipe
 
-STAGES = ("source", "import", "transfer", "study", "evaluate", "interpret", "report")
+STAGES = ("source", "import", "transfer", "study", "evaluate", "predict", "export", "interpret", "report")
 _SEED = {"low": 0, "high": 2**32 - 1}
 
 
@@ -160,6 +161,54 @@ class MeasuredModel:
 
 
 @options
+class Prediction:
+    """What stage=predict classifies, and when it abstains."""
+
+    model: str = option("", "stage=predict: a model by name")
+    images: str = option("", "images to classify: a folder, searched with its subfolders, or a file")
+    held_out: str = option(
+        "",
+        "labelled images that the model was not trained on, a dataset by name, for the temperature; '': the "
+        "one that stage=transfer fine-tuned it on; none",
+    )
+    splits: tuple[str, ...] = option(
+        ("validation", "test"),
+        "splits of held_out that are used; validation is left out where it was trained on",
+        choices=SPLITS[1:],
+        lengths=NOT_EMPTY,
+    )
+    abstain_below: float = option(
+        0.5,
+        "probability below which no class is answered",
+        low=0,
+        high=1,
+        decides=False,
+    )
+    num_listed: int = option(3, "most probable classes of each image in predictions.csv", low=1)
+    batch_size: int = option(256, "images per batch", low=1, decides=False)
+
+
+@options
+class Export:
+    """What stage=export writes (see `models.export`)."""
+
+    model: str = option("", "stage=export: a model by name")
+    inputs: str = option(
+        "uint8",
+        "images that the file takes: uint8; float, in [0, 1]; or normalised with the model's mean and std",
+        choices=INPUTS,
+    )
+    image_size: int = option(0, "pixels; 0: any, resized in the file", low=0)
+    batch_size: int = option(0, "images per call; 0: any", low=0)
+    temperature: float = option(
+        0.0, "of the probabilities that the file gives, such as stage=predict finds; 0: logits", low=0
+    )
+    platforms: tuple[str, ...] = option(
+        ("cpu", "cuda", "tpu"), "that the file runs on", choices=PLATFORMS, lengths=NOT_EMPTY
+    )
+
+
+@options
 class Report:
     """What a report shows beside the rows."""
 
@@ -196,6 +245,8 @@ class Options(NamedTuple):
     measured: MeasuredModel = MeasuredModel()
     evaluation: Evaluation = Evaluation()
     curves: Curves = Curves()
+    prediction: Prediction = Prediction()
+    export: Export = Export()
     interpretation: Interpretation = Interpretation()
     report: Report = Report()
 
@@ -214,6 +265,8 @@ _SECTIONS = {
     "measured": "evaluate.",
     "evaluation": "evaluate.",
     "curves": "evaluate.",
+    "prediction": "predict.",
+    "export": "export.",
     "interpretation": "interpret.",
     "report": "report.",
 }

@@ -42,6 +42,10 @@ BOUNDS = {
     "evaluate.l2_epsilons": ([(), (0, 3.0)], [(0.1, -1e-9), 0.1]),
     "evaluate.linf_epsilons": ([(), (0, 1 - 1e-9)], [(1,), (-1e-9,)]),
     "evaluate.auto_attack": (["none", "standard", "plus"], ["rand", ""]),
+    "predict.splits": ([("validation", "test")], [(), ("train",)]),
+    "predict.abstain_below": ([0, 1], [-1e-9, 1 + 1e-9]),
+    "export.inputs": (["uint8", "float", "normalised"], ["int8"]),
+    "export.platforms": ([("cpu",)], [(), ("gpu",)]),
     "interpret.num_train": ([2], [1]),
     "interpret.baseline": ([0, 1], [-1e-9, 1 + 1e-9]),
     "interpret.parameterisation": (["pixels", "fourier"], ["wavelet"]),
@@ -69,7 +73,8 @@ KINDS = {  # (accepted, refused): the keys
     ),
     ((0, 1e-9), (-1e-9, float("nan"))): (
         "checkpoint.eps train.eps train.weight_decay transfer.weight_decay transfer.head_scale evaluate.eps "
-        "interpret.smooth_noise interpret.damping study.calibration train.augmentation.rotation "
+        "interpret.smooth_noise interpret.damping export.temperature study.calibration "
+        "train.augmentation.rotation "
         "transfer.augmentation.rotation train.augmentation.lighting transfer.augmentation.lighting"
     ),
     ((0, 1 - 1e-9), (-1e-9, 1)): (
@@ -81,12 +86,14 @@ KINDS = {  # (accepted, refused): the keys
         "train.image_size train.attack_steps train.num_epochs train.batch_size train.num_parts "
         "train.save_every train.log_every transfer.num_epochs transfer.batch_size study.num_seeds "
         "study.source_seeds study.search_seeds evaluate.num_steps evaluate.num_restarts evaluate.batch_size "
+        "predict.num_listed predict.batch_size "
         "interpret.num_images interpret.num_measured interpret.num_steps interpret.smooth_samples "
         "interpret.integration_steps interpret.num_queries"
     ),
     ((0, 1), (-1, 0.5)): (
         "checkpoint.num_classes checkpoint.image_size train.validate_every train.num_devices "
         "transfer.max_steps "
+        "export.image_size export.batch_size "
         "transfer.num_views study.group_size evaluate.num_images report.num_pictures "
         "train.augmentation.crop_padding transfer.augmentation.crop_padding"
     ),
@@ -99,7 +106,9 @@ KINDS = {  # (accepted, refused): the keys
         "cache_dir source verify models data rows checkpoint.architecture checkpoint.weights "
         "checkpoint.sha256 train.dataset train.architecture transfer.target study.sources study.targets "
         "study.ray_address "
-        "evaluate.model evaluate.dataset report.title interpret.cue_conflict"
+        "evaluate.model evaluate.dataset predict.model predict.images predict.held_out export.model "
+        "report.title "
+        "interpret.cue_conflict"
     ),
     (((), ("text",)), ((1,), "text")): "report.remarks",
 }

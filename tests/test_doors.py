@@ -39,6 +39,7 @@ from advtransfer.attacks import (
     pgd,
     targeted_dlr,
 )
+from advtransfer.calibration import calibrate
 from advtransfer.data import (
     Augmentation,
     Batch,
@@ -455,6 +456,7 @@ DOORS = [
         {"operator": None, "targets": SCORES, "tolerance": 1.0, "max_iterations": 1},
         "targets rank, targets kind",
     ),
+    Door(calibrate, {"logits": LOGITS, "labels": LABELS}, "logits rank, labels rank, labels length"),
     # report
     Door(
         report.make_outcome,

@@ -21,13 +21,14 @@ MAY_IMPORT = {
     "norms": set(),
     "foreign": set(),
     "intervals": set(),
+    "calibration": {"intervals"},
     "options": set(),
     "parallel": set(),
     "optim": set(),
     "compilation": set(),
     "labels": {"arrays"},
     "attacks": {"arrays", "labels", "parallel"},
-    "report": {"foreign", "intervals", "norms"},
+    "report": {"calibration", "foreign", "intervals", "norms"},
     "storage": {"foreign", "parallel"},
     "checkpoint": {"foreign", "parallel", "storage"},
     "progress": {"foreign", "parallel", "storage"},
@@ -47,13 +48,14 @@ MAY_IMPORT["analysis"] = {
 }
 MAY_IMPORT["explain"] = MAY_IMPORT["transfer"] | {"analysis", "intervals", "options", "report", "transfer"}
 MAY_IMPORT["config"] = {
-    *("foreign", "options", "data", "evaluate", "explain", "robustness", "source", "study"),
+    *("foreign", "options", "data", "evaluate", "explain", "models", "robustness", "source", "study"),
     *("torch_checkpoint", "transfer"),
 }
 MAY_IMPORT["tasks"] = (
     MAY_IMPORT["study"]
     | MAY_IMPORT["config"]
-    | {"compilation", "config", "study", "source", "analysis", "explain", "report", "torch_checkpoint"}
+    | {"calibration", "compilation", "config", "study", "source", "analysis", "explain", "report"}
+    | {"torch_checkpoint"}
 )
 MAY_IMPORT["main"] = {
     *("compilation", "foreign", "parallel", "storage", "tasks", "checkpoint", "config", "data", "train")

@@ -81,6 +81,7 @@ class Dataset(NamedTuple):
     remarks: tuple[str, ...] = ()  # notes for the user: files left out, duplicates, ...
     digests: Mapping[str, str] = MappingProxyType({})  # known values of `content_digest`, by split
     is_placeholder: bool = False  # stands in for a dataset that is not prepared (see `plan_dataset`)
+    crop: bool = False  # whether images were scaled and cropped as in ImageNet evaluation (see `fit_image`)
 
     def in_memory(self, split: str) -> Split:
         """The images and labels of a split; a ValueError if they are streamed."""
@@ -163,7 +164,7 @@ def load_dataset(
         dataset = Dataset(name, class_names, train, validation, test)
         return dataset._replace(digests={split: content_digest(*getattr(dataset, split)) for split in splits})
     recording = _opener(name)(name)
-    size, _ = find_size(recording, image_size, cache_dir, enlarge=enlarge)
+    size, crop = find_size(recording, image_size, cache_dir, enlarge=enlarge)
     num_train = find_splits(recording)[1]["train"]
     streamed = "train" in splits and is_streamed(name, num_train, size, view, loading)
     in_memory = [split for split in splits if split != "train" or not streamed]
@@ -187,6 +188,7 @@ def load_dataset(
         skipped=tuple(str(image) for part in parts.values() for image in part.skipped),
         remarks=remarks,
         digests={split: str(part.digest) for split, part in parts.items()},
+        crop=crop,
     )
 
 

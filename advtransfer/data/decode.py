@@ -165,14 +165,17 @@ def fit_image(image: Image.Image, size: int, *, crop: bool) -> Image.Image:
     """Resizes an image to size × size pixels, bilinear with antialias.
 
     With `crop`, the shorter side is scaled to 8/7 × size and the centre is cropped: at 224 the Resize(256)
-    and CenterCrop(224) of torchvision's and robustness's evaluation, with their rounding. Otherwise the whole
-    image is scaled.
+    and CenterCrop(224) of torchvision's and robustness's evaluation, with their rounding. Otherwise the
+    central square is scaled.
 
     Raises:
       ValueError: the image is so elongated that it would exceed Pillow's MAX_IMAGE_PIXELS when scaled.
     """
     if not crop:
-        return image if image.size == (size, size) else image.resize((size, size), Image.Resampling.BILINEAR)
+        side = min(image.size)
+        left, top = ((whole - side) // 2 for whole in image.size)
+        square = image if image.width == image.height else image.crop((left, top, left + side, top + side))
+        return square if side == size else square.resize((size, size), Image.Resampling.BILINEAR)
     short = round(size * 8 / 7)
     width, height = (int(short * side / min(image.size)) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)

@@ -69,7 +69,7 @@ def open_folder(name: str) -> Recording:
     return Recording(
         name=name,
         class_names=class_names,
-        splits={split: _records(root, images) for split, images in listed.items()},
+        splits={split: make_records(root, images) for split, images in listed.items()},
         identity={"files": fingerprint(root, paths), "classes": class_names, "train": train},
         upright=True,
         remarks=tuple(remarks),
@@ -160,7 +160,8 @@ def _counts(left_out: Counter[str]) -> str:
     return ", ".join(f"{count:,} {why}" for why, count in left_out.most_common() if count)
 
 
-def _records(root: Path, images: Images) -> Records:
+def make_records(root: Path, images: Images) -> Records:
+    """Image files below `root`, by index."""
     # As one array of bytes, a million names take little memory and are quickly sent to another process.
     names = np.array([os.fsencode(path.relative_to(root)) for path, _ in images], np.bytes_)
     labels = np.array([label for _, label in images], np.int32)

@@ -12,6 +12,7 @@ from advtransfer.models.bundle import (
     save_model,
 )
 from advtransfer.models.cost import block_flops, flops_per_weight
+from advtransfer.models.export import export
 from advtransfer.models.resnet import (
     ARCHITECTURES,
     IMAGENET_MEAN,
@@ -32,6 +33,7 @@ __all__ = [
     "compute_dtype",
     "create_module",
     "digest",
+    "export",
     "flops_per_weight",
     "identity",
     "init_variables",

@@ -60,9 +60,11 @@ class Conv(nn.Module):
         """Convolves x [N, H, W, C]; `scale` [features] multiplies the output channels."""
         shape = (self.kernel_size, self.kernel_size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", _conv_init, shape, jnp.float32)
-        # A scale is cheapest where there are fewest numbers: in the kernel, or after it.
+        # A scale is cheapest where there are fewest numbers: in the kernel, or after it. In an exported
+        # network, whose batch may be of any size, the kernel is a constant.
         positions = x.shape[0] * (x.shape[1] // self.stride) * (x.shape[2] // self.stride)
-        fold = scale is not None and kernel.size < positions * self.features
+        is_any = not isinstance(positions, int)
+        fold = scale is not None and (is_any or kernel.size < positions * self.features)
         if fold:
             kernel = kernel * _per_channel(scale)
         y = conv2d(

@@ -182,7 +182,8 @@ def _lines(panel: Panel) -> Figure:
         last = 100 * line.mean[-1] if axis.joined else high - 0.08 * (high - low) * (position + 1)
         ends.append((last, line.style))
     axes.set_ylim(low, high)
-    _horizontal_axis(axes, sorted({x for line in (*series, *panel.behind) for x in line.x}), axis)
+    values = axis.values or sorted({x for line in (*series, *panel.behind) for x in line.x})
+    _horizontal_axis(axes, list(values), axis)
     _label_ends(axes, ends)
     return figure
 

@@ -61,11 +61,13 @@ class Series(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """A horizontal axis. `ticks`, the names of 0, 1, …, make it one of categories, with error bars."""
+    """A horizontal axis. `ticks`, the names of 0, 1, …, make it one of categories, with error bars; `values`
+    are numbered and its ends, instead of those of the lines."""
 
     label: str
     log: bool = False
     ticks: Sequence[str] = ()
+    values: Sequence[float] = ()
     joined: bool = True  # neighbouring marks by a line
 
 

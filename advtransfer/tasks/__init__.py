@@ -20,7 +20,7 @@ from advtransfer.config import ConfigError
 from advtransfer.data.cache import cache_folder
 from advtransfer.models import compute_dtype
 from advtransfer.study import NoLocks
-from advtransfer.tasks import evaluate, importing, interpret, report, source, study, transfer
+from advtransfer.tasks import evaluate, export, importing, interpret, predict, report, source, study, transfer
 from advtransfer.tasks.missing import check_datasets, missing_lines
 from advtransfer.tasks.workdir import Job
 from advtransfer.train import on_sigterm, stop_on_sigterm
@@ -31,6 +31,8 @@ TASKS = {
     "transfer": transfer,
     "study": study,
     "evaluate": evaluate,
+    "predict": predict,
+    "export": export,
     "interpret": interpret,
     "report": report,
 }

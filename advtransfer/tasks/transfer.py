@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
 
-from advtransfer.config import names_key
+from advtransfer.config import TargetData, names_key
 from advtransfer.data import Dataset, Split
 from advtransfer.models import Model, identity, save_model
 from advtransfer.report import write_model_page, write_rows
@@ -68,6 +69,7 @@ def _run(job: Job, task: _Task) -> None:
         recipe=trial.recipe,
         choice=choice,
     )
+    tuned = tuned._replace(model=_trained_on(tuned.model, task.dataset, target))
     save_model(tuned.model, job.workdir / "model", overwrite=True)
     rows = history_rows(trial, tuned.history, time.monotonic() - started)
     write_rows(rows, job.workdir / "rows.csv")
@@ -87,6 +89,18 @@ def _run(job: Job, task: _Task) -> None:
         + (f"; {_blocks(trial.num_unfrozen_blocks)} trained, by {_METHODS[choice.method]}" if choice else "")
     )
     print(f"report: {path}")
+
+
+def _trained_on(model: Model, dataset: Dataset, target: TargetData) -> Model:
+    """The model, with what stage=predict has to know of the images."""
+    data = {
+        "name": dataset.name,
+        "view": target.view,
+        "crop": dataset.crop,
+        "set_aside": target.num_train_images != -1,
+    }
+    spec = dataclasses.replace(model.spec, provenance=model.spec.provenance | {"data": data})
+    return model._replace(spec=spec)
 
 
 def plan(job: Job) -> str:

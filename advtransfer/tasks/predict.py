@@ -1,0 +1,127 @@
+"""stage=predict: the classes of new images; leaves `predictions.csv` and `report.html`.
+
+An image that cannot be decoded has a row that says why.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from advtransfer.calibration import Calibration, calibrate, probabilities
+from advtransfer.config import ConfigError, names_key
+from advtransfer.data import Dataset
+from advtransfer.data.unlabelled import Unlabelled, open_unlabelled
+from advtransfer.evaluate import align_classes, check_head, predict
+from advtransfer.models import Model
+from advtransfer.progress import progress_bar
+from advtransfer.report.prediction_page import Predicted, prediction_sections, shown
+from advtransfer.report.render import write_page
+from advtransfer.report.sections import Page
+from advtransfer.tasks.inputs import find_model, load_data
+from advtransfer.tasks.workdir import Job, check_workdir, open_workdir, versions
+
+
+class _Task(NamedTuple):
+    model: Model
+    images: Unlabelled
+    held_out: Dataset | None
+    splits: tuple[str, ...]  # of held_out, which have images
+
+
+def run(job: Job) -> None:
+    task, options = _check(job), job.options.prediction
+    calibration, held_out = None, ""
+    if task.held_out is not None:
+        calibration = _calibrate(task, options.batch_size)
+        held_out = f"{task.held_out.name} ({' and '.join(task.splits)})"
+    predicted = _predict(task, calibration, options.num_listed, options.batch_size)
+    if len(predicted.problems) == len(predicted.names):
+        place, why = next(iter(predicted.problems.items()))
+        raise ConfigError(
+            f"config.predict.images={options.images}: no image can be decoded, such as "
+            f"{predicted.names[place]} ({why})"
+        )
+    open_workdir(job)
+    pictures = task.images.read(shown(predicted)).pixels
+    sections = prediction_sections(
+        predicted, pictures, calibration, held_out, abstain_below=options.abstain_below
+    )
+    findings = [section.finding for section in sections if section.finding]
+    page = Page(
+        title="Predictions",
+        sections=sections,
+        headline=findings[:1],
+        facts=[("Model", options.model), ("Images", options.images), ("Held-out images", held_out or "none")],
+        command=job.command,
+        versions=versions(),
+        config={name: job.settings[name] for name in ("predict", "dtype")},
+    )
+    path = write_page(page, job.workdir)
+    print(*findings, f"predictions: {job.workdir / 'predictions.csv'}", f"report: {path}", sep="\n")
+
+
+def plan(job: Job) -> str:
+    task = _check(job, planned=True)
+    number = sum(getattr(task.held_out, split).num_images for split in task.splits)
+    before = f"fit a temperature on {number:,} images of {task.held_out.name}, " if task.held_out else ""
+    return f"{before}classify {len(task.images.names):,} images with {task.model.spec.architecture}"
+
+
+def _check(job: Job, *, planned: bool = False) -> _Task:
+    options = job.options.prediction
+    with names_key("predict.model"):
+        model = find_model(options.model, job.options.run.dtype, planned=planned)
+        check_head(model.spec)
+    trained_on = model.spec.provenance.get("data", {})
+    with names_key("predict.images"):
+        if not options.images:
+            raise ValueError("name a folder of images, or an image file")
+        images = open_unlabelled(
+            options.images,
+            model.spec.image_size,
+            crop=trained_on.get("crop"),
+            view=trained_on.get("view", "natural"),
+        )
+    name, held_out, splits = options.held_out or trained_on.get("name", "none"), None, ()
+    if name != "none":
+        splits = tuple(x for x in options.splits if x != "validation" or trained_on.get("set_aside", True))
+        if not splits:
+            raise ConfigError(
+                "config.predict.splits=validation, but the model was trained on these images: set test"
+            )
+        held_out = load_data(
+            job.options.run,
+            "predict.held_out",
+            name,
+            image_size=model.spec.image_size,
+            splits=splits,
+            view=images.view,
+            planned=planned,
+        )
+        with names_key("predict.held_out"):
+            held_out = align_classes(held_out, model.spec)
+    check_workdir(job)
+    return _Task(model, images, held_out, splits)
+
+
+def _calibrate(task: _Task, batch_size: int) -> Calibration:
+    parts = [task.held_out.in_memory(split) for split in task.splits]
+    logits = [predict(task.model, part.images, batch_size=batch_size) for part in parts]
+    return calibrate(np.concatenate(logits), np.concatenate([part.labels for part in parts]))
+
+
+def _predict(task: _Task, calibration: Calibration | None, num_listed: int, batch_size: int) -> Predicted:
+    model, images = task.model, task.images
+    temperature = calibration.temperature.value if calibration else 1.0
+    number = min(num_listed, model.spec.num_classes)
+    classes, shares, problems = [], [], {}
+    for chunk in progress_bar(images.chunks(), "images", "chunks", total=images.num_chunks):
+        problems |= {sum(map(len, classes)) + place: why for place, why in chunk.broken.items()}
+        found = probabilities(predict(model, chunk.pixels, batch_size=batch_size), temperature)
+        order = np.argsort(-found, axis=1, kind="stable")[:, :number]
+        classes.append(order)
+        shares.append(np.take_along_axis(found, order, axis=1))
+    names = model.spec.class_names or tuple(map(str, range(model.spec.num_classes)))
+    return Predicted(images.names, names, np.concatenate(classes), np.concatenate(shares), problems)
