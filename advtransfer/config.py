@@ -317,7 +317,7 @@ def _check_together(found: Options) -> None:
         key = next(k for k, x in vars(found.checkpoint).items() if x != getattr(CheckpointOptions(), k))
         raise ConfigError(
             f"config.checkpoint.{key} is for config.stage=import: import the file first "
-            "(experiments/import_source.py), and name the workdir of the import"
+            "(--config=import_source), and name the workdir of the import"
         )
     if stage != "evaluate" and found.curves.is_asked:
         key = next(k for k, x in vars(found.curves).items() if x != getattr(Curves(), k))

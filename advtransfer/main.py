@@ -1,8 +1,19 @@
-"""The command line: flags to a config and a workdir, and every end of a run to one line and an exit code."""
+"""Command line of advtransfer: `advtransfer --config=EXPERIMENT[:ARG] --config.KEY=VALUE --workdir=DIR`.
+
+In a checkout `python launch.py` is the same. EXPERIMENT is a name that `--list` prints, quickstart if none is
+given; what has a slash or ends in .py is the path of a file with a get_config(). `--explain` lists all keys,
+such as `--config.train.num_epochs=4`. `--plan` prints what would run, and stops; `--multihost` joins the
+processes of a pod or cluster. Exit codes:
+0 done, or stopped by SIGTERM; 1 diverged; 2 the command, the config or the workdir is wrong, and nothing was
+written; 3 the disk is full, or another process is lost; 4 a fault that nobody foresaw, whose traceback is in
+a file; 130 interrupted by Ctrl-C. After 0, 3 and 130 the same command goes on.
+"""
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import difflib
 import logging as standard_logging
 import os
 import re
@@ -17,18 +28,22 @@ from typing import Any, NoReturn, TextIO
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from advtransfer import foreign, parallel, storage, tasks
+from advtransfer import __version__, foreign, parallel, storage, tasks
 from advtransfer.checkpoint import SaveError, UnreadableCheckpoints
 from advtransfer.compilation import compile_clock
 from advtransfer.config import ConfigError, check_keys, explain
 from advtransfer.data import LostWorker
 from advtransfer.train import DivergedError, Preempted
 
-_QUICKSTART = Path(__file__).parents[1] / "experiments" / "quickstart.py"
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file with get_config().")
+# Beside this file in an installed package, beside the package in a checkout.
+_FOLDER = next(x / "experiments" for x in Path(__file__).parents[:2] if (x / "experiments").is_dir())
+_EXPERIMENTS = {file.stem: file for file in sorted(_FOLDER.glob("*.py"))}
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a name, or a file's path.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results; default: runs/EXPERIMENT.")
 _PLAN = flags.DEFINE_bool("plan", False, "Print what would run and what it would cost, then exit.")
+_LIST = flags.DEFINE_bool("list", False, "List the experiments that come with advtransfer, then exit.")
 _EXPLAIN = flags.DEFINE_bool("explain", False, "List all config keys, then exit.")
+_VERSION = flags.DEFINE_bool("version", False, "Print the version, then exit.")
 _MULTIHOST = flags.DEFINE_bool("multihost", False, "Join the other processes of a pod or cluster first.")
 
 DONE, DIVERGED, WRONG_INPUT, UNFINISHED, FAULT, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -37,6 +52,9 @@ DONE, DIVERGED, WRONG_INPUT, UNFINISHED, FAULT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 def run() -> None:
     """Runs the command in `sys.argv` and ends the process with one of the codes above."""
     _keep_streams()
+    if {"--help", "-help", "-h"} & {*sys.argv[1:]}:
+        print(f"{__doc__}\n{flags.FLAGS.module_help(__name__)}")  # absl's ends with code 1
+        sys.exit(DONE)
     logging.set_verbosity(logging.ERROR)  # what is wrong with a config is reported below, in one line
     app.run(main, flags_parser=parse_flags)
 
@@ -45,9 +63,10 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         _stop(WRONG_INPUT, f"unknown argument {argv[1]!r}: every option is --NAME=VALUE")
     logging.set_verbosity(logging.WARNING)
-    if _EXPLAIN.value:
-        print(explain())
-        return
+    for asked, text in ((_LIST, _list), (_EXPLAIN, explain), (_VERSION, lambda: __version__)):
+        if asked.value:
+            print(text())
+            return
     experiment = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
     workdir = _WORKDIR.value or str(Path("runs") / experiment.stem)
     try:
@@ -61,7 +80,7 @@ def main(argv: list[str]) -> None:
         else:
             start = time.monotonic()
             with compile_clock() as compiled:
-                tasks.run(config, workdir, command=shlex.join(["python", "launch.py", *sys.argv[1:]]))
+                tasks.run(config, workdir, command=_command())
             if parallel.is_main_process():
                 print(f"{time.monotonic() - start:.0f} s, of which XLA compiled for {sum(compiled):.0f} s")
         sys.stdout.flush()
@@ -86,7 +105,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         argv = [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:], force_gnu=True)]
         # A default of the flag would be loaded, and its overrides checked, at import already.
         if not any(argument.split("=")[0].lstrip("-") == "config" for argument in argv[1:]):
-            argv = [argv[0], f"--config={_QUICKSTART}", *argv[1:]]
+            argv = [argv[0], "--config=quickstart", *argv[1:]]
         typed, sys.argv = sys.argv, argv
         try:
             argv = flags.FLAGS(argv)
@@ -98,6 +117,41 @@ def parse_flags(argv: list[str]) -> list[str]:
         _stop(
             WRONG_INPUT, f"--config: {_cause(error)}" if not isinstance(error, flags.Error) else _cause(error)
         )
+
+
+class _ExperimentParser(flags.ArgumentParser):
+    """Reads `--config`: a path if it has a slash or ends in .py, otherwise an experiment's name."""
+
+    def __init__(self, files: flags.ArgumentParser):
+        self._files = files  # reads paths alone
+
+    def parse(self, argument: str) -> Any:
+        name, colon, settings = argument.partition(":")
+        path = Path(name) if "/" in name or name.endswith(".py") else _EXPERIMENTS.get(name)
+        if path and path.exists():
+            return self._files.parse(f"{path}{colon}{settings}")
+        near = difflib.get_close_matches(Path(name).stem, _EXPERIMENTS, 1)
+        raise ValueError(
+            f"there is no {'file' if path else 'experiment'} {name!r}"
+            + "".join(f" (nearest: --config={x}{colon}{settings})" for x in near)
+            + f"; the experiments that come with advtransfer are {', '.join(_EXPERIMENTS)}"
+        )
+
+
+flags.FLAGS["config"].parser = _ExperimentParser(flags.FLAGS["config"].parser)
+
+
+def _list() -> str:
+    """A line for each experiment: its name and the first line of its docstring."""
+    docs = {name: str(ast.get_docstring(ast.parse(x.read_bytes()))) for name, x in _EXPERIMENTS.items()}
+    width = max(map(len, docs))
+    return "\n".join(f"{name:{width}}  {doc.splitlines()[0]}" for name, doc in docs.items())
+
+
+def _command() -> str:
+    """What a reader types to get the same results."""
+    programs = {"launch.py": "python launch.py", "__main__.py": "python -m advtransfer"}
+    return f"{programs.get(Path(sys.argv[0]).name, 'advtransfer')} {shlex.join(sys.argv[1:])}".strip()
 
 
 def _config(config: Any, experiment: Path) -> ConfigDict:

@@ -31,8 +31,8 @@ ROOT = Path(__file__).parent.parent
 def launch(monkeypatch, capsys):
     """launch(*arguments): launch.py in this process; its exit code and what it says."""
 
-    def run(*arguments):
-        argv = ["launch.py", *arguments]
+    def run(*arguments, program="launch.py"):
+        argv = [program, *arguments]
         monkeypatch.setattr(sys, "argv", argv)  # ml_collections reads the overrides there
         code = 0
         with flagsaver.flagsaver():
@@ -51,7 +51,13 @@ def launch(monkeypatch, capsys):
     [
         ("--config.train.epss=1", ["epss", 'Did you mean "eps"']),
         ("--config.train.num_epochs=many", ["--config.train.num_epochs", "many"]),
-        ("--config=experiments/nope.py", ["experiments/nope.py", "No such file"]),
+        (
+            "--config=experiments/nope.py",
+            ["no file 'experiments/nope.py'", "come with advtransfer are cifar"],
+        ),
+        ("--config=experiments/source.py:l2:1", ["'experiments/source.py' (nearest: --config=source:l2:1)"]),
+        ("--config=quikstart", ["no experiment 'quikstart' (nearest: --config=quickstart)", "transfer"]),
+        ("--config=", ["no experiment ''", "quickstart, "]),
         (f"--config={ROOT / 'experiments/source.py'}:l2:abc", ["'l2:abc': write natural", "l2:0.5"]),
         ("--config.study.num_train_images=(50,'a')", ["config.study.num_train_images=(50, 'a') must be"]),
         ("--workdr=x", ["workdr"]),
@@ -324,6 +330,20 @@ def test_an_experiment_of_one_s_own_that_is_none_is_one_line(launch, tmp_path, n
     assert done.code == 2 and message in done.err and len(done.err.splitlines()) == 1, done.err
 
 
+@pytest.mark.parametrize(
+    "config", [["--config=source:l2:1"], ["-config", "source:l2:1"], ["--config", "./source:l2:1"]]
+)
+def test_an_experiment_by_its_name_or_its_path(launch, tmp_path, monkeypatch, config):
+    """A file with the name of an experiment counts only as a path."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "experiments/source.py").read_text()
+    (tmp_path / "source").write_text(text.replace('"source"', '"study"'))
+    monkeypatch.setattr(tasks, "plan", lambda config, workdir: f"{config.stage} {config.train.eps} {workdir}")
+    done = launch(*config, "--plan")
+    stage = "study" if config[-1].startswith("./") else "source"
+    assert (done.code, done.out) == (0, f"{stage} 1.0 runs/source\n"), done.err
+
+
 @pytest.mark.parametrize("equals", ["=", "\n"])
 @pytest.mark.parametrize("inside", [True, False])
 def test_overrides_may_stand_in_a_file_of_flags(launch, tmp_path, monkeypatch, equals, inside):
@@ -396,6 +416,28 @@ def test_a_warning_comes_once(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("1 of the test images are also among the train") == 1
+
+
+def test_the_experiments_are_listed(launch):
+    done = launch("--list")
+    names = [path.stem for path in sorted((ROOT / "experiments").glob("*.py"))]
+    assert [line.split()[0] for line in done.out.splitlines()] == names
+    assert "source            Train one source network and measure its" in done.out
+
+
+@pytest.mark.parametrize(
+    ("program", "typed"),
+    [
+        ("/checkout/launch.py", "python launch.py --workdir='a b'"),
+        ("/bin/advtransfer", "advtransfer --workdir='a b'"),
+        ("/site-packages/advtransfer/__main__.py", "python -m advtransfer --workdir='a b'"),
+    ],
+)
+def test_the_command_of_a_report_is_the_one_typed(launch, monkeypatch, program, typed):
+    seen = []
+    monkeypatch.setattr(tasks, "run", lambda config, workdir, command: seen.append(command))
+    launch("--workdir=a b", program=program)
+    assert [shlex.split(command) for command in seen] == [shlex.split(typed)]
 
 
 def test_the_keys_are_listed(launch):

@@ -73,6 +73,7 @@ def _datasets(options: Options) -> list[tuple[str, str]]:
         "source": trained,
         "transfer": [("transfer.target", options.target.target)],
         "evaluate": [("evaluate.dataset", options.measured.dataset)],
+        "predict": [("predict.held_out", options.prediction.held_out.removeprefix("none"))],
         "interpret": [("data", run.data)],
         "import": [("verify", run.verify)],
     }
@@ -87,6 +88,8 @@ def _models(options: Options) -> list[str]:
         "transfer": options.run.source,
         "import": options.run.source,
         "evaluate": options.measured.model,
+        "predict": options.prediction.model,
+        "export": options.export.model,
     }.get(options.run.stage, "")
     return list(dict.fromkeys(split_names(names)))
 

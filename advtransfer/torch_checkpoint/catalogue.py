@@ -91,7 +91,7 @@ def known_models_table() -> str:
     """The known models and their names for the command line, as text of at most 110 characters a line."""
     lines = [
         "To import a model, pass its name, or the path of a local file:",
-        "python launch.py --config=experiments/import_source.py --config.source=NAME --workdir=FOLDER",
+        "--config=import_source --config.source=NAME --workdir=FOLDER",
     ]
     groups = itertools.groupby(KNOWN_MODELS, lambda known: (known.dataset, known.source, known.licence))
     for (dataset, source, licence), group in groups:
