@@ -45,6 +45,7 @@ from advtransfer.models import (
     logits_fn,
     save_model,
 )
+from advtransfer.publish import push_to_hub
 from advtransfer.robustness import Curves, measure_robustness
 from advtransfer.source import SourceRecipe, train_source
 from advtransfer.study import Grid, Search, run_study
@@ -102,6 +103,7 @@ __all__ = [
     "models",
     "pgd",
     "predict",
+    "push_to_hub",
     "render_glyphs",
     "report",
     "reset_head",

@@ -29,14 +29,16 @@ MAY_IMPORT = {
     "labels": {"arrays"},
     "attacks": {"arrays", "labels", "parallel"},
     "report": {"calibration", "foreign", "intervals", "norms"},
+    "hub": {"torch_reader"},
     "storage": {"foreign", "parallel"},
     "checkpoint": {"foreign", "parallel", "storage"},
     "progress": {"foreign", "parallel", "storage"},
     "data": {"arrays", "foreign", "labels", "options", "parallel"},
-    "models": {"arrays", "foreign", "norms", "parallel", "storage", "data"},
-    "torch_checkpoint": {"arrays", "foreign", "models", "norms", "options", "storage", "torch_reader"},
+    "models": {"arrays", "foreign", "hub", "norms", "parallel", "storage", "data"},
+    "torch_checkpoint": {"arrays", "foreign", "hub", "models", "norms", "options", "storage", "torch_reader"},
     "torch_reader": set(),
 }
+MAY_IMPORT["publish"] = {"hub", "intervals", "models", "norms", "torch_checkpoint"}
 MAY_IMPORT["train"] = MAY_IMPORT["models"] | {"labels", "attacks", "optim", "checkpoint", "models"}
 MAY_IMPORT["evaluate"] = MAY_IMPORT["train"] | {"train", "options", "progress"}
 MAY_IMPORT["robustness"] = MAY_IMPORT["evaluate"] | {"evaluate", "intervals"}

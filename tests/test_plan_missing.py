@@ -9,7 +9,7 @@ from test_data_tfds import encode, write_set
 from test_launch import ROOT, _config, launch  # noqa: F401 (a fixture)
 from test_paper_grid import SIZES
 
-from advtransfer import tasks
+from advtransfer import hub, tasks
 from advtransfer.config import ConfigError, read
 from advtransfer.data import Target, choose_augmentation, load_dataset, plan_dataset, planned
 from advtransfer.data.planned import known_sizes
@@ -17,7 +17,7 @@ from advtransfer.data.stream import StreamedSplit
 from advtransfer.models import ARCHITECTURES, create_module
 from advtransfer.tasks import inputs, missing, study_inputs, study_plan
 from advtransfer.tasks.inputs import find_model
-from advtransfer.torch_checkpoint import KNOWN_MODELS, KnownModel, file_bytes, hub
+from advtransfer.torch_checkpoint import KNOWN_MODELS, KnownModel, file_bytes
 
 SOURCES = _config("paper_study").study.sources.split(",")
 BUILD = "pip install tensorflow && tfds build {} --file_format=array_record"

@@ -15,7 +15,8 @@ from urllib.parse import unquote
 
 import pytest
 
-from advtransfer.torch_checkpoint.hub import _check_announced, fetch
+from advtransfer.hub import _check_announced
+from advtransfer.torch_checkpoint import fetch
 from advtransfer.torch_reader import CheckpointError
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +114,7 @@ class Hub:
         read when huggingface_hub is imported."""
         program = (
             "import json, sys\n"
-            "from advtransfer.torch_checkpoint.hub import CheckpointError, fetch\n"
+            "from advtransfer.torch_checkpoint import CheckpointError, fetch\n"
             "for line in sys.stdin:\n"
             "    try:\n"
             "        found = fetch(line.rstrip())\n"

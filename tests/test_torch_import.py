@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from advtransfer.hub import Fetched
 from advtransfer.models import ARCHITECTURES, create_module, load_model, logits_fn, save_model
 from advtransfer.torch_checkpoint import convert, export_torch_state_dict, import_torch_checkpoint
 from advtransfer.torch_checkpoint.catalogue import KnownModel, find_known
-from advtransfer.torch_checkpoint.hub import Fetched
 from advtransfer.torch_reader import CheckpointError, File, open_checkpoint
 
 NETWORKS = Path(__file__).parent / "fixtures" / "networks"

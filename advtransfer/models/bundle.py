@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from advtransfer import foreign, storage
+from advtransfer import foreign, hub, storage
 from advtransfer.arrays import AnyArray, Variables
 from advtransfer.data import resize
 from advtransfer.foreign import AnyPath
@@ -201,13 +201,17 @@ def load_model(folder: str | AnyPath, *, dtype: DTypeLike | None = None) -> Mode
     """Reads a model folder.
 
     Args:
-      folder: what `save_model` wrote, or a workdir with such a folder called `model`.
+      folder: what `save_model` wrote, or a workdir with such a folder called `model`; or the name of a
+        repository of the Hugging Face hub with these files, hf:OWNER/NAME[@REVISION] (see `push_to_hub`).
       dtype: the type that the network computes in; None: float32.
 
     Raises:
-      ValueError: no model folder; an unknown architecture; weights that cannot be read, do not fit the
-        architecture (every missing, unexpected and wrongly shaped name is listed) or are not those written.
+      ValueError: no model folder, or none that the hub gives; an unknown architecture; weights that cannot
+        be read, do not fit the architecture (every missing, unexpected and wrongly shaped name is listed) or
+        are not those written.
     """
+    if str(folder).startswith("hf:"):
+        folder = hub.fetch_folder(str(folder), (_SPEC_FILE, f"{_VARIABLES}/*"))
     path = _find(folder)
     spec, sha256 = _read(path)
     module = create_module(

@@ -12,11 +12,12 @@ from advtransfer import storage
 from advtransfer.config import ConfigError, Options, names_key
 from advtransfer.data import Dataset
 from advtransfer.evaluate import align_classes, check_head, describe
+from advtransfer.hub import check_hub_name
 from advtransfer.models import Model, ModelSpec, compute_dtype, load_model, save_model
 from advtransfer.tasks.inputs import load_data, model_name
 from advtransfer.tasks.source import check_evaluation, measure_once
 from advtransfer.tasks.workdir import Job, check_workdir, open_workdir, write_json
-from advtransfer.torch_checkpoint import check_hub_name, import_torch_checkpoint, known_models_table
+from advtransfer.torch_checkpoint import import_torch_checkpoint, known_models_table
 
 
 def run(job: Job) -> None:

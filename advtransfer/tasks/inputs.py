@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from advtransfer import hub
 from advtransfer.config import Options, Run, names_key
 from advtransfer.data import Dataset, load_dataset, plan_dataset
 from advtransfer.models import Model, compute_dtype, create_module, load_model
 from advtransfer.norms import NORMS
-from advtransfer.torch_checkpoint import import_torch_checkpoint, is_on_this_machine, known_on_hub, known_spec
+from advtransfer.torch_checkpoint import import_torch_checkpoint, known_on_hub, known_spec
 
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".safetensors")  # of a file that is not there
 
@@ -46,7 +47,8 @@ def load_data(
 
 
 def find_model(name: str, dtype: str, *, planned: bool = False) -> Model:
-    """A model by name: a folder, `hf:REPO/FILE[@revision]`, or a PyTorch file.
+    """A model by name: a folder, `hf:OWNER/NAME[@REVISION]`, `hf:OWNER/NAME/FILE[@REVISION]`, or a PyTorch
+    file.
 
     Args:
       name: of the model.
@@ -58,9 +60,9 @@ def find_model(name: str, dtype: str, *, planned: bool = False) -> Model:
         known.
     """
     if not name:
-        raise ValueError("name a model: a folder, hf:REPO/FILE or a PyTorch file")
+        raise ValueError("name a model: a folder, hf:OWNER/NAME, hf:OWNER/NAME/FILE or a PyTorch file")
     if planned and is_missing(name):
-        known = known_on_hub(name)
+        known = None if hub.names_folder(name) else known_on_hub(name)
         if known is None:
             raise ValueError(
                 f"{name} is not on this machine, and what it is cannot be known without it: fetch it first "
@@ -115,7 +117,7 @@ def is_trained_here(source: str) -> bool:
 
 def is_missing(name: str) -> bool:
     """Whether a model has to be downloaded."""
-    return name.startswith("hf:") and not is_on_this_machine(name)
+    return name.startswith("hf:") and not hub.is_on_this_machine(name)
 
 
 def model_name(name: str) -> str:
@@ -137,4 +139,6 @@ def study_targets(options: Options) -> tuple[str, list[str]]:
 
 
 def _is_checkpoint(name: str) -> bool:
+    if hub.names_folder(name):
+        return False
     return name.startswith("hf:") or os.path.isfile(name) or name.endswith(_SUFFIXES)

@@ -10,6 +10,7 @@ import importlib.util
 from advtransfer.config import ConfigError, Options, names_key
 from advtransfer.data import NotPrepared, check_dataset_name, known_sizes
 from advtransfer.data.targets import BY_HAND, DOWNLOAD_MB
+from advtransfer.hub import names_folder
 from advtransfer.tasks.inputs import is_missing, is_trained_here, split_names, study_targets
 from advtransfer.torch_checkpoint import file_bytes, known_on_hub
 
@@ -107,7 +108,7 @@ def _describe(error: NotPrepared) -> str:
 
 
 def _describe_model(name: str) -> str:
-    known = known_on_hub(name)
+    known = None if names_folder(name) else known_on_hub(name)
     size = f" (about {file_bytes(known) / 1e6:,.0f} MB)" if known else ""
     needs = "" if importlib.util.find_spec("huggingface_hub") else ": pip install huggingface_hub"
     return f"{name}{size}{needs}"

@@ -14,6 +14,7 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from advtransfer import hub
 from advtransfer.models import IMAGENET_MEAN, IMAGENET_STD, ModelSpec, create_module
 from advtransfer.torch_checkpoint.layout import layout
 
@@ -65,6 +66,21 @@ def find_known(file_name: str, sha256: str = "", repo: str = "") -> KnownModel |
     named = [known for known in KNOWN_MODELS if known.file == file_name]
     found = [known for known in named if repo and known.repo == repo] or named
     return found[0] if len(found) == 1 else None
+
+
+_ON_HUB = tuple(f"hf:{known.repo}/{known.file}" for known in KNOWN_MODELS if known.repo)
+
+
+def fetch(name: str, folder: str | Path | None = None) -> hub.Fetched:
+    """As `hub.fetch`; of a wrong name a message names the nearest known models."""
+    return hub.fetch(name, folder, known=_ON_HUB)
+
+
+def known_on_hub(name: str) -> KnownModel | None:
+    """The known model of this name, in any revision, if it is one. A malformed name is a CheckpointError."""
+    file_name = name.partition("@")[0]
+    hub.check_hub_name(name)
+    return next((known for known in KNOWN_MODELS if f"hf:{known.repo}/{known.file}" == file_name), None)
 
 
 def known_spec(known: KnownModel) -> ModelSpec:

@@ -18,9 +18,8 @@ from jax.typing import DTypeLike
 from advtransfer.arrays import AnyArray, Variables
 from advtransfer.models import IMAGENET_MEAN, IMAGENET_STD, Model, ModelSpec, ResNet, create_module
 from advtransfer.models.bundle import check_spec
-from advtransfer.torch_checkpoint.catalogue import KnownModel, find_known
+from advtransfer.torch_checkpoint.catalogue import KnownModel, fetch, find_known
 from advtransfer.torch_checkpoint.export import parse_metadata
-from advtransfer.torch_checkpoint.hub import fetch
 from advtransfer.torch_checkpoint.layout import brief, infer_architecture, is_inside, layout, misfits
 from advtransfer.torch_checkpoint.state_dict import Network, check_copies, find_network
 from advtransfer.torch_reader import (
