@@ -66,6 +66,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "tfds-prepare": ["tensorflow>=2.18"],  # to prepare sets; to read them nothing is needed
         "hub": ["huggingface_hub>=0.30"],
+        "parquet": ["pyarrow>=18"],
         "ray": ["ray>=2.50"],
         "gcs": ["gcsfs>=2025.2"],
         "s3": ["s3fs>=2025.2"],

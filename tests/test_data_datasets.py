@@ -156,7 +156,7 @@ def test_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     [
         ("builtin:digit", {}, "did you mean builtin:digits"),
         ("glyphs", {}, "did you mean builtin:glyphs"),
-        ("nowhere:cifar10", {}, "prefix 'nowhere' is not one of builtin, tfds, folder"),
+        ("nowhere:cifar10", {}, "prefix 'nowhere' is not one of builtin, tfds, folder, table"),
         ("xyz", {}, "known datasets: builtin:digits, builtin:glyphs, builtin:lowercase, tfds:NAME"),
         ("builtin:digits", {"image_size": 0}, "image_size of builtin:digits must be"),
         ("builtin:glyphs", {"image_size": 8}, "got image_size 8"),

@@ -28,6 +28,7 @@ from advtransfer.data.folder import open_folder
 from advtransfer.data.recorded import (
     SPLITS,
     Recording,
+    check_missing,
     find_size,
     find_splits,
     find_training,
@@ -36,6 +37,7 @@ from advtransfer.data.recorded import (
 )
 from advtransfer.data.stream import StreamedSplit
 from advtransfer.data.subsets import stratified_order
+from advtransfer.data.table import open_table
 from advtransfer.data.tfds import open_tfds
 from advtransfer.data.views import VIEWS
 from advtransfer.labels import check_labels
@@ -119,8 +121,9 @@ def load_dataset(
     one size, they are resized; otherwise they are cropped as in ImageNet evaluation (see `fit_image`).
 
     Args:
-      name: one of `DATASETS`; `tfds:NAME`, a prepared TensorFlow dataset (see module `tfds`); or
-        `folder:/path`, with one subfolder per class (see module `folder`).
+      name: one of `DATASETS`; `tfds:NAME`, a prepared TensorFlow dataset (see module `tfds`);
+        `folder:/path`, with one subfolder per class (see module `folder`); or `table:/path/labels.csv`, a
+        table of images and their classes (see module `table`).
       image_size: side of the images in pixels; None is the dataset's own (glyphs 16, digits 8). Glyphs are
         drawn at this size.
       seed: of the drawn glyphs.
@@ -164,6 +167,8 @@ def load_dataset(
         dataset = Dataset(name, class_names, train, validation, test)
         return dataset._replace(digests={split: content_digest(*getattr(dataset, split)) for split in splits})
     recording = _opener(name)(name)
+    if broken == "refuse":
+        check_missing(recording)
     size, crop = find_size(recording, image_size, cache_dir, enlarge=enlarge)
     num_train = find_splits(recording)[1]["train"]
     streamed = "train" in splits and is_streamed(name, num_train, size, view, loading)
@@ -216,7 +221,7 @@ def _opener(name: str) -> Callable[[str], Recording]:
     else:
         near = difflib.get_close_matches(name, DATASETS, n=2, cutoff=0.4)
         hint = f"did you mean {' or '.join(near)}?" if near else "no similar name"
-    known = ", ".join([*DATASETS, "tfds:NAME", "folder:/path"])
+    known = ", ".join([*DATASETS, "tfds:NAME", "folder:/path", "table:/path/labels.csv"])
     raise ValueError(f"unknown dataset {name!r}: {hint}; known datasets: {known}")
 
 
@@ -290,4 +295,8 @@ DATASETS: dict[str, Callable[..., Parts]] = {
     "builtin:lowercase": _load_lowercase,
 }
 
-OPENERS: dict[str, Callable[[str], Recording]] = {"tfds": open_tfds, "folder": open_folder}
+OPENERS: dict[str, Callable[[str], Recording]] = {
+    "tfds": open_tfds,
+    "folder": open_folder,
+    "table": open_table,
+}

@@ -25,6 +25,7 @@ VALIDATION_SHARE, MAX_VALIDATION = 0.1, 5000  # of the training images, if no va
 MAX_STRATIFIED = 200_000  # larger datasets are split without their labels, which may take long to read
 _TRAIN = re.compile(r":([a-z]\w*(?:\[[^\]]*\])?(?:\+.+)?)\Z")  # of names such as /path:train[:10%]
 _CHUNK = 1024  # images whose headers are read at a time
+_SKIP = 'skip them: --config.broken_images=skip (load_dataset: broken="skip")'
 _DARK = 32  # an eighth of the range: correctly scaled images have brighter pixels
 
 
@@ -48,6 +49,7 @@ class Recording(NamedTuple):
     upright: bool  # see `decode_image`
     side: int | None = None  # pixels, if all images are known to be squares of this size
     remarks: tuple[str, ...] = ()  # notes for the user on how it was read
+    missing: tuple[str, ...] = ()  # images of `splits` whose files do not exist
 
 
 class Part(NamedTuple):
@@ -129,8 +131,7 @@ def load_parts(
         if broken == "refuse" and len(part.skipped):
             raise ValueError(
                 f"{len(part.skipped):,} of {sizes[split]:,} images of {recording.name} cannot be decoded: "
-                f"{_first_five(part.skipped)}. Fix or remove them, or skip them: --config.broken_images=skip "
-                '(load_dataset: broken="skip")'
+                f"{_first_five(part.skipped)}. Fix or remove them, or {_SKIP}"
             )
         return part
 
@@ -139,6 +140,15 @@ def load_parts(
 
 def _first_five(names: Sequence[str] | np.ndarray) -> str:
     return "; ".join(names[:5]) + ("; …" if len(names) > 5 else "")
+
+
+def check_missing(recording: Recording) -> None:
+    """Raises a ValueError if the files of some images do not exist."""
+    if missing := recording.missing:
+        raise ValueError(
+            f"{len(missing):,} images of {recording.name} do not exist: {_first_five(missing)}. Correct "
+            f"the paths, or {_SKIP}"
+        )
 
 
 def inspect(parts: Mapping[str, Part]) -> list[str]:

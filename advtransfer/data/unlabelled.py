@@ -11,8 +11,8 @@ from jaxtyping import UInt8
 
 from advtransfer.data.cache import fingerprint
 from advtransfer.data.decode import decode_images
-from advtransfer.data.folder import make_records
 from advtransfer.data.layout import SUFFIXES, Walk
+from advtransfer.data.listed import file_records
 from advtransfer.data.recorded import Recording, find_size
 from advtransfer.data.views import VIEWS
 
@@ -85,7 +85,7 @@ def open_unlabelled(
         raise ValueError(f"there is no folder or file {root}")
     if not paths:
         raise ValueError(f"{root} contains no images, in any of its subfolders")
-    records = make_records(root, [(path, 0) for path in sorted(paths)])
+    records = file_records(root, [(path, 0) for path in sorted(paths)])
     names = tuple(map(records.describe, range(records.count)))
     identity = {"files": fingerprint(root, paths), "classes": None}
     recording = Recording(str(root), ("",), {"test": records}, identity, upright=True)

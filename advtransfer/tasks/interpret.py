@@ -154,7 +154,9 @@ def _check(job: Job, *, planned: bool = False) -> Case:
     models = _models(options, planned=planned)
     with names_key("data"):
         if not data:
-            raise ValueError("name a dataset: builtin:digits, tfds:NAME or folder:/path")
+            raise ValueError(
+                "name a dataset: builtin:digits, tfds:NAME, folder:/path or table:/path/labels.csv"
+            )
     numbers = {"num_images": settings.split, "num_measured": settings.split}
     if "influence" in settings.analyses:
         numbers |= {"num_queries": settings.split, "num_train": "train"}
