@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ INPUTS = ("uint8", "float", "normalised")
 
 def export(
     model: Model,
-    path: str | Path,
+    path: str | AnyPath,
     *,
     inputs: str = "uint8",
     image_size: int = 0,
@@ -55,8 +54,8 @@ def export(
     Raises:
       ValueError: a model without a head, or options that are not as above.
     """
-    spec, path = model.spec, storage.to_path(path)
-    _check(model, path, inputs, image_size, batch_size, temperature, platforms)
+    spec, file = model.spec, storage.to_path(path)
+    _check(model, file, inputs, image_size, batch_size, temperature, platforms)
     side, module = image_size, model.module
     if inputs == "normalised":
         side = spec.image_size
@@ -65,7 +64,7 @@ def export(
     def call(images: UInt8[AnyArray, "n h w 3"] | Float[AnyArray, "n h w 3"]) -> Float[Array, "n classes"]:
         if inputs != "normalised":
             images = resize(images if inputs == "float" else to_float(images), spec.image_size)
-        logits = module.apply(model.variables, images)
+        logits = jnp.asarray(module.apply(model.variables, images))
         return jax.nn.softmax(logits / temperature, axis=-1) if temperature else logits
 
     n, s = batch_size or "n", side or "s"
@@ -84,14 +83,14 @@ def export(
         "image_size": spec.image_size,
         "class_names": spec.class_names,
         "platforms": list(platforms),
-        "load": f"jax.export.deserialize(bytearray(open({path.name!r}, 'rb').read())).call(images)",
+        "load": f"jax.export.deserialize(bytearray(open({file.name!r}, 'rb').read())).call(images)",
         "sha256": hashlib.sha256(content).hexdigest(),
         "versions": package_versions(),
     }
-    storage.make_folder(path.parent)
-    storage.write(path, content)
-    storage.write(path.with_name(f"{path.name}.json"), json.dumps(described, indent=2) + "\n")
-    return path
+    storage.make_folder(file.parent)
+    storage.write(file, content)
+    storage.write(file.parent / f"{file.name}.json", json.dumps(described, indent=2) + "\n")
+    return file
 
 
 def _check(

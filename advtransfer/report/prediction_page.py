@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,6 @@ from jaxtyping import Float64, Integer, UInt8
 from advtransfer.intervals import wilson
 from advtransfer.report import figures
 from advtransfer.report.sections import (
-    EMPTY,
     Axis,
     Entry,
     Panel,
@@ -48,7 +48,7 @@ class Predicted(NamedTuple):
     class_names: Sequence[str]
     classes: Integer[np.ndarray, "n k"]
     probabilities: Float64[np.ndarray, "n k"]
-    problems: Mapping[int, str] = EMPTY
+    problems: Mapping[int, str] = MappingProxyType({})
 
 
 def _by_probability(predicted: Predicted) -> np.ndarray:

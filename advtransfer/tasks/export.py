@@ -22,7 +22,7 @@ def run(job: Job) -> None:
             temperature=options.temperature,
             platforms=options.platforms,
         )
-    print(f"{path}: {path.stat().st_size / 1e6:,.1f} MB; {path.name}.json says how to run it")
+    print(f"{path}: {path.name}.json says how to run it")
 
 
 def plan(job: Job) -> str:

@@ -5,13 +5,14 @@ An image that cannot be decoded has a row that says why.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from advtransfer.calibration import Calibration, calibrate, probabilities
 from advtransfer.config import ConfigError, names_key
-from advtransfer.data import Dataset
+from advtransfer.data import Dataset, Split
 from advtransfer.data.unlabelled import Unlabelled, open_unlabelled
 from advtransfer.evaluate import align_classes, check_head, predict
 from advtransfer.models import Model
@@ -34,7 +35,8 @@ def run(job: Job) -> None:
     task, options = _check(job), job.options.prediction
     calibration, held_out = None, ""
     if task.held_out is not None:
-        calibration = _calibrate(task, options.batch_size)
+        parts = [task.held_out.in_memory(split) for split in task.splits]
+        calibration = _calibrate(task.model, parts, options.batch_size)
         held_out = f"{task.held_out.name} ({' and '.join(task.splits)})"
     predicted = _predict(task, calibration, options.num_listed, options.batch_size)
     if len(predicted.problems) == len(predicted.names):
@@ -106,9 +108,8 @@ def _check(job: Job, *, planned: bool = False) -> _Task:
     return _Task(model, images, held_out, splits)
 
 
-def _calibrate(task: _Task, batch_size: int) -> Calibration:
-    parts = [task.held_out.in_memory(split) for split in task.splits]
-    logits = [predict(task.model, part.images, batch_size=batch_size) for part in parts]
+def _calibrate(model: Model, parts: Sequence[Split], batch_size: int) -> Calibration:
+    logits = [predict(model, part.images, batch_size=batch_size) for part in parts]
     return calibrate(np.concatenate(logits), np.concatenate([part.labels for part in parts]))
 
 
