@@ -158,6 +158,15 @@ def test_validation_images_that_were_trained_on_are_left_out(model, photos, tmp_
         tasks.plan(configured(every, photos, splits=("validation",)), tmp_path / "out")
 
 
+def test_held_out_images_that_are_gone(model, photos, tmp_path):
+    gone = described(model, tmp_path / "gone", name=f"folder:{tmp_path}/nowhere")
+    message = "config.predict.held_out: .* there is no folder .*: the model was fine-tuned on it; name other"
+    with pytest.raises(ConfigError, match=message):
+        tasks.run(configured(gone, photos), tmp_path / "out")
+    with pytest.raises(ConfigError, match="there is no folder [^:]*nowhere$"):
+        tasks.run(configured(gone, photos, held_out=f"folder:{tmp_path}/nowhere"), tmp_path / "out")
+
+
 def test_without_held_out_images_the_page_says_so(model, photos, tmp_path):
     tasks.run(configured(model, photos, held_out="none"), tmp_path / "out")
     assert "how often it is right is not known" in read_page(tmp_path / "out" / "report.html").text

@@ -86,26 +86,31 @@ def _check(job: Job, *, planned: bool = False) -> _Task:
             crop=trained_on.get("crop"),
             view=trained_on.get("view", "natural"),
         )
-    name, held_out, splits = options.held_out or trained_on.get("name", "none"), None, ()
-    if name != "none":
+    held_out, splits = None, ()
+    if (name := options.held_out or trained_on.get("name", "none")) != "none":
         splits = tuple(x for x in options.splits if x != "validation" or trained_on.get("set_aside", True))
-        if not splits:
-            raise ConfigError(
-                "config.predict.splits=validation, but the model was trained on these images: set test"
-            )
-        held_out = load_data(
-            job.options.run,
-            "predict.held_out",
-            name,
-            image_size=model.spec.image_size,
-            splits=splits,
-            view=images.view,
-            planned=planned,
-        )
-        with names_key("predict.held_out"):
-            held_out = align_classes(held_out, model.spec)
+        try:
+            held_out = _held_out(job, model, name, splits, images.view, planned=planned)
+        except ConfigError as error:
+            hint = "" if options.held_out else ": the model was fine-tuned on it; name other images, or none"
+            raise ConfigError(f"{error}{hint}") from error
     check_workdir(job)
     return _Task(model, images, held_out, splits)
+
+
+def _held_out(
+    job: Job, model: Model, name: str, splits: tuple[str, ...], view: str, *, planned: bool
+) -> Dataset:
+    """The labelled images, with the model's labels."""
+    if not splits:
+        raise ConfigError(
+            "config.predict.splits=validation, but the model was trained on these images: set test"
+        )
+    size = model.spec.image_size
+    options = {"image_size": size, "splits": splits, "view": view, "planned": planned}
+    dataset = load_data(job.options.run, "predict.held_out", name, **options)
+    with names_key("predict.held_out"):
+        return align_classes(dataset, model.spec)
 
 
 def _calibrate(model: Model, parts: Sequence[Split], batch_size: int) -> Calibration:
