@@ -31,6 +31,7 @@ from advtransfer.data import (
     Dataset,
     Split,
     load_dataset,
+    read_images,
     render_glyphs,
     subset_indices,
 )
@@ -104,6 +105,7 @@ __all__ = [
     "pgd",
     "predict",
     "push_to_hub",
+    "read_images",
     "render_glyphs",
     "report",
     "reset_head",

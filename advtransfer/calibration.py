@@ -73,6 +73,14 @@ class Calibration(NamedTuple):
     labels: Integer[np.ndarray, " n"]
     held_out: Float64[np.ndarray, "n classes"]
 
+    def __repr__(self) -> str:
+        """Short: the temperature, and both errors."""
+        value, low, high, problem = self.temperature
+        return (
+            f"Calibration(temperature={value:.3g}, {problem or f'interval {low:.3g} to {high:.3g}'}, "
+            f"error {self.before.ece:.1%} before, {self.after.ece:.1%} after, {len(self.labels):,} images)"
+        )
+
     def probabilities(self, logits: Float[np.ndarray, "n classes"]) -> Float64[np.ndarray, "n classes"]:
         """softmax(logits / temperature)."""
         return probabilities(logits, self.temperature.value)

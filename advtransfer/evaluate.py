@@ -248,8 +248,8 @@ def _check_pixels(images: AnyArray, *, of_model: bool) -> None:
     if images.ndim != 4 or not len(images) or (of_model and not colour):
         raise ValueError(
             f"images have the shape {images.shape}, not {'[N, H, H, 3]' if of_model else '[N, H, W, C]'}: a "
-            "single one is images[None]; grey ones are repeated three times along the last axis, and "
-            "rectangular ones cropped or padded"
+            "single one is images[None]; at.read_images(folder, model.spec.image_size) reads files as colour "
+            "squares, and a PIL image gets three channels by convert('RGB')"
         )
     if jnp.issubdtype(images.dtype, jnp.floating):
         check_images(images)

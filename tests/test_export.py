@@ -1,5 +1,6 @@
 """Exported files against the model: in a process that cannot import this package, and of every shape."""
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export as jax_export
+from PIL import Image
 
 import advtransfer as at
 from advtransfer.calibration import probabilities
@@ -65,6 +67,37 @@ def test_a_fresh_process_without_this_package(model, tmp_path):
         described["load"]
         == "jax.export.deserialize(bytearray(open('model.stablehlo', 'rb').read())).call(images)"
     )
+
+
+def photos(folder):
+    """Rectangular, transparent, turned, grey and 16-bit images, and a square."""
+    rng = np.random.default_rng(5)
+    folder.mkdir()
+    colour = rng.integers(0, 256, (30, 41, 4), np.uint8)
+    turned = Image.Exif()
+    turned[274] = 6
+    Image.fromarray(colour[..., :3]).save(folder / "wide.png")
+    Image.fromarray(colour[:, :20, :3]).save(folder / "turned.jpg", exif=turned, quality=95)
+    Image.fromarray(colour).save(folder / "clear.png")
+    Image.fromarray(colour[:, :30, 0]).save(folder / "grey.png")
+    Image.fromarray(rng.integers(0, 65536, (30, 25), np.uint16)).save(folder / "deep.png")
+    return folder
+
+
+@pytest.mark.parametrize("crop", [True, False])
+@pytest.mark.parametrize("inputs", ["uint8", "normalised"])
+def test_the_program_reads_files_as_stage_predict(model, crop, inputs, tmp_path):
+    spec = dataclasses.replace(model.spec, provenance={"data": {"crop": crop}})
+    options = {"temperature": 1.7} if inputs == "uint8" else {"batch_size": 2}
+    path = at.export(model._replace(spec=spec), tmp_path / "m", inputs=inputs, **options)
+    names, images = at.read_images(photos(tmp_path / "photos"), SIZE, crop=crop)
+    files = [str(tmp_path / "photos" / name) for name in names]
+    done = subprocess.run([sys.executable, f"{path}.py", *files], capture_output=True, text=True, check=True)
+    expected = probabilities(at.predict(model, images), options.get("temperature", 1.0))
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == files and len(files) == 5
+    assert [line[1] for line in lines] == [spec.class_names[i] for i in expected.argmax(1)]
+    np.testing.assert_allclose([float(line[2]) for line in lines], expected.max(1), atol=1e-4)
 
 
 @pytest.mark.parametrize("inputs", ["uint8", "float", "normalised"])

@@ -150,7 +150,7 @@ def _measured(k, *, norm="none", num_test=3, side=8, choice=None):
 )
 def test_the_page_tells_what_was_trained(k, blocks):
     page = one_model.make_page(_measured(k), title="Page")
-    expected = ["resnet_tiny, natural", "2 classes", "1,600", blocks, "1,234", "3"]
+    expected = ["resnet_tiny, natural", "8² pixels", "2 classes", "1,600", blocks, "1,234", "3"]
     assert [fact for _, fact in page.facts] == expected
     assert (page.choice, page.choice_rows, page.config["batch_size"]) == ("", [], 7)
     assert set(page.versions) >= {"jax", "numpy"}

@@ -101,6 +101,8 @@ def test_rows_are_the_scaled_probabilities_of_each_file(model, photos, labelled,
         assert float(row["probability_2"]) == pytest.approx(1 - share)
         assert {row["class"], row["class_2"]} == {"bright", "dark"}
         assert row["abstain"] == str(int(share < 0.6))
+    mistakes = read_csv(model / "mistakes.csv")
+    assert mistakes and all((labelled / row["file"]).parent.name == row["label"] for row in mistakes)
     page = read_page(tmp_path / "out" / "report.html")
     answered = sum(row["abstain"] == "0" for row in rows)
     assert f"names the class of {answered} of 9 images" in capsys.readouterr().out
@@ -208,4 +210,4 @@ def test_the_surest_and_the_least_sure_are_different_pictures():
     assert chosen.tolist() == [*range(38, 22, -1), *range(16)]
     pictures = np.zeros((len(chosen), 4, 4, 3), np.uint8)
     _, section, *_ = prediction_sections(predicted, pictures, None, "", abstain_below=0.5)
-    assert [part.groups[0][0].labels[0].small for part in section.parts] == ["88.5 %", "30.0 %"]
+    assert [part.groups[0][0].labels[0].small for part in section.parts] == ["88.5 %, 38", "30.0 %, 0"]

@@ -287,11 +287,10 @@ def test_remarks_name_thirty_classes_and_five_broken_images(num_classes, num_ski
     names = [f"c{i}" for i in range(num_classes)]
     split = load_dataset("builtin:digits", image_size=8).test
     images = [f"p{i}" for i in range(num_skipped)]
-    part = Part(
-        split.images, split.labels, np.array(images, str), np.array(""), np.arange(797, dtype=np.uint64)
-    )
+    hashes, files = np.arange(797, dtype=np.uint64), np.array(797 * ["x"])
+    part = Part(split.images, split.labels, np.array(images, str), np.array(""), hashes, files)
     empty = part._replace(skipped=np.empty(0, str), hashes=np.empty(0, np.uint64), labels=split.labels[:0])
-    remarks = inspect({"train": part, "validation": empty, "test": empty})
+    remarks = inspect({"train": part, "validation": empty, "test": empty}, names)
     target = Dataset("mine", tuple(names), split, split, split, remarks=tuple(remarks))
     place = Place("mine", "natural", 8, is_whole=False)
     classes, *broken = _remarks(StudyInputs([], None, [], {place: target}, "source"))

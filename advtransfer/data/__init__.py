@@ -27,6 +27,7 @@ from advtransfer.data.transforms import (
     resize,
     to_float,
 )
+from advtransfer.data.unlabelled import read_images
 from advtransfer.data.views import VIEWS
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "make_batch",
     "make_feed",
     "plan_dataset",
+    "read_images",
     "render_glyphs",
     "resize",
     "subset_indices",

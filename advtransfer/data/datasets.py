@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -82,6 +83,7 @@ class Dataset(NamedTuple):
     skipped: tuple[str, ...] = ()  # images that could not be decoded, with the reason
     remarks: tuple[str, ...] = ()  # notes for the user: files left out, duplicates, ...
     digests: Mapping[str, str] = MappingProxyType({})  # known values of `content_digest`, by split
+    names: Mapping[str, np.ndarray] = MappingProxyType({})  # of recorded images in memory, by split
     is_placeholder: bool = False  # stands in for a dataset that is not prepared (see `plan_dataset`)
     crop: bool = False  # whether images were scaled and cropped as in ImageNet evaluation (see `fit_image`)
 
@@ -181,7 +183,7 @@ def load_dataset(
         records, indices = find_training(recording)
         place = find_size(recording, image_size, cache_dir)
         train = StreamedSplit(records.read, records.describe, indices, *place, recording.upright, broken)
-    remarks = (*recording.remarks, *inspect(parts))
+    remarks = (*recording.remarks, *inspect(parts, recording.class_names))
     for remark in remarks:
         logging.warning("%s: %s", name, remark)
     return Dataset(
@@ -193,6 +195,7 @@ def load_dataset(
         skipped=tuple(str(image) for part in parts.values() for image in part.skipped),
         remarks=remarks,
         digests={split: str(part.digest) for split, part in parts.items()},
+        names={split: part.names for split, part in parts.items()},
         crop=crop,
     )
 
@@ -216,7 +219,10 @@ def _opener(name: str) -> Callable[[str], Recording]:
     prefix, colon, _ = name.partition(":")
     if colon and prefix in OPENERS:
         return OPENERS[prefix]
-    if colon and prefix != "builtin":
+    if (path := Path(name).expanduser()).exists():
+        kind = "folder" if path.is_dir() else "table"
+        hint = f"did you mean {kind}:{name}?"
+    elif colon and prefix != "builtin":
         hint = f"prefix {prefix!r} is not one of builtin, {', '.join(OPENERS)}"
     else:
         near = difflib.get_close_matches(name, DATASETS, n=2, cutoff=0.4)

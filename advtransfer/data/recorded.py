@@ -60,6 +60,7 @@ class Part(NamedTuple):
     skipped: Shaped[np.ndarray, " skipped"]  # strings: the broken images that were left out
     digest: Shaped[np.ndarray, ""]  # string: SHA-256 of images and labels
     hashes: UInt64[np.ndarray, " n"]  # of each image's pixels
+    names: Shaped[np.ndarray, " n"]  # strings: of the images, such as their files
 
 
 def split_name(name: str) -> tuple[str, str | None]:
@@ -107,14 +108,15 @@ def load_parts(
             upright=recording.upright,
         )
         labels = records.labels()[indices]
-        skipped = [f"{records.describe(indices[place])} ({reasons[place]})" for place in sorted(reasons)]
+        names = np.array([records.describe(index) for index in indices], np.str_)
+        skipped = [f"{names[place]} ({reasons[place]})" for place in sorted(reasons)]
         if skipped:
-            images, labels = (np.delete(array, list(reasons), axis=0) for array in (images, labels))
+            images, labels, names = (np.delete(x, list(reasons), axis=0) for x in (images, labels, names))
         images = VIEWS[view](images)
         digest, skipped = np.array(content_digest(images, labels)), np.array(skipped, dtype=np.str_)
         hashes = [hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8) for image in images]
         hashes = np.array([int.from_bytes(one.digest(), "little") for one in hashes], np.uint64)
-        return Part(images, labels, skipped, digest, hashes)._asdict()
+        return Part(images, labels, skipped, digest, hashes, names)._asdict()
 
     identity = recording.identity | {
         **{"size": size, "crop": crop, "view": view, "sizes": sizes, "pillow": PIL.__version__},
@@ -125,7 +127,8 @@ def load_parts(
     def load(split: str) -> Part:
         if not sizes[split] or split not in splits:
             images, hashes = np.empty((0, size, size, 3), np.uint8), np.empty(0, np.uint64)
-            return Part(images, np.empty(0, np.int32), np.empty(0, np.str_), np.array(""), hashes)
+            none = np.empty(0, np.str_)
+            return Part(images, np.empty(0, np.int32), none, np.array(""), hashes, none)
         kind, make = recording.name.partition(":")[0], functools.partial(decode, split)
         part = Part(**cached_arrays(kind, identity | {"split": split}, make, cache_dir=cache_dir))
         if broken == "refuse" and len(part.skipped):
@@ -151,9 +154,15 @@ def check_missing(recording: Recording) -> None:
         )
 
 
-def inspect(parts: Mapping[str, Part]) -> list[str]:
-    """Notes for the user on decoded images: those left out, duplicates, and images that are all dark."""
+def inspect(parts: Mapping[str, Part], class_names: Sequence[str]) -> list[str]:
+    """Notes for the user on decoded images: those left out, classes without test images, duplicates, and
+    images that are all dark."""
     remarks = []
+    if len(test := parts["test"].labels) and len(untested := np.setdiff1d(np.arange(len(class_names)), test)):
+        remarks.append(
+            f"{len(untested):,} of {len(class_names):,} classes have no test image: "
+            f"{_first_five([class_names[i] for i in untested])}"
+        )
     if skipped := [str(image) for part in parts.values() for image in part.skipped]:
         remarks.append(f"left out {len(skipped):,} images that cannot be decoded: {_first_five(skipped)}")
     labels: dict[str, dict[int, set[int]]] = {}  # by split and by hash of an image's pixels

@@ -57,6 +57,24 @@ class Unlabelled(NamedTuple):
             yield self.read(np.arange(start, min(start + _CHUNK, len(self.names))))
 
 
+def read_images(
+    place: str | Path, image_size: int, *, crop: bool | None = None, view: str = "natural"
+) -> tuple[tuple[str, ...], UInt8[np.ndarray, "n size size 3"]]:
+    """Names and pixels of the images in a folder, or of one file, as stage=predict reads them.
+
+    Args:
+      place, image_size, crop, view: as for `open_unlabelled`.
+
+    Raises:
+      ValueError: as `open_unlabelled`, or an image that cannot be decoded.
+    """
+    images = open_unlabelled(place, image_size, crop=crop, view=view)
+    found = images.read(np.arange(len(images.names)))
+    for i, why in found.broken.items():
+        raise ValueError(f"{images.names[i]} cannot be decoded ({why}): fix or remove it")
+    return images.names, found.pixels
+
+
 def open_unlabelled(
     place: str | Path, image_size: int, *, crop: bool | None = None, view: str = "natural"
 ) -> Unlabelled:

@@ -243,7 +243,12 @@ def _find(folder: str | AnyPath) -> AnyPath:
         storage.recover(candidate)
         if storage.is_file(candidate / _SPEC_FILE):
             return candidate
-    raise ValueError(f"{str(folder)!r} is not a model folder: it has no {_SPEC_FILE}")
+    if not path.exists():
+        raise ValueError(f"{str(folder)!r} is not a model folder: it does not exist")
+    below = [] if storage.is_address(path) else sorted(path.glob(f"*/*/{_SPEC_FILE}"))
+    below += [] if storage.is_address(path) else sorted(path.glob(f"*/*/model/{_SPEC_FILE}"))
+    hint = f"; there are models in it: {', '.join(str(x.parent) for x in below[:3])}" if below else ""
+    raise ValueError(f"{str(folder)!r} is not a model folder: it has no {_SPEC_FILE}{hint}")
 
 
 def _is_half_an_upload(folder: AnyPath) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from advtransfer.models.bundle import Model, package_versions
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 INPUTS = ("uint8", "float", "normalised")
+_PROGRAM = Path(__file__).parent / "classify.py"
 
 
 def export(
@@ -31,15 +33,17 @@ def export(
     temperature: float = 0.0,
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
 ) -> AnyPath:
-    """Writes a network with its weights as StableHLO, and what a user of it has to know as JSON beside it.
+    """Writes a network with its weights as StableHLO; beside it, as JSON, what its user has to know, and a
+    program that classifies image files.
 
     jax.export.deserialize(bytearray(open(path, "rb").read())).call(images) runs it, with the packages jax and
-    flatbuffers. JAX reads it for at least six months after the version that wrote it
-    (https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees).
+    flatbuffers, and compiles it for each new shape. The program, `python PATH.py FILE ...`, needs Pillow too,
+    and reads images as stage=predict does. JAX reads the file for at least six months after the version that
+    wrote it (https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees).
 
     Args:
       model: with a head.
-      path: of the file; the JSON is called PATH.json.
+      path: of the file; the others are called PATH.json and PATH.py.
       inputs: what the file takes as images [N, S, S, 3]: "uint8", 0 to 255; "float", float32 in [0, 1]; or
         "normalised", float32 after the model's mean and standard deviation, which are then not in the file.
       image_size: S, in pixels; 0: any, or the model's own of normalised images. Other images than of the
@@ -78,10 +82,16 @@ def export(
         + {"uint8": "0 to 255", "float": "in [0, 1]", "normalised": "(x in [0, 1] - mean) / std"}[inputs],
         "output": f"float32 [{batch_size or 'N'}, {spec.num_classes}], "
         + (f"probabilities, with a temperature of {temperature:g}" if temperature else "logits"),
+        "num_classes": spec.num_classes,
+        "batch_size": batch_size,
         "mean": spec.mean,
         "std": spec.std,
         "image_size": spec.image_size,
         "class_names": spec.class_names,
+        "temperature": temperature,
+        "inputs": inputs,
+        # How photographs become squares; None: cropped unless all of them are squares of one size.
+        "crop": spec.provenance.get("data", {}).get("crop"),
         "platforms": list(platforms),
         "load": f"jax.export.deserialize(bytearray(open({file.name!r}, 'rb').read())).call(images)",
         "sha256": hashlib.sha256(content).hexdigest(),
@@ -90,6 +100,7 @@ def export(
     storage.make_folder(file.parent)
     storage.write(file, content)
     storage.write(file.parent / f"{file.name}.json", json.dumps(described, indent=2) + "\n")
+    storage.write(file.parent / f"{file.name}.py", _PROGRAM.read_text("utf-8"))
     return file
 
 

@@ -34,6 +34,7 @@ from advtransfer.report.sections import (
 
 MAX_CLASSES = 30  # in a confusion matrix that one can read
 MAX_MISTAKES = 16
+_MAX_NAME = 16  # characters of a file's name below a picture
 MAX_LISTED = 20  # confused pairs, and classes where there are too many to show
 
 _FILES = ("epochs.csv", "choice.csv", "confusion.csv", "classes.csv", "mistakes.csv")
@@ -47,6 +48,7 @@ class ModelPage(NamedTuple):
       history: by column, of equal length: "epoch" (counted from 1), "train_accuracy" (in [0, 1]) and
         whatever else was measured; "test_accuracy" is drawn.
       outcome: on the test images.
+      files: names of the test images.
       pictures: of the first of `outcome.mistakes`, [M, H, W, 3] in [0, 1]; the first 16 are shown.
       choice: how the number of trained blocks was chosen, in a sentence; its table in `choice_rows`, one
         record per candidate, with "num_unfrozen_blocks", "chosen" and, if measured, "mean_accuracy" and
@@ -57,6 +59,7 @@ class ModelPage(NamedTuple):
     history: Mapping[str, Sequence[float] | np.ndarray]
     facts: Sequence[tuple[str, str]] = ()
     outcome: Outcome | None = None
+    files: Sequence[str] = ()
     pictures: np.ndarray | Sequence = ()
     choice: str = ""
     choice_rows: Sequence[Mapping[str, Any]] = ()
@@ -85,15 +88,17 @@ def write_model_page(page: ModelPage, folder: str | AnyPath) -> AnyPath:
         counts = [(name, *row) for name, row in zip(names, outcome.confusion.tolist(), strict=True)]
         files["confusion.csv"] = csv_lines([("label", *names), *counts])
         files["classes.csv"] = csv_text(class_table(outcome))
-        files["mistakes.csv"] = csv_text(mistake_table(outcome))
-        sections += [_confusion(outcome), _classes(outcome), _mistakes(outcome, page.pictures)]
+        files["mistakes.csv"] = csv_text(mistake_table(outcome, page.files))
+        sections += [_confusion(outcome), _classes(outcome), _mistakes(outcome, page.files, page.pictures)]
         correct, total = int(np.trace(outcome.confusion)), len(outcome.labels)
         share, low, high = map(_percent, (correct / total, *wilson(correct, total)))
         images = "1 test image is" if total == 1 else f"{total:,} test images are"
         headline = f"{share} % of {images} classified correctly (95 % interval {low} … {high} %)."
+        commonest = _percent(outcome.confusion.sum(axis=1).max() / total)
         note = (
-            "The interval (Wilson’s) is over test images alone: one network was trained, and another seed or "
-            "other training images would change the result too."
+            f"The most frequent class alone would be right for {commonest} %. The interval (Wilson’s) is "
+            "over test images alone: one network was trained; another seed or other training images would "
+            "change the result too."
         )
     made = Page(
         page.title,
@@ -192,21 +197,27 @@ def _classes(outcome: Outcome) -> Section:
     return Section("Class by class", parts=parts)
 
 
-def _mistakes(outcome: Outcome, pictures: np.ndarray | Sequence) -> Section:
-    title, wrong = "The most confident mistakes", mistake_table(outcome)
+def _mistakes(outcome: Outcome, files: Sequence[str], pictures: np.ndarray | Sequence) -> Section:
+    title, wrong = "The most confident mistakes", mistake_table(outcome, files)
     if wrong.empty:
         return Section(title, parts=[Text("There are none: every test image is classified correctly.")])
     images = np.asarray(pictures)[: min(MAX_MISTAKES, len(wrong))]
     labels, alts = [], []
-    for i, label, predicted, probability in wrong[: len(images)].itertuples(index=False):
+    for i, label, predicted, probability, *file in wrong[: len(images)].itertuples(index=False):
         certain = f"{_percent(probability)} %"
-        labels.append(Entry(f"{label} → ", predicted, certain))
+        labels.append(Entry(f"{label} → ", predicted, ", ".join([certain, *map(short_name, file)])))
         alts.append(f"Test image {i}: {label}, classified as {predicted} ({certain})")
     caption = (
         f"Wrong predictions: {len(wrong):,} of {len(outcome.labels):,}. Shown: {len(labels)}, "
         "the most confident first: label → prediction, and its probability."
     )
     return Section(title, parts=[Pictures(caption, [[PictureRow("", images, labels, alts)]], "mistakes.csv")])
+
+
+def short_name(file: str) -> str:
+    """The end of an image's name, for a line below its picture."""
+    last = file.rpartition("/")[2]
+    return last if len(last) <= _MAX_NAME else f"…{last[1 - _MAX_NAME :]}"
 
 
 def _percent(share: float) -> str:

@@ -67,13 +67,15 @@ def class_table(outcome: Outcome) -> DataFrame:
     return pd.DataFrame({"class": outcome.class_names, **columns, "low95": low, "high95": high})
 
 
-def mistake_table(outcome: Outcome) -> DataFrame:
-    """A row per wrong prediction, the most confident first; `index` counts the test images from 0."""
+def mistake_table(outcome: Outcome, files: Sequence[str] = ()) -> DataFrame:
+    """A row per wrong prediction, the most confident first; `index` counts the test images from 0, and `file`
+    is of `files`, the names of all test images, if they are known."""
     import pandas as pd
 
     names, wrong = np.array(outcome.class_names, object), outcome.mistakes
     classes = {"label": names[outcome.labels[wrong]], "predicted": names[outcome.predictions[wrong]]}
-    return pd.DataFrame({"index": wrong, **classes, "probability": outcome.probabilities[wrong]})
+    table = pd.DataFrame({"index": wrong, **classes, "probability": outcome.probabilities[wrong]})
+    return table.assign(file=np.asarray(files)[wrong]) if len(files) else table
 
 
 def confused_pairs(outcome: Outcome, number: int) -> DataFrame:

@@ -12,6 +12,7 @@ from jaxtyping import Float64, Integer, UInt8
 
 from advtransfer.intervals import wilson
 from advtransfer.report import figures
+from advtransfer.report.model_page import short_name
 from advtransfer.report.sections import (
     Axis,
     Entry,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 _NUM_SHOWN = 16  # of the surest, and of the least sure pictures
 _MAX_SIDE = 224  # pixels of a picture on the page
 _MAX_CLASSES, _MAX_PROBLEMS = 50, 20  # listed
-_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 _SCALED, _RAW = "with temperature", "without"
 
 
@@ -142,7 +143,7 @@ def _pictures(predicted: Predicted, pictures: np.ndarray) -> Section:
         labels, alts = [], []
         for i in indices[chosen]:
             name, share = predicted.class_names[predicted.classes[i, 0]], predicted.probabilities[i, 0]
-            labels.append(Entry("", name, f"{_percent(share)} %"))
+            labels.append(Entry("", name, f"{_percent(share)} %, {short_name(predicted.names[i])}"))
             alts.append(f"{predicted.names[i]}: {name} ({_percent(share)} %)")
         if alts:
             rows = [[PictureRow("", pictures[chosen], labels, alts)]]

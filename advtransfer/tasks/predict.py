@@ -61,6 +61,11 @@ def run(job: Job) -> None:
         config={name: job.settings[name] for name in ("predict", "dtype")},
     )
     path = write_page(page, job.workdir)
+    if calibration and not calibration.temperature.problem:
+        value = calibration.temperature.value
+        findings.append(
+            f"stage=export gives the same probabilities with config.export.temperature={value:.4g}"
+        )
     print(*findings, f"predictions: {job.workdir / 'predictions.csv'}", f"report: {path}", sep="\n")
 
 

@@ -78,6 +78,7 @@ def _run(job: Job, task: _Task) -> None:
         title=f"{trial.source.name}, fine-tuned on {trial.target}",
         source=trial.source.name,
         target=rows[-1]["target"],
+        files=[*task.dataset.names.get("test", ())],
         command=job.command,
         config={name: job.settings[name] for name in ("source", "transfer", "seed", "dtype")},
         versions=versions(),

@@ -152,16 +152,19 @@ def make_page(
     title: str,
     source: str = "",
     target: str = "",
+    files: Sequence[str] = (),
     command: str = "",
     config: Mapping[str, Any] | None = None,
     versions: dict[str, str] | None = None,
 ) -> ModelPage:
-    """What there is to tell; `source` and `target` in words, and `config` for the recipe of the model."""
+    """What there is to tell; `source` and `target` in words, `files`, the names of the test images, and
+    `config` for the recipe of the model."""
     provenance = tuned.model.spec.provenance
     parent, k = provenance["source"], provenance["num_unfrozen_blocks"]
     threat = SourceInfo("", parent["norm"], parent["eps"]).constraint
     facts = [
         ("Source", ", ".join(filter(None, [source, parent["architecture"], threat]))),
+        ("Size of its images", f"{tuned.model.spec.image_size}² pixels"),
         ("Target", target or f"{len(tuned.model.spec.class_names):,} classes"),
         ("Training images", f"{provenance['num_train_images']:,}"),
         ("Trained blocks", {0: "none, the head alone", -1: "all"}.get(k, f"{k}, and the head")),
@@ -174,6 +177,7 @@ def make_page(
         history=tuned.history,
         facts=facts,
         outcome=tuned.outcome,
+        files=files,
         pictures=_pictures(tuned.test.images, tuned.outcome) if tuned.test and tuned.outcome else (),
         choice=said,
         choice_rows=rows,

@@ -28,7 +28,7 @@ class Recipe:
     num_epochs: int = option(150, "epochs", low=1)
     max_steps: int = option(0, "maximum steps, reached by fewer epochs but at least one; 0: no limit", low=0)
     evaluate_epochs: tuple[int, ...] = option(
-        (), "epochs after which the network is measured, besides the last; counted from 1", low=1
+        (), "epochs, of those that there are, after which the network is measured, besides the last", low=1
     )
     batch_size: int = option(128, "images per step; with fewer images all of them", low=1)
     learning_rate: float = option(0.1, "initial learning rate", above=0, high=_LARGEST)
@@ -53,13 +53,6 @@ class Recipe:
         "the frozen blocks are computed once; 0: augmentation is drawn anew in every step",
         low=0,
     )
-
-    def check(self) -> None:
-        if max(self.evaluate_epochs, default=1) > self.num_epochs:
-            raise ValueError(
-                f"evaluate_epochs={self.evaluate_epochs} must be epochs from 1 to "
-                f"num_epochs={self.num_epochs}"
-            )
 
 
 def resolve_recipe(
