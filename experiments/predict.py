@@ -6,7 +6,7 @@
 Classifies every image in the folder and its subfolders, or one file. Writes `predictions.csv` (file, class,
 probability, whether the network abstains, the next classes) and `report.html`, which shows the surest and
 the least sure pictures, how well the probabilities are calibrated, and how often the network is right if it
-abstains below a probability; `--config.predict.abstain_below=0.9` sets that.
+abstains below a probability; `--config.predict.abstain_below=0.9` sets that, also in the same workdir again.
 
 Probabilities are scaled with a temperature. It is fitted on the validation and test images of the dataset
 that the model was fine-tuned on with experiments/transfer.py; for other models

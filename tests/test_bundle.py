@@ -142,6 +142,16 @@ def test_no_model_folder(tmp_path):
     one_line("not a model folder: it has no model.json", load_model, tmp_path)
 
 
+def test_a_folder_that_holds_models_names_them(model, tmp_path):
+    for place in ("study/sources/natural/model", "family/l2/model"):
+        save_model(model, tmp_path / place)
+    one_line(
+        r"no model.json; there are models in it: .*/sources/natural/model$", load_model, tmp_path / "study"
+    )
+    one_line(r"there are models in it: .*family/l2/model$", load_model, tmp_path / "family")
+    one_line("is not a model folder: it does not exist$", load_model, tmp_path / "nowhere")
+
+
 def test_corrupt_json(folder):
     (folder / "model.json").write_text('{"format": 1,')
     one_line("is not a model description", load_model, folder)

@@ -131,3 +131,9 @@ def test_large_logits():
 def test_bad_input_is_refused(logits, labels, message):
     with pytest.raises(ValueError, match=message):
         at.calibrate(logits, labels)
+
+
+def test_a_calibration_prints_as_a_line():
+    logits, labels = simulated(200, temperature=2.0)
+    text = repr(at.calibrate(logits, labels))
+    assert text.startswith("Calibration(temperature=") and text.endswith("200 images)") and len(text) < 150

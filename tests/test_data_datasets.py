@@ -151,6 +151,13 @@ def test_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_path_without_a_kind(tmp_path):
+    (tmp_path / "labels.csv").touch()
+    for path, kind in ((tmp_path, "folder"), (tmp_path / "labels.csv", "table")):
+        with pytest.raises(ValueError, match=f"did you mean {kind}:{path}\\?"):
+            load_dataset(str(path))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -234,6 +234,15 @@ def test_duplicate_images_are_reported(tmp_path):
     )
 
 
+def test_classes_without_test_images_are_reported(tmp_path):
+    for split, names in (("train", "abc"), ("test", "b")):
+        for name in names:
+            draw(tmp_path / "set" / split / name / "0.png", BRIGHT, "abc".index(name), len(split))
+    dataset = load(tmp_path / "set", set_aside=False)
+    assert dataset.remarks == ("2 of 3 classes have no test image: a; c",)
+    assert dataset.names["test"].tolist() == ["test/b/0.png"]
+
+
 def test_a_set_without_a_bright_pixel_is_reported(tmp_path):
     for bits, is_told in ((16, False), (12, True), (10, True)):
         for serial in range(10):

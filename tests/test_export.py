@@ -172,7 +172,7 @@ def test_from_the_command_line(model, tmp_path, capsys):
     config.export.update(model=str(tmp_path / "model"), temperature=2.0, platforms=("cpu",))
     assert at.tasks.plan(config, tmp_path / "out") == "export resnet_tiny for cpu"
     at.tasks.run(config, tmp_path / "out")
-    assert "model.stablehlo.json says how to run it" in capsys.readouterr().out
+    assert "model.stablehlo.py FILE classifies images with it" in capsys.readouterr().out
     images = pixels(2, SIZE)
     expected = probabilities(at.predict(model, images), 2.0)
     np.testing.assert_allclose(load(tmp_path / "out" / "model.stablehlo").call(images), expected, atol=1e-5)

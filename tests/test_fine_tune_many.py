@@ -206,7 +206,6 @@ def _carried_shapes(jaxpr):
         (0, {"weight_decay": -5e-4}, "weight_decay=-0.0005 must be a number, 0 or more"),
         (0, {"label_smoothing": 1.5}, "label_smoothing=1.5 must be a number from 0 to below 1"),
         (0, {"schedule": "linear"}, "schedule='linear' must be one of constant, step, cosine, cyclic"),
-        (0, {"evaluate_epochs": (4,)}, r"evaluate_epochs=\(4,\) must be .* num_epochs=3"),
         (0, {"frozen_batch_norm": "sources"}, "frozen_batch_norm='sources' must be one of update, source"),
         (0, {"head_init": "zero"}, "head_init='zero' must be one of torch, normal, zeros"),
     ],
@@ -229,13 +228,12 @@ def test_what_cannot_be_is_refused_in_one_line(k, change, message):
 
 
 def test_the_epochs_and_the_batch_that_a_recipe_may_have():
-    for asked, measured in (((1,), (1, 3)), ((), (3,)), ((3, 1, 1), (1, 3)), ((1, 2, 3), (1, 2, 3))):
+    for asked, measured in (((1,), (1, 3)), ((), (3,)), ((3, 1, 1, 4), (1, 3)), ((1, 2, 3), (1, 2, 3))):
         recipe = resolve_recipe(replace(RECIPE, evaluate_epochs=asked, batch_size=128), 20)
         assert (recipe.evaluate_epochs, recipe.batch_size) == (measured, 20)
         assert resolve_recipe(recipe, 20) == recipe
-    for evaluate_epochs in ((0, 3), (1, 4)):
-        with pytest.raises(ValueError, match="^evaluate_epochs=.* must be"):
-            replace(RECIPE, evaluate_epochs=evaluate_epochs)
+    with pytest.raises(ValueError, match="^evaluate_epochs=.* must be"):
+        replace(RECIPE, evaluate_epochs=(0, 3))
 
 
 def test_cores_take_trials_whose_forward_pass_is_small(monkeypatch):

@@ -91,6 +91,8 @@ def test_a_browser_finds_every_number_and_picture(tmp_path):
     low, high = (100 * x for x in wilson(correct, 60))
     assert f"{correct / 0.6:.1f} % of 60 test images are classified correctly" in page.text
     assert f"95 % interval {low:.1f} … {high:.1f} %" in page.text
+    commonest = outcome.confusion.sum(axis=1).max() / 0.6
+    assert f"The most frequent class alone would be right for {commonest:.1f} %." in page.text
     for words in ("A title <&>", "l2 <x>", "Chosen by hand.", "--x='<y>'", "jax 1.2", '"batch_size": 7'):
         assert words in page.text
     for i, name in enumerate(names[:2]):

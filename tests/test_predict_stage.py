@@ -8,6 +8,7 @@ import pytest
 from pages import read_csv, read_page
 from PIL import Image
 
+import advtransfer as at
 from advtransfer import config as base
 from advtransfer import tasks
 from advtransfer.calibration import calibrate, probabilities
@@ -128,6 +129,17 @@ def test_squares_of_one_size_are_not_cropped(tmp_path):
     write(tmp_path / "a.png", np.zeros((30, 30, 3), np.uint8))
     assert open_unlabelled(tmp_path, SIZE).crop is False
     assert open_unlabelled(tmp_path / "a.png", SIZE).names == ("a.png",)
+
+
+def test_images_for_a_notebook(photos):
+    with pytest.raises(
+        ValueError, match=r"broken.jpg cannot be decoded \\(not a known image format\\): fix or"
+    ):
+        at.read_images(photos, SIZE)
+    (photos / "broken.jpg").unlink()
+    names, images = at.read_images(photos, SIZE)
+    np.testing.assert_array_equal(images, open_unlabelled(photos, SIZE).read(np.arange(9)).pixels)
+    assert names[0] == "day 0/0.png" and images.shape == (9, SIZE, SIZE, 3)
 
 
 def test_images_in_several_chunks(photos, monkeypatch):

@@ -150,7 +150,7 @@ def test_models_in_a_bucket(store, monkeypatch):
     )
     assert load_model(folder).spec.eps == 1.0
     storage.remove(folder / "model.json")  # as a killed process leaves it
-    with pytest.raises(ValueError, match="is not a model folder: it has no model.json"):
+    with pytest.raises(ValueError, match="is not a model folder: it has no model.json$"):
         load_model(folder)
     save_model(model, folder)
     chex.assert_trees_all_equal(load_model(folder).variables, variables)

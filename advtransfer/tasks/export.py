@@ -1,4 +1,4 @@
-"""stage=export: a model as one file that runs without this package; leaves `model.stablehlo` and its JSON."""
+"""stage=export: a model as `model.stablehlo`, which runs without this package, with `.json` and `.py`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(job: Job) -> None:
             temperature=options.temperature,
             platforms=options.platforms,
         )
-    print(f"{path}: {path.name}.json says how to run it")
+    print(f"{path}; python {path}.py FILE classifies images with it")
 
 
 def plan(job: Job) -> str:
