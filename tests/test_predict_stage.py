@@ -132,9 +132,7 @@ def test_squares_of_one_size_are_not_cropped(tmp_path):
 
 
 def test_images_for_a_notebook(photos):
-    with pytest.raises(
-        ValueError, match="broken.jpg cannot be decoded .*: fix or remove it"):
-    ):
+    with pytest.raises(ValueError, match="broken.jpg cannot be decoded .*: fix or remove it"):
         at.read_images(photos, SIZE)
     (photos / "broken.jpg").unlink()
     names, images = at.read_images(photos, SIZE)
