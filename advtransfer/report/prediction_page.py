@@ -184,7 +184,7 @@ def _calibration(calibration: Calibration | None, held_out: str, abstain_below: 
         "Accuracy, %",
         Axis("probability, %", values=range(least, 101, 10)),
         series,
-        figures.value_range([*series, perfect]),
+        (min(least / 100, *(float(found.low.min()) for _, _, found in curves)) - 0.02, 1.02),
         behind=[perfect],
     )
     caption = (
