@@ -3,8 +3,8 @@
     python launch.py --config=experiments/paper_study.py --workdir=runs/paper --plan
     python launch.py --config=experiments/paper_study.py --workdir=runs/paper
 
-Sources come from the Hugging Face hub, targets from prepared TFDS sets (BUILD.md). Start one process per
-device, all with the same workdir: they divide the work. For one target and one k:
+Sources come from the Hugging Face hub, targets from prepared TFDS sets (docs/datasets.md). Start one process
+per device, all with the same workdir: they divide the work. For one target and one k:
 `--config.study.targets=tfds:cifar10 --config.study.num_unfrozen_blocks="(3,)"`.
 
 Details that the paper's code has and other protocols may not: frozen BatchNorm layers keep updating their

@@ -8,7 +8,7 @@ The argument is natural, l2_EPS, or linf_EPS in 255ths; natural and robust sourc
 The recipe is that of Salman et al. (NeurIPS 2020, appendix A): 90 epochs of SGD with learning rate 0.1,
 divided by 10 every 30, weight decay 1e-4, PGD-3 with steps of 2/3 ε; the augmentation and the batch of 256
 are MadryLab/robustness's, and the learning rate scales with the batch size. `tfds:imagenet2012` must be
-prepared (BUILD.md); `--config.train.dataset=folder:/photos` takes your own images. On a small device
+prepared (docs/datasets.md); `--config.train.dataset=folder:/photos` takes your own images. On a small device
 `--config.train.num_parts=4` processes a batch in parts. Never run to its end: no accuracy is promised.
 """
 
