@@ -2,8 +2,8 @@
 
     TFDS_DATA_DIR=/prepared python launch.py --config=experiments/cifar10_to_mnist.py
 
-Both datasets must be prepared (docs/datasets.md); `--config.transfer.target=tfds:kmnist` is another
-target. The experiment suits two CPU cores: the network is the quickstart's, and sources train on 20 % of the training
+Both datasets must be prepared (docs/datasets.md); `--config.transfer.target=tfds:kmnist` is another target.
+The experiment suits two CPU cores: the network is the quickstart's, and sources train on 20 % of the training
 images for eight epochs. ε and the fine-tuning recipe are also the quickstart's; nothing was tuned on these
 images. benchmarks/RESULTS.md has the results.
 """

@@ -7,8 +7,8 @@ The argument is natural, l2_EPS, or linf_EPS in 255ths; natural and robust sourc
 The recipe is MadryLab/robustness's for CIFAR: SGD with learning rate 0.1, divided by 10 every third of 150
 epochs, weight decay 5e-4, batch 128, PGD-7 with steps of ε/5, random crop, flip, colour jitter and rotation.
 `tfds:cifar10` must be prepared (docs/datasets.md); `--config.train.dataset=tfds:/prepared/dir` names its
-folder. A network that two cores can train: `--config.train.architecture=resnet_tiny --config.train.num_epochs=8
---config.train.schedule=cyclic`.
+folder. A network that two cores can train: `--config.train.architecture=resnet_tiny
+--config.train.num_epochs=8 --config.train.schedule=cyclic`.
 """
 
 from advtransfer import config as base
