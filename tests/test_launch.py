@@ -141,7 +141,7 @@ def _set(config, changes):
         ),
         ({"study.targets": "builtin:digits,tfds"}, "config.study.targets: unknown dataset 'tfds'"),
         ({"study.epochs": (1,), "study.split": "validation"}, "chosen on these images: report on test"),
-        ({"transfer.evaluate_epochs": (1, 999)}, "config.transfer.evaluate_epochs"),
+        ({"transfer.evaluate_epochs": (0, 999)}, "config.transfer.evaluate_epochs"),
         ({"transfer.target": "builtin:digit"}, "config.transfer.target: .*did you mean builtin:digits"),
         ({"transfer.head_init": "xavier"}, "config.transfer.head_init='xavier' must be one of"),
         ({"train.dataset": "builtin:glyph"}, "config.train.dataset: .*did you mean builtin:glyphs"),
