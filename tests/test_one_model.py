@@ -156,7 +156,7 @@ def test_the_page_tells_what_was_trained(k, blocks):
     assert set(page.versions) >= {"jax", "numpy"}
     given = {"source": "mine", "target": "digits", "config": {"seed": 3}, "versions": {"jax": "1"}}
     page = one_model.make_page(_measured(k, norm="l2"), title="Page", **given)
-    assert [fact for _, fact in page.facts[:2]] == ["mine, resnet_tiny, ℓ2 (ε = 0.5)", "digits"]
+    assert [fact for _, fact in page.facts[:3:2]] == ["mine, resnet_tiny, ℓ2 (ε = 0.5)", "digits"]
     assert (page.config, page.versions) == (given["config"], given["versions"])
 
 
