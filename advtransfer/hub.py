@@ -123,7 +123,8 @@ def upload(folder: Path, repo: str, *, message: str, replaced: Sequence[str], pr
         The address of the commit.
 
     Raises:
-        ValueError: no such name, no token, no right, no network; the repository is as it was.
+        ValueError: no such name, no token, no right, no network; a repository that was there is as it was, a
+            new one may have been made, and is empty.
     """
     hub = _huggingface_hub("uploading needs", "or upload the files in a browser")
     try:

@@ -44,8 +44,8 @@ def push_to_hub(
       The address of the commit.
 
     Raises:
-      ValueError: no such name, no token, no right to write, no network, or a model that cannot be saved; the
-        repository is as it was.
+      ValueError: no such name, no token, no right to write, no network, or a model that cannot be saved; a
+        repository that was there is as it was (see `hub.upload`).
     """
     if repo.count("/") != 1:
         raise ValueError(f"{repo!r} is not of the form OWNER/NAME")

@@ -100,6 +100,13 @@ def test_the_program_reads_files_as_stage_predict(model, crop, inputs, tmp_path)
     np.testing.assert_allclose([float(line[2]) for line in lines], expected.max(1), atol=1e-4)
 
 
+def test_the_program_refuses_a_view_that_it_cannot_make(model, tmp_path):
+    spec = dataclasses.replace(model.spec, provenance={"data": {"crop": True, "view": "edges"}})
+    path = at.export(model._replace(spec=spec), tmp_path / "m")
+    done = subprocess.run([sys.executable, f"{path}.py", "x.png"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("this network was trained on the view edges")
+
+
 @pytest.mark.parametrize("inputs", ["uint8", "float", "normalised"])
 def test_logits_of_each_kind_of_images(model, inputs, tmp_path):
     made = load(at.export(model, tmp_path / "m", inputs=inputs))

@@ -38,6 +38,8 @@ def main(files):
         sys.exit(f"usage: python {sys.argv[0]} FILE ...")
     model = Path(__file__).with_suffix("")  # without .py
     about = json.loads(Path(f"{model}.json").read_text(encoding="utf-8"))
+    if about["view"] != "natural":
+        sys.exit(f"this network was trained on the view {about['view']} of images, which is not made here")
     call = jax.export.deserialize(bytearray(model.read_bytes())).call
     names = about["class_names"] or [str(i) for i in range(about["num_classes"])]
     for file in files:

@@ -92,6 +92,7 @@ def export(
         "inputs": inputs,
         # How photographs become squares; None: cropped unless all of them are squares of one size.
         "crop": spec.provenance.get("data", {}).get("crop"),
+        "view": spec.provenance.get("data", {}).get("view", "natural"),
         "platforms": list(platforms),
         "load": f"jax.export.deserialize(bytearray(open({file.name!r}, 'rb').read())).call(images)",
         "sha256": hashlib.sha256(content).hexdigest(),
