@@ -70,6 +70,7 @@ setup(
         "ray": ["ray>=2.50"],
         "gcs": ["gcsfs>=2025.2"],
         "s3": ["s3fs>=2025.2"],
+        "docs": ["sphinx>=8", "myst-nb>=1.3", "sphinx-book-theme>=1.1", "sphinx-copybutton>=0.5"],
         "test": [
             "beartype>=0.22",
             "coverage>=7.6",

@@ -377,9 +377,15 @@ def keys() -> dict[str, tuple[type, str]]:
     return found
 
 
-def explain() -> str:
-    """Every key with its meaning, its values and its default, a line each."""
-    return "\n".join(f"config.{key}: {fields.explain(*place)}" for key, place in sorted(keys().items()))
+def explain(config: ConfigDict | None = None) -> str:
+    """Every key with its meaning, its values and its default, a line each; and, if `config` has another value
+    than the default, that."""
+    usual = flatten(default())
+    given = usual if config is None else flatten(config)
+    return "\n".join(
+        f"config.{key}: {fields.explain(*place)}" + f"; here {given[key]!r}" * (given[key] != usual[key])
+        for key, place in sorted(keys().items())
+    )
 
 
 @contextmanager
@@ -417,11 +423,13 @@ def conflicts(settings: Mapping[str, Any], saved: str) -> list[str]:
     known = {key: place for key, place in keys().items() if key.split(".")[0] not in _FREE_SECTIONS}
     if other := sorted({key for key in old if key.split(".")[0] not in _FREE_SECTIONS} ^ known.keys()):
         return [f"of another version of advtransfer: {other[0]} is a key of one of the two alone"]
-    return [
+    different = [
         f"{key}: {old[key]!r} there, {new[key]!r} now"
         for key, (cls, name) in sorted(known.items())
         if fields.find(cls, name).decides and old[key] != new[key]
     ]
+    of_stages = [text for text in different if text.startswith("stage: ")]
+    return of_stages or different
 
 
 def set_source(config: ConfigDict, text: str) -> None:

@@ -267,9 +267,8 @@ def measure(
     """What `evaluate` finds of a model, without and with the attack.
 
     Returns:
-      {"natural_accuracy", "natural_loss", "natural_mean_per_class_accuracy", "num_images", "attack"} and,
-      with an attack, the first three with "adversarial_", and "adversarial_unmoved" (see `evaluate`);
-      "attack" is in words.
+      `natural_accuracy`, `natural_loss`, `natural_mean_per_class_accuracy`, `num_images`, `attack` (in words)
+      and, with an attack, the first three as `adversarial_...`, and `adversarial_unmoved` (see `evaluate`).
 
     Raises:
       ValueError: as `evaluate`, or a model without a head.

@@ -5,8 +5,8 @@ given; what has a slash or ends in .py is the path of a file with a get_config()
 such as `--config.train.num_epochs=4`. `--plan` prints what would run, and stops; `--multihost` joins the
 processes of a pod or cluster. Exit codes:
 0 done, or stopped by SIGTERM; 1 diverged; 2 the command, the config or the workdir is wrong, and nothing was
-written; 3 the disk is full, or another process is lost; 4 a fault that nobody foresaw, whose traceback is in
-a file; 130 interrupted by Ctrl-C. After 0, 3 and 130 the same command goes on.
+written; 3 the disk is full, or another process is lost; 4 an unexpected error, whose traceback is in a
+file; 130 interrupted by Ctrl-C. After 0, 3 and 130 the same command resumes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ml_collections import ConfigDict, config_flags
 from advtransfer import __version__, foreign, parallel, storage, tasks
 from advtransfer.checkpoint import SaveError, UnreadableCheckpoints
 from advtransfer.compilation import compile_clock
-from advtransfer.config import ConfigError, check_keys, explain
+from advtransfer.config import ConfigError, check_keys, default, explain
 from advtransfer.data import LostWorker
 from advtransfer.train import DivergedError, Preempted
 
@@ -42,7 +42,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a nam
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the results; default: runs/EXPERIMENT.")
 _PLAN = flags.DEFINE_bool("plan", False, "Print what would run and what it would cost, then exit.")
 _LIST = flags.DEFINE_bool("list", False, "List the experiments that come with advtransfer, then exit.")
-_EXPLAIN = flags.DEFINE_bool("explain", False, "List all config keys, then exit.")
+_EXPLAIN = flags.DEFINE_bool(
+    "explain", False, "List all config keys, with the values of this experiment, then exit."
+)
 _VERSION = flags.DEFINE_bool("version", False, "Print the version, then exit.")
 _MULTIHOST = flags.DEFINE_bool("multihost", False, "Join the other processes of a pod or cluster first.")
 
@@ -63,7 +65,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         _stop(WRONG_INPUT, f"unknown argument {argv[1]!r}: every option is --NAME=VALUE")
     logging.set_verbosity(logging.WARNING)
-    for asked, text in ((_LIST, _list), (_EXPLAIN, explain), (_VERSION, lambda: __version__)):
+    for asked, text in ((_LIST, _list), (_VERSION, lambda: __version__)):
         if asked.value:
             print(text())
             return
@@ -71,6 +73,9 @@ def main(argv: list[str]) -> None:
     workdir = _WORKDIR.value or str(Path("runs") / experiment.stem)
     try:
         config = _config(_CONFIG.value, experiment)
+        if _EXPLAIN.value:
+            print(explain(config))
+            return
         if _MULTIHOST.value:
             parallel.initialize()
         else:
@@ -113,6 +118,9 @@ def parse_flags(argv: list[str]) -> list[str]:
         finally:
             sys.argv = typed
         return argv
+    except flags.UnrecognizedFlagError as error:
+        is_key = error.flagname.partition(".")[0] in default()
+        _stop(WRONG_INPUT, _cause(error) + f": write --config.{error.flagname}=VALUE" * is_key)
     except Exception as error:  # absl's, ml_collections', or the experiment's own
         _stop(
             WRONG_INPUT, f"--config: {_cause(error)}" if not isinstance(error, flags.Error) else _cause(error)
@@ -233,7 +241,9 @@ def _keep_streams() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, _Stream(stream))
-    logging.get_absl_handler().python_handler.setStream(sys.stderr)  # it had the one before
+    absl_handler = logging.get_absl_handler()
+    absl_handler.python_handler.setStream(sys.stderr)  # it had the one before
+    absl_handler.setFormatter(standard_logging.Formatter("%(levelname)s: %(message)s"))
     root = standard_logging.getLogger()
     for handler in [*root.handlers]:
         if type(handler) is standard_logging.StreamHandler:  # left by an import: messages would come twice

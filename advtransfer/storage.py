@@ -108,8 +108,8 @@ def check_ours(folder: AnyPath, *markers: str) -> None:
     if others := sorted(path.name for path in folder.iterdir() if path.name[0] != "."):
         more = ", ..." if len(others) > 3 else ""
         raise ValueError(
-            f"{folder} holds files that are not ours ({', '.join(others[:3])}{more}): choose another, or an "
-            "empty folder"
+            f"{folder} holds files that advtransfer did not write ({', '.join(others[:3])}{more}): "
+            "choose another, or an empty folder"
         )
 
 

@@ -170,7 +170,7 @@ def test_links_out_of_the_set_are_followed_once(tmp_path):
 def test_links_that_lead_nowhere_are_broken_images_or_refused(tmp_path):
     draw_classes(tmp_path / "set", number=10)
     os.symlink("/not/mounted/1.png", tmp_path / "set/cat/gone.png")
-    with pytest.raises(ValueError, match=r"1 of \d+ images .* cat/gone.png \(No such file"):
+    with pytest.raises(ValueError, match=r"1 of \d+ train images .* cat/gone.png \(No such file"):
         load(tmp_path / "set")
     dataset = load(tmp_path / "set", broken="skip")
     assert sum(sizes(dataset)) == 20 and len(dataset.skipped) == 1
@@ -228,9 +228,10 @@ def test_duplicate_images_are_reported(tmp_path):
     draw(tmp_path / "set/train/dog/copy3.png", DARK, 0, 2)  # as train/cat/2.png
     dataset = load(tmp_path / "set", set_aside=False)
     assert dataset.remarks == (
-        "1 images occur in train with more than one label",
-        "2 of the test images are also among the train images, pixel for pixel, "
-        "1 of them with a different label",
+        "images with more than one label, pixel for pixel, in train: 1, such as train/cat/2.png and "
+        "train/dog/copy3.png",
+        "test images that are also train images, pixel for pixel: 2, 1 of them with a different label, "
+        "such as test/cat/copy1.png and train/cat/0.png",
     )
 
 

@@ -166,7 +166,7 @@ def test_rows_that_repeat_an_image_are_left_out_and_counted(root, as_folder):
     rows += [rows[0], f"./{rows[3]}", rows[7].replace("train/", "train/../train/", 1)]
     dataset = load(write_table(root / "labels.csv", rows, "image,label,split"))
     assert_equal(dataset, as_folder)
-    assert dataset.remarks == ("left out 3 rows that repeat an image with its class",)
+    assert dataset.remarks == ("left out 3 rows repeating an image with its class",)
 
 
 def test_missing_images_are_named_at_once_and_refused_or_skipped(root, monkeypatch):
@@ -318,7 +318,7 @@ def test_broken_images_in_parquet_are_named(root):
     (data / "test-00000-of-00001.parquet").unlink()
     rows = [(root / path, label) for path, label, split in listed(root) if split == "test"]
     write_parquet(data / "test-00000-of-00001.parquet", rows)
-    message = "1 of 9 images .*: row 0 of test-00000-of-00001.parquet (not a known image format)"
+    message = "1 of 9 test images .*: row 0 of test-00000-of-00001.parquet (not a known image format)"
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
         load(data)
     assert load(data, broken="skip").test.num_images == 8

@@ -172,7 +172,7 @@ def test_broken_records_are_named_and_refused_or_skipped(data_dir):
     examples[7] = (examples[7][0][:40], 0)
     write_set(data_dir / "pets/1.0.0", {"test": examples})
     with pytest.raises(
-        ValueError, match=re.escape("1 of 10 images of tfds:pets cannot be decoded: test[7] (")
+        ValueError, match=re.escape("1 of 10 test images of tfds:pets cannot be decoded: test[7] (")
     ):
         load_dataset("tfds:pets")
     dataset = load_dataset("tfds:pets", broken="skip")

@@ -5,6 +5,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +99,21 @@ def test_the_program_reads_files_as_stage_predict(model, crop, inputs, tmp_path)
     assert [line[0] for line in lines] == files and len(files) == 5
     assert [line[1] for line in lines] == [spec.class_names[i] for i in expected.argmax(1)]
     np.testing.assert_allclose([float(line[2]) for line in lines], expected.max(1), atol=1e-4)
+
+
+def test_the_program_goes_on_after_a_file_that_is_no_image(model, tmp_path):
+    path, folder = at.export(model, tmp_path / "m", platforms=("cpu",)), photos(tmp_path / "photos")
+    (folder / "broken.jpg").write_bytes((folder / "turned.jpg").read_bytes()[:300])
+    (folder / "notes.txt").write_text("")
+    command = [sys.executable, f"{path}.py", str(folder), str(tmp_path / "gone.png")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    names = [Path(line.split("\t")[0]).name for line in done.stdout.splitlines()]
+    assert done.returncode == 1 and names == ["clear.png", "deep.png", "grey.png", "turned.jpg", "wide.png"]
+    first, *problems = done.stderr.splitlines()
+    assert "not calibrated" in first
+    assert [Path(line.partition(":")[0]).name for line in problems] == ["broken.jpg", "gone.png"]
+    asked = subprocess.run([sys.executable, f"{path}.py", "--help"], capture_output=True, text=True)
+    assert asked.returncode == 0 and "python model.stablehlo.py photo.jpg folder" in asked.stdout
 
 
 def test_the_program_refuses_a_view_that_it_cannot_make(model, tmp_path):

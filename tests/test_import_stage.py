@@ -210,10 +210,10 @@ def test_a_workdir_of_something_else_is_left_alone(study, tmp_path, monkeypatch)
         refuse_to_touch(other, mine, f"checkpoint.{key}: .* another --workdir")
     refuse_to_touch(config, study, "stage: 'source' there, 'import' now")
     shutil.copytree(study / "model", copied / "model")  # a user's, without a config.json
-    refuse_to_touch(config, copied, r"holds files that are not ours \(model\)")
+    refuse_to_touch(config, copied, r"holds files that advtransfer did not write \(model\)")
     single.mkdir()
     (single / "model").write_text("years of work")
-    refuse_to_touch(config, single, r"holds files that are not ours \(model\)")
+    refuse_to_touch(config, single, r"holds files that advtransfer did not write \(model\)")
 
 
 def test_what_is_no_model_is_not_overwritten(study, tmp_path):

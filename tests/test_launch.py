@@ -415,7 +415,7 @@ def test_a_warning_comes_once(tmp_path):
     command += ["--config.train.batch_size=4", f"--workdir={tmp_path / 'out'}", "--plan"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("1 of the test images are also among the train") == 1
+    assert done.stderr.count("test images that are also train images, pixel for pixel: 1, such as") == 1
 
 
 def test_the_experiments_are_listed(launch):

@@ -267,7 +267,7 @@ def test_files_of_others_are_left_alone(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(one_model, "tune", None)
         with pytest.raises(
-            ValueError, match=r"holds files that are not ours \(report.html\): choose another"
+            ValueError, match=r"holds files that advtransfer did not write \(report.html\): choose another"
         ):
             tune(TRAIN.images, TRAIN.labels, folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

@@ -1,6 +1,7 @@
 """stage=predict: new images are seen as those that the model was trained on, and nothing is guessed."""
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -106,8 +107,8 @@ def test_rows_are_the_scaled_probabilities_of_each_file(model, photos, labelled,
     assert mistakes and all((labelled / row["file"]).parent.name == row["label"] for row in mistakes)
     page = read_page(tmp_path / "out" / "report.html")
     answered = sum(row["abstain"] == "0" for row in rows)
-    assert f"names the class of {answered} of 9 images" in capsys.readouterr().out
-    assert "broken.jpg: not a known image format" in page.text
+    assert f"{answered} of 9 images classified" in capsys.readouterr().out
+    assert "broken.jpg: not a known image format" in page.text and "1 with suffix .txt" in page.text
     assert ["Abstain below, %", "Answered, %", "Right, %", "95 % interval"] in page.rows
     assert len(page.images) == 9 + 1  # the pictures, each once, and the figure
 
@@ -163,8 +164,9 @@ def described(model, folder, **data):
     return folder
 
 
-def test_validation_images_that_were_trained_on_are_left_out(model, photos, tmp_path):
-    every = described(model, tmp_path / "every", set_aside=False)
+def test_validation_images_that_were_trained_on_are_left_out(model, photos, labelled, tmp_path):
+    whole = load_dataset(f"folder:{labelled}", image_size=SIZE, set_aside=False)
+    every = described(model, tmp_path / "every", set_aside=False, train=whole.digest("train"))
     assert "on 80 images" in tasks.plan(configured(every, photos), tmp_path / "out")
     with pytest.raises(ConfigError, match="trained on these images: set test"):
         tasks.plan(configured(every, photos, splits=("validation",)), tmp_path / "out")
@@ -172,11 +174,38 @@ def test_validation_images_that_were_trained_on_are_left_out(model, photos, tmp_
 
 def test_held_out_images_that_are_gone(model, photos, tmp_path):
     gone = described(model, tmp_path / "gone", name=f"folder:{tmp_path}/nowhere")
-    message = "config.predict.held_out: .* there is no folder .*: the model was fine-tuned on it; name other"
+    message = "config.predict.held_out: .* there is no folder .*; the model was fine-tuned on it: start"
     with pytest.raises(ConfigError, match=message):
         tasks.run(configured(gone, photos), tmp_path / "out")
     with pytest.raises(ConfigError, match="there is no folder [^:]*nowhere$"):
         tasks.run(configured(gone, photos, held_out=f"folder:{tmp_path}/nowhere"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", ["added", "removed", "renamed", "another class name"])
+def test_a_folder_that_has_changed_gives_no_temperature(model, photos, labelled, tmp_path, change):
+    """What is set aside is drawn anew, so images that the model was trained on would be among it."""
+    folder, held_out = tmp_path / "labelled", f"folder:{tmp_path}/labelled"
+    shutil.copytree(labelled, folder)
+    whole = load_dataset(held_out, image_size=SIZE)
+    moved = described(model, tmp_path / "moved", name=held_out, train=whole.digest("train"))
+    assert "on 112 images" in tasks.plan(configured(moved, photos), tmp_path / "out")
+    before = {image.tobytes() for image in whole.train.images}
+    if change == "added":
+        shutil.copy(photos / "day 0/0.png", folder / "dark/00.png")
+    elif change == "removed":
+        (folder / "dark/0.png").unlink()
+    elif change == "renamed":
+        (folder / "dark/0.png").rename(folder / "dark/zzz.png")
+    else:
+        (folder / "dark").rename(folder / "black")
+    after = load_dataset(held_out, image_size=SIZE)
+    leaked = sum(image.tobytes() in before for x in (after.validation, after.test) for image in x.images)
+    assert leaked > 0
+    for act in (tasks.plan, tasks.run):
+        with pytest.raises(ConfigError, match="has changed since .* may be among .* fine-tune again"):
+            act(configured(moved, photos), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    tasks.run(configured(moved, photos, held_out="none"), tmp_path / "out")
 
 
 def test_without_held_out_images_the_page_says_so(model, photos, tmp_path):
@@ -189,7 +218,8 @@ def test_without_held_out_images_the_page_says_so(model, photos, tmp_path):
     [
         ({"model": ""}, "config.predict.model: name a model"),
         ({"images": ""}, "config.predict.images: name a folder"),
-        ({"images": "nowhere"}, "there is no folder or file nowhere"),
+        ({"images": "nowhere"}, "there is no folder or file nowhere$"),
+        ({"images": "folder:nowhere"}, "there is no folder or file folder:nowhere: write nowhere"),
         ({"held_out": "builtin:digits"}, "config.predict.held_out: .* which the model does not know"),
         ({"abstain_below": 1.5}, "config.predict.abstain_below=1.5"),
     ],

@@ -159,7 +159,7 @@ def test_any_classes_and_photographs_of_many_sizes(tmp_path):
         (None, "holds no images; expected airplane1-bicycle2.png"),
         ("bear/bear1.png", "bear/bear1.png is not named SHAPE1-TEXTURE2"),
         ("bear1-zebra2.png", "bear1-zebra2.png names the class 'zebra', which is none of airplane, bear"),
-        ("bear1-oven2.png", r"1 of 1 images .* cannot be decoded: bear1-oven2.png"),
+        ("bear1-oven2.png", r"1 of 1 test images .* cannot be decoded: bear1-oven2.png"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, name, message):

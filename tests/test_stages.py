@@ -388,7 +388,7 @@ def test_a_folder_of_small_squares_goes_the_whole_way(study, tmp_path):
     assert all(0 <= float(row["test_mean_per_class_accuracy"]) <= 1 for row in rows)
     page = (tmp_path / "out/report.html").read_text()
     assert f"The classes of folder:{tmp_path / 'set'}: bright, dark." in page
-    assert "left out 1 images that cannot be decoded: test/dark/3.png" in page
+    assert "left out 1 image that cannot be decoded: test/dark/3.png" in page
 
     config.study.split = "validation"
     assert "fine-tune 2 of 2 models" in tasks.plan(config, tmp_path / "out")

@@ -528,6 +528,6 @@ def test_a_study_in_a_notebook_refuses_what_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="cannot draw 41 images from random: choose 1 to 40"):
         run_study(replace(grid, num_train_images=(41,)), models, targets, folder=tmp_path / "study")
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds files that are not ours"):
+    with pytest.raises(ValueError, match="holds files that advtransfer did not write"):
         run_study(grid, models, targets, folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

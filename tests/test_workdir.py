@@ -54,7 +54,9 @@ def files(folder):
 def test_a_folder_that_is_not_ours_is_refused(tmp_path, stage, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("years of work")
-    with pytest.raises(ConfigError, match=rf"holds files that are not ours \({name.partition('/')[0]}\)"):
+    with pytest.raises(
+        ConfigError, match=rf"holds files that advtransfer did not write \({name.partition('/')[0]}\)"
+    ):
         check_workdir(make_job(make_config(stage), tmp_path))
     assert files(tmp_path) == {name: b"years of work"}
 
@@ -77,7 +79,7 @@ def test_every_stage_asks_before_it_computes(tmp_path, monkeypatch):
     config.source, config.transfer.target = str(tmp_path), "builtin:digits"
     config.transfer.update(num_train_images=20, batch_size=10, num_epochs=1, evaluate_epochs=(1,))
     for act in (tasks.plan, tasks.run):
-        with pytest.raises(ConfigError, match="not ours"):
+        with pytest.raises(ConfigError, match="did not write"):
             act(config, tmp_path)
     assert files(tmp_path) == before
 
@@ -177,6 +179,6 @@ def test_what_was_put_aside_is_deleted_once_the_new_one_is_there(tmp_path):
 
 def test_a_source_is_not_trained_among_files_of_others(tmp_path):
     (tmp_path / "log.jsonl").write_text("mine")
-    with pytest.raises(ValueError, match=r"holds files that are not ours \(log.jsonl\)"):
+    with pytest.raises(ValueError, match=r"holds files that advtransfer did not write \(log.jsonl\)"):
         train(make_config("source"), tmp_path)
     assert files(tmp_path) == {"log.jsonl": b"mine"}

@@ -80,7 +80,8 @@ def smooth_grad(
 ) -> Float32[np.ndarray, "n h w c"]:
     """SmoothGrad (Smilkov et al., 2017, arXiv:1706.03825): the mean of `gradients` over noisy copies.
 
-    Args, Returns and Raises as `gradients`, and
+    Args:
+      logits_fn, images, labels, loss_fn, batch_size: as for `gradients`, whose errors are raised too.
       key: of the noise; image i draws from `fold_in(key, i)`.
       num_samples: noisy copies of every image.
       noise: standard deviation of the Gaussian noise, as a share of the image's own range (max - min).
@@ -120,11 +121,12 @@ def integrated_gradients(
     loss(image) - loss(baseline), "completeness". What raises the loss is positive.
 
     The integral is a trapezium sum whose steps are halved, every gradient serving again, until the error in
-    completeness is at most `tolerance`. The error is relative to |loss(image) - loss(baseline)|, or to 1
+    completeness is at most `tolerance`. The error is relative to `|loss(image) - loss(baseline)|`, or to 1
     where that is less. With ReLUs the integrand jumps, so the error falls as 1 / steps only, Gauss-Legendre's
     too.
 
-    Args, Returns and Raises as `gradients`, and
+    Args:
+      logits_fn, images, labels, loss_fn, batch_size: as for `gradients`, whose errors are raised too.
       baseline: the image where nothing is to be seen, a number or [H, W, C]; black if not given.
       num_steps: of the first sum (paper, §5: 20 to 300).
       max_steps: no finer sum than this is tried; `errors` tells of the images that would have needed it.
@@ -263,7 +265,7 @@ def low_frequency_share(
 def alignment(
     values: Float[AnyArray, "n h w c"], images: Real[AnyArray, "n h w c"]
 ) -> Float64[np.ndarray, " n"]:
-    """|⟨image, gradient⟩| / (‖image‖ ‖gradient‖), float64 [N] in [0, 1]; 0 where either is all zeros.
+    """`|⟨image, gradient⟩|` / (‖image‖ ‖gradient‖), float64 [N] in [0, 1]; 0 where either is all zeros.
 
     The alignment of Etmann et al. (2019, arXiv:1905.04172) divided by ‖image‖, so that it is a
     cosine. As there the image is not centred: its origin is black.

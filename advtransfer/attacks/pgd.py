@@ -291,7 +291,7 @@ def make_attack(
     Args:
       threat_model: as for `pgd`, with plain numbers; or "l2", "linf" or "none", as configurations name it.
       eps: of a threat model that is named.
-      num_steps, step_size, **options: as for `pgd`.
+      num_steps, step_size, options: as for `pgd`.
       step_ratio: step size divided by eps, instead of `step_size`.
 
     Returns:

@@ -18,7 +18,7 @@ from collections import Counter
 from pathlib import Path
 
 from advtransfer.data.cache import fingerprint
-from advtransfer.data.layout import Walk, read_layout
+from advtransfer.data.layout import Walk, in_words, read_layout
 from advtransfer.data.listed import check_classes, class_order, file_records, printable, select_training
 from advtransfer.data.recorded import Recording, split_name
 
@@ -56,7 +56,7 @@ def open_folder(name: str) -> Recording:
         left_out["images outside class folders"] += len(content.images)
     paths = [path for images in listed.values() for path, _ in images]
     remarks = list(layout.remarks)
-    if counts := _counts(left_out):
+    if counts := in_words(left_out):
         remarks.append(f"left out {counts}")
     if train != "train":
         listed = select_training(name, listed, train)
@@ -99,11 +99,7 @@ def _list_images(
                 images += [(path, label) for path in content.images]
                 missed += content.left_out
         if split == "train" and len(images) == before:
-            only = f" (only {_counts(missed)})" if missed else ""
+            only = f" (only {in_words(missed)})" if missed else ""
             raise ValueError(f"{walk.name}: {folders[class_name][0]} contains no images{only}")
         left_out += missed
     return images
-
-
-def _counts(left_out: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {why}" for why, count in left_out.most_common() if count)

@@ -48,6 +48,11 @@ class Content(NamedTuple):
     left_out: Counter[str]  # number of other entries by reason
 
 
+def in_words(left_out: Counter[str]) -> str:
+    """Such as "3 hidden, 1 with suffix .txt"."""
+    return ", ".join(f"{count:,} {why}" for why, count in left_out.most_common() if count)
+
+
 class Walk:
     """Lists the folders below `root`, each once, without links that lead back into the dataset, what is
     hidden or made by file systems and viewers (`@eaDir`, `__MACOSX`, ...), and what is no file or folder."""

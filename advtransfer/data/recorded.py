@@ -133,8 +133,8 @@ def load_parts(
         part = Part(**cached_arrays(kind, identity | {"split": split}, make, cache_dir=cache_dir))
         if broken == "refuse" and len(part.skipped):
             raise ValueError(
-                f"{len(part.skipped):,} of {sizes[split]:,} images of {recording.name} cannot be decoded: "
-                f"{_first_five(part.skipped)}. Fix or remove them, or {_SKIP}"
+                f"{len(part.skipped):,} of {sizes[split]:,} {split} images of {recording.name} cannot be "
+                f"decoded: {_first_five(part.skipped)}. Fix or remove them, or {_SKIP}"
             )
         return part
 
@@ -164,20 +164,29 @@ def inspect(parts: Mapping[str, Part], class_names: Sequence[str]) -> list[str]:
             f"{_first_five([class_names[i] for i in untested])}"
         )
     if skipped := [str(image) for part in parts.values() for image in part.skipped]:
-        remarks.append(f"left out {len(skipped):,} images that cannot be decoded: {_first_five(skipped)}")
-    labels: dict[str, dict[int, set[int]]] = {}  # by split and by hash of an image's pixels
+        plural = "s" * (len(skipped) != 1)
+        remarks.append(
+            f"left out {len(skipped):,} image{plural} that cannot be decoded: {_first_five(skipped)}"
+        )
+    places: dict[str, dict[int, dict[int, int]]] = {}  # split -> hash of pixels -> label -> first image
     for split, part in parts.items():
-        known = labels.setdefault(split, {})
-        for pixels, label in zip(part.hashes.tolist(), part.labels.tolist(), strict=True):
-            known.setdefault(pixels, set()).add(label)
-        if several := sum(len(found) > 1 for found in known.values()):
-            remarks.append(f"{several:,} images occur in {split} with more than one label")
-    for one, other in (("test", "train"), ("validation", "train"), ("test", "validation")):
-        if shared := labels[one].keys() & labels[other].keys():
-            odd = sum(labels[one][pixels] != labels[other][pixels] for pixels in shared)
+        known = places.setdefault(split, {})
+        for i, (pixels, label) in enumerate(zip(part.hashes.tolist(), part.labels.tolist(), strict=True)):
+            known.setdefault(pixels, {}).setdefault(label, i)
+        if several := [[*found.values()] for found in known.values() if len(found) > 1]:
+            names = " and ".join(part.names[i] for i in several[0])
             remarks.append(
-                f"{len(shared):,} of the {one} images are also among the {other} images, pixel for pixel"
+                f"images with more than one label, pixel for pixel, in {split}: {len(several):,}, such as "
+                f"{names}"
+            )
+    for one, other in (("test", "train"), ("validation", "train"), ("test", "validation")):
+        if shared := [pixels for pixels in places[one] if pixels in places[other]]:
+            odd = sum(places[one][pixels].keys() != places[other][pixels].keys() for pixels in shared)
+            names = [parts[x].names[next(iter(places[x][shared[0]].values()))] for x in (one, other)]
+            remarks.append(
+                f"{one} images that are also {other} images, pixel for pixel: {len(shared):,}"
                 + (f", {odd:,} of them with a different label" if odd else "")
+                + f", such as {names[0]} and {names[1]}"
             )
     brightest = max((part.images.max() for part in parts.values() if len(part.images)), default=255)
     if brightest < _DARK:

@@ -89,7 +89,9 @@ def find_images(name: str, rows: dict[str, list[tuple[Row, int]]]) -> Found:
         images.sort(key=lambda pair: (pair[1], str(pair[0].path.parent).split(os.sep), pair[0].path.name))
     remarks = [f"added {suffix} to {count:,} paths" for suffix, count in added.items() if suffix]
     if num_repeated:
-        remarks.append(f"left out {num_repeated:,} rows that repeat an image with its class")
+        remarks.append(
+            f"left out {num_repeated:,} row{'s' * (num_repeated != 1)} repeating an image with its class"
+        )
     return Found(listed, missing, remarks)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from jaxtyping import UInt8
 
 from advtransfer.data.cache import fingerprint
 from advtransfer.data.decode import decode_images
-from advtransfer.data.layout import SUFFIXES, Walk
+from advtransfer.data.layout import SUFFIXES, Walk, in_words
 from advtransfer.data.listed import file_records
 from advtransfer.data.recorded import Recording, find_size
 from advtransfer.data.views import VIEWS
@@ -34,6 +35,7 @@ class Unlabelled(NamedTuple):
     size: int
     crop: bool
     view: str
+    left_out: str = ""  # numbers of other files, in words
 
     def read(self, indices: np.ndarray) -> Images:
         """Decodes the images with these indices."""
@@ -95,18 +97,23 @@ def open_unlabelled(
     if root.is_file():
         if root.suffix.lower() not in SUFFIXES:
             raise ValueError(f"{root} has no suffix of an image, such as .jpg or .png")
-        paths, root = [root], root.parent
+        paths, root, left_out = [root], root.parent, ""
     elif root.is_dir():
         walk = Walk(str(root), root)
-        paths = [path for _, content in walk.below(root) for path in content.images]
+        contents = [content for _, content in walk.below(root)]
+        paths = [path for content in contents for path in content.images]
+        left_out = in_words(sum((content.left_out for content in contents), Counter()))
     else:
-        raise ValueError(f"there is no folder or file {root}")
+        plain = str(place).removeprefix("folder:")
+        hint = f": write {plain}" if plain != str(place) else ""
+        raise ValueError(f"there is no folder or file {root}{hint}")
     if not paths:
-        raise ValueError(f"{root} contains no images, in any of its subfolders")
+        only = f" (only {left_out})" if left_out else ""
+        raise ValueError(f"{root} contains no images, in any of its subfolders{only}")
     records = file_records(root, [(path, 0) for path in sorted(paths)])
     names = tuple(map(records.describe, range(records.count)))
     identity = {"files": fingerprint(root, paths), "classes": None}
     recording = Recording(str(root), ("",), {"test": records}, identity, upright=True)
     if crop is None:
         _, crop = find_size(recording, image_size, None)
-    return Unlabelled(names, recording, image_size, crop, view)
+    return Unlabelled(names, recording, image_size, crop, view, left_out)

@@ -1,6 +1,9 @@
 """Classifies image files with the exported network beside this program: pip install jax flatbuffers pillow
 
-python model.stablehlo.py photo.jpg folder/*.png
+python model.stablehlo.py photo.jpg folder
+
+prints a line for each file: its name, its most probable class, the probability. Of a folder it takes the
+images in it and in its subfolders. A file that cannot be read has a line on stderr, and the exit code is 1.
 """
 
 import json
@@ -33,17 +36,31 @@ def read(file, size, crop):
     return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
-def main(files):
-    if not files:
-        sys.exit(f"usage: python {sys.argv[0]} FILE ...")
+def files(place):
+    """The file, or the images in the folder."""
+    known = Image.registered_extensions()
+    return sorted(x for x in place.rglob("*") if x.suffix.lower() in known) if place.is_dir() else [place]
+
+
+def main(places):
+    if not places or {"-h", "--help"} & set(places):
+        sys.exit(print(__doc__) if places else f"usage: python {sys.argv[0]} FILE_OR_FOLDER ...")
     model = Path(__file__).with_suffix("")  # without .py
     about = json.loads(Path(f"{model}.json").read_text(encoding="utf-8"))
     if about["view"] != "natural":
         sys.exit(f"this network was trained on the view {about['view']} of images, which is not made here")
+    if not about["temperature"]:
+        print("exported without a temperature: the probabilities are not calibrated", file=sys.stderr)
     call = jax.export.deserialize(bytearray(model.read_bytes())).call
     names = about["class_names"] or [str(i) for i in range(about["num_classes"])]
-    for file in files:
-        images = read(file, about["image_size"], about["crop"])[None]
+    failed = False
+    for file in (file for place in map(Path, places) for file in files(place)):
+        try:
+            images = read(file, about["image_size"], about["crop"])[None]
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            print(f"{file}: cannot be read: {error}", file=sys.stderr)
+            failed = True
+            continue
         if about["inputs"] != "uint8":
             images = images.astype(np.float32) / np.float32(255)
         if about["inputs"] == "normalised":
@@ -52,6 +69,7 @@ def main(files):
         if not about["temperature"]:  # logits
             output = np.exp(output - output.max())
         print(f"{file}\t{names[output.argmax()]}\t{output.max() / output.sum():.4f}")
+    sys.exit(int(failed))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def describe(panel: Panel | Dumbbell | Scatter) -> str:
         return f"{panel.title}: {panel.ylabel} against {panel.xlabel}. {'; '.join(rows)}."
     lines = []
     for style, x, mean, *_ in panel.series:
-        places = [panel.axis.ticks[int(at)] if panel.axis.ticks else f"{at:,}" for at in x]
+        places = [panel.axis.ticks[int(at)] if panel.axis.ticks else f"{round(at, 4):,}" for at in x]
         ends = (f"{100 * mean[i]:.1f} at {places[i]}" for i in sorted({0, len(x) - 1}))
         lines.append(f"{style.label} {' to '.join(ends)}")
     return f"{panel.title}: {panel.ylabel} against {panel.axis.label}. {'; '.join(lines)}."

@@ -109,10 +109,9 @@ def _classes(predicted: Predicted, abstain_below: float) -> Section:
     is_answered = surest >= abstain_below
     answered, total = int(is_answered.sum()), len(order)
     finding = (
-        f"The network names the class of {answered:,} of {total:,} image{'s' * (total != 1)} "
-        f"({_percent(answered / total)} %)"
-        + (f"; for {total - answered:,} it abstains" if answered < total else "")
-        + f": below a probability of {_percent(abstain_below)} % no class is answered."
+        f"{answered:,} of {total:,} image{'s' * (total != 1)} classified ({_percent(answered / total)} %)"
+        + (f", {total - answered:,} abstained from" if answered < total else "")
+        + f": the network abstains where its probability is below {_percent(abstain_below)} %."
     )
     counts = np.bincount(best, minlength=len(predicted.class_names))
     answers = np.bincount(best[is_answered], minlength=len(counts))
@@ -157,8 +156,8 @@ def _calibration(calibration: Calibration | None, held_out: str, abstain_below: 
     title = "How far to trust the probabilities"
     if calibration is None:
         text = (
-            "No labelled images that the network was not trained on were given, so the probabilities are the "
-            "network’s own, and how often it is right is not known: config.predict.held_out names some."
+            "The probabilities are the network’s own, and how often it is right is not known, as there are "
+            "no held-out labelled images: config.predict.held_out names some."
         )
         return Section(title, text)
     temperature, number = calibration.temperature, len(calibration.labels)
@@ -168,7 +167,7 @@ def _calibration(calibration: Calibration | None, held_out: str, abstain_below: 
         finding = f"The probabilities are the network’s own, without a temperature: {temperature.problem}."
     else:
         finding = (
-            f"The probabilities are scaled with a temperature of {temperature.value:.2f} (95 % interval "
+            f"The probabilities are scaled with a temperature of {temperature.value:.4g} (95 % interval "
             f"{temperature.low:.2f} … {temperature.high:.2f}), fitted on {images}."
         )
     curves = [(_RAW if not temperature.problem else "the network’s own", 0, before)]
@@ -214,11 +213,16 @@ def _calibration(calibration: Calibration | None, held_out: str, abstain_below: 
     }
     parts: list[Part] = [
         Text("This holds for images like the held-out ones; of others it says nothing.", look="muted"),
+        *([] if temperature.problem else [Text(as_exported(temperature.value), look="muted")]),
         Plot(caption, [panel], "reliability"),
         errors,
         _abstaining_table(files["abstaining"], abstain_below, images),
     ]
     return Section(title, finding, parts, files)
+
+
+def as_exported(temperature: float) -> str:
+    return f"stage=export gives the same probabilities with --config.export.temperature={temperature:.4g}."
 
 
 def _series(label: str, place: int, found: Reliability) -> Series:

@@ -17,7 +17,7 @@ from advtransfer.data.unlabelled import Unlabelled, open_unlabelled
 from advtransfer.evaluate import align_classes, check_head, predict
 from advtransfer.models import Model
 from advtransfer.progress import progress_bar
-from advtransfer.report.prediction_page import Predicted, prediction_sections, shown
+from advtransfer.report.prediction_page import Predicted, as_exported, prediction_sections, shown
 from advtransfer.report.render import write_page
 from advtransfer.report.sections import Page
 from advtransfer.tasks.inputs import find_model, load_data
@@ -55,17 +55,21 @@ def run(job: Job) -> None:
         title="Predictions",
         sections=sections,
         headline=findings[:1],
-        facts=[("Model", options.model), ("Images", options.images), ("Held-out images", held_out or "none")],
+        facts=[
+            ("Model", options.model),
+            ("Images", options.images),
+            *([("Left out", left_out)] if (left_out := task.images.left_out) else []),
+            ("Held-out images", held_out or "none"),
+        ],
         command=job.command,
         versions=versions(),
         config={name: job.settings[name] for name in ("predict", "dtype")},
     )
     path = write_page(page, job.workdir)
+    if left_out:
+        findings.append(f"left out of {options.images}: {left_out}")
     if calibration and not calibration.temperature.problem:
-        value = calibration.temperature.value
-        findings.append(
-            f"stage=export gives the same probabilities with config.export.temperature={value:.4g}"
-        )
+        findings.append(as_exported(calibration.temperature.value))
     print(*findings, f"predictions: {job.workdir / 'predictions.csv'}", f"report: {path}", sep="\n")
 
 
@@ -94,11 +98,7 @@ def _check(job: Job, *, planned: bool = False) -> _Task:
     held_out, splits = None, ()
     if (name := options.held_out or trained_on.get("name", "none")) != "none":
         splits = tuple(x for x in options.splits if x != "validation" or trained_on.get("set_aside", True))
-        try:
-            held_out = _held_out(job, model, name, splits, images.view, planned=planned)
-        except ConfigError as error:
-            hint = "" if options.held_out else ": the model was fine-tuned on it; name other images, or none"
-            raise ConfigError(f"{error}{hint}") from error
+        held_out = _held_out(job, model, name, splits, images.view, planned=planned)
     check_workdir(job)
     return _Task(model, images, held_out, splits)
 
@@ -111,9 +111,31 @@ def _held_out(
         raise ConfigError(
             "config.predict.splits=validation, but the model was trained on these images: set test"
         )
-    size = model.spec.image_size
-    options = {"image_size": size, "splits": splits, "view": view, "planned": planned}
-    dataset = load_data(job.options.run, "predict.held_out", name, **options)
+    trained_on = model.spec.provenance.get("data", {})
+    is_its_own = name == trained_on.get("name")  # its training images have to be those that they were
+    try:
+        dataset = load_data(
+            job.options.run,
+            "predict.held_out",
+            name,
+            image_size=model.spec.image_size,
+            splits=("train", *splits) if is_its_own else splits,
+            view=view,
+            set_aside=not is_its_own or trained_on.get("set_aside", True),
+            planned=planned,
+        )
+    except ConfigError as error:
+        hint = (
+            "; the model was fine-tuned on it: start the command in the folder where that was, or name these "
+            "images anew, others, or none"
+        )
+        raise ConfigError(f"{error}{hint * (not job.options.prediction.held_out)}") from error
+    if is_its_own and not dataset.is_placeholder and dataset.digest("train") != trained_on.get("train"):
+        raise ConfigError(
+            f"config.predict.held_out: {name} has changed since the model was fine-tuned on it, so its "
+            f"{' and '.join(splits)} images may be among those that the model was trained on: fine-tune "
+            "again, or name images that it has not seen, or none"
+        )
     with names_key("predict.held_out"):
         return align_classes(dataset, model.spec)
 

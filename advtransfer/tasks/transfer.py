@@ -85,8 +85,9 @@ def _run(job: Job, task: _Task) -> None:
     )
     path = write_model_page(page, job.workdir)
     print(
-        f"{job.workdir / 'model'}: test accuracy {rows[-1]['test_accuracy']:.1%}, "
-        f"class by class {rows[-1]['test_mean_per_class_accuracy']:.1%}"
+        f"{job.workdir / 'model'}: fine-tuned on {len(train.labels):,} of {task.dataset.train.num_images:,} "
+        f"training images; test accuracy {rows[-1]['test_accuracy']:.1%}, class by class "
+        f"{rows[-1]['test_mean_per_class_accuracy']:.1%}"
         + (f"; {_blocks(trial.num_unfrozen_blocks)} trained, by {_METHODS[choice.method]}" if choice else "")
     )
     print(f"report: {path}")
@@ -99,6 +100,7 @@ def _trained_on(model: Model, dataset: Dataset, target: TargetData) -> Model:
         "view": target.view,
         "crop": dataset.crop,
         "set_aside": target.num_train_images != -1,
+        "train": dataset.digest("train"),
     }
     spec = dataclasses.replace(model.spec, provenance=model.spec.provenance | {"data": data})
     return model._replace(spec=spec)
@@ -117,8 +119,8 @@ def plan(job: Job) -> str:
         num_folds = possible_folds(labels, target.num_folds)
         named = ", ".join("all" if k == -1 else str(k) for k in candidates)
         before = (
-            f"choose the number of blocks among {named}: {num_folds * len(candidates)} fine-tunings more, "
-            f"{num_folds} folds each\n"
+            f"choose the number of blocks among {named}: {num_folds * len(candidates)} more fine-tunings, "
+            f"{num_folds} folds for each\n"
         )
         blocks = "the chosen blocks"
     return (
