@@ -13,8 +13,8 @@ runs/quickstart/sources/natural,runs/quickstart/sources/l2_0.25 --workdir=runs/c
 compares models: accuracy against ε under ℓ2 and ℓ∞ attacks, natural against robust accuracy, warnings where
 an accuracy may not be robustness, and what the features' sensitivity says of the heads. Writes `report.html`
 and its numbers as CSV. `--config.evaluate.auto_attack=standard` adds AutoAttack at config.evaluate.norm and
-eps. `:curves` has radii for images of 16×16: 144 s of one core for these two, whose accuracies of 99.8 and
-99.6 % fall to 74.1 and 91.2 % under ℓ2 PGD-20 with ε = 0.25, and to 14.5 and 50.3 % with 0.5. `:paper` is for
+eps. `:curves` has radii for images of 16×16: 151 s of two cores for these two, whose accuracy of 99.7 % falls
+to 70.2 and 91.8 % under ℓ2 PGD-20 with ε = 0.25, and to 12.9 and 51.0 % with 0.5. `:paper` is for
 ImageNet networks: 128 steps of 2.5 ε / 128, as in Utrera et al. (2021).
 """
 

@@ -87,7 +87,10 @@ def _colour_square(
 
 
 def _window(key: Key[Array, ""], shape: tuple[int, ...], side: Array) -> tuple[tuple[Array, Array], Array]:
-    """The first row and column of a square at random, and its mask [h, w]."""
+    """The first row and column of a square at random, and its mask [h, w].
+
+    All places that there are, as in algorithm 2; the authors' code leaves out the last row and column.
+    """
     first = [
         jax.random.randint(key, (), 0, length - side + 1)
         for key, length in zip(jax.random.split(key), shape, strict=True)
