@@ -80,6 +80,14 @@ def test_there_are_commands():
     }
 
 
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS], ids=lambda page: page.name)
+def test_the_keys_that_are_named_exist(page):
+    keys = at.config.keys()
+    known = {*keys, *(key.partition(".")[0] for key in keys), "py"}  # config.py is a file
+    named = re.findall(r"(?:--|`|\s)config\.([a-z_][a-z_.0-9]*[a-z0-9])", page.read_text())
+    assert set(named) <= known
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_shell_scripts_are_shell(page):
     for block in _blocks(page, "bash"):
@@ -122,7 +130,7 @@ SMALLER = {
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", ["README", "start", "photos", "robustness"])
+@pytest.mark.parametrize("name", ["README", "extend", "photos", "robustness", "start"])
 def test_the_code_of_a_page_runs(name, world, unoptimised, monkeypatch):
     """The Python blocks of a page, and in two of them all its commands, in order."""
     page = next(page for page in PAGES if page.stem == name)
