@@ -441,5 +441,9 @@ def test_the_command_of_a_report_is_the_one_typed(launch, monkeypatch, program, 
 
 
 def test_the_keys_are_listed(launch):
-    done = launch("--explain")
-    assert done.code == 0 and done.out == base.explain() + "\n"
+    done, usual = launch("--config=transfer", "--explain", "--config.seed=7"), base.explain()
+    assert done.code == 0 and "config.seed: " in usual
+    changed = {x: y for x, y in zip(done.out.splitlines(), usual.splitlines(), strict=True) if x != y}
+    assert all(x.startswith(f"{y}; here ") for x, y in changed.items())
+    assert any(x.startswith("config.seed: ") and x.endswith("default 0; here 7") for x in changed)
+    assert any(x.startswith("config.stage: ") and x.endswith("here 'transfer'") for x in changed)
