@@ -314,7 +314,7 @@ def test_broken_images_are_named_and_refused_or_skipped(tmp_path, kind):
     write_images(tmp_path / "set", {"train/a": 20, "train/b": 20, "test/a": 5, "test/b": 5}, size=(40, 40))
     damage(tmp_path / "set/test/b/0047.png", kind)
     for _ in range(2):  # also when it comes from the cache
-        with pytest.raises(ValueError, match=re.escape("1 of 10 images")) as error:
+        with pytest.raises(ValueError, match=re.escape("1 of 10 test images")) as error:
             load(tmp_path / "set", image_size=8)
         assert "test/b/0047.png (" in str(error.value) and "\n" not in str(error.value)
         dataset = load(tmp_path / "set", image_size=8, broken="skip")
@@ -408,7 +408,7 @@ def test_five_broken_images_are_named(tmp_path, count):
     write_images(tmp_path / "set", {"test/a": 9})
     for serial in range(count):
         damage(tmp_path / f"set/test/a/{serial:04}.png", "empty")
-    with pytest.raises(ValueError, match=f"{count} of 9 images") as error:
+    with pytest.raises(ValueError, match=f"{count} of 9 test images") as error:
         load(tmp_path / "set", image_size=6)
     named = re.findall(r"test/a/(\d+)\.png \(", str(error.value))
     assert named == ["0000", "0001", "0002", "0003", "0004"]

@@ -405,7 +405,7 @@ def source(tmp_path_factory):
 
 def test_the_stage_chooses_tells_and_can_be_run_again(source, tmp_path, monkeypatch):
     config = _config(source, choose_num_unfrozen_blocks="cross_validation")
-    assert "among 0, 1, all: 6 fine-tunings more, 2 folds each" in tasks.plan(config, tmp_path)
+    assert "among 0, 1, all: 6 more fine-tunings, 2 folds for each" in tasks.plan(config, tmp_path)
     monkeypatch.setattr(choose_k_module, "depths", lambda _: (0, 1))
     tasks.run(config, tmp_path)
     with (tmp_path / "choice.csv").open() as file:

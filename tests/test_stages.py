@@ -375,7 +375,7 @@ def test_a_folder_of_small_squares_goes_the_whole_way(study, tmp_path):
     config.study.sources = f"{study}/sources/natural/model"
     config.study.update(num_train_images=(10, -1), num_seeds=1)
     config.transfer.target, config.cache_dir = f"folder:{tmp_path / 'set'}", str(tmp_path / "cache")
-    with pytest.raises(ConfigError, match=r"1 of 8 images .* --config.broken_images=skip"):
+    with pytest.raises(ConfigError, match=r"1 of 8 test images .* --config.broken_images=skip"):
         tasks.plan(config, tmp_path / "out")
     config.broken_images = "skip"
     config.transfer.augmentation.flip = True  # no cached prefix
