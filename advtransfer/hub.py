@@ -194,7 +194,9 @@ def _parse_folder(name: str) -> tuple[str, str]:
     match = _FOLDER.fullmatch(name)
     parts = f"{match['repo']}/{match['revision'] or 'main'}".split("/") if match else [""]
     if not match or any(part in ("", ".", "..") for part in parts):
-        raise CheckpointError(f"{name!r} is not of the form hf:OWNER/NAME[@REVISION]")
+        raise CheckpointError(
+            f"{name!r} is not of the form hf:OWNER/NAME[@REVISION]; a file is read by import_torch_checkpoint"
+        )
     return match["repo"], match["revision"] or ""
 
 

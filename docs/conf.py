@@ -30,6 +30,7 @@ nb_execution_mode = "cache"
 nb_execution_timeout = 600
 nb_execution_show_tb = True
 nb_merge_streams = True
+nb_output_stderr = "remove"  # progress bars
 
 default_role = "code"  # single backticks in docstrings
 autodoc_member_order = "bysource"

@@ -203,7 +203,7 @@ def test_transfer_and_evaluate_take_its_model_folders(study, tmp_path):
     config = tiny()
     config.stage, config.source = "transfer", str(study / "sources" / "l2_0.25" / "model")
     config.transfer.update(num_train_images=25, num_unfrozen_blocks=1)
-    assert "fine-tune 1 blocks of resnet_tiny on 25 images" in tasks.plan(config, tmp_path / "digits")
+    assert "fine-tune 1 block of resnet_tiny on 25 images" in tasks.plan(config, tmp_path / "digits")
     tasks.run(config, tmp_path / "digits")
     model = load_model(tmp_path / "digits" / "model")
     assert (model.spec.norm, model.spec.provenance["source"]["norm"]) == ("none", "l2")
@@ -233,9 +233,9 @@ def test_plans_say_of_how_many_blocks_images_steps_and_bytes(tmp_path):
 
     config.stage, config.source = "transfer", config.evaluate.model
     config.transfer.num_train_images = 25
-    for k, blocks in ((-1, "all"), (0, "0"), (1, "1")):
+    for k, blocks in ((-1, "all blocks"), (0, "0 blocks"), (1, "1 block")):
         config.transfer.num_unfrozen_blocks = k
-        message = f"fine-tune {blocks} blocks of resnet_tiny on 25 images of builtin:digits, 9 steps"
+        message = f"fine-tune {blocks} of resnet_tiny on 25 images of builtin:digits, 9 steps"
         assert tasks.plan(config, tmp_path / "out") == message
     config.transfer.num_train_images = -1
     assert f"on {digits.train.num_images} images of" in tasks.plan(config, tmp_path / "out")

@@ -30,7 +30,8 @@ _DARK = 32  # an eighth of the range: correctly scaled images have brighter pixe
 
 
 class Records(NamedTuple):
-    """The encoded images of one recorded split."""
+    """The encoded images of one recorded split. `read` gives, for each index, an image as a path or a file
+    (`decode.Encoded`, encoded in one of `decode.FORMATS`) with its label."""
 
     count: int
     labels: Callable[[], Int32[np.ndarray, " count"]]  # read when called
@@ -40,7 +41,7 @@ class Records(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """A dataset on disk."""
+    """A dataset on disk, listed but not decoded; decoded images are cached by `identity`."""
 
     name: str
     class_names: tuple[str, ...]

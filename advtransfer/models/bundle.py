@@ -248,6 +248,10 @@ def _find(folder: str | AnyPath) -> AnyPath:
     below = [] if storage.is_address(path) else sorted(path.glob(f"*/*/{_SPEC_FILE}"))
     below += [] if storage.is_address(path) else sorted(path.glob(f"*/*/model/{_SPEC_FILE}"))
     hint = f"; there are models in it: {', '.join(str(x.parent) for x in below[:3])}" if below else ""
+    if storage.is_file(path):
+        raise ValueError(
+            f"{str(folder)!r} is a file, not a model folder: import_torch_checkpoint reads those"
+        )
     raise ValueError(f"{str(folder)!r} is not a model folder: it has no {_SPEC_FILE}{hint}")
 
 

@@ -86,7 +86,7 @@ def _run(job: Job, task: _Task) -> None:
     path = write_model_page(page, job.workdir)
     print(
         f"{job.workdir / 'model'}: fine-tuned on {len(train.labels):,} of {task.dataset.train.num_images:,} "
-        f"training images; test accuracy {rows[-1]['test_accuracy']:.1%}, class by class "
+        f"training images; test accuracy {rows[-1]['test_accuracy']:.1%}, mean per class "
         f"{rows[-1]['test_mean_per_class_accuracy']:.1%}"
         + (f"; {_blocks(trial.num_unfrozen_blocks)} trained, by {_METHODS[choice.method]}" if choice else "")
     )
@@ -130,7 +130,7 @@ def plan(job: Job) -> str:
 
 
 def _blocks(k: int) -> str:
-    return f"{'all' if k == -1 else k} blocks"
+    return "all blocks" if k == -1 else f"{k} block{'s' * (k != 1)}"
 
 
 def _check(job: Job, *, planned: bool = False) -> _Task:
