@@ -19,7 +19,7 @@ exclude_patterns = ["_build", "notebooks/runs"]
 
 html_theme = "sphinx_book_theme"
 html_title = f"advtransfer {release}"
-html_theme_options = {"show_toc_level": 2, "use_download_button": True}
+html_theme_options = {"show_toc_level": 2, "navbar_persistent": []}  # one search field, in the sidebar
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 
