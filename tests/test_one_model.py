@@ -431,7 +431,7 @@ def test_the_plan_says_what_the_rule_takes(source, tmp_path):
     config = _config(source, choose_num_unfrozen_blocks="rule")
     assert "fine-tune 0 blocks (by the rule of thumb) of resnet_tiny on 30" in tasks.plan(config, tmp_path)
     config.transfer.num_train_images = -1
-    assert "fine-tune 1 blocks (by the rule of thumb)" in tasks.plan(config, tmp_path)
+    assert "fine-tune 1 block (by the rule of thumb)" in tasks.plan(config, tmp_path)
 
 
 @pytest.mark.parametrize(
