@@ -35,7 +35,7 @@ from advtransfer.data import (
     render_glyphs,
     subset_indices,
 )
-from advtransfer.evaluate import Evaluation, evaluate, measure, predict
+from advtransfer.evaluate import Evaluation, evaluate, measure, predict, unseen
 from advtransfer.models import (
     Model,
     ModelSpec,
@@ -117,5 +117,6 @@ __all__ = [
     "subset_indices",
     "tasks",
     "train_source",
+    "unseen",
     "visualise",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from advtransfer.attacks import (
     jit_for,
     make_attack,
 )
-from advtransfer.data import SPLITS, Batch, Dataset, Split, check_batch, check_split, to_float
+from advtransfer.data import SPLITS, Batch, Dataset, Split, check_batch, check_split, image_hashes, to_float
 from advtransfer.labels import check_labels
 from advtransfer.models import Model, ModelSpec, logits_fn
 from advtransfer.norms import NORMS, SYMBOLS
@@ -316,6 +317,20 @@ def check_head(spec: ModelSpec) -> None:
             "this model was imported without a head, so it has no accuracy: fine-tune it first, with "
             "config.stage=transfer and this model as config.source"
         )
+
+
+def unseen(split: Split, spec: ModelSpec) -> Split:
+    """The images, of those in memory, that no fine-tuning of this model had among its own, pixel for pixel.
+
+    They have to be prepared as those were: of the same size, cropped alike, in the same view.
+    """
+    known, provenance = [np.empty(0, np.uint64)], spec.provenance
+    while provenance:
+        known.append(np.frombuffer(base64.b64decode(provenance.get("image_hashes", "")), np.uint64))
+        source = provenance.get("source")
+        provenance = source.get("provenance") if isinstance(source, dict) else None
+    is_new = ~np.isin(image_hashes(split.images), np.concatenate(known))
+    return Split(*(array[is_new] for array in split))
 
 
 def align_classes(dataset: Dataset, spec: ModelSpec) -> Dataset:

@@ -1,6 +1,8 @@
 """stage=predict: new images are seen as those that the model was trained on, and nothing is guessed."""
 
+import base64
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -14,7 +16,7 @@ from advtransfer import config as base
 from advtransfer import tasks
 from advtransfer.calibration import calibrate, probabilities
 from advtransfer.config import ConfigError
-from advtransfer.data import load_dataset
+from advtransfer.data import image_hashes, load_dataset
 from advtransfer.data.unlabelled import open_unlabelled
 from advtransfer.evaluate import predict
 from advtransfer.models import Model, ModelSpec, create_module, init_variables, load_model, save_model
@@ -164,9 +166,8 @@ def described(model, folder, **data):
     return folder
 
 
-def test_validation_images_that_were_trained_on_are_left_out(model, photos, labelled, tmp_path):
-    whole = load_dataset(f"folder:{labelled}", image_size=SIZE, set_aside=False)
-    every = described(model, tmp_path / "every", set_aside=False, train=whole.digest("train"))
+def test_validation_images_that_were_trained_on_are_left_out(model, photos, tmp_path):
+    every = described(model, tmp_path / "every", set_aside=False)
     assert "on 80 images" in tasks.plan(configured(every, photos), tmp_path / "out")
     with pytest.raises(ConfigError, match="trained on these images: set test"):
         tasks.plan(configured(every, photos, splits=("validation",)), tmp_path / "out")
@@ -181,31 +182,61 @@ def test_held_out_images_that_are_gone(model, photos, tmp_path):
         tasks.run(configured(gone, photos, held_out=f"folder:{tmp_path}/nowhere"), tmp_path / "out")
 
 
-@pytest.mark.parametrize("change", ["added", "removed", "renamed", "another class name"])
-def test_a_folder_that_has_changed_gives_no_temperature(model, photos, labelled, tmp_path, change):
-    """What is set aside is drawn anew, so images that the model was trained on would be among it."""
-    folder, held_out = tmp_path / "labelled", f"folder:{tmp_path}/labelled"
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("change", ["added", "removed", "renamed"])
+def test_images_that_it_was_fine_tuned_on_are_not_held_out(
+    model, photos, labelled, tmp_path, capsys, change, named
+):
+    """What is set aside of a folder that has changed, under whatever name, is drawn anew."""
+    folder, place = tmp_path / "labelled", f"folder:{tmp_path}/labelled"
     shutil.copytree(labelled, folder)
-    whole = load_dataset(held_out, image_size=SIZE)
-    moved = described(model, tmp_path / "moved", name=held_out, train=whole.digest("train"))
-    assert "on 112 images" in tasks.plan(configured(moved, photos), tmp_path / "out")
-    before = {image.tobytes() for image in whole.train.images}
     if change == "added":
         shutil.copy(photos / "day 0/0.png", folder / "dark/00.png")
     elif change == "removed":
         (folder / "dark/0.png").unlink()
-    elif change == "renamed":
-        (folder / "dark/0.png").rename(folder / "dark/zzz.png")
     else:
-        (folder / "dark").rename(folder / "black")
-    after = load_dataset(held_out, image_size=SIZE)
-    leaked = sum(image.tobytes() in before for x in (after.validation, after.test) for image in x.images)
-    assert leaked > 0
-    for act in (tasks.plan, tasks.run):
-        with pytest.raises(ConfigError, match="has changed since .* may be among .* fine-tune again"):
-            act(configured(moved, photos), tmp_path / "out")
+        (folder / "dark/0.png").rename(folder / "dark/zzz.png")
+    before = load_dataset(f"folder:{labelled}", image_size=SIZE).train
+    subset = json.loads((model / "config.json").read_text())["transfer"]["num_train_images"]
+    trained = at.subset_indices(before.labels, subset, dataset=f"folder:{labelled}", seed=0)
+    trained = {before.images[i].tobytes() for i in trained}
+    after = load_dataset(place, image_size=SIZE)
+    parts = (after.validation, after.test)
+    is_new = [np.array([x.tobytes() not in trained for x in part.images]) for part in parts]
+    assert 0 < sum(map(np.sum, is_new)) < sum(map(len, is_new))
+    moved = described(model, tmp_path / "moved", name=place)
+    config = configured(model if named else moved, photos, held_out=place if named else "")
+    tasks.run(config, tmp_path / "out")
+    left = sum(map(len, is_new)) - sum(map(np.sum, is_new))
+    assert f"without {left} that the model was fine-tuned on" in capsys.readouterr().out
+    logits = [predict(load_model(model), x.images[keep]) for x, keep in zip(parts, is_new, strict=True)]
+    labels = [x.labels[keep] for x, keep in zip(parts, is_new, strict=True)]
+    expected = calibrate(np.concatenate(logits), np.concatenate(labels)).temperature
+    page = read_page(tmp_path / "out" / "report.html").text
+    assert (f"temperature of {expected.value:.4g}" in page) == (not expected.problem)
+
+
+def test_images_that_it_was_fine_tuned_on_alone(model, photos, labelled, tmp_path):
+    loaded, whole = load_model(model), load_dataset(f"folder:{labelled}", image_size=SIZE, set_aside=False)
+    every = np.concatenate([whole.train.images, whole.test.images])
+    source = {"provenance": {"image_hashes": base64.b64encode(image_hashes(every).tobytes()).decode()}}
+    provenance = loaded.spec.provenance | {"source": source}  # of the training before this one
+    save_model(
+        loaded._replace(spec=dataclasses.replace(loaded.spec, provenance=provenance)), tmp_path / "all"
+    )
+    with pytest.raises(ConfigError, match="was fine-tuned on all images of folder:.* or none"):
+        tasks.run(configured(tmp_path / "all", photos), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    tasks.run(configured(moved, photos, held_out="none"), tmp_path / "out")
+
+
+def test_held_out_images_are_cropped_as_those_that_it_was_fine_tuned_on(model, photos, tmp_path):
+    rng = np.random.default_rng(2)
+    for i in range(40):
+        square = rng.integers(0, 256, (20, 20, 3), np.uint8)
+        write(tmp_path / "squares" / ("dark", "bright")[i % 2] / f"{i}.png", square)
+    config = configured(model, photos, held_out=f"folder:{tmp_path}/squares")
+    with pytest.raises(ConfigError, match="are squares of one size, those .* cropped, as photographs are"):
+        tasks.plan(config, tmp_path / "out")
 
 
 def test_without_held_out_images_the_page_says_so(model, photos, tmp_path):

@@ -1,6 +1,7 @@
 """Datasets as host arrays, subsets of them, and batches assembled on the device."""
 
 from advtransfer.data.batches import Batch, check_batch, make_batch
+from advtransfer.data.cache import image_hashes
 from advtransfer.data.datasets import (
     BROKEN,
     DATASETS,
@@ -54,6 +55,7 @@ __all__ = [
     "check_split",
     "check_subset",
     "choose_augmentation",
+    "image_hashes",
     "known_sizes",
     "load_dataset",
     "make_batch",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from os import PathLike
@@ -14,7 +13,7 @@ import PIL
 import psutil
 from jaxtyping import Int32, Integer, Shaped, UInt8, UInt64
 
-from advtransfer.data.cache import cached_arrays, content_digest
+from advtransfer.data.cache import cached_arrays, content_digest, image_hashes
 from advtransfer.data.decode import Encoded, decode_images, open_image
 from advtransfer.data.subsets import stratified_order
 from advtransfer.data.views import LOW_PASS_SIDE, VIEWS
@@ -115,9 +114,7 @@ def load_parts(
             images, labels, names = (np.delete(x, list(reasons), axis=0) for x in (images, labels, names))
         images = VIEWS[view](images)
         digest, skipped = np.array(content_digest(images, labels)), np.array(skipped, dtype=np.str_)
-        hashes = [hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=8) for image in images]
-        hashes = np.array([int.from_bytes(one.digest(), "little") for one in hashes], np.uint64)
-        return Part(images, labels, skipped, digest, hashes, names)._asdict()
+        return Part(images, labels, skipped, digest, image_hashes(images), names)._asdict()
 
     identity = recording.identity | {
         **{"size": size, "crop": crop, "view": view, "sizes": sizes, "pillow": PIL.__version__},

@@ -44,7 +44,8 @@ def files(place):
 
 def main(places):
     if not places or {"-h", "--help"} & set(places):
-        sys.exit(print(__doc__) if places else f"usage: python {sys.argv[0]} FILE_OR_FOLDER ...")
+        print(__doc__)
+        sys.exit(0 if places else 1)
     model = Path(__file__).with_suffix("")  # without .py
     about = json.loads(Path(f"{model}.json").read_text(encoding="utf-8"))
     if about["view"] != "natural":

@@ -14,7 +14,7 @@ from advtransfer.calibration import Calibration, calibrate, probabilities
 from advtransfer.config import ConfigError, names_key
 from advtransfer.data import Dataset, Split
 from advtransfer.data.unlabelled import Unlabelled, open_unlabelled
-from advtransfer.evaluate import align_classes, check_head, predict
+from advtransfer.evaluate import align_classes, check_head, predict, unseen
 from advtransfer.models import Model
 from advtransfer.progress import progress_bar
 from advtransfer.report.prediction_page import Predicted, as_exported, prediction_sections, shown
@@ -22,6 +22,8 @@ from advtransfer.report.render import write_page
 from advtransfer.report.sections import Page
 from advtransfer.tasks.inputs import find_model, load_data
 from advtransfer.tasks.workdir import Job, check_workdir, open_workdir, versions
+
+_CROPPED = {True: "cropped, as photographs are", False: "squares of one size"}
 
 
 class _Task(NamedTuple):
@@ -35,9 +37,18 @@ def run(job: Job) -> None:
     task, options = _check(job), job.options.prediction
     calibration, held_out = None, ""
     if task.held_out is not None:
-        parts = [task.held_out.in_memory(split) for split in task.splits]
-        calibration = _calibrate(task.model, parts, options.batch_size)
+        every = [task.held_out.in_memory(split) for split in task.splits]
+        parts = [unseen(part, task.model.spec) for part in every]
         held_out = f"{task.held_out.name} ({' and '.join(task.splits)})"
+        number = sum(part.num_images for part in parts)
+        if not number:
+            raise ConfigError(
+                f"config.predict.held_out: the model was fine-tuned on all images of {held_out}: name images "
+                "that it has not seen, or none"
+            )
+        if seen := sum(part.num_images for part in every) - number:
+            held_out += f", without {seen:,} that the model was fine-tuned on"
+        calibration = _calibrate(task.model, parts, options.batch_size)
     predicted = _predict(task, calibration, options.num_listed, options.batch_size)
     if len(predicted.problems) == len(predicted.names):
         place, why = next(iter(predicted.problems.items()))
@@ -111,33 +122,24 @@ def _held_out(
         raise ConfigError(
             "config.predict.splits=validation, but the model was trained on these images: set test"
         )
-    trained_on = model.spec.provenance.get("data", {})
-    is_its_own = name == trained_on.get("name")  # its training images have to be those that they were
+    size, crop = model.spec.image_size, model.spec.provenance.get("data", {}).get("crop")
     try:
-        dataset = load_data(
-            job.options.run,
-            "predict.held_out",
-            name,
-            image_size=model.spec.image_size,
-            splits=("train", *splits) if is_its_own else splits,
-            view=view,
-            set_aside=not is_its_own or trained_on.get("set_aside", True),
-            planned=planned,
-        )
+        options = {"image_size": size, "splits": splits, "view": view, "planned": planned}
+        dataset = load_data(job.options.run, "predict.held_out", name, **options)
     except ConfigError as error:
         hint = (
             "; the model was fine-tuned on it: start the command in the folder where that was, or name these "
             "images anew, others, or none"
         )
         raise ConfigError(f"{error}{hint * (not job.options.prediction.held_out)}") from error
-    if is_its_own and not dataset.is_placeholder and dataset.digest("train") != trained_on.get("train"):
-        raise ConfigError(
-            f"config.predict.held_out: {name} has changed since the model was fine-tuned on it, so its "
-            f"{' and '.join(splits)} images may be among those that the model was trained on: fine-tune "
-            "again, or name images that it has not seen, or none"
-        )
     with names_key("predict.held_out"):
-        return align_classes(dataset, model.spec)
+        aligned = align_classes(dataset, model.spec)
+        if crop not in (None, dataset.crop) and not dataset.is_placeholder:
+            raise ValueError(
+                f"the images of {name} are {_CROPPED[dataset.crop]}, those that the model was fine-tuned on "
+                f"were {_CROPPED[crop]}: name images like those, or none"
+            )
+    return aligned
 
 
 def _calibrate(model: Model, parts: Sequence[Split], batch_size: int) -> Calibration:

@@ -100,7 +100,6 @@ def _trained_on(model: Model, dataset: Dataset, target: TargetData) -> Model:
         "view": target.view,
         "crop": dataset.crop,
         "set_aside": target.num_train_images != -1,
-        "train": dataset.digest("train"),
     }
     spec = dataclasses.replace(model.spec, provenance=model.spec.provenance | {"data": data})
     return model._replace(spec=spec)

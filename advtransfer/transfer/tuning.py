@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
 import math
@@ -15,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Integer, Key
 
 from advtransfer import parallel
-from advtransfer.data import Split, check_split
+from advtransfer.data import Split, check_split, image_hashes
 from advtransfer.labels import check_labels
 from advtransfer.models import Model, ResNet, block_flops
 from advtransfer.models.cost import layers
@@ -82,6 +83,7 @@ def fine_tune_one(
             "source": dataclasses.asdict(model.spec),
             "num_train_images": num_images,
             "num_unfrozen_blocks": num_unfrozen_blocks,
+            "image_hashes": base64.b64encode(image_hashes(train.images).tobytes()).decode(),
             "recipe": dataclasses.asdict(recipe),
         },
     )
