@@ -323,7 +323,11 @@ def unseen(split: Split, spec: ModelSpec) -> Split:
     """The images, of those in memory, that no fine-tuning of this model had among its own, pixel for pixel.
 
     They have to be prepared as those were: of the same size, cropped alike, in the same view.
+
+    Raises:
+      ValueError: images that are not uint8 [N, H, W, 3], or labels that are not theirs.
     """
+    check_split(split)
     known, provenance = [np.empty(0, np.uint64)], spec.provenance
     while provenance:
         known.append(np.frombuffer(base64.b64decode(provenance.get("image_hashes", "")), np.uint64))

@@ -63,6 +63,7 @@ from advtransfer.evaluate import (
     make_evaluate_step,
     measure,
     predict,
+    unseen,
 )
 from advtransfer.models import Model, ModelSpec, create_module
 from advtransfer.robustness import measure_robustness
@@ -189,6 +190,11 @@ DOORS = [
         f"{ON_IMAGES}, indices rank, indices kind, keys length",
     ),
     Door(batches.check_batch, {"batch": batch_of(FLOATS)}, "batch.images length, batch.labels kind"),
+    Door(
+        unseen,
+        {"split": SPLIT, "spec": MODEL.spec},
+        "split.images rank, split.images kind, split.labels length",
+    ),
     Door(datasets.check_split, {"split": SPLIT}, "split.images rank, split.images kind, split.labels length"),
     Door(
         feed.make_feed,
@@ -467,6 +473,7 @@ DOORS = [
 
 # What takes arrays, or may, and has no door of its own.
 EXCEPTIONS = {
+    "data.cache.image_hashes": "`unseen` and fine-tuning check their split; others decoded it",
     "attacks.network.as_network": "images of any shape that the network takes",
     "attacks.network.in_batches": "a network of `as_network`, and images that it takes",
     "attacks.network.jit_for": "a network of `as_network`",
