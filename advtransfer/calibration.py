@@ -89,7 +89,7 @@ class Calibration(NamedTuple):
 def calibrate(logits: Float[np.ndarray, "n classes"], labels: Integer[np.ndarray, " n"]) -> Calibration:
     """The temperature of a network, and its calibration without and with it.
 
-    Both come from the same held-out images: calibration is measured in `NUM_FOLDS` folds, each scaled with
+    Both come from the same held-out images: calibration is measured in five folds, each scaled with
     the temperature of the others.
 
     Args:

@@ -176,8 +176,9 @@ def evaluate(
       steps: wraps the range of batches, to draw a progress bar.
 
     Returns:
-      {"loss", "accuracy", "mean_per_class_accuracy"}, see `evaluation_means`; with an attack also "unmoved",
-      the share of the images that it left as they were, and right: where the gradient is zero, say.
+      {"loss", "accuracy", "mean_per_class_accuracy"}; the last is the mean over the classes of the accuracy
+      on each (Salman et al., 2020, appendix A). With an attack also "unmoved", the share of the images that
+      it left as they were, and right: where the gradient is zero, say.
 
     Raises:
       ValueError: labels that are not classes, or logits that are not finite.

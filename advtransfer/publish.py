@@ -29,7 +29,7 @@ def push_to_hub(
     """Uploads a model to the Hugging Face hub, from which `load_model("hf:OWNER/NAME")` reads it.
 
     The repository holds the model folder, the same weights as `model.safetensors` under torchvision's names
-    (see `export_torch_state_dict`), and README.md, the card (see `model_card`). All go in one commit, and
+    (see `export_torch_state_dict`), and README.md, the card. All go in one commit, and
     replace those of an earlier model there. Needs huggingface_hub and a token with the right to write
     (`hf auth login`, or HF_TOKEN).
 
@@ -45,7 +45,7 @@ def push_to_hub(
 
     Raises:
       ValueError: no such name, no token, no right to write, no network, or a model that cannot be saved; a
-        repository that was there is as it was (see `hub.upload`).
+        repository that was there is as it was, a new one may have been made, and is empty.
     """
     if repo.count("/") != 1:
         raise ValueError(f"{repo!r} is not of the form OWNER/NAME")

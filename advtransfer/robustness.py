@@ -82,10 +82,10 @@ class Curves:
 class Robustness(NamedTuple):
     """What was measured of a network.
 
-    `rows` have `COLUMNS`: "lower" and "upper" are Wilson's 95 % interval; "loss" is cross-entropy, None where
-    attacks stop at the first error. "attack" is one of `NATURAL`, `PGD`, `PROBE` (all steps are taken, on
-    `probed` images), `LARGE` (ε so large that all balls hold grey) and, with what it has run so far,
-    "AutoAttack (VERSION): ATTACK".
+    Rows have "norm", "eps", "attack", "num_steps", "accuracy" with Wilson's 95 % interval ("lower", "upper"),
+    "loss" (cross-entropy, None where attacks stop at the first error) and "num_images". "attack" is "none";
+    "PGD"; "PGD, all steps", which does not stop at the first error, on fewer images; "PGD, large ε", whose
+    balls all hold grey; or, with what it has run so far, "AutoAttack (VERSION): ATTACK".
     """
 
     rows: list[dict[str, Any]]

@@ -298,9 +298,10 @@ def train_source(
       name: on the progress bar.
 
     Raises:
-      ValueError: as `start_training`, or `folder` holds the model of another source, or foreign files.
-      DivergedError, Preempted: as `train.fit`.
-      UnreadableCheckpoints, SaveError: as `Checkpoints`.
+      ValueError: the dataset does not fit the recipe, or `folder` holds the model of another source, or
+        foreign files.
+      DivergedError, Preempted: as `fit`.
+      UnreadableCheckpoints, SaveError: no checkpoint can be read; one cannot be written.
     """
     folder = storage.to_path(folder)
     if (model := load_source(recipe, folder, dtype=dtype)) is not None:

@@ -113,6 +113,9 @@ def world(tmp_path_factory, two_blocks):
         model = at.Model(module, at.init_variables(module, jax.random.key(seed), 16), spec)
         at.save_model(model, folder / "runs/quickstart/sources" / name)
     at.save_model(model, folder / "sources/l2-3")
+    at.export_torch_state_dict(model, folder / "weights.safetensors")
+    (folder / "empty").mkdir()
+    (folder / "weights.safetensors").rename(folder / "empty/mine.pt")
     draw = np.random.default_rng(0)
     for i in range(40):
         place = folder / ("new" if i < 8 else f"birds/{('robin', 'wren')[i % 2]}")
@@ -122,6 +125,7 @@ def world(tmp_path_factory, two_blocks):
     return folder
 
 
+QUICK = {"--list", "--explain", "--plan", "--config.source=list"}
 # Fewer epochs or images, nothing else.
 SMALLER = {
     "transfer": ["--config.transfer.num_epochs=2"],
@@ -130,13 +134,14 @@ SMALLER = {
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", ["README", "extend", "photos", "robustness", "start"])
+@pytest.mark.parametrize("name", ["README", "extend", "paper", "photos", "robustness", "source", "start"])
 def test_the_code_of_a_page_runs(name, world, unoptimised, monkeypatch):
-    """The Python blocks of a page, and in two of them all its commands, in order."""
+    """The Python blocks of a page, and its commands in order: all in two pages, in the others those that
+    take no minutes."""
     page = next(page for page in PAGES if page.stem == name)
-    monkeypatch.chdir(world)
-    if name in ("photos", "robustness"):
-        for arguments in _commands(page):
+    monkeypatch.chdir(world / "empty" if name == "source" else world)
+    for arguments in _commands(page):
+        if name in ("photos", "robustness") or {*arguments} & QUICK:
             experiment = arguments[0].removeprefix("--config=")
             _launch([*arguments, *SMALLER.get(experiment, [])], monkeypatch, command.main)
     for code in _blocks(page, "python"):

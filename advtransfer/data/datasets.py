@@ -82,10 +82,12 @@ class Dataset(NamedTuple):
     test: Split
     skipped: tuple[str, ...] = ()  # images that could not be decoded, with the reason
     remarks: tuple[str, ...] = ()  # notes for the user: files left out, duplicates, ...
-    digests: Mapping[str, str] = MappingProxyType({})  # known values of `content_digest`, by split
+    digests: Mapping[str, str] = MappingProxyType(
+        {}
+    )  # SHA-256 of images and labels where it is known, by split
     names: Mapping[str, np.ndarray] = MappingProxyType({})  # of recorded images in memory, by split
-    is_placeholder: bool = False  # stands in for a dataset that is not prepared (see `plan_dataset`)
-    crop: bool = False  # whether images were scaled and cropped as in ImageNet evaluation (see `fit_image`)
+    is_placeholder: bool = False  # stands in, in a plan, for a dataset that is not prepared
+    crop: bool = False  # whether images were scaled and cropped as in ImageNet evaluation
 
     def in_memory(self, split: str) -> Split:
         """The images and labels of a split; a ValueError if they are streamed."""
@@ -119,25 +121,26 @@ def load_dataset(
     """Loads a dataset by name.
 
     Recorded images are decoded once, in parallel, and cached until a file of the dataset changes. Splits are
-    the recorded ones as far as there are any (see `load_parts`). If all images of a dataset are squares of
-    one size, they are resized; otherwise they are cropped as in ImageNet evaluation (see `fit_image`).
+    the recorded ones as far as there are any; docs/datasets.md says how the others are drawn. If all images
+    of a dataset are squares of one size, they are resized; otherwise the shorter side is scaled to 8/7 of
+    `image_size`, and the centre is cropped, as in ImageNet evaluation.
 
     Args:
-      name: one of `DATASETS`; `tfds:NAME`, a prepared TensorFlow dataset (see module `tfds`);
-        `folder:/path`, with one subfolder per class (see module `folder`); or `table:/path/labels.csv`, a
-        table of images and their classes (see module `table`).
+      name: `builtin:glyphs`, `builtin:lowercase` or `builtin:digits`; `tfds:NAME`, a prepared TensorFlow
+        dataset; `folder:/path`, with one subfolder per class; or `table:/path/labels.csv`, a table of images
+        and their classes.
       image_size: side of the images in pixels; None is the dataset's own (glyphs 16, digits 8). Glyphs are
         drawn at this size.
       seed: of the drawn glyphs.
-      cache_dir: of drawn and decoded images (see `cached_arrays`).
-      splits: those of `SPLITS` that the caller needs; the others of a recorded dataset are empty.
+      cache_dir: of drawn and decoded images; None: ~/.cache/advtransfer.
+      splits: those that the caller needs; the others of a recorded dataset are empty.
       broken: how to treat images that cannot be decoded: "refuse" raises, "skip" leaves them out and lists
         them in `Dataset.skipped`.
-      view: one of `VIEWS`, applied to all splits.
-      loading: "memory"; "stream": the training images stay on disk (see module `stream`); or "auto": streamed
+      view: a name in `VIEWS`, whose transformation is applied to all splits.
+      loading: "memory"; "stream": the training images stay on disk; or "auto": streamed
         if they would take more than 2 GB. Other splits are always in memory.
       enlarge: whether recorded squares of one size that are smaller than `image_size` are enlarged to it.
-        If not, they keep their size and are enlarged on the device batch by batch (`make_batch`): 60,000
+        If not, they keep their size and are enlarged on the device batch by batch: 60,000
         images of 32² take 180 MB, at 224² they would take 9 GB. In the view "low_pass" they are kept at 32².
       set_aside: whether a tenth of the training images, at most 5,000, is held out for validation if a
         recorded dataset has no validation images.

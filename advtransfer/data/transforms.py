@@ -59,7 +59,7 @@ class Augmentation:
             )
 
 
-# Published augmentations. Utrera et al. do not augment grey targets.
+#: Published augmentations. Utrera et al. do not augment grey targets.
 AUGMENTATIONS = {
     "none": Augmentation(),
     # Utrera et al., ICLR 2021 (code); also CIFAR-10 in MadryLab/robustness.

@@ -65,10 +65,15 @@ def read_images(
     """Names and pixels of the images in a folder, or of one file, as stage=predict reads them.
 
     Args:
-      place, image_size, crop, view: as for `open_unlabelled`.
+      place: an image file, or a folder; files that are hidden or have no suffix of an image are left out.
+      image_size: side of the images in pixels.
+      crop: whether images are scaled and cropped as in ImageNet evaluation, or their central square is
+        scaled, as those that the network was trained on were; None: as `load_dataset` would decide, cropped
+        unless all are squares of one size.
+      view: a name in `VIEWS`, that the network was trained on.
 
     Raises:
-      ValueError: as `open_unlabelled`, or an image that cannot be decoded.
+      ValueError: there is no such folder or file, no image in it, or one that cannot be decoded.
     """
     images = open_unlabelled(place, image_size, crop=crop, view=view)
     found = images.read(np.arange(len(images.names)))
@@ -83,12 +88,7 @@ def open_unlabelled(
     """Lists images; files that are hidden or have no suffix of an image are left out.
 
     Args:
-      place: an image file, or a folder.
-      image_size: side of the images in pixels.
-      crop: whether images are scaled and cropped as in ImageNet evaluation, or their central square is
-        scaled, as those that the network was trained on were; None: as `load_dataset` would decide, cropped
-        unless all are squares of one size.
-      view: one of `VIEWS`, that the network was trained on.
+      place, image_size, crop, view: as for `read_images`.
 
     Raises:
       ValueError: there is no such folder or file, or no image in it.

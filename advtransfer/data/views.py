@@ -152,6 +152,7 @@ def _each(
     return shown
 
 
+#: Name -> what it makes of images, uint8 [N, H, W, 3].
 VIEWS: dict[str, Callable[[Images], Images]] = {
     "natural": lambda images: images,
     "low_pass": low_pass,

@@ -37,7 +37,7 @@ class ModelSpec:
     image_size: int  # pixels; what it was trained at
     mean: tuple[float, ...]  # of the normalisation inside the network
     std: tuple[float, ...]
-    norm: str = "none"  # threat model of its adversarial training, one of `norms.NORMS`
+    norm: str = "none"  # threat model of its adversarial training: "none", "l2" or "linf"
     eps: float = 0.0  # its radius, pixel units
     class_names: tuple[str, ...] = ()
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)  # where it comes from

@@ -47,7 +47,7 @@ def export(
       inputs: what the file takes as images [N, S, S, 3]: "uint8", 0 to 255; "float", float32 in [0, 1]; or
         "normalised", float32 after the model's mean and standard deviation, which are then not in the file.
       image_size: S, in pixels; 0: any, or the model's own of normalised images. Other images than of the
-        model's size are resized inside the file, as `data.resize` does.
+        model's size are resized inside the file, as `resize` does.
       batch_size: N; 0: any.
       temperature: positive: the file gives probabilities, softmax(logits / temperature); 0: logits.
       platforms: that the file runs on, of "cpu", "cuda", "rocm" and "tpu".

@@ -90,7 +90,7 @@ class ResNet(nn.Module):
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
     momentum: float = 0.9  # of the running statistics; 0: those of the last batch
-    as_products: bool = False  # the blocks' convolutions, for `vmap` over kernels; see `conv2d`
+    as_products: bool = False  # the blocks' convolutions as matrix products, for `vmap` over kernels
 
     @property
     def num_blocks(self) -> int:
@@ -223,8 +223,8 @@ def _family(cifar_stem: bool) -> dict[str, dict[str, Any]]:
     return {name + ("_cifar" if cifar_stem else ""): spec for name, spec in networks.items()}
 
 
-# Name -> the fields of `ResNet` that make it. A `_cifar` network has a 3×3 stem of stride 1 and no
-# max-pool, for images of some 16 to 64 pixels.
+#: Name -> the fields of `ResNet` that make it. A `_cifar` network has a 3×3 stem of stride 1 and no
+#: max-pool, for images of some 16 to 64 pixels.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     **_family(cifar_stem=False),
     **_family(cifar_stem=True),

@@ -126,6 +126,7 @@ CONVERSIONS: dict[str, tuple[Callable[[Any], Any], str]] = {  # and the dtype of
     "trial_id": (_text, "object"),
     "config": (_text, "object"),
 }
+#: Of rows. Those as far as `test_accuracy` are needed, the others may be missing.
 COLUMNS = tuple(CONVERSIONS)
 REQUIRED = COLUMNS[:11]
 ACCURACIES = ["train_accuracy", "test_accuracy"]

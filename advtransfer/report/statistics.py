@@ -269,12 +269,12 @@ def _with_leads(table: DataFrame, sources: Mapping[str, SourceInfo], on: list[st
 
 
 def summarise(rows: DataFrame | Iterable[Mapping[str, Any]] | Results) -> DataFrame:
-    """The table of `SUMMARY_COLUMNS`, a row per source, target, n and k.
+    """A table with a row per source, target, n and k.
 
-    `mean` and `ci95` are over the last epoch of each seed; `delta` is this source minus the natural
-    one, over the seeds that both have, and `delta_ci95` the half-width of its interval paired by
-    seed. What cannot be computed is NaN (an empty cell in summary.csv). Where any source was trained from
-    several seeds, a last column `num_source_seeds` says how many.
+    `mean` and `ci95`, the half-width of its interval, are over the last epoch of `num_seeds` seeds; `delta`
+    is this source minus the natural one, over the seeds that both have, and `delta_ci95` the half-width of
+    its interval paired by seed. What cannot be computed is NaN (an empty cell in summary.csv). Where any
+    source was trained from several seeds, a last column `num_source_seeds` says how many.
     """
     return (rows if isinstance(rows, Results) else collect(rows)).summary
 

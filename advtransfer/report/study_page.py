@@ -97,7 +97,7 @@ def write_report(
     file appears whole, report.html last. The report says what is missing in the rows.
 
     Args:
-      rows: as they come, or what `collect` makes of the table of `read_table`.
+      rows: as `run_study`, `read_rows` or `read_foreign_rows` gives them.
       reference: "paper" draws the paper's published accuracies behind the figures against n.
 
     Raises:

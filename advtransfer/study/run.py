@@ -328,7 +328,7 @@ def run_study(
       search: hyper-parameters that are chosen on validation images first.
       stratified: see `subset_indices`.
       input_norm: "source", or "target": natural sources normalise by the target's training images.
-      engine: what runs the groups, such as `run_on` a cluster.
+      engine: what runs the groups of trials; the default is this process.
 
     Returns:
       A pandas DataFrame of the columns of `report.COLUMNS`, a row per trial and evaluated epoch, which

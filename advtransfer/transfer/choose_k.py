@@ -93,13 +93,14 @@ def rule_of_thumb(num_images: int, num_blocks: int) -> int:
     """k by the number of training images: the fewer there are, the fewer blocks are trained.
 
     That is the advice of the paper's authors in their blog (Utrera, "Adversarially-Trained Deep Nets Transfer
-    Better", 2020). They give no numbers: those of `RULE` are ours, after a sample of the results published
-    with their code (github.com/utrerf/robust_transfer_learning, results/consolidated_results.csv, single
-    seeds; for k = 3 the means of the paper's table). On CIFAR-10 a ResNet-50 robust to ℓ∞ 8/255 did better
-    with k = 1 than with 3 at n = 200, 400 and 800 (65 to 60, 73 to 69, 77 to 76 %), and worse at 6,400 (88 to
-    89) and 25,600 (91 to 93). On SVHN and FMNIST, far from ImageNet, k = 3 was ahead at n = 100 to 400
-    already: there the rule takes too few. Below n = 100 and above k = 3 it rests on no result and only
-    extrapolates. Where it matters, cross-validate.
+    Better", 2020). They give no numbers. Ours, k = 0 below 100 images, 1 below 1,600, 3 below 12,800, 9 below
+    51,200 and then everything, follow a sample of the results published with their code
+    (github.com/utrerf/robust_transfer_learning, results/consolidated_results.csv, single seeds; for k = 3 the
+    means of the paper's table). On CIFAR-10 a ResNet-50 robust to ℓ∞ 8/255 did better with k = 1 than with 3
+    at n = 200, 400 and 800 (65 to 60, 73 to 69, 77 to 76 %), and worse at 6,400 (88 to 89) and 25,600 (91 to
+    93). On SVHN and FMNIST, far from ImageNet, k = 3 was ahead at n = 100 to 400 already: there the rule
+    takes too few. Below n = 100 and above k = 3 it rests on no result and only extrapolates. Where it
+    matters, cross-validate.
     """
     k = next((k for below, k in RULE if num_images < below), -1)
     return k if k < num_blocks else -1

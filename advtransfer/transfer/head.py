@@ -46,7 +46,7 @@ def reset_head(
       variables: {"params", "batch_stats"} of a network of the ResNet family.
       key: of the draw.
       num_classes: of the new task.
-      init: a key of `HEAD_INITS`; a ValueError for another.
+      init: "torch", uniform as in PyTorch's Linear; "normal"; or "zeros".
       scale: standard deviation of `init="normal"`.
     """
     if init not in HEAD_INITS:

@@ -68,7 +68,8 @@ def fine_tune(
       test_images, test_labels: to measure on, and nothing else; or neither.
       class_names: of the C classes; None: "0", "1", ..., and there is an image of each.
       num_unfrozen_blocks: residual blocks trained beside the head, counted from the end; -1: everything;
-        "rule": by `rule_of_thumb`; "cross_validation": by `cross_validate`, on `images` alone.
+        "rule": by `rule_of_thumb`; "cross_validation": the fewest whose accuracy on held-out folds of
+        `images` is within one standard error of the best.
       num_folds: of the cross-validation.
       recipe: the hyper-parameters; None: `Recipe()`, measured after several epochs.
       key: of the new head, the batch order, the augmentation and the folds; None: `jax.random.key(0)`.

@@ -52,9 +52,9 @@ def fine_tune_one(
       recipe: the hyper-parameters.
 
     Returns:
-      The transferred model, and the history: "train_..." and "test_..." of loss, accuracy and
-      mean_per_class_accuracy (see `evaluation_means`), after every epoch of `recipe.evaluate_epochs`, in
-      evaluation mode.
+      The transferred model, and the history: loss, accuracy and mean_per_class_accuracy (see `evaluate`),
+      named "train_loss", "test_loss" and so on, at every epoch of `recipe.evaluate_epochs`, in evaluation
+      mode.
 
     Raises:
       ValueError: more blocks than the network has, or images that the recipe does not fit.
