@@ -30,7 +30,7 @@ from advtransfer.attacks import (
 from advtransfer.data import SPLITS, Batch, Dataset, Split, check_batch, check_split, image_hashes, to_float
 from advtransfer.labels import check_labels
 from advtransfer.models import Model, ModelSpec, logits_fn
-from advtransfer.norms import NORMS, SYMBOLS
+from advtransfer.norms import NORMS, SYMBOLS, check_radius
 from advtransfer.options import option, options
 from advtransfer.progress import progress_bar
 from advtransfer.train import Metrics, sum_metrics
@@ -60,11 +60,7 @@ class Evaluation:
     batch_size: int = option(256, "images per batch, over all devices", low=1)
 
     def check(self) -> None:
-        if self.norm == "linf" and self.eps >= 1:
-            raise ValueError(
-                f"eps={self.eps:g} of norm=linf allows every image, as pixels are in [0, 1]: did you mean "
-                f"{self.eps:g}/255, {self.eps / 255:.4f}?"
-            )
+        check_radius(self.norm, self.eps)
 
     @property
     def attack(self) -> Attack | None:

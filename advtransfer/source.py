@@ -34,7 +34,7 @@ from advtransfer.models import (
     load_model,
     save_model,
 )
-from advtransfer.norms import NORMS
+from advtransfer.norms import NORMS, check_radius
 from advtransfer.optim import SCHEDULES, make_schedule, sgd
 from advtransfer.options import deciding, option, options, to_dict
 from advtransfer.progress import RunLog, progress_bar
@@ -99,6 +99,7 @@ class SourceRecipe:
                 f"eps={self.eps:g} does not go with norm={self.norm}: set a norm ({', '.join(NORMS[1:])}) "
                 "and a positive eps, or neither"
             )
+        check_radius(self.norm, self.eps)
 
     @property
     def name(self) -> str:

@@ -25,11 +25,19 @@ NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
 _COMMAND = r"(?:advtransfer|python launch\.py)( --(?:config|explain|list|multihost)[^#&|]*|$)"
 
 
+def _text(page):
+    """Markdown: of a notebook, its cells that are no code."""
+    if page.suffix == ".md":
+        return page.read_text()
+    cells = json.loads(page.read_text())["cells"]
+    return "\n".join("".join(cell["source"]) + "\n" for cell in cells if cell["cell_type"] == "markdown")
+
+
 def _blocks(page, *languages):
     """The fenced blocks of a page in these languages, in their order."""
     return [
         text
-        for name, text in re.findall(r"^```(\S*)\n(.*?)^```", page.read_text(), re.M | re.S)
+        for name, text in re.findall(r"^```(\S*)\n(.*?)^```", _text(page), re.M | re.S)
         if name in languages
     ]
 
@@ -43,7 +51,7 @@ def _commands(page):
                 yield shlex.split(text if text.count('"') % 2 == 0 else text.rstrip().removesuffix('"'))
 
 
-COMMANDS = [(page.name, arguments) for page in PAGES for arguments in _commands(page)]
+COMMANDS = [(page.name, arguments) for page in [*PAGES, *NOTEBOOKS] for arguments in _commands(page)]
 
 
 def _launch(arguments, monkeypatch, act):
@@ -72,6 +80,7 @@ def test_every_command_is_valid(page, arguments, monkeypatch):
 def test_there_are_commands():
     assert {page for page, _ in COMMANDS} >= {
         "README.md",
+        "why.ipynb",
         "start.md",
         "photos.md",
         "source.md",
@@ -95,10 +104,10 @@ def test_shell_scripts_are_shell(page):
         assert not done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *NOTEBOOKS, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
 def test_files_that_are_linked_to_exist(page):
     """The site's build looks at links in docs/, headings included; these are as GitHub shows them."""
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text()):
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", _text(page)):
         assert (page.parent / target).exists(), target
 
 

@@ -131,6 +131,7 @@ BAD_RADII = (None, 0.0, -1, np.inf, np.nan)
         *((f"mean is .*{RGB[0]}", {"mean": mean, "std": HALF}) for mean in BAD_MEANS),
         *((f"std is .*{RGB[1]}", {"mean": HALF, "std": std}) for std in BAD_STDS),
         ("eps=3 needs norm=", {"eps": 3.0}),
+        ("did you mean 4/255, 0.0157", {"norm": "linf", "eps": 4.0}),
         ("eps=0 needs norm=", {"eps": 0.0}),
         *(("eps is .*; expected positive, as norm is l2", {"norm": "l2", "eps": eps}) for eps in BAD_RADII),
         *(("eps is .*; expected 0, as norm is none", {"norm": "none", "eps": eps}) for eps in (3.0, 1e-9)),

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from advtransfer.arrays import AnyArray, Variables
 from advtransfer.models import IMAGENET_MEAN, IMAGENET_STD, Model, ModelSpec, ResNet, create_module
 from advtransfer.models.bundle import check_spec
+from advtransfer.norms import check_radius
 from advtransfer.torch_checkpoint.catalogue import KnownModel, fetch, find_known
 from advtransfer.torch_checkpoint.export import parse_metadata
 from advtransfer.torch_checkpoint.layout import brief, infer_architecture, is_inside, layout, misfits
@@ -268,6 +269,7 @@ def _check_arguments(
     if mean is not None and std is not None:
         given |= {"mean": tuple(map(float, mean)), "std": tuple(map(float, std))}
     if norm is not None:
+        check_radius(norm, eps or 0)
         given |= {"norm": norm, "eps": float(eps or 0)}
     if image_size is not None:
         given["image_size"] = image_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from advtransfer.norms import NORMS
+from advtransfer.norms import NORMS, check_radius
 from advtransfer.options import option, options
 
 
@@ -25,3 +25,6 @@ class CheckpointOptions:
     norm: str = option("", "threat model of its training; '': as published", choices=("", *NORMS))
     eps: float = option(0.0, "radius of the threat model, in pixel units", low=0)
     sha256: str = option("", "required hash of the file; '': that of the table, if known")
+
+    def check(self) -> None:
+        check_radius(self.norm, self.eps)
