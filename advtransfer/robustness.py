@@ -84,8 +84,8 @@ class Robustness(NamedTuple):
 
     Rows have "norm", "eps", "attack", "num_steps", "accuracy" with Wilson's 95 % interval ("lower", "upper"),
     "loss" (cross-entropy, None where attacks stop at the first error) and "num_images". "attack" is "none";
-    "PGD"; "PGD, all steps", which does not stop at the first error, on fewer images; "PGD, large ε", whose
-    balls all hold grey; or, with what it has run so far, "AutoAttack (VERSION): ATTACK".
+    "PGD"; "PGD, all steps", which does not stop at the first error, on fewer images; "PGD, large ε", within
+    which every image can become grey; or, with what it has run so far, "AutoAttack (VERSION): ATTACK".
     """
 
     rows: list[dict[str, Any]]

@@ -128,6 +128,8 @@ def _set(config, changes):
     [
         ({"train.norm": "l2", "train.eps": -0.5}, "config.train.eps=-0.5 must be a number, 0 or more"),
         ({"train.eps": 0.5}, "config.train.eps=0.5 does not go with norm=none"),
+        ({"train.norm": "linf", "train.eps": 8.0}, "config.train.eps=8 of norm=linf allows every image"),
+        ({"checkpoint.norm": "linf", "checkpoint.eps": 8.0}, "config.checkpoint.eps=8 of norm=linf allows"),
         ({"train.norm": "l1"}, "config.train.norm='l1' must be one of none, l2, linf"),
         ({"stage": "sauce"}, "config.stage='sauce' must be one of"),
         ({"study.num_unfrozen_blocks": (0, 5)}, "config.study.num_unfrozen_blocks: .* has 4"),

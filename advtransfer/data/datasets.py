@@ -82,9 +82,7 @@ class Dataset(NamedTuple):
     test: Split
     skipped: tuple[str, ...] = ()  # images that could not be decoded, with the reason
     remarks: tuple[str, ...] = ()  # notes for the user: files left out, duplicates, ...
-    digests: Mapping[str, str] = MappingProxyType(
-        {}
-    )  # SHA-256 of images and labels where it is known, by split
+    digests: Mapping[str, str] = MappingProxyType({})  # SHA-256 of images and labels, as far as known
     names: Mapping[str, np.ndarray] = MappingProxyType({})  # of recorded images in memory, by split
     is_placeholder: bool = False  # stands in, in a plan, for a dataset that is not prepared
     crop: bool = False  # whether images were scaled and cropped as in ImageNet evaluation
