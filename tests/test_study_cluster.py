@@ -85,9 +85,10 @@ def test_rows_are_those_of_the_local_engine_though_a_node_is_lost(two_nodes, tmp
 def test_after_ctrl_c_the_other_engine_goes_on(two_nodes, tmp_path):
     start, workdir = launcher(tmp_path), tmp_path / "study"
     on_ray = ["--config.study.engine=ray", f"--config.study.ray_address={two_nodes.address}"]
-    small = ["--config.study.num_seeds=3", "--config.study.group_size=1", "--config.study.calibration=0."]
+    # So many that the signal comes before the last, even if this process has to wait for a core.
+    small = ["--config.study.num_seeds=12", "--config.study.group_size=1", "--config.study.calibration=0."]
     planned, errors = start("study", workdir, *small, *on_ray, "--plan").communicate(timeout=300)
-    tasks = "on Ray: 2 trainings of sources and 24 groups, each a task; 2 workers with a core each"
+    tasks = "on Ray: 2 trainings of sources and 96 groups, each a task; 2 workers with a core each"
     assert tasks in planned.splitlines(), planned + errors
     assert not workdir.exists()
 
@@ -105,13 +106,13 @@ def test_after_ctrl_c_the_other_engine_goes_on(two_nodes, tmp_path):
             time.sleep(0.1)
         assert ray.available_resources()["CPU"] == 2  # no worker goes on
     kept = {path: path.read_bytes() for path in (workdir / "rows").glob("*.jsonl")}
-    assert 3 <= len(kept) < 24
+    assert 3 <= len(kept) < 96
 
     _, errors = start("study", workdir, *small).communicate(timeout=300)
     assert (workdir / "report.html").exists(), errors
     assert kept.items() <= {path: path.read_bytes() for path in (workdir / "rows").iterdir()}.items()
     trials = [row["trial_id"] for row in read_rows(workdir / "rows")]
-    assert len(set(trials)) == 24 and len(trials) == 24 * 2
+    assert len(set(trials)) == 96 and len(trials) == 96 * 2
 
 
 def look_elsewhere(path):
