@@ -10,7 +10,9 @@ images. benchmarks/RESULTS.md has the results.
 
 from advtransfer import config as base
 
-REMARKS = ("ε, learning rate and epochs are those of the quickstart; no image of these sets chose anything.",)
+REMARKS = (
+    "By default ε, learning rate and epochs are the quickstart's; no image of these sets chose anything.",
+)
 
 
 def get_config():

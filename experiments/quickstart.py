@@ -23,8 +23,9 @@ split.
 from advtransfer import config as base
 
 REMARKS = (
-    "ε was chosen among 0.25, 0.5 and 1 by the accuracy of the sources on their own validation images, the "
-    "learning rate and the number of epochs by the digits' validation split; the test images chose nothing.",
+    "The quickstart's own ε was chosen among 0.25, 0.5 and 1 by the accuracy of the sources on their own "
+    "validation images, its learning rate and number of epochs by the digits' validation split; the test "
+    "images chose nothing.",
     "The target is scikit-learn's 8×8 digits resized to 16×16: a small real set, far from ImageNet's scale.",
 )
 

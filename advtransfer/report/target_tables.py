@@ -68,8 +68,9 @@ def overview(material: Material) -> list[Table]:
     fewest = sorted({blocks_text(material.results.blocks(target)[0]) for target in material.results.targets})
     caption = (
         "How many times fewer images and epochs than from the natural source, for the same accuracy "
-        f"({', '.join(fewest)}; below 1 it is more), with the 95 % interval of a bootstrap over seeds; bold: "
-        "it excludes 1. “≥”: the robust source is better with its fewest than the natural one with its most; "
+        f"({', '.join(fewest)}; below 1 it is more), with the 95 % interval of a bootstrap over "
+        f"{'networks and ' * material.results.is_crossed}seeds; bold: it excludes 1. "
+        "“≥”: the robust source is better with its fewest than the natural one with its most; "
         "“not reached”: the other way round."
     )
     return [Table(caption, ["", *material.labels(material.robust)], rows, "ratios.csv")] if rows else []
