@@ -145,8 +145,7 @@ SMALLER = {
 @pytest.mark.process
 @pytest.mark.parametrize("name", ["README", "extend", "paper", "photos", "robustness", "source", "start"])
 def test_the_code_of_a_page_runs(name, world, unoptimised, monkeypatch):
-    """The Python blocks of a page, and its commands in order: all in two pages, in the others those that
-    take no minutes."""
+    """The Python blocks of a page, and its commands in order: all of two pages, elsewhere the quick ones."""
     page = next(page for page in PAGES if page.stem == name)
     monkeypatch.chdir(world / "empty" if name == "source" else world)
     for arguments in _commands(page):
